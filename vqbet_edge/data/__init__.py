@@ -1,0 +1,1 @@
+"""Reading LeRobot data sets; the robot never imports this."""
