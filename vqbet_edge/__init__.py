@@ -1,0 +1,41 @@
+"""vqbet_edge: a trained VQ-BeT policy on a robot, without PyTorch.
+
+from vqbet_edge import EdgePolicy
+
+policy = EdgePolicy.load("pusht-fp16.bundle")
+action = policy.act({"observation.image": frame, "observation.state": state})
+"""
+
+from vqbet_edge.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ConcurrentUseError,
+    DatasetError,
+    DiskError,
+    NonFiniteError,
+    ObservationError,
+    UsageError,
+    VerificationError,
+    VQBeTEdgeError,
+)
+from vqbet_edge.policy import EdgePolicy
+from vqbet_edge.sampling import Decision
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ConcurrentUseError",
+    "DatasetError",
+    "Decision",
+    "DiskError",
+    "EdgePolicy",
+    "NonFiniteError",
+    "ObservationError",
+    "UsageError",
+    "VQBeTEdgeError",
+    "VerificationError",
+]

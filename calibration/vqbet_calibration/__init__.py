@@ -1,0 +1,1 @@
+"""Calibration samples and INT8 graphs."""

@@ -48,7 +48,7 @@ class ActionHead(nn.Module):
         """
         if not self.sequential:
             out: Tensor = self.map_to_cbet_preds_bin(features)
-            return out.unflatten(-1, (NUM_CODE_LAYERS, self.num_codes))
+            return out.view(*features.shape[:-1], NUM_CODE_LAYERS, self.num_codes)
         one_hot = F.one_hot(primary, self.num_codes).to(features.dtype)
         secondary = self.map_to_cbet_preds_secondary_bin(torch.cat([features, one_hot], dim=-1))
         return torch.stack([self.primary_logits(features), secondary], dim=-2)
@@ -64,7 +64,7 @@ class ActionHead(nn.Module):
     def offsets(self, features: Tensor) -> Tensor:
         """(..., D) -> (..., 2, C, W, A): the offset of every code of both layers."""
         out: Tensor = self.map_to_cbet_preds_offset(features)
-        return out.unflatten(-1, self.offset_shape)
+        return out.view(*features.shape[:-1], *self.offset_shape)
 
     def action_chunk(self, features: Tensor, codes: Tensor) -> Tensor:
         """Decoded chunk plus the chosen codes' offsets.
@@ -84,7 +84,7 @@ class ActionHead(nn.Module):
 
 
 class Trunk(nn.Module):
-    """All parts of the policy; the checkpoint's `vqbet.`"""
+    """All parts of the policy, named `vqbet.*` in the checkpoint."""
 
     select_target_actions_indices: Tensor
 
@@ -137,7 +137,7 @@ class VQBeT(nn.Module):
         """(B, N, K, 3, H, W) -> (B, N, K, gpt_input_dim): one token per frame."""
         features = self.vqbet.rgb_encoder(images.flatten(0, 2))
         out: Tensor = self.vqbet.rgb_feature_projector(features)
-        return out.unflatten(0, images.shape[:3])
+        return out.view(*images.shape[:3], -1)
 
     def _tokens(self, images: Tensor, states: Tensor) -> Tensor:
         """Interleave cameras, state and action query step by step, then the future queries."""

@@ -4,6 +4,7 @@ Residual quantisation follows "SoundStream", algorithm 1: each layer quantises w
 before it left over.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from vqbet_edge.model.config import NUM_CODE_LAYERS, VQBeTConfig
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of the given widths with ReLU between them."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -126,4 +127,4 @@ class VqVae(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """int64 (..., 2) -> (..., chunk, action_dim), normalised."""
         out: Tensor = self.decoder(self.vq_layer.lookup(codes))
-        return out.unflatten(-1, self.chunk_shape)
+        return out.view(*codes.shape[:-1], *self.chunk_shape)

@@ -47,7 +47,8 @@ class SpatialSoftmax(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, num_keypoints, 2), x and y in [-1, 1]."""
         heat = self.nets(features).flatten(2)  # (B, K, H * W)
-        return heat.softmax(dim=-1) @ self.pos_grid
+        expected: Tensor = heat.softmax(dim=-1) @ self.pos_grid
+        return expected
 
 
 def build_backbone(config: VQBeTConfig) -> nn.Sequential:

@@ -1,0 +1,1 @@
+"""Training of VQ-BeT in two stages; needs PyTorch."""

@@ -1,0 +1,105 @@
+"""Reading a bundle: every byte is checked against the manifest before anything parses it."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import BundleError, DiskError
+from vqbet_edge.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    STAGES,
+    FileSpec,
+    Manifest,
+    StageName,
+    decode_manifest,
+)
+from vqbet_edge.safetensors import read_safetensors
+
+RUNTIME_NAME = "runtime.safetensors"
+# Arrays of runtime.safetensors; docs/bundle.md gives their shapes.
+DECODE_TABLE = "decode_table"
+SECONDARY_COLUMNS = "secondary_columns"
+# A graph with external data must spell this key somewhere; protobuf stores strings verbatim.
+_EXTERNAL_DATA_KEY = b"location"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle in memory.
+
+    Attributes:
+        path: the bundle's directory.
+        manifest: the decoded manifest.
+        contents: file name -> bytes, as many and with the digests that the manifest names.
+        arrays: float32 arrays of runtime.safetensors, by name.
+    """
+
+    path: Path
+    manifest: Manifest
+    contents: Mapping[str, bytes]
+    arrays: Mapping[str, NDArray[np.float32]]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+        """Read and verify a bundle.
+
+        Raises:
+            BundleError: it is no bundle, or a file differs from what the manifest says.
+            DiskError: a file cannot be read.
+        """
+        root = Path(path)
+        if not (root / MANIFEST_NAME).exists():
+            raise BundleError(
+                f"'{root}' is not a bundle: expected a directory with {MANIFEST_NAME}; "
+                "make one with: vqbet-export model.safetensors -o NAME.bundle"
+            )
+        manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES + 1))
+        contents = {name: _read_checked(root / name, spec) for name, spec in manifest.files.items()}
+        for stage in manifest.stages.values():
+            if _EXTERNAL_DATA_KEY in contents[stage.file]:
+                raise BundleError(
+                    f"{stage.file} refers to external data, which is never loaded; export again"
+                )
+        arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)
+        return cls(path=root, manifest=manifest, contents=contents, arrays=arrays)
+
+    @property
+    def stages_to_load(self) -> tuple[StageName, ...]:
+        """The stages that acting needs: the RVQ decoder only when it is not tabulated."""
+        tabulated = DECODE_TABLE in self.arrays
+        return tuple(name for name in STAGES if not (tabulated and name == "rvq_decoder"))
+
+    def graph(self, stage: StageName) -> bytes:
+        """The ONNX file of a stage."""
+        return self.contents[self.manifest.stages[stage].file]
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """At most `limit` bytes of a regular file; links are not followed."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BundleError(f"'{path}' is not a regular file; export again")
+            return file.read(limit)
+    except OSError as error:
+        if path.is_symlink():
+            raise BundleError(f"'{path}' is a link; a bundle holds its files itself") from error
+        raise DiskError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def _read_checked(path: Path, spec: FileSpec) -> bytes:
+    data = _read_file(path, spec.size + 1)
+    if len(data) != spec.size or hashlib.sha256(data).hexdigest() != spec.sha256:
+        raise BundleError(
+            f"'{path.name}' is not the file that was exported (expected {spec.size} bytes with "
+            f"SHA-256 {spec.sha256[:12]}...); copy the bundle again or export again"
+        )
+    return data

@@ -1,0 +1,179 @@
+"""`manifest.json`: what a bundle holds. Every field is explained in docs/bundle.md.
+
+Letters in shapes: B batch, N window, K cameras, H and W image height and width, S state width,
+D feature width, C codes per layer.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vqbet_edge.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+
+Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
+# One path component of plain characters: a manifest cannot name anything outside its bundle.
+FileName = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,64}\.[a-z0-9]{1,16}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Text = Annotated[str, Meta(max_length=4096)]
+StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
+Precision = Literal["fp32", "fp16", "int8"]
+STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
+
+
+class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every part of the manifest: immutable, no unknown fields."""
+
+
+class FileSpec(_Strict, frozen=True):
+    """Digest and size in bytes of one file of the bundle."""
+
+    sha256: Sha256
+    size: Annotated[int, Meta(ge=0, le=1 << 40)]
+
+
+class TensorSpec(_Strict, frozen=True):
+    """Name, element type and fixed shape of a graph's input or output."""
+
+    name: Text
+    dtype: Literal["uint8", "int64", "float32"]
+    shape: tuple[Positive, ...]
+
+
+class StageSpec(_Strict, frozen=True):
+    """One graph: its file, the precision of its arithmetic, its borders."""
+
+    file: FileName
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class FeatureSpec(_Strict, frozen=True):
+    """One observation or action feature as in the checkpoint; images are (3, H, W)."""
+
+    type: Literal["VISUAL", "STATE", "ACTION"]
+    shape: tuple[Positive, ...]
+
+
+class PolicySpec(_Strict, frozen=True):
+    """What the runtime needs of the policy's configuration, under LeRobot's field names."""
+
+    n_obs_steps: Positive
+    action_chunk_size: Positive
+    vqvae_n_embed: Positive
+    bet_softmax_temperature: Annotated[float, Meta(gt=0)]
+    sequentially_select: bool
+
+
+class VerificationSpec(_Strict, frozen=True):
+    """Summary of report.json: on what the export was verified and how it did."""
+
+    observations: Literal["random", "dataset"]
+    samples: Positive
+    max_action_error: Annotated[float, Meta(ge=0)]
+    code_agreement: Annotated[float, Meta(ge=0, le=1)]
+    min_cosine: Annotated[float, Meta(ge=-1, le=1)]
+
+
+class SourceSpec(_Strict, frozen=True):
+    """The checkpoint that was exported."""
+
+    name: Text
+    sha256: Sha256
+    era: Literal["A", "B", "C"]
+
+
+class Manifest(_Strict, frozen=True):
+    """The whole manifest; `stages` has the four graphs, `files` every file but the manifest."""
+
+    format_version: Literal[1]
+    batch_size: Positive
+    policy: PolicySpec
+    input_features: dict[Text, FeatureSpec]
+    output_features: dict[Text, FeatureSpec]
+    stages: dict[StageName, StageSpec]
+    files: dict[FileName, FileSpec]
+    verification: VerificationSpec
+    source: SourceSpec
+    tools: dict[Text, Text]
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """Keys of the cameras, in token order."""
+        return tuple(k for k, f in self.input_features.items() if f.type == "VISUAL")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, 3) of every camera's frame."""
+        channels, height, width = self.input_features[self.image_keys[0]].shape
+        return height, width, channels
+
+    @property
+    def state_dim(self) -> int:
+        """Width of the state."""
+        return self.input_features["observation.state"].shape[0]
+
+    @property
+    def action_dim(self) -> int:
+        """Width of one action."""
+        return self.output_features["action"].shape[0]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The one canonical text of a manifest: indented JSON, fields in their order."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Decode a manifest strictly.
+
+    Raises:
+        BundleError: not canonical JSON of the current format, or contradicting itself.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"{MANIFEST_NAME} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read; "
+            "export the checkpoint again"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError(
+            f"{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}: {error}; "
+            "export the checkpoint again with this version of vqbet_edge"
+        ) from error
+    # Comparing the text rules out what JSON parsers disagree on: repeated keys, byte order marks,
+    # other spellings of one number.
+    if encode_manifest(manifest) != data:
+        raise BundleError(f"{MANIFEST_NAME} was edited after the export; export again")
+    _check_consistency(manifest)
+    return manifest
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    missing = [name for name in STAGES if name not in manifest.stages]
+    if missing:
+        raise BundleError(f"{MANIFEST_NAME} lacks the stages {missing}; export again")
+    needed = {"runtime.safetensors", *(stage.file for stage in manifest.stages.values())}
+    if not needed <= manifest.files.keys():
+        raise BundleError(
+            f"{MANIFEST_NAME} names no digest for {sorted(needed - manifest.files.keys())}; "
+            "export again"
+        )
+    shapes = {manifest.input_features[key].shape for key in manifest.image_keys}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        raise BundleError(
+            f"{MANIFEST_NAME} needs cameras of one shape (3, H, W), got {sorted(shapes)}"
+        )
+    vectors = {
+        "observation.state": manifest.input_features.get("observation.state"),
+        "action": manifest.output_features.get("action"),
+    }
+    for key, feature in vectors.items():
+        if feature is None or len(feature.shape) != 1:
+            raise BundleError(f"{MANIFEST_NAME} needs a feature '{key}' of shape (dim,)")
