@@ -7,6 +7,7 @@ checkpoints/last                        link to the newest
 
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ class Progress:
 
     Attributes:
         step: steps of both stages that are done.
-        error: stage 1's reconstruction error when it was last looked at, in normalised units.
+        error: stage 1's best reconstruction error so far, normalised.
+        stale: how many looks ago that was.
     """
 
     step: int = 0
-    error: float | None = None
+    error: float = math.inf
+    stale: int = 0
 
 
 @dataclass(frozen=True)

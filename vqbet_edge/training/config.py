@@ -77,7 +77,7 @@ class TrainConfig(Hyperparameters):
         for name in ("batch_size", "log_every", "save_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.n_vqvae_training_steps < self.steps:
+        if not 0 < self.n_vqvae_training_steps < self.steps:
             raise UsageError(
                 f"--steps {self.steps} counts both stages and must be more than "
                 f"--n_vqvae_training_steps {self.n_vqvae_training_steps}"

@@ -36,8 +36,7 @@ def draw_curves(metrics: Path, target: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         for name in names:
-            _line(axis, records, kind, name, "-")
-            _line(axis, records, f"{kind} validation", name, "--")
+            _line(axis, records, kind, name)
         if len(names) > 1:
             axis.legend()
     _finish(figure, target)
@@ -73,11 +72,15 @@ def draw_code_book(network: VQBeT, scalings: Scalings, target: Path) -> None:
     _finish(figure, target)
 
 
-def _line(axis: Any, records: Sequence[dict[str, Any]], kind: str, name: str, style: str) -> None:  # noqa: ANN401
-    points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
-    if points:
-        label = name if style == "-" else f"{name}, validation"
-        axis.plot(*zip(*points, strict=True), style, label=label)
+def _line(axis: Any, records: Sequence[dict[str, Any]], kind: str, name: str) -> None:  # noqa: ANN401
+    color = None
+    for suffix, style in (("", "-"), (" validation", "--")):
+        points = [(r["step"], r[name]) for r in records if r["kind"] == kind + suffix and name in r]
+        if points:
+            (line,) = axis.plot(
+                *zip(*points, strict=True), style, color=color, label=f"{name}{suffix}"
+            )
+            color = line.get_color()
 
 
 def _finish(figure: Any, target: Path) -> None:  # noqa: ANN401
