@@ -1,17 +1,22 @@
-"""Losses, codes, gradients and code books against LeRobot's on the same batch and weights."""
+"""Losses, codes, gradients, code books and actions against LeRobot's with the same weights."""
 
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vqbet_edge.model.checkpoint import Checkpoint
 from vqbet_edge.model.config import Feature, FeatureType, VQBeTConfig
+from vqbet_edge.model.eras import Era
 from vqbet_edge.model.network import VQBeT
+from vqbet_edge.model.scaling import identity
+from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
 from vqbet_edge.training.objectives import Stage1, Stage2
-from vqbet_edge.training.scalings import Scalings, identity
+from vqbet_edge.training.scalings import Scalings
 
 SIZES: dict[str, Any] = {
     "n_obs_steps": 3,
@@ -160,3 +165,28 @@ def test_stage2_losses_and_gradients(
     got.loss.backward()
     assert_same(gradients(network), gradients(judge))
     assert_same(network.head.vqvae_model.state_dict(), frozen)
+
+
+def test_a_checkpoint_acts_as_lerobots_select_action(
+    lerobot: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = build_judge(lerobot).eval()
+    judge.vqbet.action_head.vqvae_model.discretized.fill_(True)
+    network = build_ours(judge).eval().requires_grad_(False)
+    inputs = {key: identity(3) for key in SHAPES if key != "action"}
+    checkpoint = Checkpoint(network, inputs, identity(2), {}, Era.C, "test", "")
+    actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))
+    judge.reset()
+    for slot in range(2):
+        actor.reset(slot, slot)
+    for step in range(12):
+        images = rng.integers(0, 256, (2, 48, 44, 3), np.uint8)
+        states = rng.normal(size=(2, 3)).astype(np.float32)
+        if step == 7:  # a new episode begins in the other slot
+            actor.reset(0, 5)
+        got = actor.act({"observation.image": images, "observation.state": states})
+        pixels = torch.from_numpy(images[1:]).permute(0, 3, 1, 2) / 255
+        batch = {"observation.image": pixels, "observation.state": torch.from_numpy(states[1:])}
+        np.testing.assert_allclose(got[1], judge.select_action(batch)[0], rtol=1e-5, atol=1e-5)
