@@ -25,7 +25,7 @@ from vqbet_edge.training.evaluation.summary import summarize
 from vqbet_edge.training.files import writing
 from vqbet_edge.training.trainer import train
 
-DEMONSTRATIONS = 150
+DEMONSTRATIONS = 200
 BASELINE_STEPS = 200
 SLOTS = 8
 SCENE_SEED = 3
@@ -67,6 +67,8 @@ def training(output: Path, stage2_steps: int = 1500) -> TrainConfig:
         action_chunk_size=5,
         vision_backbone="resnet10_small",
         crop_shape=None,
+        channels_last=True,
+        vqvae_n_embed=8,
         vqvae_embedding_dim=64,
         gpt_n_layer=2,
         gpt_n_head=4,
