@@ -117,7 +117,7 @@ def test_resuming_is_exact(
 
     update = loop._update
 
-    def dying(run: Any, stage: Any, step: int) -> Any:  # noqa: ANN401
+    def dying(run: Any, stage: Any, step: int) -> Any:
         if step == killed_after:
             raise RuntimeError("killed")
         return update(run, stage, step)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +72,26 @@ def write_dataset(
 
 def _column(values: Array) -> pa.Array:
     if values.dtype == np.uint8:
-        cells = [{"bytes": encode_png(image), "path": None} for image in values]
+        cells = [{"bytes": png, "path": None} for png in encode_pngs(values)]
         return pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     if values.shape[1] == 1:
         return pa.array(values[:, 0])
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
-def encode_png(image: npt.NDArray[np.uint8]) -> bytes:
-    """uint8 (height, width, 3) -> PNG."""
+def encode_pngs(images: npt.NDArray[np.uint8]) -> list[bytes]:
+    """uint8 (T, height, width, 3) -> a PNG each."""
     codec = av.CodecContext.create("png", "w")
     assert isinstance(codec, av.VideoCodecContext)  # noqa: S101 - for the type checker
-    codec.height, codec.width = image.shape[:2]
-    codec.pix_fmt = "rgb24"
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    return b"".join(bytes(packet) for packet in (*codec.encode(frame), *codec.encode(None)))
+    codec.height, codec.width = images.shape[1:3]
+    codec.pix_fmt, codec.time_base, codec.thread_count = "rgb24", Fraction(1), 1
+    packets = []
+    for number, image in enumerate(images):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame.pts = number
+        packets += codec.encode(frame)
+    packets += codec.encode(None)
+    return [bytes(packet) for packet in packets]
 
 
 def _info(columns: Mapping[str, Array], lengths: Sequence[int], fps: float) -> dict[str, Any]:
@@ -115,8 +121,9 @@ def _feature(values: Array) -> dict[str, Any]:
 
 def _stats(values: Array) -> dict[str, Any]:
     if values.dtype == np.uint8:
-        # Per channel in [0, 1], shaped (3, 1, 1).
-        values = values.reshape(-1, 3, 1, 1) / np.float32(255)
+        # Per channel in [0, 1], shaped (3, 1, 1); of some frames, as LeRobot's writer does it.
+        some = values[:: max(1, len(values) // 200)]
+        values = some.reshape(-1, 3, 1, 1) / np.float32(255)
     parts = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0, dtype=np.float64)}
     parts["std"] = values.std(0, dtype=np.float64)
     return {name: value.tolist() for name, value in parts.items()} | {"count": [len(values)]}

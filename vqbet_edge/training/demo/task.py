@@ -24,6 +24,8 @@ MAX_STEP = 0.06
 ROBOT_RADIUS = 0.025
 GOAL_RADIUS = 0.06
 _BAR, _GOAL, _ROBOT = np.array([[45, 45, 50], [50, 160, 70], [40, 80, 200]], np.float64)
+# float64 (2, H, W): x and y of the pixels' centres.
+_PIXELS = np.stack(np.meshgrid(*[(np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE] * 2))
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,20 @@ class Scene:
 
     def render(self, position: Vector) -> npt.NDArray[np.uint8]:
         """uint8 (64, 64, 3), edges smooth so that less than a pixel can be told."""
-        axis = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
-        pixels = np.stack(np.meshgrid(axis, axis), axis=-1)  # (H, W, 2), x and y
         image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 255.0)
-        beyond = np.abs(pixels - self.bar) - self.half_size
-        _paint(image, -beyond.max(axis=-1), _BAR)
-        _paint(image, GOAL_RADIUS - np.linalg.norm(pixels - self.goal, axis=-1), _GOAL)
-        _paint(image, ROBOT_RADIUS - np.linalg.norm(pixels - position, axis=-1), _ROBOT)
+        beyond = np.abs(_PIXELS - self.bar[:, None, None]) - self.half_size[:, None, None]
+        _paint(image, -np.maximum(*beyond), _BAR)
+        _paint(image, GOAL_RADIUS - np.hypot(*(_PIXELS - self.goal[:, None, None])), _GOAL)
+        _paint(image, ROBOT_RADIUS - np.hypot(*(_PIXELS - position[:, None, None])), _ROBOT)
         return image.round().astype(np.uint8)
 
 
 def _paint(image: Vector, depth: Vector, color: Vector) -> None:
     """Paint where `depth` (H, W), the distance into a shape, is positive."""
-    cover = (depth * IMAGE_SIZE + 0.5).clip(0, 1)[..., None]
-    image += cover * (color - image)
+    cover = (depth * IMAGE_SIZE + 0.5).clip(0, 1)
+    rows, columns = cover.nonzero()
+    part = image[rows, columns]
+    image[rows, columns] = part + cover[rows, columns, None] * (color - part)
 
 
 class DetourEnv(gymnasium.Env[dict[str, Any], Any]):
