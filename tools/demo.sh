@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From nothing to a robot that acts from a bundle: demonstrations, training, export, closed loop.
+set -euo pipefail
+output=${1:-outputs/demo}
+bundle=$output/demo-fp16.bundle
+
+policy=$(python -m vqbet_edge.training.demo prepare --output "$output")
+vqbet-export "$policy" --fp16 --verify-data "$output/demonstrations" --output "$bundle" --force
+python examples/control_loop.py "$bundle" "$output/demonstrations"
+python -m vqbet_edge.training.demo drive "$bundle" --output "$output"
