@@ -53,19 +53,20 @@ class Bindings:
         return json.loads(done.stdout)
 
 
-def bindings(release: str, cache: Path) -> Bindings:
-    """Fetch a release's bindings once and put stubs beside them."""
-    root = cache / release
+@pytest.fixture(params=RELEASES)
+def release(request: pytest.FixtureRequest) -> Bindings:
+    """A release's bindings, fetched once and kept in pytest's cache."""
+    root = Path(request.config.cache.mkdir("tensorrt-bindings")) / request.param
     if not (root / "stubs").exists():
         if shutil.which("gcc") is None or shutil.which("nm") is None:
-            unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
+            _unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
         shutil.rmtree(root, ignore_errors=True)
-        _fetch(RELEASES[release], root)
+        _fetch(RELEASES[request.param], root)
         _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
 
 
-def unavailable(reason: str) -> None:
+def _unavailable(reason: str) -> None:
     """A missing outside thing: a failure where CI promises it, a skip elsewhere."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
@@ -76,7 +77,7 @@ def _fetch(requirement: str, root: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(root)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
     if done.returncode:
-        unavailable(f"cannot fetch {requirement}: {done.stderr[-500:]}")
+        _unavailable(f"cannot fetch {requirement}: {done.stderr[-500:]}")
     for wheel in root.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(root)
@@ -84,7 +85,7 @@ def _fetch(requirement: str, root: Path) -> None:
 
 def _generate_stubs(module: Path, folder: Path) -> None:
     undefined = _output("nm", "-D", "--undefined-only", str(module)).split()
-    symbols = sorted({name for name in undefined if name.startswith(_PREFIXES)})
+    ours = {name for name in undefined if name.startswith(_PREFIXES) and "@" not in name}
     needed = [
         line.split("[")[1].rstrip("]")
         for line in _output("readelf", "-d", str(module)).splitlines()
@@ -93,7 +94,7 @@ def _generate_stubs(module: Path, folder: Path) -> None:
     work = folder.with_suffix(".work")
     work.mkdir()
     source = work / "stubs.c"
-    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in symbols))
+    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in sorted(ours)))
     for library in needed:
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}"]
         _output("gcc", *flags, "-o", str(work / library), str(source))
