@@ -8,8 +8,9 @@ from vqbet_edge.errors import CheckpointError
 STATE_KEY = "observation.state"
 ACTION_KEY = "action"
 
-# Channels of the last feature map of torchvision's ResNets.
+# Channels of the last feature map.
 BACKBONE_CHANNELS = {
+    "resnet10_small": 128,
     "resnet18": 512,
     "resnet34": 512,
     "resnet50": 2048,
@@ -55,10 +56,75 @@ def _default_normalization() -> dict[str, NormalizationMode]:
 
 
 @dataclass(frozen=True)
-class VQBeTConfig:
-    """Architecture of a VQ-BeT policy ("Behavior Generation with Latent Actions", section 3).
+class Hyperparameters:
+    """What a person chooses about a VQ-BeT policy, under LeRobot's names and defaults."""
 
-    Field names and defaults are those of LeRobot's `VQBeTConfig`.
+    # By type of feature: IDENTITY, MIN_MAX or MEAN_STD.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=_default_normalization
+    )
+
+    # Observations in the window.
+    n_obs_steps: int = 5
+    # Action queries from the current step on.
+    n_action_pred_token: int = 3
+    # Actions that one code pair stands for, executed before the next prediction.
+    action_chunk_size: int = 5
+
+    # A torchvision ResNet, or resnet10_small, a narrow one for small images and processors.
+    vision_backbone: str = "resnet18"
+    # (height, width) to shrink camera images to, before the crop; LeRobot never resizes.
+    resize_shape: tuple[int, int] | None = None
+    # (height, width) of the crop that the backbone sees.
+    crop_shape: tuple[int, int] | None = (84, 84)
+    # Crop at random places while training; always the centre at evaluation.
+    crop_is_random: bool = True
+    # Name of torchvision's pretrained weights; None trains from scratch.
+    pretrained_backbone_weights: str | None = None
+    # GroupNorm instead of BatchNorm in the backbone.
+    use_group_norm: bool = True
+    # Keypoints of the spatial softmax behind the backbone.
+    spatial_softmax_num_keypoints: int = 32
+
+    # Optimisation steps of stage 1, the residual VQ-VAE.
+    n_vqvae_training_steps: int = 20000
+    # Codes in each of the two layers.
+    vqvae_n_embed: int = 16
+    # Width of a code vector.
+    vqvae_embedding_dim: int = 256
+    # Width of the VQ-VAE's hidden layers.
+    vqvae_enc_hidden_dim: int = 128
+
+    # Most tokens that the transformer can see.
+    gpt_block_size: int = 500
+    # Width of the tokens.
+    gpt_input_dim: int = 512
+    # Width of the features that the heads see.
+    gpt_output_dim: int = 512
+    # Transformer blocks.
+    gpt_n_layer: int = 8
+    # Attention heads.
+    gpt_n_head: int = 8
+    # Width inside the transformer.
+    gpt_hidden_dim: int = 512
+    # Dropout in the transformer.
+    dropout: float = 0.1
+
+    # Weight of the offsets' L1 loss.
+    offset_loss_weight: float = 10000.0
+    # Weight of the primary code's focal loss.
+    primary_code_loss_weight: float = 5.0
+    # Weight of the secondary code's focal loss.
+    secondary_code_loss_weight: float = 0.5
+    # Temperature that codes are sampled with.
+    bet_softmax_temperature: float = 0.1
+    # Choose the secondary code knowing the primary one, instead of both at once.
+    sequentially_select: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQBeTConfig(Hyperparameters):
+    """A policy's architecture ("Behavior Generation with Latent Actions", section 3).
 
     Raises:
         CheckpointError: the fields contradict each other or are not VQ-BeT's.
@@ -67,42 +133,6 @@ class VQBeTConfig:
     # Features by LeRobot's keys; several cameras of one shape are allowed, in this order.
     input_features: dict[str, Feature]
     output_features: dict[str, Feature]
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=_default_normalization
-    )
-
-    # Observations in the window, action queries from the current step on, actions per chunk.
-    n_obs_steps: int = 5
-    n_action_pred_token: int = 3
-    action_chunk_size: int = 5
-
-    # Vision: a torchvision ResNet without its pooling and classifier.
-    vision_backbone: str = "resnet18"
-    crop_shape: tuple[int, int] | None = (84, 84)
-    crop_is_random: bool = True
-    pretrained_backbone_weights: str | None = "ResNet18_Weights.IMAGENET1K_V1"
-    use_group_norm: bool = False
-    spatial_softmax_num_keypoints: int = 32
-
-    # Residual VQ-VAE with two layers of `vqvae_n_embed` codes.
-    n_vqvae_training_steps: int = 20000
-    vqvae_n_embed: int = 16
-    vqvae_embedding_dim: int = 256
-    vqvae_enc_hidden_dim: int = 128
-
-    gpt_block_size: int = 500
-    gpt_input_dim: int = 512
-    gpt_output_dim: int = 512
-    gpt_n_layer: int = 8
-    gpt_n_head: int = 8
-    gpt_hidden_dim: int = 512
-    dropout: float = 0.1
-
-    offset_loss_weight: float = 10000.0
-    primary_code_loss_weight: float = 5.0
-    secondary_code_loss_weight: float = 0.5
-    bet_softmax_temperature: float = 0.1
-    sequentially_select: bool = False
 
     def __post_init__(self) -> None:
         _check_features(self)
@@ -116,14 +146,14 @@ class VQBeTConfig:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of every camera before the crop."""
+        """(3, height, width) of every camera before resize and crop."""
         channels, height, width = self.input_features[self.image_keys[0]].shape
         return channels, height, width
 
     @property
     def encoder_shape(self) -> tuple[int, int]:
-        """(height, width) that the backbone sees, after the crop."""
-        return self.crop_shape or self.image_shape[1:]
+        """(height, width) that the backbone sees, after resize and crop."""
+        return self.crop_shape or self.resize_shape or self.image_shape[1:]
 
     @property
     def state_dim(self) -> int:
@@ -186,8 +216,12 @@ def _check_vision(config: VQBeTConfig) -> None:
             f"vision_backbone '{config.vision_backbone}' is unknown; "
             f"use one of {', '.join(BACKBONE_CHANNELS)}"
         )
-    _, height, width = config.image_shape
-    crop = config.crop_shape
+    resize, crop = config.resize_shape, config.crop_shape
+    height, width = config.image_shape[1:]
+    if resize is not None:
+        if not (0 < resize[0] <= height and 0 < resize[1] <= width):
+            raise CheckpointError(f"resize_shape {resize} does not shrink {height}x{width} images")
+        height, width = resize
     if crop is not None and not (0 < crop[0] <= height and 0 < crop[1] <= width):
         raise CheckpointError(f"crop_shape {crop} does not fit into images of {height}x{width}")
 

@@ -1,0 +1,83 @@
+"""From an inference module to one self-contained, checked ONNX file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import torch
+from google.protobuf.message import Message
+from torch import Tensor, nn
+
+from vqbet_edge.errors import VerificationError
+
+# The newest that TensorRT 10.3 (JetPack 6.2) parses, and the first with Gelu.
+OPSET = 20
+IR_VERSION = 9
+
+# What the four stages consist of. All of it is taken by TensorRT 10.3; an operator outside this
+# set means that the export changed and wants a look.
+ALLOWED_OPERATORS = frozenset(
+    {
+        "Add", "Cast", "Concat", "Conv", "Div", "Gather", "Gelu", "Gemm", "Identity",
+        "InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Relu",
+        "Reshape", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+
+
+def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) -> bytes:
+    """Trace a module at fixed shapes into ONNX.
+
+    Args:
+        module: the stage, its `forward` taking the inputs in order.
+        inputs: example inputs by name; their shapes and types become the graph's.
+        outputs: names of the outputs.
+
+    Returns:
+        The serialised graph: constants folded, weights inside, no trace of the machine it was
+        made on.
+
+    Raises:
+        VerificationError: the graph is not valid ONNX or has an operator outside the known set.
+    """
+    program = torch.onnx.export(
+        module.eval(),
+        tuple(inputs.values()),
+        input_names=list(inputs),
+        output_names=outputs,
+        opset_version=OPSET,
+        dynamo=True,
+        optimize=True,
+        verbose=False,
+    )
+    if program is None:
+        raise VerificationError("torch.onnx.export returned no graph")
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    _strip_comments(model)
+    _check(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def _strip_comments(message: Message) -> None:
+    """Remove doc strings and metadata: they hold stack traces with the exporter's paths."""
+    for field, value in message.ListFields():
+        if field.name in {"doc_string", "metadata_props"}:
+            message.ClearField(field.name)
+        elif field.message_type is not None and field.name != "raw_data":
+            children: Any = value if field.is_repeated else [value]
+            for child in children:
+                _strip_comments(child)
+
+
+def _check(model: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"the exported graph is not valid ONNX: {error}") from error
+    unknown = {node.op_type for node in model.graph.node} - ALLOWED_OPERATORS
+    if unknown or model.functions or any(node.domain for node in model.graph.node):
+        raise VerificationError(
+            f"the exported graph has operators that no backend was tested with: {sorted(unknown)}; "
+            "install the versions of torch and onnxscript in constraints.txt"
+        )

@@ -1,0 +1,268 @@
+"""The data set reader: both formats, both ways to store images, and what can be wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.errors import DatasetError, DiskError
+
+PUSHT = Path(__file__).parents[1] / "data" / "pusht"
+CAMERA = "observation.image"
+VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
+TABLE = "data/chunk-000/file-000.parquet"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PUSHT, tmp_path / "pusht"))
+
+
+def rewrite(root: Path, change: Callable[[dict], None], name: str = TABLE) -> None:
+    """Change a parquet file's columns, given as lists."""
+    table = pq.read_table(root / name)
+    columns = table.to_pydict()
+    change(columns)
+    fields = [table.schema.field(key) for key in columns]
+    pq.write_table(pa.table(columns, pa.schema(fields)), root / name)
+
+
+def edit_info(root: Path, **changes: object) -> None:
+    path = root / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def to_v21(source: Path, target: Path) -> Path:
+    """The same demonstrations in the older format: a file per episode."""
+    table = pq.read_table(source / TABLE)
+    rows = pq.read_table(source / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    info = json.loads((source / "meta/info.json").read_text())
+    info["codebase_version"] = "v2.1"
+    info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    info["video_path"] = (
+        "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    )
+    for folder in ("meta", "data/chunk-000", f"videos/chunk-000/{CAMERA}"):
+        (target / folder).mkdir(parents=True)
+    for row in rows:
+        index, start, end = (
+            row[k] for k in ("episode_index", "dataset_from_index", "dataset_to_index")
+        )
+        pq.write_table(
+            table.slice(start, end - start),
+            target / info["data_path"].format(episode_chunk=0, episode_index=index),
+        )
+        name = info["video_path"].format(episode_chunk=0, episode_index=index, video_key=CAMERA)
+        copy_packets(source / VIDEO, target / name, start / info["fps"], end / info["fps"])
+    lines = [{k: row[k] for k in ("episode_index", "tasks", "length")} for row in rows]
+    (target / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (target / "meta/info.json").write_text(json.dumps(info))
+    return target
+
+
+def copy_packets(source: Path, target: Path, start: float, end: float) -> None:
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = old.streams.video[0]
+        output = new.add_stream_from_template(stream, opaque=True)
+        first = round(start / stream.time_base)
+        for packet in old.demux(stream):
+            if packet.pts is not None and first <= packet.pts < round(end / stream.time_base):
+                packet.pts, packet.dts = packet.pts - first, packet.dts - first
+                packet.stream = output
+                new.mux(packet)
+
+
+def test_reads_vectors_and_frames_of_format_v30() -> None:
+    dataset = LeRobotDataset.open(PUSHT)
+    table = pq.read_table(PUSHT / TABLE)
+    assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (4, 579, 10)
+    for key in ("action", "observation.state"):
+        np.testing.assert_array_equal(dataset.column(key), np.stack(table[key].to_numpy()))
+    with av.open(str(PUSHT / VIDEO)) as container:
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    np.testing.assert_array_equal(dataset.frames(CAMERA), frames)
+    alone = LeRobotDataset.open(PUSHT).episode(2)
+    rows = slice(dataset.bounds[2], dataset.bounds[3])
+    np.testing.assert_array_equal(alone[CAMERA], frames[rows])
+    np.testing.assert_array_equal(alone["action"], dataset.column("action")[rows])
+
+
+def test_statistics_are_those_of_the_data_sets_writer() -> None:
+    written = json.loads((PUSHT / "meta/stats.json").read_text())
+    stats = LeRobotDataset.open(PUSHT).stats
+    for key in ("action", "observation.state", CAMERA):
+        for name in ("min", "max", "mean", "std"):
+            np.testing.assert_allclose(stats[key][name], written[key][name], rtol=1e-6)
+
+
+def test_format_v21_reads_the_same(tmp_path: Path) -> None:
+    new, old = LeRobotDataset.open(PUSHT), LeRobotDataset.open(to_v21(PUSHT, tmp_path / "v21"))
+    for position in range(4):
+        expected, got = new.episode(position), old.episode(position)
+        assert expected.keys() == got.keys()
+        for key, values in expected.items():
+            np.testing.assert_array_equal(got[key], values)
+
+
+def test_disk_cache_decodes_once_and_notices_a_changed_video(copy: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    expected = LeRobotDataset.open(copy).frames(CAMERA)
+    np.testing.assert_array_equal(
+        LeRobotDataset.open(copy, cache_dir=cache).frames(CAMERA), expected
+    )
+    (entry,) = cache.iterdir()
+    written = entry.stat().st_mtime_ns
+    again = LeRobotDataset.open(copy, cache_dir=cache).frames(CAMERA)
+    assert isinstance(again, np.memmap)
+    np.testing.assert_array_equal(again, expected)
+    assert entry.stat().st_mtime_ns == written
+    (copy / VIDEO).touch()
+    LeRobotDataset.open(copy, cache_dir=cache).frames(CAMERA)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_full_disk_is_named() -> None:
+    with pytest.raises(DiskError, match="free space"):
+        LeRobotDataset.open(PUSHT, cache_dir=Path("/dev/full/cache")).frames(CAMERA)
+
+
+def test_split_is_by_episode_and_repeatable() -> None:
+    dataset = LeRobotDataset.open(PUSHT)
+    split = dataset.split(0.25, seed=3)
+    assert sorted(split.train + split.validation) == [0, 1, 2, 3]
+    assert len(split.validation) == 1
+    assert split == dataset.split(0.25, seed=3)
+    assert dataset.split(0.0).validation == ()
+
+
+def _remove_video(root: Path) -> None:
+    (root / VIDEO).unlink()
+
+
+def _truncate_video(root: Path) -> None:
+    data = (root / VIDEO).read_bytes()
+    (root / VIDEO).write_bytes(data[: len(data) // 2])
+
+
+def _short_video(root: Path) -> None:
+    copy_packets(root / VIDEO, root / "short.mp4", 0.0, 30.0)
+    (root / "short.mp4").replace(root / VIDEO)
+
+
+def _truncate_table(root: Path) -> None:
+    data = (root / TABLE).read_bytes()
+    (root / TABLE).write_bytes(data[: len(data) // 2])
+
+
+def _nan_action(root: Path) -> None:
+    def change(columns: dict) -> None:
+        columns["action"][170][1] = float("nan")
+
+    rewrite(root, change)
+
+
+def _drop_frames(root: Path) -> None:
+    def change(columns: dict) -> None:
+        for values in columns.values():
+            del values[300]
+
+    rewrite(root, change)
+
+
+def _drop_action(root: Path) -> None:
+    rewrite(root, lambda columns: columns.pop("action"))
+
+
+def _no_episodes(root: Path) -> None:
+    def change(columns: dict) -> None:
+        for values in columns.values():
+            values.clear()
+
+    rewrite(root, change, "meta/episodes/chunk-000/file-000.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove_video, "file-000.mp4 is missing; episode 0"),
+        (_truncate_video, "file-000.mp4: episode 0 is corrupt"),
+        (_short_video, "file-000.mp4: frame 21 of episode 2 .* incomplete"),
+        (_truncate_table, "file-000.parquet .*episode 0.* corrupt"),
+        (_nan_action, "'action' of episode 1 is not finite at frame 9"),
+        (_drop_frames, "episode 2 has 140 frames, meta/ says 141"),
+        (_drop_action, "file-000.parquet .*action"),
+        (_no_episodes, "has no episodes"),
+        (lambda root: edit_info(root, codebase_version="v1.6"), "format v1.6; expected one of"),
+        (lambda root: edit_info(root, video_path="../../{video_key}.mp4"), "leaves the data set"),
+        (lambda root: (root / "meta/info.json").write_text("{"), "info.json is not JSON"),
+        (lambda root: (root / "meta/info.json").unlink(), "cannot read .*info.json"),
+    ],
+)
+def test_damage_is_named_before_any_work(
+    copy: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(copy)
+    with pytest.raises(DatasetError, match=message):
+        LeRobotDataset.open(copy)
+
+
+def test_a_frame_of_another_shape_is_named(copy: Path) -> None:
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["features"][CAMERA]["shape"] = [120, 96, 3]
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match=r"episode 1 decodes to .*96, 96.* expected .*120, 96"):
+        LeRobotDataset.open(copy).episode(1)
+
+
+def test_what_is_no_data_set_is_named() -> None:
+    with pytest.raises(DatasetError, match="neither a folder nor the id"):
+        LeRobotDataset.open("no/such/folder")
+    with pytest.raises(DatasetError, match="no vector 'reward'"):
+        LeRobotDataset.open(PUSHT).column("reward")
+    with pytest.raises(DatasetError, match="no camera 'wrist'"):
+        LeRobotDataset.open(PUSHT).frames("wrist")
+
+
+def test_image_columns_and_several_cameras_as_lerobot_writes_them(
+    tmp_path: Path, lerobot: Callable[[str], ModuleType]
+) -> None:
+    judge = lerobot("datasets.lerobot_dataset")
+    cameras = {
+        f"observation.images.{name}": {
+            "dtype": "image",
+            "shape": (24, 32, 3),
+            "names": ["height", "width", "channels"],
+        }
+        for name in ("front", "wrist")
+    }
+    vectors = {
+        key: {"dtype": "float32", "shape": (2,), "names": None}
+        for key in ("observation.state", "action")
+    }
+    written = judge.LeRobotDataset.create(
+        "test/cameras", 10, cameras | vectors, root=tmp_path / "cameras", use_videos=False
+    )
+    rng = np.random.default_rng(0)
+    episodes = []
+    for length in (3, 5):
+        frames = {key: rng.integers(0, 256, (length, 24, 32, 3), np.uint8) for key in cameras}
+        frames |= {key: rng.normal(size=(length, 2)).astype(np.float32) for key in vectors}
+        for t in range(length):
+            written.add_frame({key: values[t] for key, values in frames.items()} | {"task": "t"})
+        written.save_episode()
+        episodes.append(frames)
+    written.finalize()
+    dataset = LeRobotDataset.open(tmp_path / "cameras")
+    assert dataset.image_keys == tuple(cameras)
+    for position, frames in enumerate(episodes):
+        got = dataset.episode(position, list(frames))
+        for key, values in frames.items():
+            np.testing.assert_array_equal(got[key], values)
