@@ -100,9 +100,10 @@ class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Lookup:
-    """The plan, or None and the reason in one line."""
+    """The plan and its path, or None and the reason in one line."""
 
     plan: bytes | None
+    path: Path | None
     reason: str
 
 
@@ -124,10 +125,11 @@ class EngineCache:
             if not os.path.lexists(folder / f"{key.file_stem}.json"):
                 continue
             try:
-                return Lookup(_load(folder, key, self._seal_key()), "")
+                plan = _load(folder, key, self._seal_key())
+                return Lookup(plan, folder / f"{key.file_stem}.plan", "")
             except _RejectedError as error:
                 reason = str(error)
-        return Lookup(None, reason)
+        return Lookup(None, None, reason)
 
     def store(self, key: EngineKey, plan: bytes, build_seconds: float) -> Path:
         """Keep an engine that was just built here.
@@ -143,10 +145,10 @@ class EngineCache:
         record = msgspec.structs.replace(record, seal=_seal(record, self._seal_key()))
         text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         folder = self._folder(key)
-        _write(folder / f"{key.file_stem}.plan", plan)
+        write_private(folder / f"{key.file_stem}.plan", plan)
         # The record names the plan's digest, so dying between the two leaves a pair that is
         # detected, never one that is believed.
-        _write(folder / f"{key.file_stem}.json", text)
+        write_private(folder / f"{key.file_stem}.json", text)
         return folder / f"{key.file_stem}.plan"
 
     def _folder(self, key: EngineKey) -> Path:
@@ -263,8 +265,12 @@ def _create(path: Path, data: bytes) -> None:
         os.fsync(handle)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         _create(temporary, data)
