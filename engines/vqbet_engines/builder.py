@@ -1,17 +1,20 @@
 """Building one engine in a process of its own."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from vqbet_edge.errors import BackendError
 from vqbet_engines.messages import Failed, Finished, Job, Notice, Progress, receive, send
 
 OnEvent = Callable[[Progress | Notice], None]
-_STDERR_TAIL = 2000  # bytes of the process's last words that an error repeats
+_OUTPUT_TAIL = 2000  # bytes of the process's last words that an error repeats
 
 
 def build_plan(job: Job, on_event: OnEvent | None = None) -> Finished:
@@ -24,30 +27,37 @@ def build_plan(job: Job, on_event: OnEvent | None = None) -> Finished:
     Raises:
         BackendError: TensorRT is missing, refuses the graph, or crashed on it.
     """
-    with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vqbet_engines.worker"],
+    # Answers have a pipe of their own: libraries print to standard output as they like.
+    answers, worker_end = os.pipe()
+    with tempfile.TemporaryFile() as output, open(answers, "rb") as stream:  # noqa: PTH123
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "vqbet_engines.worker", str(worker_end)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
+            stdout=output,
+            stderr=output,
+            pass_fds=(worker_end,),
         )
+        os.close(worker_end)
         try:
-            return _converse(process, job, on_event, stderr)
+            return _converse(_Worker(process, stream, output), job, on_event)
         finally:
             process.kill()
             process.communicate()
 
 
-def _converse(
-    process: "subprocess.Popen[bytes]", job: Job, on_event: OnEvent | None, stderr: BinaryIO
-) -> Finished:
+@dataclass(frozen=True)
+class _Worker:
+    process: "subprocess.Popen[bytes]"
+    answers: BinaryIO
+    output: BinaryIO
+
+
+def _converse(worker: _Worker, job: Job, on_event: OnEvent | None) -> Finished:
     phase = "its start"
-    try:
-        send(cast("BinaryIO", process.stdin), job)
-    except BrokenPipeError:
-        raise _crash(process, phase, stderr) from None
+    with contextlib.suppress(BrokenPipeError):  # it has crashed, as reading will show
+        send(cast("BinaryIO", worker.process.stdin), job)
     while True:
-        match receive(cast("BinaryIO", process.stdout)):
+        match receive(worker.answers):
             case Finished() as finished:
                 return finished
             case Failed(text):
@@ -57,13 +67,13 @@ def _converse(
                     on_event(event)
                 phase = event.phase if isinstance(event, Progress) else phase
             case _:
-                raise _crash(process, phase, stderr)
+                raise _crash(worker, phase)
 
 
-def _crash(process: "subprocess.Popen[bytes]", phase: str, stderr: BinaryIO) -> BackendError:
-    code = process.wait()
+def _crash(worker: _Worker, phase: str) -> BackendError:
+    code = worker.process.wait()
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    stderr.seek(max(0, stderr.seek(0, 2) - _STDERR_TAIL))
-    words = stderr.read().decode(errors="replace").strip()
+    worker.output.seek(max(0, worker.output.seek(0, 2) - _OUTPUT_TAIL))
+    words = worker.output.read().decode(errors="replace").strip()
     hint = "; it ran out of memory: close programs or lower --workspace-mb" if code == -9 else ""
     return BackendError(f"TensorRT's builder crashed ({how}) in '{phase}'{hint}\n{words}".strip())

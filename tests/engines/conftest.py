@@ -4,17 +4,43 @@ NVIDIA publishes bindings and libraries as separate wheels. The bindings are sma
 that they need are generated here from the symbols that they leave undefined.
 """
 
+import functools
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
+import torch
+from vqbet_export.graph import export_graph
+from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
+
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import (
+    FeatureSpec,
+    FileSpec,
+    Manifest,
+    PolicySpec,
+    SourceSpec,
+    StageSpec,
+    TensorSpec,
+    VerificationSpec,
+    encode_manifest,
+)
+from vqbet_edge.model.checkpoint import Checkpoint
+from vqbet_edge.model.config import Feature, FeatureType, VQBeTConfig
+from vqbet_edge.model.eras import Era
+from vqbet_edge.model.network import VQBeT
+from vqbet_edge.model.scaling import identity
 
 RELEASES = {
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",
@@ -103,3 +129,115 @@ def _generate_stubs(module: Path, folder: Path) -> None:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+BundleFactory = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFactory:
+    """Bundles of untrained policies, one for every set of arguments.
+
+    `precision` is fp32 or fp16, `batch` the batch size; the rest is the policy's configuration.
+    """
+
+    @functools.cache
+    def make(precision: str = "fp32", batch: int = 1, **fields: Any) -> Bundle:
+        path = tmp_path_factory.mktemp("bundles") / "test.bundle"
+        path.mkdir(mode=0o700)
+        write_bundle(path, precision, batch, small_checkpoint(**fields))
+        return Bundle.open(path)
+
+    return make
+
+
+def small_checkpoint(**fields: Any) -> Checkpoint:
+    """An untrained policy of the default size, or of the size that the fields say."""
+    torch.manual_seed(0)
+    image, state, action = (3, 96, 96), (2,), (2,)
+    config = VQBeTConfig(
+        input_features={
+            "observation.image": Feature(FeatureType.VISUAL, image),
+            "observation.state": Feature(FeatureType.STATE, state),
+        },
+        output_features={"action": Feature(FeatureType.ACTION, action)},
+        **({"pretrained_backbone_weights": None, "use_group_norm": False} | fields),
+    )
+    network = VQBeT(config).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # folding an identity would prove nothing
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    scalings = {"observation.image": identity(3), "observation.state": identity(2)}
+    return Checkpoint(network, scalings, identity(2), {}, Era.C, "test", "0" * 64)
+
+
+def write_bundle(path: Path, precision: str, batch: int, checkpoint: Checkpoint) -> None:
+    """The four graphs, the runtime's arrays and a manifest."""
+    config, dtype = checkpoint.config, {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    cameras, window, width = len(config.image_keys), config.n_obs_steps, config.gpt_hidden_dim
+    frames = torch.zeros(batch, cameras, *config.encoder_shape, 3, dtype=torch.uint8)
+    tokens = torch.zeros(batch, window, cameras, width)
+    states = torch.zeros(batch, window, config.state_dim)
+    feature = torch.zeros(batch, config.gpt_output_dim)
+    stages = {
+        "vision_encoder": (VisionEncoderStage, {"frames": frames}, ["frame_tokens"]),
+        "gpt": (GptStage, {"image_tokens": tokens, "states": states}, ["feature"]),
+        "code_heads": (CodeHeadsStage, {"feature": feature}, ["logits", "offsets"]),
+        "rvq_decoder": (
+            RvqDecoderStage,
+            {"codes": torch.zeros(batch, 2, dtype=torch.int64)},
+            ["decoded"],
+        ),
+    }
+    specs, files = {}, {}
+    for name, (kind, inputs, outputs) in stages.items():
+        module = kind(checkpoint, dtype)
+        with torch.no_grad():
+            results = module(*inputs.values())
+        results = results if isinstance(results, tuple) else (results,)
+        data = export_graph(module, inputs, outputs)
+        (path / f"{name}.onnx").write_bytes(data)
+        files[f"{name}.onnx"] = _file_spec(data)
+        specs[name] = StageSpec(
+            file=f"{name}.onnx",
+            precision=precision,
+            inputs=tuple(_tensor_spec(*item) for item in inputs.items()),
+            outputs=tuple(_tensor_spec(*item) for item in zip(outputs, results, strict=True)),
+        )
+    arrays = {
+        f"{feature}_{part}": np.ones(2, np.float32)
+        for feature in ("state", "action")
+        for part in ("subtract", "multiply", "add")
+    }
+    safetensors.numpy.save_file(arrays, path / "runtime.safetensors")
+    files["runtime.safetensors"] = _file_spec((path / "runtime.safetensors").read_bytes())
+    features = {"observation.image": ((3, *config.encoder_shape), "VISUAL")}
+    manifest = Manifest(
+        format_version=1,
+        batch_size=batch,
+        policy=PolicySpec(
+            config.n_obs_steps,
+            config.action_chunk_size,
+            config.vqvae_n_embed,
+            config.bet_softmax_temperature,
+            config.sequentially_select,
+        ),
+        input_features={k: FeatureSpec(t, s) for k, (s, t) in features.items()}
+        | {"observation.state": FeatureSpec("STATE", (2,))},
+        output_features={"action": FeatureSpec("ACTION", (2,))},
+        stages=specs,
+        files=files,
+        verification=VerificationSpec("random", 1, 0.0, 1.0, 1.0),
+        source=SourceSpec("test", "0" * 64, "C"),
+        tools={},
+    )
+    (path / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def _file_spec(data: bytes) -> FileSpec:
+    return FileSpec(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
