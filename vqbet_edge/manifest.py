@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from vqbet_edge.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -60,6 +60,15 @@ class FeatureSpec(_Strict, frozen=True):
     shape: tuple[Positive, ...]
 
 
+class CropSpec(_Strict, frozen=True):
+    """The rectangle of pixels that the runtime cuts out of every frame."""
+
+    top: Annotated[int, Meta(ge=0, le=1 << 31)]
+    left: Annotated[int, Meta(ge=0, le=1 << 31)]
+    height: Positive
+    width: Positive
+
+
 class PolicySpec(_Strict, frozen=True):
     """What the runtime needs of the policy's configuration, under LeRobot's field names."""
 
@@ -96,9 +105,10 @@ class Manifest(_Strict, frozen=True):
     policy: PolicySpec
     input_features: dict[Text, FeatureSpec]
     output_features: dict[Text, FeatureSpec]
+    crop: CropSpec
     stages: dict[StageName, StageSpec]
     files: dict[FileName, FileSpec]
-    verification: VerificationSpec
+    verification: VerificationSpec | None
     source: SourceSpec
     tools: dict[Text, Text]
 
@@ -114,9 +124,14 @@ class Manifest(_Strict, frozen=True):
         return height, width, channels
 
     @property
+    def state_key(self) -> str:
+        """Key of the robot's state."""
+        return next(key for key, f in self.input_features.items() if f.type == "STATE")
+
+    @property
     def state_dim(self) -> int:
         """Width of the state."""
-        return self.input_features["observation.state"].shape[0]
+        return self.input_features[self.state_key].shape[0]
 
     @property
     def action_dim(self) -> int:
@@ -165,15 +180,27 @@ def _check_consistency(manifest: Manifest) -> None:
             f"{MANIFEST_NAME} names no digest for {sorted(needed - manifest.files.keys())}; "
             "export again"
         )
-    shapes = {manifest.input_features[key].shape for key in manifest.image_keys}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+    if manifest.verification is None:
+        raise BundleError("the bundle was never verified against its checkpoint; export again")
+    _check_features(manifest)
+
+
+def _check_features(manifest: Manifest) -> None:
+    inputs = list(manifest.input_features.values())
+    images = {feature.shape for feature in inputs if feature.type == "VISUAL"}
+    states = [feature.shape for feature in inputs if feature.type == "STATE"]
+    actions = [feature.shape for feature in manifest.output_features.values()]
+    if len(images) != 1 or {len(shape) for shape in images} != {3}:
         raise BundleError(
-            f"{MANIFEST_NAME} needs cameras of one shape (3, H, W), got {sorted(shapes)}"
+            f"{MANIFEST_NAME}: expected cameras of one shape (3, H, W), got {sorted(images)}"
         )
-    vectors = {
-        "observation.state": manifest.input_features.get("observation.state"),
-        "action": manifest.output_features.get("action"),
-    }
-    for key, feature in vectors.items():
-        if feature is None or len(feature.shape) != 1:
-            raise BundleError(f"{MANIFEST_NAME} needs a feature '{key}' of shape (dim,)")
+    if [len(shape) for shape in (*states, *actions)] != [1, 1] or "action" not in (
+        manifest.output_features
+    ):
+        raise BundleError(
+            f"{MANIFEST_NAME}: expected one state and one 'action' of shape (dim,), "
+            f"got {states} and {actions}"
+        )
+    crop, (_, height, width) = manifest.crop, next(iter(images))
+    if crop.top + crop.height > height or crop.left + crop.width > width:
+        raise BundleError(f"{MANIFEST_NAME}: the crop {crop} leaves the image {height}x{width}")

@@ -24,7 +24,6 @@ from vqbet_edge.errors import ObservationError
 from vqbet_edge.manifest import Manifest
 from vqbet_edge.normalization import Affine
 
-STATE_KEY = "observation.state"
 Observation = Mapping[str, Any]
 
 
@@ -35,11 +34,14 @@ class ObservationReader:
         self._image_keys = manifest.image_keys
         self._batch = manifest.batch_size
         self._image_shape = manifest.image_shape
-        self._state_dim = manifest.state_dim
+        self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
+        crop = manifest.crop
+        self._rows = slice(crop.top, crop.top + crop.height)
+        self._columns = slice(crop.left, crop.left + crop.width)
         self._scaling = state_scaling
 
     def read(self, observation: Observation, frames: Frames, states: Floats) -> None:
-        """Write an observation into `frames` (B, K, H, W, 3) and `states` (B, S).
+        """Write an observation into `frames` (B, K, H, W, 3), cropped, and `states` (B, S).
 
         Raises:
             ObservationError: a feature is missing or not as the policy expects it; what was
@@ -51,15 +53,15 @@ class ObservationReader:
             )
         for camera, key in enumerate(self._image_keys):
             self._read_image(key, _array(observation, key, self._keys()), frames[:, camera])
-        self._read_state(_array(observation, STATE_KEY, self._keys()), states)
+        self._read_state(_array(observation, self._state_key, self._keys()), states)
 
     def _keys(self) -> list[str]:
-        return [*self._image_keys, STATE_KEY]
+        return [*self._image_keys, self._state_key]
 
     def _read_image(self, key: str, image: NDArray[Any], out: NDArray[np.uint8]) -> None:
         height, width, channels = self._image_shape
         if image.dtype == np.uint8 and self._matches(image, (height, width, channels)):
-            np.copyto(out, image)
+            np.copyto(out, image[..., self._rows, self._columns, :])
         elif image.dtype == np.float32 and self._matches(image, (channels, height, width)):
             low, high = image.min(), image.max()
             # Written so that NaN fails too.
@@ -68,8 +70,8 @@ class ObservationReader:
                     f"'{key}': expected float32 values in [0, 1], got {low} to {high}; "
                     "divide by 255, or pass uint8 (H, W, 3)"
                 )
-            levels = np.rint(image.reshape(-1, channels, height, width) * np.float32(255))
-            np.copyto(out, levels.transpose(0, 2, 3, 1), casting="unsafe")
+            levels = np.rint(image[..., self._rows, self._columns] * np.float32(255))
+            np.copyto(out, np.moveaxis(levels, -3, -1), casting="unsafe")
         else:
             raise ObservationError(
                 f"'{key}': expected uint8 {self._shape((height, width, channels))} or float32 "
@@ -81,7 +83,7 @@ class ObservationReader:
         is_float = state.dtype in (np.float32, np.float64)
         if not is_float or not self._matches(state, (self._state_dim,)):
             raise ObservationError(
-                f"'{STATE_KEY}': expected float32 {self._shape((self._state_dim,))}, "
+                f"'{self._state_key}': expected float32 {self._shape((self._state_dim,))}, "
                 f"got {state.dtype} {state.shape}"
             )
         with np.errstate(over="ignore"):
@@ -89,7 +91,7 @@ class ObservationReader:
         self._scaling.apply(out, out)
         if not np.isfinite(out).all():
             raise ObservationError(
-                f"'{STATE_KEY}': expected finite values, got {np.array2string(state)}"
+                f"'{self._state_key}': expected finite values, got {np.array2string(state)}"
             )
 
     def _matches(self, array: NDArray[Any], shape: tuple[int, ...]) -> bool:

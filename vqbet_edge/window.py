@@ -16,11 +16,12 @@ class ObservationWindow:
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
         self._backend = backend
         self._length = manifest.policy.n_obs_steps
+        crop = manifest.crop
         cameras, batch = len(manifest.image_keys), manifest.batch_size
         # One buffer more than the window has rows: the next observation is checked and written
         # there while the window still stands.
         self._frames: Frames = np.zeros(
-            (self._length + 1, batch, cameras, *manifest.image_shape), np.uint8
+            (self._length + 1, batch, cameras, crop.height, crop.width, 3), np.uint8
         )
         self._buffers = list(range(self._length + 1))
         self._encoded = [False] * self._length

@@ -119,13 +119,5 @@ def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
 
 def main() -> None:
     """Entry point of `vqbet-build`."""
-
-    def command() -> None:
-        arguments = tyro.cli(BuildArguments, prog="vqbet-build")
-        _print(arguments, build(arguments))
-
-    run(command)
-
-
-if __name__ == "__main__":
-    main()
+    arguments = tyro.cli(BuildArguments, prog="vqbet-build")
+    run(lambda: _print(arguments, build(arguments)))

@@ -5,7 +5,6 @@ from typing import Any
 
 import onnx
 import torch
-from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from vqbet_edge.errors import VerificationError
@@ -18,9 +17,9 @@ IR_VERSION = 9
 # set means that the export changed and wants a look.
 ALLOWED_OPERATORS = frozenset(
     {
-        "Add", "Cast", "Concat", "Conv", "Div", "Gather", "Gelu", "Gemm", "Identity",
+        "Add", "AveragePool", "Cast", "Concat", "Conv", "Div", "Gather", "Gelu", "Gemm", "Identity",
         "InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Relu",
-        "Reshape", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze",
+        "Reshape", "Resize", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze",
     }
 )  # fmt: skip
 
@@ -56,17 +55,17 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[
     model.ir_version = IR_VERSION
     _strip_comments(model)
     _check(model)
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
-def _strip_comments(message: Message) -> None:
+def _strip_comments(message: Any) -> None:  # noqa: ANN401 - any protobuf message
     """Remove doc strings and metadata: they hold stack traces with the exporter's paths."""
     for field, value in message.ListFields():
         if field.name in {"doc_string", "metadata_props"}:
             message.ClearField(field.name)
         elif field.message_type is not None and field.name != "raw_data":
-            children: Any = value if field.is_repeated else [value]
-            for child in children:
+            for child in value if field.is_repeated else [value]:
                 _strip_comments(child)
 
 

@@ -1,11 +1,12 @@
 """The policy cut into four inference modules.
 
-Letters in shapes: B batch, N window, K cameras, H and W height and width of the crop, S state
-width, D `gpt_hidden_dim`, T tokens (N * (K + 2)), C codes per layer, W actions per chunk, A action width.
+Letters in shapes: B batch, N window, K cameras, H and W height and width of a frame as the runtime
+crops it, S state width, D `gpt_hidden_dim`, T tokens (N * (K + 2)), C codes per layer, W actions
+per chunk, A action width.
 
 Differences from the training network, all exact but for rounding:
-- the encoder takes frames as the runtime crops them, uint8; scaling and image normalisation are
-  part of it; BatchNorm is folded into the convolutions;
+- scaling of uint8, image normalisation and resize are part of the encoder, the crop too where a
+  resize comes before it; BatchNorm is folded into the convolutions;
 - `rgb_feature_projector`, `state_projector` and the action query are multiplied through the token
   embedding `wte`, so frame tokens leave the encoder with the transformer's width;
 - future action queries are dropped (attention is causal and rollout reads the current query
@@ -18,14 +19,16 @@ the borders of the graphs stay float32.
 
 import copy
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import NUM_CODE_LAYERS
+from vqbet_edge.model.config import NUM_CODE_LAYERS, VQBeTConfig
 from vqbet_edge.model.gpt import Block
+from vqbet_edge.model.vision import shrink
 from vqbet_export.folding import AffineMap, fold_batch_norms
 
 # Finite, so that no row of the softmax can become NaN; below any score; within float16.
@@ -35,6 +38,35 @@ MASKED_SCORE = -1e4
 def token_embedding(checkpoint: Checkpoint) -> AffineMap:
     """The transformer's token embedding `wte`."""
     return AffineMap.of(checkpoint.network.vqbet.policy.transformer["wte"])
+
+
+class Crop(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def apply(self, images: Tensor) -> Tensor:
+        """(..., H, W) -> (..., height, width)."""
+        rows = slice(self.top, self.top + self.height)
+        return images[..., rows, self.left : self.left + self.width]
+
+
+def center_crop(size: tuple[int, ...], crop: tuple[int, int]) -> Crop:
+    """The centre of an image of `size`, rounded as torchvision's `CenterCrop` rounds."""
+    top, left = (round((full - part) / 2.0) for full, part in zip(size, crop, strict=True))
+    return Crop(top, left, *crop)
+
+
+def runtime_crop(config: VQBeTConfig) -> Crop:
+    """What the runtime cuts out of every frame before the encoder sees it.
+
+    The crop costs nothing while the frame is copied; only behind a resize the graph has to do it.
+    """
+    full = config.image_shape[1:]
+    return center_crop(full, config.encoder_shape if config.resize_shape is None else full)
 
 
 class VisionEncoderStage(nn.Module):
@@ -47,7 +79,8 @@ class VisionEncoderStage(nn.Module):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__()
         trunk, config = checkpoint.network.vqbet, checkpoint.config
-        self.dtype = dtype
+        self.dtype, self.resize_shape = dtype, config.resize_shape
+        self.crop = center_crop(config.resize_shape or config.encoder_shape, config.encoder_shape)
         scalings = [checkpoint.inputs[key] for key in config.image_keys]
         multiply = torch.tensor([s.multiply.tolist() for s in scalings])  # (K, 3)
         subtract = torch.tensor([s.subtract.tolist() for s in scalings])
@@ -69,8 +102,11 @@ class VisionEncoderStage(nn.Module):
         images = frames.float().permute(0, 1, 4, 2, 3) * self.scale
         if self.shifted:
             images = images + self.shift
+        images = images.flatten(0, 1)
+        if self.resize_shape is not None:
+            images = self.crop.apply(shrink(images, self.resize_shape))
         batch, cameras = frames.shape[:2]
-        heat = self.heat_maps(self.backbone(images.flatten(0, 1).to(self.dtype)))
+        heat = self.heat_maps(self.backbone(images.to(self.dtype)))
         keypoints = heat.float().flatten(2).softmax(dim=-1) @ self.pos_grid  # (B * K, points, 2)
         features = F.relu(self.out(keypoints.flatten(1).to(self.dtype)))
         return self.project(features).float().reshape(batch, cameras, -1)  # type: ignore[no-any-return]

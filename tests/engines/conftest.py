@@ -5,7 +5,6 @@ that they need are generated here from the symbols that they leave undefined.
 """
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -17,25 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 import pytest
-import safetensors.numpy
 import torch
-from vqbet_export.graph import export_graph
-from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
+from safetensors.numpy import save
+from vqbet_export import exporter
+from vqbet_export.exporter import ExportConfig
+from vqbet_export.publishing import publish
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import (
-    FeatureSpec,
-    FileSpec,
-    Manifest,
-    PolicySpec,
-    SourceSpec,
-    StageSpec,
-    TensorSpec,
-    VerificationSpec,
-    encode_manifest,
-)
+from vqbet_edge.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
+from vqbet_edge.manifest import VerificationSpec
 from vqbet_edge.model.checkpoint import Checkpoint
 from vqbet_edge.model.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.model.eras import Era
@@ -144,7 +134,6 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFactory:
     @functools.cache
     def make(precision: str = "fp32", batch: int = 1, **fields: Any) -> Bundle:
         path = tmp_path_factory.mktemp("bundles") / "test.bundle"
-        path.mkdir(mode=0o700)
         write_bundle(path, precision, batch, small_checkpoint(**fields))
         return Bundle.open(path)
 
@@ -163,7 +152,7 @@ def small_checkpoint(**fields: Any) -> Checkpoint:
         output_features={"action": Feature(FeatureType.ACTION, action)},
         **({"pretrained_backbone_weights": None, "use_group_norm": False} | fields),
     )
-    network = VQBeT(config).eval()
+    network = VQBeT(config).eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # folding an identity would prove nothing
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
@@ -173,71 +162,17 @@ def small_checkpoint(**fields: Any) -> Checkpoint:
 
 
 def write_bundle(path: Path, precision: str, batch: int, checkpoint: Checkpoint) -> None:
-    """The four graphs, the runtime's arrays and a manifest."""
-    config, dtype = checkpoint.config, {"fp32": torch.float32, "fp16": torch.float16}[precision]
-    cameras, window, width = len(config.image_keys), config.n_obs_steps, config.gpt_hidden_dim
-    frames = torch.zeros(batch, cameras, *config.encoder_shape, 3, dtype=torch.uint8)
-    tokens = torch.zeros(batch, window, cameras, width)
-    states = torch.zeros(batch, window, config.state_dim)
-    feature = torch.zeros(batch, config.gpt_output_dim)
-    stages = {
-        "vision_encoder": (VisionEncoderStage, {"frames": frames}, ["frame_tokens"]),
-        "gpt": (GptStage, {"image_tokens": tokens, "states": states}, ["feature"]),
-        "code_heads": (CodeHeadsStage, {"feature": feature}, ["logits", "offsets"]),
-        "rvq_decoder": (
-            RvqDecoderStage,
-            {"codes": torch.zeros(batch, 2, dtype=torch.int64)},
-            ["decoded"],
-        ),
-    }
-    specs, files = {}, {}
-    for name, (kind, inputs, outputs) in stages.items():
-        module = kind(checkpoint, dtype)
-        with torch.no_grad():
-            results = module(*inputs.values())
-        results = results if isinstance(results, tuple) else (results,)
-        data = export_graph(module, inputs, outputs)
-        (path / f"{name}.onnx").write_bytes(data)
-        files[f"{name}.onnx"] = _file_spec(data)
-        specs[name] = StageSpec(
-            file=f"{name}.onnx",
-            precision=precision,
-            inputs=tuple(_tensor_spec(*item) for item in inputs.items()),
-            outputs=tuple(_tensor_spec(*item) for item in zip(outputs, results, strict=True)),
-        )
-    arrays = {
-        f"{feature}_{part}": np.ones(2, np.float32)
-        for feature in ("state", "action")
-        for part in ("subtract", "multiply", "add")
-    }
-    safetensors.numpy.save_file(arrays, path / "runtime.safetensors")
-    files["runtime.safetensors"] = _file_spec((path / "runtime.safetensors").read_bytes())
-    features = {"observation.image": ((3, *config.encoder_shape), "VISUAL")}
-    manifest = Manifest(
-        format_version=1,
-        batch_size=batch,
-        policy=PolicySpec(
-            config.n_obs_steps,
-            config.action_chunk_size,
-            config.vqvae_n_embed,
-            config.bet_softmax_temperature,
-            config.sequentially_select,
-        ),
-        input_features={k: FeatureSpec(t, s) for k, (s, t) in features.items()}
-        | {"observation.state": FeatureSpec("STATE", (2,))},
-        output_features={"action": FeatureSpec("ACTION", (2,))},
-        stages=specs,
-        files=files,
-        verification=VerificationSpec("random", 1, 0.0, 1.0, 1.0),
-        source=SourceSpec("test", "0" * 64, "C"),
-        tools={},
+    """As the exporter does, but unverified, and without the table that replaces the decoder."""
+    config = ExportConfig("test", path, precision, batch)
+    arrays = exporter._runtime_arrays(checkpoint)
+    del arrays[DECODE_TABLE]
+    contents, specs = {RUNTIME_NAME: save(arrays)}, {}
+    for name, stage in exporter._stages(checkpoint, config).items():
+        graph, specs[name] = stage.export(name, precision)
+        contents[specs[name].file] = graph
+    manifest = exporter._manifest(checkpoint, config, specs)
+    files = exporter._file_specs(contents)
+    verification = VerificationSpec("random", 1, 0.0, 1.0, 1.0)
+    publish(
+        path, contents, msgspec.structs.replace(manifest, files=files, verification=verification)
     )
-    (path / "manifest.json").write_bytes(encode_manifest(manifest))
-
-
-def _file_spec(data: bytes) -> FileSpec:
-    return FileSpec(hashlib.sha256(data).hexdigest(), len(data))
-
-
-def _tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

@@ -34,6 +34,7 @@ class CudaBackend(Backend):
     def __init__(self, bundle: Bundle, cuda: Cuda, *, capture: bool) -> None:
         super().__init__()
         self._cuda = cuda
+        self._graph_wanted = switch(GRAPH_VARIABLE, default=True)
         specs = [bundle.manifest.stages[stage] for stage in bundle.stages_to_load]
         inputs = {tensor.name: tensor for spec in specs for tensor in spec.inputs}
         outputs = {tensor.name: tensor for spec in specs for tensor in spec.outputs}
@@ -50,7 +51,7 @@ class CudaBackend(Backend):
         self._row_size = _size(tensors["image_tokens"]) // (self._batch * self._length)
         self._scratch = cuda.buffer(max(1, self._row_size * (self._length - 1)), host=False)
         self._stages = {stage: self._create_stage(bundle, stage) for stage in bundle.stages_to_load}
-        self._launches = self._prepare(capture and switch(GRAPH_VARIABLE, default=True))
+        self._launches = self._prepare(capture and self._graph_wanted)
 
     @abstractmethod
     def _create_stage(self, bundle: Bundle, stage: StageName) -> Launch:

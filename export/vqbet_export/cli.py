@@ -1,0 +1,95 @@
+"""The command `vqbet-export`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+from vqbet_edge import commands
+from vqbet_edge.errors import UsageError
+from vqbet_edge.manifest import Precision
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Export a VQ-BeT checkpoint as a bundle that acts without PyTorch, verified against it."""
+
+    # A model.safetensors that LeRobot or vqbet-train wrote, its directory, or a Hub id.
+    path: tyro.conf.Positional[str]
+    # Compute in float32; the default.
+    fp32: Flag = False
+    # Compute in float16, with normalisation and softmax in float32.
+    fp16: Flag = False
+    # The bundle to write; by default named after the checkpoint and the precision, here.
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    # A LeRobot data set (folder or Hub id) to verify on, besides random observations.
+    verify_data: str | None = None
+    # Observations of each kind to verify on.
+    verify_steps: int = 128
+    # Robots that the bundle serves at once.
+    batch_size: int = 1
+    # Replace an existing bundle.
+    force: Flag = False
+    # Print the report as JSON.
+    json: Flag = False
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = tyro.cli(Arguments, prog="vqbet-export")
+    commands.run(lambda: _export(arguments))
+
+
+def _export(arguments: Arguments) -> None:
+    # Heavy, and not needed for --help.
+    from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
+
+    precision = _precision(arguments)
+    for name in ("verify_steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        result = export(
+            ExportConfig(
+                checkpoint=arguments.path,
+                output=arguments.output or default_output(arguments.path, precision),
+                precision=precision,
+                batch_size=arguments.batch_size,
+                verify_data=arguments.verify_data,
+                verify_steps=arguments.verify_steps,
+                force=arguments.force,
+            ),
+            progress=lambda text: status.update(f"{text} ..."),
+        )
+    if arguments.json:
+        sys.stdout.buffer.write(msgspec.json.encode(result.report) + b"\n")
+        return
+    report = (result.path / "report.md").read_text()
+    Console().print(Markdown(report), f"\n[bold]{result.path}[/bold]")
+
+
+def _precision(arguments: Arguments) -> Precision:
+    if arguments.fp32 and arguments.fp16:
+        raise UsageError("--fp32 and --fp16 exclude each other; export twice for both")
+    return "fp16" if arguments.fp16 else "fp32"
+
+
+def default_output(source: str, precision: Precision) -> Path:
+    """`<name>-<precision>.bundle` in the working directory.
+
+    The name is the checkpoint's directory; for `outputs/<run>/checkpoints/<step>/pretrained_model`,
+    as training lays it out, it is the run.
+    """
+    path = Path(source)
+    directory = (path.parent if path.suffix else path).absolute()
+    if directory.name == "pretrained_model" and len(directory.parents) > 2:
+        directory = directory.parents[2]
+    return Path(f"{directory.name or 'policy'}-{precision}.bundle")

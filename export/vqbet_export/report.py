@@ -1,0 +1,68 @@
+"""`report.json` and `report.md`: what was verified, on what, with which figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from vqbet_edge.manifest import Manifest, Precision
+from vqbet_export.metrics import Limits, Verification
+
+
+def report_data(
+    manifest: Manifest, precision: Precision, limits: Limits, results: Sequence[Verification]
+) -> dict[str, Any]:
+    """The report as plain data, with the fields' own names."""
+    return {
+        "source": msgspec.to_builtins(manifest.source),
+        "precision": precision,
+        "tools": manifest.tools,
+        "limits": asdict(limits),
+        "results": [asdict(result) for result in results],
+    }
+
+
+def report_markdown(data: Mapping[str, Any], bytes_by_stage: Mapping[str, int]) -> str:
+    """The report as Markdown tables."""
+    source = data["source"]
+    lines = [
+        f"# Verification of {source['name']}",
+        "",
+        f"Precision {data['precision']}, compared with the network in PyTorch (float32).",
+        f"The checkpoint is of era {source['era']} and has SHA-256 `{source['sha256']}`.",
+    ]
+    for result in data["results"]:
+        lines += ["", f"## On {result['samples']} {result['observations']} observations", ""]
+        lines += _stage_table(result["stages"], bytes_by_stage)
+        lines += ["", *_policy_table(result["policy"])]
+    limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
+    lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]
+    lines += ["", "## Made with", "", *(f"- {k} {v}" for k, v in data["tools"].items()), ""]
+    return "\n".join(lines)
+
+
+def _stage_table(
+    stages: Mapping[str, Mapping[str, float]], bytes_by_stage: Mapping[str, int]
+) -> list[str]:
+    return [
+        "| stage | MB | largest error | relative error | smallest cosine |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {name} | {bytes_by_stage[name] / 1e6:.1f} | {row['max_error']:.2e} "
+            f"| {row['relative_error']:.2e} | {row['cosine']:.7f} |"
+            for name, row in stages.items()
+        ),
+    ]
+
+
+def _policy_table(policy: Mapping[str, float]) -> list[str]:
+    return [
+        "| whole policy, codes forced | |",
+        "|---|---:|",
+        f"| largest action error, in the action's units | {policy['action_error']:.3g} |",
+        f"| ... relative to the action's range | {policy['relative_action_error']:.2e} |",
+        f"| agreement of the most probable codes | {policy['code_agreement']:.2%} |",
+        f"| largest change of a code's probability | {policy['probability_error']:.2e} |",
+        f"| mean total variation of the code distribution | {policy['total_variation']:.2e} |",
+    ]

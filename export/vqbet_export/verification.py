@@ -1,0 +1,165 @@
+"""Proof that a bundle computes the policy that it was exported from.
+
+Every stage runs by itself on the reference's inputs; the whole bundle runs through `EdgePolicy`
+with the reference's codes forced, so that normalisation, window, table and fusion are proven too.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from vqbet_edge.backends import create_backend
+from vqbet_edge.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.manifest import StageName
+from vqbet_edge.model.checkpoint import Checkpoint
+from vqbet_edge.model.config import STATE_KEY
+from vqbet_edge.policy import EdgePolicy
+from vqbet_export.metrics import PolicyResult, StageResult, Verification
+from vqbet_export.observations import Segment
+from vqbet_export.reference import ReferenceRun, run_reference
+from vqbet_export.stages import decode_table
+
+Array = NDArray[Any]
+
+# All pairs of a code book of 64; of larger ones, as many pairs spread evenly.
+MAX_DECODED_PAIRS = 4096
+
+
+def verify(
+    bundle: Bundle, checkpoint: Checkpoint, segments: list[Segment], name: str
+) -> Verification:
+    """Compare a bundle with its checkpoint.
+
+    Args:
+        bundle: need not have a verification summary yet.
+        checkpoint: what it was exported from.
+        segments: the observations to compare on.
+        name: what to call them in the report.
+    """
+    runs = [run_reference(checkpoint, segment) for segment in segments]
+    return Verification(
+        observations=name,
+        samples=sum(run.codes.shape[0] * run.codes.shape[1] for run in runs),
+        stages=_verify_stages(bundle, checkpoint, segments, runs),
+        policy=_verify_policy(bundle, checkpoint, segments, runs),
+    )
+
+
+class _Session:
+    """One graph of the bundle in ONNX Runtime, fed by position."""
+
+    def __init__(self, bundle: Bundle, stage: StageName) -> None:
+        self._names = [tensor.name for tensor in bundle.manifest.stages[stage].inputs]
+        self._session = onnxruntime.InferenceSession(
+            bundle.graph(stage), providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+
+    def run(self, *inputs: Array) -> list[Array]:
+        feed = dict(zip(self._names, map(np.ascontiguousarray, inputs), strict=True))
+        outputs: list[Array] = self._session.run(None, feed)
+        return outputs
+
+
+def _verify_stages(
+    bundle: Bundle, checkpoint: Checkpoint, segments: list[Segment], runs: list[ReferenceRun]
+) -> dict[StageName, StageResult]:
+    encoder, gpt = _Session(bundle, "vision_encoder"), _Session(bundle, "gpt")
+    tokens, features = [], []
+    for segment, run in zip(segments, runs, strict=True):
+        tokens += [encoder.run(_cropped(bundle, frames))[0] for frames in segment.frames]
+        windows = zip(run.image_tokens, run.states, strict=True)
+        features += [gpt.run(images, states)[0] for images, states in windows]
+    return {
+        "vision_encoder": _compare(tokens, [run.frame_tokens for run in runs]),
+        "gpt": _compare(features, [run.features for run in runs]),
+        "code_heads": _verify_heads(bundle, runs),
+        "rvq_decoder": _verify_decoder(bundle, checkpoint),
+    }
+
+
+def _cropped(bundle: Bundle, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    crop = bundle.manifest.crop
+    rows = slice(crop.top, crop.top + crop.height)
+    return frames[:, :, rows, crop.left : crop.left + crop.width]
+
+
+def _compare(outputs: list[Array], references: list[Array]) -> StageResult:
+    """Outputs (B, ...) per step against references (M, B, ...) per segment, row by row."""
+    return StageResult.compare(
+        np.concatenate(outputs), np.concatenate([r.reshape(-1, *r.shape[2:]) for r in references])
+    )
+
+
+def _verify_heads(bundle: Bundle, runs: list[ReferenceRun]) -> StageResult:
+    heads = _Session(bundle, "code_heads")
+    logits, offsets = [], []
+    for run in runs:
+        for feature, codes in zip(run.features, run.codes, strict=True):
+            step_logits, step_offsets = heads.run(feature)
+            if bundle.manifest.policy.sequentially_select:
+                step_logits[:, 1] += bundle.arrays[SECONDARY_COLUMNS][codes[:, 0]]
+            logits.append(step_logits)
+            offsets.append(step_offsets)
+    return StageResult.worst(
+        [
+            _compare(logits, [run.logits for run in runs]),
+            _compare(offsets, [run.offsets for run in runs]),
+        ]
+    )
+
+
+def _verify_decoder(bundle: Bundle, checkpoint: Checkpoint) -> StageResult:
+    decoder, batch = _Session(bundle, "rvq_decoder"), bundle.manifest.batch_size
+    size = checkpoint.config.vqvae_n_embed
+    pairs = np.linspace(0, size**2 - 1, min(size**2, MAX_DECODED_PAIRS)).astype(np.int64)
+    codes = np.stack(np.divmod(np.resize(pairs, -(-len(pairs) // batch) * batch), size), axis=1)
+    outputs = [decoder.run(part)[0] for part in codes.reshape(-1, batch, 2)]
+    table = decode_table(checkpoint).numpy()
+    return StageResult.compare(np.concatenate(outputs), table[codes[:, 0], codes[:, 1]])
+
+
+def _verify_policy(
+    bundle: Bundle, checkpoint: Checkpoint, segments: list[Segment], runs: list[ReferenceRun]
+) -> PolicyResult:
+    policy = EdgePolicy(bundle, create_backend("onnxruntime", bundle))
+    chunks, probabilities = [], []
+    for segment, run in zip(segments, runs, strict=True):
+        policy.reset()
+        for frames, states, codes in zip(segment.frames, segment.states, run.codes, strict=True):
+            policy.act_chunk(_observation(checkpoint, frames, states), codes=codes)
+            decision = policy.last
+            assert decision is not None  # noqa: S101 - a chunk was just predicted
+            chunks.append(decision.decoded_chunk + decision.offset_chunk)
+            probabilities.append(decision.code_probabilities)
+    expected = np.concatenate([run.chunks.reshape(-1, *run.chunks.shape[2:]) for run in runs])
+    errors = np.abs(np.reshape(chunks, expected.shape) - expected)
+    logits = np.concatenate([run.logits.reshape(-1, *run.logits.shape[2:]) for run in runs])
+    wanted = _softmax(logits / checkpoint.config.bet_softmax_temperature)
+    got = np.reshape(probabilities, wanted.shape)
+    agreement = (got.argmax(axis=-1) == wanted.argmax(axis=-1)).all(axis=1)
+    return PolicyResult(
+        action_error=float((errors * np.abs(checkpoint.action.multiply)).max()),
+        # Normalised actions span [-1, 1].
+        relative_action_error=float(errors.max()) / 2,
+        code_agreement=float(agreement.mean()),
+        probability_error=float(np.abs(got - wanted).max()),
+        total_variation=float(np.abs(got - wanted).sum(axis=-1).mean()) / 2,
+    )
+
+
+def _observation(
+    checkpoint: Checkpoint, frames: NDArray[np.uint8], states: NDArray[np.float32]
+) -> dict[str, Array]:
+    """What a robot would pass: (B, H, W, 3) per camera and (B, S)."""
+    keys = checkpoint.config.image_keys
+    values: dict[str, Array] = {key: frames[:, k] for k, key in enumerate(keys)}
+    values[STATE_KEY] = states
+    return {checkpoint.renamed.get(key, key): value for key, value in values.items()}
+
+
+def _softmax(x: Array) -> Array:
+    weights = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    normalized: Array = weights / weights.sum(axis=-1, keepdims=True)
+    return normalized
