@@ -20,6 +20,7 @@ _TYPES = {
     "Float": "FP32", "Half": "FP16", "BFloat16": "BF16", "Int8": "INT8", "UInt8": "UINT8",
     "Int32": "INT32", "Int64": "INT64", "Bool": "BOOL",
 }  # fmt: skip
+_TYPE_WORD = re.compile(r"\b(?:FP\d+|BF16|U?Int\d+|Float|Half|BFloat16|Bool)\b", re.IGNORECASE)
 _CONVOLUTIONS = ("correlation", "convolution", "caskconvolution", "conv")
 
 
@@ -88,7 +89,7 @@ def _from_inspector(layer: Any) -> Layer:  # noqa: ANN401
 
 
 def _types_from_inspector(tensors: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Types such as "Float", or a format that ends in one: "Row major linear FP16"."""
+    """Types that stand alone, "Float", or within a format, "Row major linear FP16 format"."""
     texts = (tensor.get("Datatype") or tensor.get("Format/Datatype", "") for tensor in tensors)
-    words = (text.replace(" format", "").split() for text in texts)
-    return tuple(_TYPES.get(w[-1], w[-1].upper()) if w else "UNKNOWN" for w in words)
+    found = (_TYPE_WORD.search(text) for text in texts)
+    return tuple(_TYPES.get(m[0], m[0].upper()) if m else "UNKNOWN" for m in found)

@@ -160,7 +160,7 @@ def test_no_engine_and_building_off(
 def test_an_altered_engine_is_never_deserialised(bundle: Bundle, trt: TensorRT) -> None:
     store(bundle, trt)
     for plan in bundle.path.glob("engines/*/gpt-*.plan"):
-        plan.write_bytes(b"evil")
+        plan.write_bytes(b"gp!")
     with pytest.raises(BackendError, match="altered"):
         TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt, build=False)
     assert trt.module.calls == []
