@@ -206,6 +206,20 @@ def test_one_wait_per_replan(bundle: Bundle) -> None:
     assert set(backend.seconds) == {"replan"}
 
 
+@pytest.mark.parametrize("capture", [False, True])
+def test_stages_alone(bundle: Bundle, *, capture: bool) -> None:
+    cuda = HostCuda()
+    backend = HostStagesBackend(bundle, cuda, capture=capture)
+    before = cuda.captures
+    launches = backend.stage_launches()
+    assert cuda.captures - before == (len(bundle.stages_to_load) if capture else 0)
+    for stage, launch in launches.items():
+        waits = cuda.waits
+        launch()
+        assert cuda.waits == waits + 1
+        assert backend.seconds[stage] > 0
+
+
 @pytest.mark.parametrize(("value", "captures"), [("0", 0), ("1", 2), ("", 2)])
 def test_the_switch_for_cuda_graphs(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, value: str, captures: int

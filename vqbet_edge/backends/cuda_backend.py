@@ -4,6 +4,7 @@ Every tensor has one address for ever. The window of encoded frames stays on the
 states go in, logits and offsets come out. After loading nothing is allocated.
 """
 
+import functools
 import time
 from abc import abstractmethod
 from typing import Any
@@ -66,6 +67,12 @@ class CudaBackend(Backend):
         if not capture:
             return launches
         return {name: self._cuda.capture(put) for name, put in launches.items()}
+
+    def stage_launches(self) -> dict[StageName, Launch]:
+        """One launch per stage that waits for its end: what benchmarks time."""
+        capture = self._launches["replan"] != self._put_replan
+        puts = {n: self._cuda.capture(s) if capture else s for n, s in self._stages.items()}
+        return {name: functools.partial(self._run, name, put) for name, put in puts.items()}
 
     def advance(self) -> None:
         """Move every row one step into the past, by way of a scratch buffer."""
