@@ -167,6 +167,8 @@ def _monitor(trt: TensorRT, config: Any, out: BinaryIO) -> Any:  # noqa: ANN401
 def _inspect(trt: TensorRT, logger: Any, plan: Any) -> str:  # noqa: ANN401
     """What the engine inspector says of an engine for this machine's GPU."""
     engine = trt.module.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BackendError("TensorRT cannot load the engine that it built; see vqbet-doctor")
     information = engine.create_engine_inspector().get_engine_information
     return str(information(trt.module.LayerInformationFormat.JSON))
 

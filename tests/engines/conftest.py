@@ -38,8 +38,10 @@ RELEASES = {
     "10.16.0": "tensorrt-cu13-bindings==10.16.0.72",
     "11.4.0": "tensorrt-cu13-bindings==11.4.0.106",
 }
+BEST_EFFORT = {"8.6.1": "tensorrt-bindings==8.6.1"}
 REPOSITORY = Path(__file__).parents[2]
-_PREFIXES = ("create", "get", "initLib")
+# The last is C++: the parsers of TensorRT 8.
+_PREFIXES = ("create", "get", "initLib", "_ZN")
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,24 @@ class Bindings:
 
 @pytest.fixture(params=RELEASES)
 def release(request: pytest.FixtureRequest) -> Bindings:
-    """A release's bindings, fetched once and kept in pytest's cache."""
-    root = Path(request.config.cache.mkdir("tensorrt-bindings")) / request.param
+    """Bindings of a release that is supported."""
+    return _bindings(request, request.param)
+
+
+@pytest.fixture(params=BEST_EFFORT)
+def old_release(request: pytest.FixtureRequest) -> Bindings:
+    """Bindings of a release that works as well as it can."""
+    return _bindings(request, request.param)
+
+
+def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
+    """Fetched once and kept in pytest's cache."""
+    root = Path(request.config.cache.mkdir("tensorrt-bindings")) / name
     if not (root / "stubs").exists():
         if shutil.which("gcc") is None or shutil.which("nm") is None:
             _unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
         shutil.rmtree(root, ignore_errors=True)
-        _fetch(RELEASES[request.param], root)
+        _fetch((RELEASES | BEST_EFFORT)[name], root)
         _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
 

@@ -34,6 +34,13 @@ GUARDED = {
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
 }
+# Behind a question too; TensorRT 8.6 is what the question is for.
+ASKED_OF_TENSORRT_8 = {
+    "IBuilderConfig.progress_monitor",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "ParserError.node_name",
+    "ParserError.node_operator",
+}
 
 
 def _chain(node: ast.expr) -> list[str]:
@@ -131,3 +138,45 @@ try: _set_capability(import_tensorrt("tensorrt"), None, "sm86")
 except BackendError as error: print(json.dumps(str(error)))
 """
     assert "pip install tensorrt-rtx" in release.run(code)
+
+
+def test_tensorrt_8_is_recognised(old_release: Any, paths: list[str]) -> None:
+    """Not strongly typed; what the code needs then is there, and what it asks for may not be."""
+    code = f"""
+from operator import attrgetter
+from vqbet_edge.backends.tensorrt_module import import_tensorrt
+trt, missing = import_tensorrt("tensorrt"), []
+for path in {json.dumps([*paths, "NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.FP16"])}:
+    try: attrgetter(path)(trt.module)
+    except AttributeError: missing.append(path)
+print(json.dumps([trt.strongly_typed, missing]))
+"""
+    strongly_typed, missing = old_release.run(code)
+    assert not strongly_typed
+    assert set(missing) == ASKED_OF_TENSORRT_8
+
+
+def test_types_have_numpys_names(release: Any) -> None:
+    """The check of an engine's borders compares these names with the manifest's."""
+    code = """
+trt = tensorrt_bindings
+types = (trt.DataType.FLOAT, trt.DataType.UINT8, trt.DataType.INT64)
+print(json.dumps([trt.nptype(dtype).__name__ for dtype in types]))
+"""
+    assert release.run(code) == ["float32", "uint8", "int64"]
+
+
+def test_every_cuda_call_resolves() -> None:
+    """In the installed cuda-python; importing it needs no driver."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    source = (REPOSITORY / "vqbet_edge/backends/cuda_python.py").read_text()
+    aliases = {"attribute": driver.CUdevice_attribute, "events": driver.CUevent_flags}
+    holders: dict[str, Any] = {"driver": driver, "_driver": driver, **aliases}
+    found = 0
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name), attr=attr):
+                if name in holders and attr != "_driver":
+                    found += 1
+                    assert hasattr(holders[name], attr), f"{name}.{attr}"
+    assert found > 25

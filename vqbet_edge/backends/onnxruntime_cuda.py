@@ -57,12 +57,18 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         if session.get_providers()[0] != _PROVIDER:
             raise BackendError(f"ONNX Runtime cannot load its CUDA provider; {_MISSING}")
         binding = session.io_binding()
-        for tensor in spec.inputs:
-            address = self._buffers[tensor.name].address
-            dtype = np.dtype(tensor.dtype)
-            binding.bind_input(tensor.name, "cuda", 0, dtype, tensor.shape, address)
-        for tensor in spec.outputs:
-            address = self._buffers[tensor.name].address
-            dtype = np.dtype(tensor.dtype)
-            binding.bind_output(tensor.name, "cuda", 0, dtype, tensor.shape, address)
-        return lambda: session.run_with_iobinding(binding, run_options)
+        for bind, tensors in (
+            (binding.bind_input, spec.inputs),
+            (binding.bind_output, spec.outputs),
+        ):
+            for tensor in tensors:
+                address = self._buffers[tensor.name].address
+                bind(tensor.name, "cuda", 0, np.dtype(tensor.dtype), tensor.shape, address)
+
+        def enqueue() -> None:
+            try:
+                session.run_with_iobinding(binding, run_options)
+            except Exception as error:
+                raise BackendError(f"ONNX Runtime failed in {stage}: {error}") from error
+
+        return enqueue

@@ -65,6 +65,7 @@ class TensorRTBackend(CudaBackend):
         self._tensorrt = tensorrt or import_tensorrt()
         cuda = cuda or create_cuda()
         self._errors: list[str] = []
+        self._engines: list[Any] = []  # an execution context does not own its engine
         self._logger = create_logger(self._tensorrt, self._log)
         self._runtime = self._tensorrt.module.Runtime(self._logger)
         self._plans = _plans(bundle, self._tensorrt, cuda.device, build=build)
@@ -84,6 +85,7 @@ class TensorRTBackend(CudaBackend):
         if engine is None:
             raise self._failure(f"refuses the engine of {stage}")
         _check_borders(self._tensorrt.module, engine, stage, spec)
+        self._engines.append(engine)
         context = engine.create_execution_context()
         if context is None:
             raise self._failure(f"has no memory for {stage}")

@@ -151,7 +151,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
             f"'{path}' is no safetensors file or is truncated ({error}); copy or save it again"
         ) from error
     plain = {
-        re.sub(r"(^|\.)(_orig_mod|module)\.", r"\1", name): tensor
+        re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", name): tensor
         for name, tensor in tensors.items()
     }
     for name, tensor in plain.items():

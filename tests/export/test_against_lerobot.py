@@ -1,0 +1,92 @@
+"""The exported bundle against LeRobot 0.4.4 itself, and its graphs in TensorRT's builder."""
+
+import numpy as np
+import oracle
+import pytest
+from workshop import Exported, Workshop
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import STAGES, Precision
+
+CASES = [
+    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
+    for case in oracle.CASES
+]
+
+
+def force_codes(policy: EdgePolicy, judge: oracle.JudgedPolicy) -> None:
+    """Make the runtime decide as the judge is told to."""
+    choose = policy._sampler.choose
+    policy._sampler.choose = lambda outputs, _=None: choose(  # type: ignore[method-assign]
+        outputs, np.array([judge.injected.codes])
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("precision", "action_limit", "probability_limit"),
+    [("fp32", 1e-4, 1e-3), ("fp16", 2e-3, 2e-2)],
+)
+def test_acts_as_select_action(
+    workshop: Workshop,
+    case: oracle.Case,
+    precision: Precision,
+    action_limit: float,
+    probability_limit: float,
+) -> None:
+    exported = workshop.bundle(case, precision)
+    judge = oracle.JudgedPolicy(exported.policy, case)
+    policy = EdgePolicy.load(exported.bundle)
+    force_codes(policy, judge)
+    stats = oracle.make_statistics(case)[oracle.ACTION]
+    action_range = (stats["max"] - stats["min"]).numpy()
+    random = np.random.default_rng(0)
+    codes = case.fields.get("vqvae_n_embed", 16)
+    for observation in oracle.observations(case, 12):
+        judge.injected.codes = tuple(random.integers(codes, size=2).tolist())
+        expected, got = judge.act(observation), policy.act(observation)
+        assert got.dtype == np.float32
+        assert np.abs((got - expected) / action_range).max() <= action_limit
+        assert policy.last is not None
+        change = np.abs(policy.last.code_probabilities - judge.injected.probabilities)
+        assert change.max() <= probability_limit
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graphs_build_in_tensorrt(
+    workshop: Workshop, case: oracle.Case, precision: Precision
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    bundle = Bundle.open(workshop.bundle(case, precision).bundle)
+    for stage in STAGES:
+        plan = build_ahead_of_time(trt, bundle.graph(stage))
+        assert len(plan) > 1000, stage
+
+
+def build_ahead_of_time(trt: object, graph: bytes) -> bytes:
+    """A strongly typed engine for compute capability 8.6, built without a GPU."""
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flag)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(graph), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None
+    return bytes(plan)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_report_keeps_the_limits_of_float16(workshop: Workshop, case: oracle.Case) -> None:
+    import json
+
+    exported: Exported = workshop.bundle(case, "fp16")
+    report = json.loads((exported.bundle / "report.json").read_text())
+    for result in report["results"]:
+        assert {stage["cosine"] >= 0.999 for stage in result["stages"].values()} == {True}
+        assert 0.99 <= result["policy"]["code_agreement"] <= 1

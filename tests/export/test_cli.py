@@ -1,0 +1,128 @@
+"""`vqbet-export` as a person runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from vqbet_export import cli, metrics
+from workshop import Workshop
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.data import LeRobotDataset
+
+PUSHT = Path(__file__).parents[1] / "data" / "pusht"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command's exit code."""
+    monkeypatch.setattr(sys, "argv", ["vqbet-export", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def pusht_checkpoint(workshop: Workshop) -> Path:
+    """An untrained policy with PushT's features."""
+    return workshop.checkpoint(oracle.small("pusht"))[1]
+
+
+def test_exports_next_to_where_one_stands(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
+) -> None:
+    arguments = [str(pusht_checkpoint / "model.safetensors"), "--fp16", "--verify-steps", "16"]
+    assert run(monkeypatch, *arguments, "--verify-data", str(PUSHT), "--json") == 0
+    bundle = cwd / "pusht-fp16.bundle"
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((bundle / "report.json").read_text())
+    assert [result["observations"] for result in report["results"]] == ["random", "real"]
+    assert [result["samples"] for result in report["results"]] == [16, 16]
+    markdown = (bundle / "report.md").read_text()
+    assert "## On 16 real observations" in markdown
+    assert "| vision_encoder |" in markdown
+    policy = EdgePolicy.load(bundle)
+    assert {stage.precision for stage in policy.manifest.stages.values()} == {"fp16"}
+    episode = LeRobotDataset.open(PUSHT).episode(0)
+    for step in range(8):
+        frame, state = episode["observation.image"][step], episode["observation.state"][step]
+        action = policy.act({"observation.image": frame, "observation.state": state})
+        assert np.isfinite(action).all()
+
+
+def test_existing_bundle_needs_force(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
+) -> None:
+    arguments = [str(pusht_checkpoint), "-o", "a.bundle", "--verify-steps", "2"]
+    assert run(monkeypatch, *arguments) == 0
+    assert run(monkeypatch, *arguments) == 2
+    assert "replace it with --force" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "--force") == 0
+    (cwd / "folder").mkdir()
+    assert run(monkeypatch, str(pusht_checkpoint), "-o", "folder", "--force") == 2
+    assert "is no bundle" in capsys.readouterr().err
+
+
+def test_failed_verification_publishes_nothing_and_exits_3(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
+) -> None:
+    monkeypatch.setitem(metrics.LIMITS, "fp16", metrics.Limits(relative_error=1e-6))
+    arguments = [str(pusht_checkpoint), "--fp16", "-o", "a.bundle", "--verify-steps", "2"]
+    assert run(monkeypatch, *arguments) == 3
+    assert "nothing was published: " in capsys.readouterr().err
+    assert list(cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 4, "'nowhere' does not exist"),
+        (["nowhere", "--fp16", "--fp32"], 2, "exclude each other"),
+        (["nowhere", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
+        (["policy.pt"], 4, "pickled file"),
+    ],
+)
+@pytest.mark.usefixtures("cwd")
+def test_mistakes_have_their_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], code: int, message: str
+) -> None:
+    assert run(monkeypatch, *arguments) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cwd")
+def test_verification_data_must_fit_the_policy(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, checkpoint = workshop.checkpoint(oracle.TINY)
+    assert run(monkeypatch, str(checkpoint), "--verify-data", str(PUSHT)) == 4
+    assert "the policy observes images (40, 48, 3)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_command_is_installed_and_explains_itself() -> None:
+    command = Path(sys.executable).with_name("vqbet-export")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    for option in ("--fp16", "--output", "--verify-data", "--force", "--json"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("outputs/pusht/checkpoints/last/pretrained_model", "pusht-fp32.bundle"),
+        (
+            "outputs/pusht/checkpoints/000100/pretrained_model/model.safetensors",
+            "pusht-fp32.bundle",
+        ),
+        ("policies/mine/model.safetensors", "mine-fp32.bundle"),
+        ("someone/vqbet_pusht", "vqbet_pusht-fp32.bundle"),
+    ],
+)
+def test_bundle_is_named_after_the_policy(source: str, name: str) -> None:
+    assert cli.default_output(source, "fp32") == Path(name)
