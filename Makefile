@@ -1,0 +1,35 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.package
+	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
+
+test: $(VENV)/.judge
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+check: $(VENV)/.judge
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) outputs build dist
+
+$(VENV)/.package: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[export,train,sim]'
+	touch $@
+
+# LeRobot judges our results. Its own pins ask for an older torch, so it comes without them.
+$(VENV)/.judge: $(VENV)/.package tests/requirements-judge.txt
+	$(PIP) --editable '.[dev]'
+	$(PIP) --requirement tests/requirements-judge.txt
+	$(BIN)/python -m pip install --quiet --no-deps lerobot==0.4.4
+	touch $@
