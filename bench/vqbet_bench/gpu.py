@@ -144,7 +144,7 @@ def compare(ours: EdgePolicy, cpu: EdgePolicy, observations: list[Observation]) 
     )
 
 
-def _decided(policy: EdgePolicy) -> Any:  # noqa: ANN401
+def _decided(policy: EdgePolicy) -> Any:
     if policy.last is None:
         raise AssertionError("a policy that has acted has decided")
     return policy.last.codes
