@@ -57,8 +57,8 @@ def _summary(manifest: Manifest) -> Table:
     if checked is not None:
         table.add_row(
             "verified",
-            f"{checked.samples} observations ({checked.observations}): "
-            f"code agreement {checked.code_agreement:.2%}, smallest cosine {checked.min_cosine:.6f}",
+            f"{checked.samples} observations ({checked.observations}), "
+            f"code agreement {checked.code_agreement:.2%}, cosine {checked.min_cosine:.6f}",
         )
     return table
 
