@@ -1,12 +1,10 @@
-#!/bin/sh
-# The whole way on a task of its own: demonstrations, training, export, driving with the bundle.
-set -eu
+#!/usr/bin/env bash
+# From nothing to a robot that acts from a bundle: demonstrations, training, export, closed loop.
+set -euo pipefail
 output=${1:-outputs/demo}
+bundle=$output/demo-fp16.bundle
 
-echo "== 1/3 demonstrations and training" >&2
 policy=$(python -m vqbet_edge.training.demo prepare --output "$output")
-echo "== 2/3 export" >&2
-vqbet-export "$policy" --fp16 --output "$output/detour-fp16.bundle" \
-    --verify-data "$output/demonstrations" --force
-echo "== 3/3 driving" >&2
-python -m vqbet_edge.training.demo drive --policy "$output/detour-fp16.bundle" --output "$output"
+vqbet-export "$policy" --fp16 --verify-data "$output/demonstrations" --output "$bundle" --force
+python examples/control_loop.py "$bundle" "$output/demonstrations"
+python -m vqbet_edge.training.demo drive "$bundle" --output "$output"

@@ -35,6 +35,8 @@ class Arguments:
     verify_steps: int = 128
     # Robots that the bundle serves at once.
     batch_size: int = 1
+    # Check that the graphs suit this board's TensorRT (engines/boards), such as orin-nano.
+    board: str | None = None
     # Replace an existing bundle.
     force: Flag = False
     # Print the report as JSON.
@@ -65,6 +67,7 @@ def _export(arguments: Arguments) -> None:
                 batch_size=arguments.batch_size,
                 verify_data=arguments.verify_data,
                 verify_steps=arguments.verify_steps,
+                board=arguments.board,
                 force=arguments.force,
             ),
             progress=lambda text: status.update(f"{text} ..."),

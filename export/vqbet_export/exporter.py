@@ -12,6 +12,8 @@ import msgspec
 import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
+from vqbet_engines.boards import Board, load_board
+from vqbet_engines.suitability import check_graphs
 
 from vqbet_edge.bundle import DECODE_TABLE, RUNTIME_NAME, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.errors import UsageError, VerificationError
@@ -64,6 +66,7 @@ class ExportConfig:
         batch_size: robots that one bundle serves at once.
         verify_data: a LeRobot data set to verify on, besides random observations.
         verify_steps: observations of each kind to verify on.
+        board: name of a board profile whose TensorRT the graphs must suit.
         force: replace an existing bundle.
     """
 
@@ -73,6 +76,7 @@ class ExportConfig:
     batch_size: int = 1
     verify_data: str | None = None
     verify_steps: int = 128
+    board: str | None = None
     force: bool = False
 
 
@@ -98,6 +102,7 @@ def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: Non
         DiskError: the bundle cannot be written.
     """
     _check_output(config)
+    board = None if config.board is None else load_board(config.board)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
     contents: dict[str, bytes] = {RUNTIME_NAME: save(_runtime_arrays(checkpoint))}
@@ -106,12 +111,17 @@ def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: Non
         progress(f"exporting {name}")
         graph, spec = stage.export(name, config.precision)
         contents[spec.file], stages[name] = graph, spec
+    notes: tuple[str, ...] = ()
+    if board is not None:
+        progress(f"building for {board.name}")
+        notes = _check_board(board, {name: contents[spec.file] for name, spec in stages.items()})
     draft = _bundle(_manifest(checkpoint, config, stages), contents, config.output)
     results = _verify(draft, checkpoint, config, progress)
     progress("writing the bundle")
     # The last set is the real one, if there is one.
     verified = msgspec.structs.replace(draft.manifest, verification=results[-1].summary())
     report = report_data(verified, config.precision, LIMITS[config.precision], results)
+    report["board_notes"] = list(notes)
     sizes: dict[str, int] = {name: len(contents[spec.file]) for name, spec in stages.items()}
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)
     contents["report.md"] = report_markdown(report, sizes).encode()
@@ -238,6 +248,21 @@ def _file_specs(contents: Mapping[str, bytes]) -> dict[str, FileSpec]:
         name: FileSpec(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
         for name, data in sorted(contents.items())
     }
+
+
+def _check_board(board: Board, graphs: Mapping[StageName, bytes]) -> tuple[str, ...]:
+    """How far the check went.
+
+    Raises:
+        VerificationError: the board's TensorRT will not take the graphs.
+    """
+    suitability = check_graphs(graphs, board)
+    if suitability.problems:
+        raise VerificationError(
+            f"the graphs do not suit {board.name}, nothing was published: "
+            + "; ".join(suitability.problems)
+        )
+    return suitability.notes
 
 
 def _bundle(manifest: Manifest, contents: dict[str, bytes], path: Path) -> Bundle:

@@ -38,6 +38,8 @@ def report_markdown(data: Mapping[str, Any], bytes_by_stage: Mapping[str, int]) 
         lines += ["", *_policy_table(result["policy"])]
     limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
     lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]
+    if data["board_notes"]:
+        lines += ["", "## Board", "", *(f"- {note}" for note in data["board_notes"])]
     lines += ["", "## Made with", "", *(f"- {k} {v}" for k, v in data["tools"].items()), ""]
     return "\n".join(lines)
 

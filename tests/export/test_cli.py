@@ -86,6 +86,7 @@ def test_failed_verification_publishes_nothing_and_exits_3(
         (["nowhere", "--fp16", "--fp32"], 2, "exclude each other"),
         (["nowhere", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
         (["policy.pt"], 4, "pickled file"),
+        (["nowhere", "--board", "toaster"], 2, "unknown board 'toaster'"),
     ],
 )
 @pytest.mark.usefixtures("cwd")
@@ -94,6 +95,17 @@ def test_mistakes_have_their_exit_codes(
 ) -> None:
     assert run(monkeypatch, *arguments) == code
     assert message in capsys.readouterr().err
+
+
+def test_graphs_are_built_for_a_board(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = [str(pusht_checkpoint), "--fp16", "--board", "orin-nano", "--verify-steps", "2"]
+    assert run(monkeypatch, *arguments, "-o", "a.bundle", "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["board_notes"]
+    assert any("in place of Jetson Orin Nano" in note for note in notes)
+    assert "in place of Jetson Orin Nano" in (cwd / "a.bundle" / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("cwd")

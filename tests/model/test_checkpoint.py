@@ -13,7 +13,9 @@ import torch
 from oracle import TINY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vqbet_export.exporter import ExportConfig, export
 
+from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import CheckpointError, UsageError
 from vqbet_edge.model import checkpoint as loader
 from vqbet_edge.model.checkpoint import load_checkpoint
@@ -370,3 +372,35 @@ def test_hub_id_without_the_client_says_how_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match="pip install huggingface_hub"):
         loader.load_checkpoint("someone/vqbet_pusht")
+
+
+def export_and_act(checkpoint: Path, output: Path, state_key: str) -> EdgePolicy:
+    """A verified bundle of the checkpoint, after one action."""
+    export(ExportConfig(str(checkpoint), output, verify_steps=4))
+    policy = EdgePolicy.load(output)
+    image = np.full((40, 48, 3), 90, np.uint8)
+    action = policy.act({"observation.image": image, state_key: np.full(2, 20, np.float32)})
+    assert np.isfinite(action).all()
+    return policy
+
+
+def test_cameras_of_era_a_are_normalised_inside_the_graph(era_a: Path, tmp_path: Path) -> None:
+    policy = export_and_act(era_a, tmp_path / "a.bundle", oracle.STATE)
+    # Changing the statistics changes what the same frames are encoded to.
+    mean = "normalize_inputs.buffer_observation_image.mean"
+    change_weights(era_a, lambda t: t[mean].add_(0.2))
+    other = export_and_act(era_a, tmp_path / "b.bundle", oracle.STATE)
+    tokens = [p._backend._window.copy() for p in (policy, other)]  # type: ignore[attr-defined]
+    assert np.abs(tokens[0] - tokens[1]).max() > 1e-4
+    assert policy.manifest.source.era == "A"
+
+
+def test_robot_passes_the_keys_that_the_processor_renames(era_c: Path, tmp_path: Path) -> None:
+    change_json(
+        era_c / "policy_preprocessor.json",
+        lambda p: step(p, "rename_observations_processor")["config"].update(
+            rename_map={"robot.qpos": oracle.STATE}
+        ),
+    )
+    policy = export_and_act(era_c, tmp_path / "c.bundle", "robot.qpos")
+    assert policy.manifest.state_key == "robot.qpos"

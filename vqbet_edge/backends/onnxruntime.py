@@ -14,7 +14,12 @@ from vqbet_edge.errors import BackendError
 from vqbet_edge.manifest import StageName
 
 
-def _import_onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """The library.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     try:
         import onnxruntime  # noqa: PLC0415
     except ImportError as error:
@@ -37,7 +42,7 @@ class _Stage:
         seconds: dict[str, float],
     ) -> None:
         self._name, self._seconds = stage, seconds
-        ort, spec = _import_onnxruntime(), bundle.manifest.stages[stage]
+        ort, spec = import_onnxruntime(), bundle.manifest.stages[stage]
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # Every session has threads of its own, and spinning ones would take the cores from the next

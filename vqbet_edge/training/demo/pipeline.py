@@ -5,9 +5,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 
 from vqbet_edge.data import LeRobotDataset
@@ -48,7 +50,7 @@ class Drive:
     """Drive the task with a policy, beside a plain regression, and draw the paths."""
 
     # A checkpoint's directory or a bundle.
-    policy: str
+    policy: Annotated[str, tyro.conf.Positional]
     # Folder of the demo.
     output: Path = Path("outputs/demo")
     # Episodes to drive.

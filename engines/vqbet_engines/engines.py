@@ -1,0 +1,129 @@
+"""All engines of a bundle: built for this device and kept, or ahead of time and only reported."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from vqbet_edge.backends.cuda import Device
+from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache, user_cache, write_private
+from vqbet_edge.backends.tensorrt import engine_key
+from vqbet_edge.backends.tensorrt_module import TensorRT
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import Precision, StageName
+from vqbet_engines.builder import OnEvent, build_plan
+from vqbet_engines.layers import Layer, parse_layers
+from vqbet_engines.messages import Finished, Job, Notice
+
+
+class EngineReport(Struct, frozen=True):
+    """One engine.
+
+    Attributes:
+        stage: which of the bundle's.
+        precision: of the graph.
+        target: GPU's name, or the compute capability that was built for ahead of time.
+        tensorrt: flavour and version.
+        seconds: of parsing and building; 0 when the engine was there already.
+        size: bytes.
+        path: where it is kept; None ahead of time.
+        layers: what TensorRT made of the graph; empty when the engine was there already.
+    """
+
+    stage: StageName
+    precision: Precision
+    target: str
+    tensorrt: str
+    seconds: float
+    size: int
+    path: str | None
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class EngineBuilder:
+    """Builds a bundle's engines.
+
+    Attributes:
+        bundle: the verified bundle.
+        tensorrt: which TensorRT builds.
+        options: how.
+        on_event: called with progress and notices.
+    """
+
+    bundle: Bundle
+    tensorrt: TensorRT
+    options: BuildOptions
+    on_event: OnEvent
+
+    def build_for(self, device: Device, *, force: bool) -> Iterator[EngineReport]:
+        """Build what the cache lacks for this device, or all with `force`.
+
+        Raises:
+            BackendError: TensorRT refuses a graph.
+            DiskError: an engine cannot be kept.
+        """
+        cache, timing = EngineCache(self.bundle.path), _TimingCache(self.tensorrt, device)
+        for stage in self.bundle.stages_to_load:
+            key = engine_key(self.bundle, stage, self.tensorrt, device, self.options)
+            found = cache.find(key)
+            if found.path is not None and not force:
+                yield self._report(stage, device.name, found.path, len(found.plan or b""), None)
+                continue
+            self.on_event(Notice(f"building {stage}: {found.reason or 'as you asked'}"))
+            built = self._build(stage, None, timing.read())
+            timing.write(built.timing_cache)
+            path = cache.store(key, built.plan, built.seconds)
+            yield self._report(stage, device.name, path, len(built.plan), built)
+
+    def build_ahead(self, compute_capability: str) -> Iterator[EngineReport]:
+        """Build for a GPU that need not be here, and keep nothing.
+
+        Raises:
+            BackendError: TensorRT refuses a graph or cannot build for that GPU.
+        """
+        for stage in self.bundle.stages_to_load:
+            built = self._build(stage, compute_capability, b"")
+            yield self._report(stage, compute_capability, None, len(built.plan), built)
+
+    def _build(self, stage: StageName, capability: str | None, timing_cache: bytes) -> Finished:
+        graph = self.bundle.graph(stage)
+        job = Job(graph, self.tensorrt.flavour, self.options, capability, timing_cache)
+        return build_plan(job, self.on_event)
+
+    def _report(
+        self, stage: StageName, target: str, path: Path | None, size: int, built: Finished | None
+    ) -> EngineReport:
+        return EngineReport(
+            stage=stage,
+            precision=self.bundle.manifest.stages[stage].precision,
+            target=target,
+            tensorrt=f"{self.tensorrt.flavour} {self.tensorrt.version}",
+            seconds=0.0 if built is None else built.seconds,
+            size=size,
+            path=None if path is None else str(path),
+            layers=() if built is None else parse_layers(built.layers),
+        )
+
+
+class _TimingCache:
+    """What TensorRT measured on this device: makes the next build faster, is data, not code."""
+
+    def __init__(self, tensorrt: TensorRT, device: Device) -> None:
+        name = f"{tensorrt.flavour}-{tensorrt.version}-{device.name}-{device.driver}"
+        self._path = user_cache() / "timing" / f"{name.replace('/', '-').replace(' ', '-')}.cache"
+
+    def read(self) -> bytes:
+        return self._path.read_bytes() if self._path.is_file() else b""
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(self._path, data)
+
+
+def encode_reports(reports: list[EngineReport]) -> str:
+    """Reports as JSON for machines."""
+    return msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()

@@ -1,0 +1,38 @@
+"""`vqbet-inspect`."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workshop import Exported
+
+from vqbet_edge import inspection
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["vqbet-inspect", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        inspection.main()
+    return stopped.value.code
+
+
+def test_shows_a_bundle(tiny: Exported, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert run(monkeypatch, str(tiny.bundle)) == 0
+    shown = capsys.readouterr().out
+    for word in ("every digest is right", "observation.image", "vision_encoder", "fp32", "era C"):
+        assert word in shown
+    assert run(monkeypatch, str(tiny.bundle), "--json") == 0
+    manifest = (tiny.bundle / "manifest.json").read_text()
+    assert json.loads(capsys.readouterr().out) == json.loads(manifest)
+
+
+def test_names_an_altered_file(
+    tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    bundle = shutil.copytree(tiny.bundle, tmp_path / "a.bundle")
+    (bundle / "report.md").write_text("all is well")
+    assert run(monkeypatch, str(bundle)) == 4
+    assert "'report.md' is not the file that was exported" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""`vqbet-build` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vqbet_engines.builder import build_plan
+from vqbet_engines.engines import EngineBuilder
+from vqbet_engines.layers import parse_layers
+from vqbet_engines.messages import Job, Notice
+
+from vqbet_edge.backends.cuda import Device
+from vqbet_edge.backends.engine_cache import CACHE_VARIABLE, BuildOptions, EngineCache
+from vqbet_edge.backends.tensorrt import engine_key
+from vqbet_edge.backends.tensorrt_module import import_tensorrt
+from vqbet_edge.bundle import Bundle
+
+pytest.importorskip("tensorrt_rtx")
+
+SMALL = {
+    "vision_backbone": "resnet10_small",
+    "gpt_n_layer": 1,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 32,
+    "gpt_input_dim": 32,
+    "gpt_output_dim": 32,
+}
+
+
+@pytest.fixture
+def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return make_bundle("fp16", **SMALL)
+
+
+def run(*arguments: object) -> Any:
+    command = [sys.executable, "-m", "vqbet_engines", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_ahead_of_time(bundle: Bundle) -> None:
+    done = run(bundle.path, "--ahead-of-time", "sm86", "sm120", "--json")
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    found = [(r["stage"], r["target"], r["precision"], r["path"]) for r in reports]
+    assert found == [
+        (stage, target, "fp16", None)
+        for target in ("sm86", "sm120")
+        for stage in bundle.stages_to_load
+    ]
+    assert all(report["layers"] and report["size"] > 1000 for report in reports)
+    assert not (bundle.path / "engines").exists()
+
+
+def test_the_layer_list(bundle: Bundle) -> None:
+    done = run(bundle.path, "--ahead-of-time", "sm86", "--layers")
+    assert done.returncode == 0, done.stderr
+    assert "not kept" in done.stdout
+    assert "correlation" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--ahead-of-time", "sm87"], 6, "use one of sm120"),
+        (["--board", "toaster"], 2, "unknown board 'toaster'"),
+        (["--flavour", "tensorrt"], 6, "pip install tensorrt"),
+        (["--optimization-level", "much"], 2, "optimization-level"),
+    ],
+)
+def test_errors(bundle: Bundle, arguments: list[str], code: int, text: str) -> None:
+    done = run(bundle.path, *arguments)
+    assert done.returncode == code
+    assert text in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 4
+    assert "is not a bundle" in done.stderr
+
+
+def test_engines_are_built_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a device that is not here: TensorRT builds ahead of time in its place."""
+    from vqbet_engines import engines
+
+    def build(job: Job, on_event: Any = None) -> Any:
+        ahead = Job(job.graph, job.flavour, job.options, "sm86", job.timing_cache)
+        return build_plan(ahead, on_event)
+
+    monkeypatch.setattr(engines, "build_plan", build)
+    device, tensorrt = (
+        Device("Orin", "8.7", "12.6", integrated=True),
+        import_tensorrt("tensorrt_rtx"),
+    )
+    events: list[Any] = []
+
+    def reports(workspace: int, *, force: bool = False) -> list[Any]:
+        options = BuildOptions(workspace)
+        builder = EngineBuilder(bundle, tensorrt, options, events.append)
+        return list(builder.build_for(device, force=force))
+
+    first, second, third = reports(512), reports(512), reports(256)
+    assert [bool(r.seconds) for r in first + second + third] == [True] * 4 + [False] * 4 + [
+        True
+    ] * 4
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert sum("no engine has been built" in text for text in notices) == 4
+    assert sum("built for options" in text for text in notices) == 4
+    for stage, report in zip(bundle.stages_to_load, third, strict=True):
+        found = EngineCache(bundle.path).find(engine_key(bundle, stage, tensorrt, device))
+        assert str(found.path) == report.path
+        assert len(found.plan or b"") == report.size
+    assert all(report.seconds for report in reports(256, force=True))
+
+
+def test_the_inspectors_json() -> None:
+    """As TensorRT 10 prints it on a device, and without details."""
+    layer = {
+        "Name": "conv1 + relu",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "x", "Format/Datatype": "Channel major FP16 format where C % 8 == 0"}],
+        "Outputs": [{"Name": "y", "Datatype": "Half"}],
+        "Metadata": "[ONNX Layer: node_conv][ONNX Layer: node_relu]",
+    }
+    found, bare = parse_layers(json.dumps({"Layers": [layer, "other"], "Bindings": ["x"]}))
+    assert found.is_convolution
+    assert (found.precision, found.nodes) == ("FP16", ("node_conv", "node_relu"))
+    assert (bare.name, bare.kind) == ("other", "unknown")

@@ -1,0 +1,51 @@
+from typing import Any
+
+import onnx
+import pytest
+from vqbet_engines.boards import board_names, load_board
+from vqbet_engines.suitability import check_graphs
+
+pytest.importorskip("tensorrt_rtx")
+
+SMALL = {
+    "vision_backbone": "resnet10_small",
+    "gpt_n_layer": 1,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 32,
+    "gpt_input_dim": 32,
+    "gpt_output_dim": 32,
+}
+
+
+@pytest.fixture
+def graphs(make_bundle: Any) -> dict[str, bytes]:
+    bundle = make_bundle("fp16", **SMALL)
+    return {stage: bundle.graph(stage) for stage in bundle.manifest.stages}
+
+
+def test_the_exporters_graphs_suit_jetpack_6(graphs: Any) -> None:
+    found = check_graphs(graphs, load_board("orin-nano"))
+    assert found.problems == ()
+    assert "too new for JetPack 6.0" in found.notes[0]  # TensorRT 8.6 stops at opset 17
+    assert "sm86" in found.notes[-1]
+
+
+def test_every_board_has_a_check(graphs: Any) -> None:
+    heads = {"code_heads": graphs["code_heads"]}
+    for name in board_names():
+        assert check_graphs(heads, load_board(name)).problems == ()
+
+
+def test_an_opset_that_no_jetpack_takes(graphs: Any) -> None:
+    model = onnx.load_from_string(graphs["code_heads"])
+    model.opset_import[0].version = 25
+    problems = check_graphs({"code_heads": model.SerializeToString()}, load_board("t4000")).problems
+    assert problems[0].startswith("code_heads: opset 25 is newer")
+
+
+def test_a_graph_that_tensorrt_refuses(graphs: Any) -> None:
+    model = onnx.load_from_string(graphs["code_heads"])
+    next(node for node in model.graph.node if node.op_type == "Gemm").op_type = "Acos2"
+    data = {"code_heads": model.SerializeToString()}
+    (problem,) = check_graphs(data, load_board("orin-nx")).problems
+    assert "Acos2" in problem

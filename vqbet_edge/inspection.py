@@ -1,0 +1,75 @@
+"""The command `vqbet-inspect`: what is in a bundle, after checking every digest."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vqbet_edge import commands
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import Manifest, encode_manifest
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Check a bundle and show what is in it."""
+
+    # The bundle's directory.
+    bundle: tyro.conf.Positional[Path]
+    # Print the manifest as JSON.
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = tyro.cli(Arguments, prog="vqbet-inspect")
+    commands.run(lambda: _inspect(arguments))
+
+
+def _inspect(arguments: Arguments) -> None:
+    manifest = Bundle.open(arguments.bundle).manifest
+    if arguments.json:
+        sys.stdout.write(encode_manifest(manifest).decode())
+        return
+    console = Console()
+    console.print(_summary(manifest))
+    console.print(_stages(manifest))
+
+
+def _summary(manifest: Manifest) -> Table:
+    policy, source = manifest.policy, manifest.source
+    table = Table(show_header=False, title="every digest is right")
+    features = {**manifest.input_features, **manifest.output_features}
+    for key, feature in features.items():
+        table.add_row(key, f"{feature.type.lower()} {feature.shape}")
+    table.add_row("window", f"{policy.n_obs_steps} observations")
+    table.add_row("action chunk", f"{policy.action_chunk_size} actions")
+    selection = "sequentially" if policy.sequentially_select else "jointly"
+    table.add_row("codes", f"2 x {policy.vqvae_n_embed}, selected {selection}")
+    table.add_row("temperature", f"{policy.bet_softmax_temperature:g}")
+    table.add_row("batch", str(manifest.batch_size))
+    table.add_row("checkpoint", f"{source.name} (era {source.era}, {source.sha256[:12]})")
+    checked = manifest.verification
+    if checked is not None:
+        table.add_row(
+            "verified",
+            f"{checked.samples} observations ({checked.observations}), "
+            f"code agreement {checked.code_agreement:.2%}, cosine {checked.min_cosine:.6f}",
+        )
+    return table
+
+
+def _stages(manifest: Manifest) -> Table:
+    table = Table("stage", "precision", "MB", "inputs", "outputs")
+    for name, stage in manifest.stages.items():
+        size = manifest.files[stage.file].size / 1e6
+        inputs, outputs = (
+            "\n".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
+            for tensors in (stage.inputs, stage.outputs)
+        )
+        table.add_row(name, stage.precision, f"{size:.1f}", inputs, outputs)
+    return table
