@@ -158,7 +158,7 @@ def _lerobots(config: TrainConfig, number: int) -> Step:
     return step
 
 
-def _lerobots_batches(config: TrainConfig, settings: Any, fps: float) -> Iterator[Any]:  # noqa: ANN401
+def _lerobots_batches(config: TrainConfig, settings: Any, fps: float) -> Iterator[Any]:
     past = [i / fps for i in settings.observation_delta_indices]
     deltas = dict.fromkeys(settings.input_features, past)
     deltas["action"] = [i / fps for i in settings.action_delta_indices]

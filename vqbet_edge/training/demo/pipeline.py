@@ -16,6 +16,7 @@ from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.data.writer import write_dataset
 from vqbet_edge.errors import VerificationError
 from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.model.config import NormalizationMode
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.demo.baseline import RegressionActor
 from vqbet_edge.training.demo.expert import collect
@@ -27,12 +28,15 @@ from vqbet_edge.training.evaluation.summary import summarize
 from vqbet_edge.training.files import writing
 from vqbet_edge.training.trainer import train
 
-DEMONSTRATIONS = 200
+DEMONSTRATIONS = 300
 BASELINE_STEPS = 200
 SLOTS = 8
 SCENE_SEED = 3
 FIRST_SEED = 500_000
 NEEDED_SUCCESS = 0.9
+# Draw codes as often as they were demonstrated: at the checkpoint's 0.1 the more probable side of
+# the bar is nearly always taken.
+TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Prepare:
     # Folder of the demo.
     output: Path = Path("outputs/demo")
     # Optimisation steps of stage 2.
-    stage2_steps: int = 1500
+    stage2_steps: int = 1200
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Drive:
     episodes: int = 50
 
 
-def training(output: Path, stage2_steps: int = 1500) -> TrainConfig:
+def training(output: Path, stage2_steps: int = 1200) -> TrainConfig:
     """The demo's configuration: small, and nothing but scale differs from a large one."""
     return TrainConfig(
         dataset=str(output / "demonstrations"),
@@ -79,7 +83,13 @@ def training(output: Path, stage2_steps: int = 1500) -> TrainConfig:
         gpt_output_dim=128,
         gpt_block_size=32,
         # At the default weight the offsets drown the codes, which a short training cannot afford.
-        offset_loss_weight=100.0,
+        offset_loss_weight=30.0,
+        # Most pixels are white: without centring, the encoder takes long to notice the goal.
+        normalization_mapping={
+            "VISUAL": NormalizationMode.MEAN_STD,
+            "STATE": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        },
         optimizer_lr=1e-3,
         scheduler_warmup_steps=50,
         validation_fraction=0.0,
@@ -107,7 +117,7 @@ def drive(config: Drive) -> None:
     Raises:
         VerificationError: fewer than 90 % of the episodes succeed.
     """
-    actor = load_actor(config.policy, SLOTS, ActorOptions())
+    actor = load_actor(config.policy, SLOTS, ActorOptions(temperature=TEMPERATURE))
     seeds = range(FIRST_SEED, FIRST_SEED + config.episodes)
     solved = summarize(run_episodes(DetourEnv, actor, seeds, slots=SLOTS))
     sys.stdout.write(f"VQ-BeT      success {solved.success} over {solved.episodes} episodes\n")
