@@ -8,12 +8,20 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import oracle
 import pytest
 from scipy import stats
+from workshop import Workshop
 
 from vqbet_edge.errors import UsageError
 from vqbet_edge.training.demo.expert import collect
 from vqbet_edge.training.demo.task import DetourEnv
+from vqbet_edge.training.evaluation.actors import (
+    ActorOptions,
+    BundleActor,
+    TorchActor,
+    load_actor,
+)
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet
 from vqbet_edge.training.evaluation.summary import bootstrap, compare, summarize, wilson
@@ -98,6 +106,28 @@ def test_the_expert_goes_both_ways_and_a_straight_line_crashes() -> None:
             done = crashed or truncated
         crashes += info["crashed"]
     assert crashes == 20
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_bundle_and_its_checkpoint_act_alike(workshop: Workshop, sequential: bool) -> None:
+    case = oracle.small("sequential", sequentially_select=True) if sequential else oracle.TINY
+    exported = workshop.bundle(case)
+    options = ActorOptions(temperature=1.0)
+    actors = [load_actor(str(p), 2, options) for p in (exported.checkpoint, exported.bundle)]
+    assert [type(actor) for actor in actors] == [TorchActor, BundleActor]
+    rng = np.random.default_rng(0)
+    for actor in actors:
+        actor.reset(0, seed=3)
+        actor.reset(1, seed=4)
+    for step in range(12):
+        frames = rng.integers(0, 256, (2, *case.image, 3), np.uint8)
+        states = rng.uniform(-1, 1, (2, case.state_dim)).astype(np.float32)
+        if step == 7:
+            for actor in actors:
+                actor.reset(0, seed=5)
+        seen = {case.image_keys[0]: frames, oracle.STATE: states}
+        expected, got = (actor.act(seen) for actor in actors)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_intervals_are_scipys() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.data.writer import write_dataset
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.model.checkpoint import load_checkpoint
 from vqbet_edge.model.config import NormalizationMode
@@ -362,3 +363,26 @@ def test_windows_are_padded_as_lerobot_pads(
         states = dataset.column("observation.state")[index.observations(one)[0]]
         np.testing.assert_array_equal(row["action"].numpy(), actions)
         np.testing.assert_array_equal(row["observation.state"].numpy(), states)
+
+
+def test_several_cameras_and_a_resize_train(pusht: Path, tmp_path: Path) -> None:
+    episodes = [LeRobotDataset.open(pusht).episode(i) for i in range(2)]
+    keys = ("observation.state", "action")
+    wrist = [np.ascontiguousarray(e["observation.image"][:, ::-1]) for e in episodes]
+    demonstrations = [
+        {
+            **{key: e[key] for key in keys},
+            "observation.images.front": e["observation.image"],
+            "observation.images.wrist": w,
+        }
+        for e, w in zip(episodes, wrist, strict=True)
+    ]
+    write_dataset(tmp_path / "cameras", demonstrations, fps=10, task="push")
+    config = tiny(
+        tmp_path / "cameras", tmp_path / "run", resize_shape=(40, 40), crop_shape=(36, 36),
+        frame_cache=tmp_path / "cache", validation_fraction=0.0,
+    )  # fmt: skip
+    checkpoint = load_checkpoint(str(train(config)))
+    assert checkpoint.config.image_keys == ("observation.images.front", "observation.images.wrist")
+    assert checkpoint.config.encoder_shape == (36, 36)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
