@@ -10,7 +10,7 @@ ACTION_KEY = "action"
 
 # Channels of the last feature map.
 BACKBONE_CHANNELS = {
-    "resnet10_small": 128,
+    "resnet10_small": 64,
     "resnet18": 512,
     "resnet34": 512,
     "resnet50": 2048,

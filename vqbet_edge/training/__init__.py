@@ -1,1 +1,1 @@
-"""Training of VQ-BeT in two stages; needs PyTorch."""
+"""Training VQ-BeT in its two stages, and seeing how often it succeeds."""

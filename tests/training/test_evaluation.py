@@ -1,0 +1,173 @@
+"""Closed loop: environments, actors, figures."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import oracle
+import pytest
+from scipy import stats
+from workshop import Workshop
+
+from vqbet_edge.errors import UsageError
+from vqbet_edge.training.demo.expert import collect
+from vqbet_edge.training.demo.task import DetourEnv
+from vqbet_edge.training.evaluation.actors import (
+    ActorOptions,
+    BundleActor,
+    TorchActor,
+    load_actor,
+)
+from vqbet_edge.training.evaluation.rollout import run_episodes
+from vqbet_edge.training.evaluation.sheet import draw_sheet
+from vqbet_edge.training.evaluation.summary import bootstrap, compare, summarize, wilson
+from vqbet_edge.training.evaluation.tasks import TASKS, make_task
+
+PACKAGES = {"pusht": "gym_pusht", "pusht_pose": "gym_pusht", "metaworld_push": "metaworld"}
+
+
+@pytest.fixture(params=sorted(TASKS))
+def task(request: pytest.FixtureRequest) -> Callable[[], gymnasium.Env[Any, Any]]:
+    if request.param in PACKAGES:
+        pytest.importorskip(PACKAGES[request.param])
+    return make_task(request.param)
+
+
+class RandomActor:
+    """Any action, remembered by seed."""
+
+    def __init__(self, slots: int, space: gymnasium.spaces.Box) -> None:
+        self._random = [np.random.default_rng(0) for _ in range(slots)]
+        self._space = space
+
+    def reset(self, slot: int, seed: int) -> None:
+        self._random[slot] = np.random.default_rng(seed)
+
+    def act(self, observations: object) -> np.ndarray:  # noqa: ARG002
+        return np.stack([r.uniform(self._space.low, self._space.high) for r in self._random])
+
+
+def test_environments_repeat_and_fit_their_spaces(
+    task: Callable[[], gymnasium.Env[Any, Any]],
+) -> None:
+    first, second = task(), task()
+    second.reset(seed=1)
+    second.step(second.action_space.sample())
+    for env in (first, second):  # one of them has already been used
+        env.action_space.seed(0)
+        observation, _ = env.reset(seed=7)
+        assert env.observation_space.contains(observation)
+    for _ in range(3):
+        action = first.action_space.sample()
+        before = first.step(action)
+        again = second.step(action)
+        assert first.observation_space.contains(before[0])
+        for key in before[0]:
+            np.testing.assert_array_equal(before[0][key], again[0][key])
+        assert before[1:4] == again[1:4]
+    first.close()
+    second.close()
+
+
+def test_results_do_not_depend_on_how_many_run_at_once() -> None:
+    space = DetourEnv().action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    seeds = range(5, 12)
+    alone = run_episodes(DetourEnv, RandomActor(1, space), seeds, slots=1)
+    together = run_episodes(DetourEnv, RandomActor(3, space), seeds, slots=3, keep_frames=2)
+    assert [e.seed for e in together] == list(seeds)
+    for a, b in zip(alone, together, strict=True):
+        assert (a.success, a.max_reward) == (b.success, b.max_reward)
+        np.testing.assert_array_equal(a.states, b.states)
+    frames = [e.frames for e in together]
+    assert frames[0] is not None
+    assert len(frames[0]) == together[0].steps
+    assert frames[2:] == [None] * 5
+
+
+def test_the_expert_goes_both_ways_and_a_straight_line_crashes() -> None:
+    demonstrations = collect(40, seed=0)
+    widest = [
+        d["observation.state"][np.abs(d["observation.state"][:, 0] - 0.5).argmax(), 0]
+        for d in demonstrations
+    ]
+    assert 10 < sum(x < 0.5 for x in widest) < 30
+    env, crashes = DetourEnv(), 0
+    for seed in range(20):
+        env.reset(seed=seed)
+        done, info = False, {}
+        while not done:
+            way = env.scene.goal - env.position
+            _, _, crashed, truncated, info = env.step(0.045 * way / np.linalg.norm(way))
+            done = crashed or truncated
+        crashes += info["crashed"]
+    assert crashes == 20
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_bundle_and_its_checkpoint_act_alike(workshop: Workshop, sequential: bool) -> None:
+    case = oracle.small("sequential", sequentially_select=True) if sequential else oracle.TINY
+    exported = workshop.bundle(case)
+    options = ActorOptions(temperature=1.0)
+    actors = [load_actor(str(p), 2, options) for p in (exported.checkpoint, exported.bundle)]
+    assert [type(actor) for actor in actors] == [TorchActor, BundleActor]
+    rng = np.random.default_rng(0)
+    for actor in actors:
+        actor.reset(0, seed=3)
+        actor.reset(1, seed=4)
+    for step in range(12):
+        frames = rng.integers(0, 256, (2, *case.image, 3), np.uint8)
+        states = rng.uniform(-1, 1, (2, case.state_dim)).astype(np.float32)
+        if step == 7:
+            for actor in actors:
+                actor.reset(0, seed=5)
+        seen = {case.image_keys[0]: frames, oracle.STATE: states}
+        expected, got = (actor.act(seen) for actor in actors)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_intervals_are_scipys() -> None:
+    for successes, trials in ((0, 10), (45, 50), (50, 50)):
+        expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+        got = wilson(successes, trials)
+        assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    values = np.random.default_rng(1).normal(size=60)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    got = bootstrap(values.tolist())
+    assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+
+
+def test_comparison_is_paired_and_a_sheet_shows_episodes(tmp_path: Path) -> None:
+    space = DetourEnv().action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    episodes = run_episodes(DetourEnv, RandomActor(2, space), range(4), slots=2, keep_frames=2)
+    same = compare(episodes, episodes)
+    assert (same.success.low, same.success.high) == (0, 0)
+    assert (same.only_first, same.only_second) == (0, 0)
+    assert summarize(episodes).episodes == 4
+    draw_sheet(episodes, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_environment_is_named() -> None:
+    with pytest.raises(UsageError, match="--env chess is unknown; use one of detour"):
+        make_task("chess")
+
+
+def test_the_command_prints_json_and_exits_4_without_a_policy(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "vqbet_edge.training.evaluation",
+        str(tmp_path),
+        "--env",
+        "detour",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 4, ended.stderr
+    assert "model.safetensors" in ended.stderr
+    assert ended.stdout == ""

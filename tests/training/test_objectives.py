@@ -1,0 +1,192 @@
+"""Losses, codes, gradients, code books and actions against LeRobot's with the same weights."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vqbet_edge.model.checkpoint import Checkpoint
+from vqbet_edge.model.config import Feature, FeatureType, VQBeTConfig
+from vqbet_edge.model.eras import Era
+from vqbet_edge.model.network import VQBeT
+from vqbet_edge.model.scaling import identity
+from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
+from vqbet_edge.training.objectives import Stage1, Stage2
+from vqbet_edge.training.scalings import Scalings
+
+SIZES: dict[str, Any] = {
+    "n_obs_steps": 3,
+    "gpt_n_layer": 2,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 32,
+    "gpt_input_dim": 24,
+    "gpt_output_dim": 40,
+    "vqvae_n_embed": 8,
+    "vqvae_embedding_dim": 16,
+    "vqvae_enc_hidden_dim": 32,
+    "crop_shape": (40, 36),
+    "dropout": 0.0,
+}
+SHAPES = {"observation.image": (3, 48, 44), "observation.state": (3,), "action": (2,)}
+KINDS = {"observation.image": "VISUAL", "observation.state": "STATE", "action": "ACTION"}
+IMAGE = "observation.image"
+
+
+def build_judge(lerobot: Callable[[str], ModuleType], **overrides: object) -> nn.Module:
+    types = lerobot("configs.types")
+    features = {
+        key: types.PolicyFeature(types.FeatureType[KINDS[key]], shape)
+        for key, shape in SHAPES.items()
+    }
+    config = lerobot("policies.vqbet.configuration_vqbet").VQBeTConfig(
+        input_features={k: v for k, v in features.items() if k != "action"},
+        output_features={"action": features["action"]},
+        device="cpu",
+        **SIZES,
+        **overrides,
+    )
+    torch.manual_seed(0)
+    policy: nn.Module = lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy(config)
+    return policy
+
+
+def build_ours(judge: nn.Module, **overrides: object) -> VQBeT:
+    features = {key: Feature(FeatureType[KINDS[key]], shape) for key, shape in SHAPES.items()}
+    config = VQBeTConfig(
+        input_features={k: v for k, v in features.items() if k != "action"},
+        output_features={"action": features["action"]},
+        **SIZES,
+        **overrides,
+    )
+    network = VQBeT(config)
+    network.load_state_dict(judge.state_dict(), strict=True)
+    return network
+
+
+def random_batch() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    height, width = SHAPES[IMAGE][1:]
+    return {
+        IMAGE: torch.randint(0, 256, (4, 3, 1, height, width, 3), dtype=torch.uint8),
+        "observation.state": torch.rand(4, 3, 3) * 2 - 1,
+        "action": torch.rand(4, 9, 2) * 2 - 1,
+    }
+
+
+def as_judge_sees(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch | {IMAGE: batch[IMAGE][:, :, 0].movedim(-1, -3).float() / 255}
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], judges: dict[str, Tensor]) -> None:
+    """To 1e-5 of the scale of each layer's tensors.
+
+    A tensor alone is no scale: the softmax over positions makes the gradient of the bias before it
+    zero, and what is left of it is rounding.
+    """
+    assert ours.keys() == judges.keys()
+    scales: dict[str, float] = {}
+    for key, expected in judges.items():
+        layer = key.rpartition(".")[0]
+        scales[layer] = max(scales.get(layer, 0.0), float(expected.float().abs().max()))
+    for key, expected in judges.items():
+        scale = scales[key.rpartition(".")[0]]
+        torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-5 * scale, msg=key)
+
+
+def test_stage1_losses_codes_gradients_and_code_books(
+    lerobot: Callable[[str], ModuleType],
+) -> None:
+    judge = build_judge(lerobot)
+    network = build_ours(judge)
+    theirs = judge.vqbet.action_head.vqvae_model
+    stage = Stage1(network.head.vqvae_model, lambda tensor: tensor)
+    actions = random_batch()["action"]
+    chunks = actions.unfold(1, 5, 1).transpose(2, 3).flatten(0, 1)
+    for _ in range(3):  # the code books of one step decide the codes of the next
+        expected, (reconstruction, commitment, _, _) = theirs.vqvae_forward(chunks)
+        got = stage(chunks)
+        torch.testing.assert_close(
+            got.loss, expected[0] if expected.ndim else expected, rtol=1e-5, atol=0
+        )
+        torch.testing.assert_close(got.reconstruction, reconstruction, rtol=1e-5, atol=0)
+        torch.testing.assert_close(got.commitment, commitment, rtol=1e-5, atol=0)
+        judge.zero_grad()
+        stage.zero_grad()
+        expected.backward()
+        got.loss.backward()
+        assert_same(gradients(stage.vqvae), gradients(theirs))
+        assert_same(dict(stage.vqvae.named_buffers()), dict(theirs.named_buffers()))
+        stage.eval(), theirs.eval()
+        torch.testing.assert_close(stage.vqvae.encode(chunks).codes, theirs.get_code(chunks)[1])
+        stage.train(), theirs.train()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("crop_is_random", [False, True])
+def test_stage2_losses_and_gradients(
+    lerobot: Callable[[str], ModuleType], sequential: bool, crop_is_random: bool
+) -> None:
+    options = {"sequentially_select": sequential, "crop_is_random": crop_is_random}
+    judge = build_judge(lerobot, **options)
+    vqvae = judge.vqbet.action_head.vqvae_model
+    vqvae.discretized.fill_(True)
+    vqvae.vq_layer.freeze_codebook.fill_(True)
+    network = build_ours(judge, **options)
+    everything = Scalings({key: identity(3) for key in SHAPES}, {})
+    stage = Stage2(network, everything).train()
+    batch = random_batch()
+    frozen = {k: v.clone() for k, v in network.head.vqvae_model.state_dict().items()}
+    torch.manual_seed(2)
+    expected, parts = judge.train()(as_judge_sees(batch))
+    torch.manual_seed(2)
+    got = stage(batch[IMAGE], batch["observation.state"], batch["action"])
+    torch.testing.assert_close(got.loss, expected, rtol=1e-5, atol=0)
+    weights = network.config
+    classification = (
+        weights.primary_code_loss_weight * got.primary
+        + weights.secondary_code_loss_weight * got.secondary
+    )
+    for ours, name in (
+        (classification, "classification_loss"),
+        (got.offset, "offset_loss"),
+        (got.primary_accuracy, "equal_primary_code_rate"),
+        (got.secondary_accuracy, "equal_secondary_code_rate"),
+    ):
+        assert float(ours) == pytest.approx(parts[name], rel=1e-5)
+    expected.backward()
+    got.loss.backward()
+    assert_same(gradients(network), gradients(judge))
+    assert_same(network.head.vqvae_model.state_dict(), frozen)
+
+
+def test_a_checkpoint_acts_as_lerobots_select_action(
+    lerobot: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = build_judge(lerobot).eval()
+    judge.vqbet.action_head.vqvae_model.discretized.fill_(True)
+    network = build_ours(judge).eval().requires_grad_(False)
+    inputs = {key: identity(3) for key in SHAPES if key != "action"}
+    checkpoint = Checkpoint(network, inputs, identity(2), {}, Era.C, "test", "")
+    actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))
+    judge.reset()
+    for slot in range(2):
+        actor.reset(slot, slot)
+    for step in range(12):
+        images = rng.integers(0, 256, (2, 48, 44, 3), np.uint8)
+        states = rng.normal(size=(2, 3)).astype(np.float32)
+        if step == 7:  # a new episode begins in the other slot
+            actor.reset(0, 5)
+        got = actor.act({"observation.image": images, "observation.state": states})
+        pixels = torch.from_numpy(images[1:]).permute(0, 3, 1, 2) / 255
+        batch = {"observation.image": pixels, "observation.state": torch.from_numpy(states[1:])}
+        np.testing.assert_allclose(got[1], judge.select_action(batch)[0], rtol=1e-5, atol=1e-5)

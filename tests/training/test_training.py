@@ -1,0 +1,388 @@
+"""Whole runs: resuming, interrupts, full disks, two processes, and LeRobot as a reader."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.data.writer import write_dataset
+from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
+from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.model.config import NormalizationMode
+from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.metrics import read_metrics
+from vqbet_edge.training.trainer import train
+
+TINY: dict[str, Any] = {
+    "steps": 16,
+    "n_vqvae_training_steps": 8,
+    "batch_size": 4,
+    "n_obs_steps": 2,
+    "vision_backbone": "resnet10_small",
+    "crop_shape": (48, 48),
+    "gpt_n_layer": 1,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 32,
+    "gpt_input_dim": 32,
+    "gpt_output_dim": 32,
+    "vqvae_embedding_dim": 32,
+    "vqvae_enc_hidden_dim": 32,
+    "scheduler_warmup_steps": 2,
+    "log_every": 1,
+    "save_every": 3,
+    "validate_every": 4,
+    "validation_fraction": 0.25,
+}
+
+
+def tiny(pusht: Path, output: Path, **changes: object) -> TrainConfig:
+    return TrainConfig(**{"dataset": str(pusht), "output": output, **TINY, **changes})
+
+
+def command(pusht: Path, output: Path, **changes: object) -> list[str]:
+    flags: list[str] = ["--dataset", str(pusht), "--output", str(output)]
+    for name, value in {**TINY, **changes}.items():
+        match value:
+            case True:
+                flags.append(f"--{name}")
+            case tuple():
+                flags += [f"--{name}", *map(str, value)]
+            case _:
+                flags += [f"--{name}", str(value)]
+    return [sys.executable, "-m", "vqbet_edge.training", *flags]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="module")
+def whole(pusht: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run from the beginning to the end."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(pusht, output))
+    return output
+
+
+def losses(output: Path) -> list[dict[str, Any]]:
+    return read_metrics(output / "metrics.jsonl")
+
+
+def test_a_run_leaves_checkpoints_metrics_and_pictures(whole: Path) -> None:
+    names = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert names == {"000003", "000006", "000008", "000009", "000012", "000015", "000016", "last"}
+    assert (whole / "checkpoints/last").resolve().name == "000016"
+    for picture in ("curves.png", "code_book.png"):
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+    kinds = [record["kind"] for record in losses(whole)]
+    assert kinds.count("stage 1") == kinds.count("stage 2") == 8
+    assert {"codes", "stage 1 validation", "stage 2 validation"} <= set(kinds)
+    rates = [record["lr"] for record in losses(whole) if record["kind"] == "stage 2"]
+    assert rates[0] == 0
+    assert rates[2] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_stage1_touches_no_image(pusht: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
+    video = next(copy.glob("videos/*/*/*.mp4"))
+    data = bytearray(video.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 100_000] = bytes(100_000)
+    video.write_bytes(data)
+    output = tmp_path / "run"
+    with pytest.raises(DatasetError, match=r"file-000.mp4: episode \d is corrupt"):
+        train(tiny(copy, output))
+    assert [r["step"] for r in losses(output) if r["kind"] == "stage 1"] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("killed_after", [4, 8, 13])
+def test_resuming_is_exact(
+    pusht: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    from vqbet_edge.training import loop
+
+    update = loop._update
+
+    def dying(run: Any, stage: Any, step: int) -> Any:
+        if step == killed_after:
+            raise RuntimeError("killed")
+        return update(run, stage, step)
+
+    monkeypatch.setattr(loop, "_update", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tiny(pusht, tmp_path / "run"))
+    monkeypatch.undo()
+    train(tiny(pusht, tmp_path / "run", resume=True))
+    assert losses(tmp_path / "run") == losses(whole)
+    name = "checkpoints/last/pretrained_model/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_averaged_weights_resume_exactly_too(pusht: Path, tmp_path: Path) -> None:
+    options: dict[str, object] = {"ema_decay": 0.5, "save_every": 5}
+    train(tiny(pusht, tmp_path / "a", **options))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
+    (tmp_path / "b/checkpoints/last").unlink()
+    (tmp_path / "b/checkpoints/last").symlink_to("000010")
+    train(tiny(pusht, tmp_path / "b", resume=True, **options))
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    name = "checkpoints/last/pretrained_model/model.safetensors"
+    assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_an_interrupt_exits_130_and_resumes(pusht: Path, tmp_path: Path, whole: Path) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(pusht, output, save_every=1000),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not any(r["step"] == 2 for r in losses(output)) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, notes = process.communicate(timeout=60)
+    assert process.returncode == 130, notes
+    assert "--resume" in notes
+    train(tiny(pusht, output, resume=True))
+    assert losses(output) == losses(whole)
+
+
+def test_a_full_disk_exits_5_and_keeps_the_last_checkpoint(pusht: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(tiny(pusht, output, steps=9, save_every=4))
+    (output / "checkpoints/000009").rename(output / "checkpoints/000009.bak")
+    (output / "checkpoints/last").unlink()
+    (output / "checkpoints/last").symlink_to("000008")
+    before = (output / "checkpoints/last/pretrained_model/model.safetensors").read_bytes()
+    ended = subprocess.run(
+        command(pusht, output, steps=9, save_every=4, resume=True),
+        env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 5, ended.stderr
+    assert "--resume" in ended.stderr
+    assert (output / "checkpoints/last/pretrained_model/model.safetensors").read_bytes() == before
+
+
+def test_two_processes_reach_the_losses_of_one(pusht: Path, tmp_path: Path) -> None:
+    # What is drawn at random differs between processes, so nothing is: no dropout, a fixed crop,
+    # and a temperature at which the most probable code is always taken.
+    options: dict[str, object] = {
+        "dropout": 0.0,
+        "bet_softmax_temperature": 1e-6,
+        "crop_is_random": False,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(tiny(pusht, one, **options))
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = command(pusht, two, **options, no_crop_is_random=True)[1:]
+    position = flags.index("--crop_is_random")
+    del flags[position : position + 2]
+    ended = subprocess.run(
+        [sys.executable, *launch, *flags], env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    for expected, got in zip(losses(one), losses(two), strict=True):
+        assert got.pop("kind") == expected.pop("kind")
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["MIN_MAX", "MEAN_STD"])
+def test_lerobot_loads_the_checkpoint_and_computes_the_same(
+    pusht: Path, tmp_path: Path, lerobot: Callable[[str], ModuleType], mode: str
+) -> None:
+    mapping = {
+        "VISUAL": NormalizationMode.MEAN_STD if mode == "MEAN_STD" else NormalizationMode.IDENTITY,
+        "STATE": NormalizationMode[mode],
+        "ACTION": NormalizationMode[mode],
+    }
+    directory = train(tiny(pusht, tmp_path / "run", normalization_mapping=mapping))
+    judge = lerobot("policies.vqbet.modeling_vqbet")
+    import torchvision
+
+    from vqbet_edge.model.vision import _small_backbone
+
+    # LeRobot looks backbones up in torchvision, which has no ResNet as small as the test's.
+    torchvision.models.resnet10_small = lambda weights: torch.nn.Sequential(  # noqa: ARG005
+        *_small_backbone(torch.nn.BatchNorm2d), torch.nn.Identity(), torch.nn.Identity()
+    )
+    policy = judge.VQBeTPolicy.from_pretrained(directory).eval()
+    pipeline = lerobot("processor").PolicyProcessorPipeline
+    converters = lerobot("processor.converters")
+    before = pipeline.from_pretrained(directory, config_filename="policy_preprocessor.json")
+    after = pipeline.from_pretrained(
+        directory,
+        config_filename="policy_postprocessor.json",
+        to_transition=converters.policy_action_to_transition,
+        to_output=converters.transition_to_policy_action,
+    )
+    ours = load_checkpoint(str(directory))
+    episode = LeRobotDataset.open(pusht).episode(0)
+    images = torch.from_numpy(episode["observation.image"][:2]).permute(0, 3, 1, 2) / 255
+    states = torch.from_numpy(episode["observation.state"][:2])
+    seen = [
+        before({"observation.image": images[t], "observation.state": states[t]}) for t in range(2)
+    ]
+    batch = {
+        "observation.images": torch.stack([s["observation.image"] for s in seen], 1)[:, :, None],
+        "observation.state": torch.stack([s["observation.state"] for s in seen], 1),
+    }
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = after(policy.vqbet(batch, rollout=True))[0].numpy()
+        scaled = {k: (s.subtract, s.multiply, s.add) for k, s in ours.inputs.items()}
+        subtract, multiply, add = (torch.from_numpy(a) for a in scaled["observation.state"])
+        own_states = (states - subtract) * multiply + add
+        subtract, multiply, add = (
+            torch.from_numpy(a)[:, None, None] for a in scaled["observation.image"]
+        )
+        own_images = (images - subtract) * multiply + add
+        features = ours.network(own_images[None, :, None], own_states[None])[0]
+        from vqbet_edge.training.objectives import predict
+
+        torch.manual_seed(0)
+        chunk = predict(ours.network.head, features, 0.1).chunks[1].numpy()
+    action = ours.action
+    got = (chunk - action.subtract) * action.multiply + action.add
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_defaults_are_lerobots(lerobot: Callable[[str], ModuleType]) -> None:
+    judge = lerobot("policies.vqbet.configuration_vqbet").VQBeTConfig
+    ours = TrainConfig(dataset="d", output=Path("o"))
+    theirs = judge(device="cpu")
+    names = [n for n in vars(theirs) if n in vars(ours) and n != "normalization_mapping"]
+    assert len(names) > 30
+    assert {n: getattr(ours, n) for n in names} == {n: getattr(theirs, n) for n in names}
+    mapping = {k: v.value for k, v in theirs.normalization_mapping.items()}
+    assert {k: v.value for k, v in ours.normalization_mapping.items()} == mapping
+
+
+def test_stage1_learns_and_stops_early(pusht: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(
+        tiny(
+            pusht, output, n_vqvae_training_steps=2000, steps=2001, batch_size=32, log_every=2001,
+            save_every=5000, validate_every=5000, vqvae_early_stop=True, optimizer_vqvae_lr=1e-2,
+        )
+    )  # fmt: skip
+    codes = [record for record in losses(output) if record["kind"] == "codes"]
+    assert codes[-1]["step"] < 2000
+    assert codes[-1]["reconstruction_l1"] < 0.06
+    assert codes[-1]["reconstruction_l1_action_0"] == pytest.approx(
+        codes[-1]["reconstruction_l1"] * 233, rel=0.5
+    )
+    assert codes[-1]["primary_codes_used"] == 16
+    assert codes[-1]["code_pairs_used"] > 100
+    assert (output / "checkpoints/last").resolve().name == "002001"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"steps": 8}, UsageError, "--steps 8 counts both stages"),
+        ({"batch_size": 0}, UsageError, "--batch_size must be at least 1"),
+        ({"crop_shape": (97, 97)}, CheckpointError, "does not fit into images of 96x96"),
+        ({"dataset": "nowhere"}, DatasetError, "neither a folder nor the id"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    pusht: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(tiny(pusht, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_without_state_is_refused(pusht: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
+    info = json.loads((copy / "meta/info.json").read_text())
+    del info["features"]["observation.state"]
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match=r"has no 'observation.state'; its features are"):
+        train(tiny(copy, tmp_path / "run"))
+
+
+def test_another_configuration_does_not_resume(pusht: Path, tmp_path: Path, whole: Path) -> None:
+    copy = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    with pytest.raises(UsageError, match="pass --resume"):
+        train(tiny(pusht, copy))
+    with pytest.raises(UsageError, match=r"--dropout 0.1, now it is 0.2"):
+        train(tiny(pusht, copy, resume=True, dropout=0.2))
+    with pytest.raises(UsageError, match="no run in"):
+        train(tiny(pusht, tmp_path / "other", resume=True))
+    state = copy / "checkpoints/000016/training_state/optimizer.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="000016 is not whole"):
+        train(tiny(pusht, copy, resume=True))
+
+
+def test_windows_are_padded_as_lerobot_pads(
+    pusht: Path, tmp_path: Path, lerobot: Callable[[str], ModuleType]
+) -> None:
+    judge = lerobot("datasets.lerobot_dataset")
+    copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
+    config = tiny(copy, tmp_path / "run")
+    dataset = LeRobotDataset.open(copy)
+    from vqbet_edge.training.windows import WindowIndex
+
+    index = WindowIndex.of(dataset, config.policy(dataset))
+    frames = np.array([0, 1, 160, 161, 250, 278, 279, 578])
+    deltas = {
+        "observation.state": [t / 10 for t in range(-1, 1)],
+        "action": [t / 10 for t in range(-1, 7)],
+    }
+    # The video is left out: LeRobot needs a decoder that torchvision no longer has.
+    info = json.loads((copy / "meta/info.json").read_text())
+    del info["features"]["observation.image"]
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    theirs = judge.LeRobotDataset("test/pusht", root=copy, delta_timestamps=deltas)
+    for frame in frames:
+        row = theirs[int(frame)]
+        one = np.array([frame])
+        actions = dataset.column("action")[index.actions(one)[0]]
+        states = dataset.column("observation.state")[index.observations(one)[0]]
+        np.testing.assert_array_equal(row["action"].numpy(), actions)
+        np.testing.assert_array_equal(row["observation.state"].numpy(), states)
+
+
+def test_several_cameras_and_a_resize_train(pusht: Path, tmp_path: Path) -> None:
+    episodes = [LeRobotDataset.open(pusht).episode(i) for i in range(2)]
+    keys = ("observation.state", "action")
+    wrist = [np.ascontiguousarray(e["observation.image"][:, ::-1]) for e in episodes]
+    demonstrations = [
+        {
+            **{key: e[key] for key in keys},
+            "observation.images.front": e["observation.image"],
+            "observation.images.wrist": w,
+        }
+        for e, w in zip(episodes, wrist, strict=True)
+    ]
+    write_dataset(tmp_path / "cameras", demonstrations, fps=10, task="push")
+    config = tiny(
+        tmp_path / "cameras", tmp_path / "run", resize_shape=(40, 40), crop_shape=(36, 36),
+        frame_cache=tmp_path / "cache", validation_fraction=0.0,
+    )  # fmt: skip
+    checkpoint = load_checkpoint(str(train(config)))
+    assert checkpoint.config.image_keys == ("observation.images.front", "observation.images.wrist")
+    assert checkpoint.config.encoder_shape == (36, 36)
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,0 +1,133 @@
+"""Writing a small LeRobot data set, format v3.0, with images as PNG columns."""
+
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Array = npt.NDArray[Any]
+# By key: float32 (T, dim), or uint8 (T, height, width, 3).
+Demonstration = Mapping[str, Array]
+
+_FILE = "chunk-000/file-000.parquet"
+
+
+def write_dataset(
+    root: Path, demonstrations: Sequence[Demonstration], fps: float, task: str
+) -> None:
+    """Write demonstrations in the format that `LeRobotDataset.open` and LeRobot read.
+
+    Args:
+        root: a new folder.
+        demonstrations: all with the same keys and shapes.
+        fps: frames per second.
+        task: what is demonstrated, in words.
+    """
+    lengths = [len(d["action"]) for d in demonstrations]
+    merged = {key: np.concatenate([d[key] for d in demonstrations]) for key in demonstrations[0]}
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    frame = np.concatenate([np.arange(length) for length in lengths])
+    merged |= {
+        "timestamp": (frame / fps).astype(np.float32)[:, None],
+        "frame_index": frame[:, None],
+        "episode_index": np.repeat(np.arange(len(lengths)), lengths)[:, None],
+        "index": np.arange(len(frame))[:, None],
+        "task_index": np.zeros((len(frame), 1), np.int64),
+    }
+    for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
+        (root / folder).mkdir(parents=True)
+    columns = {key: _column(values) for key, values in merged.items()}
+    pq.write_table(pa.table(columns), root / "data" / _FILE)
+    episodes = {
+        "episode_index": np.arange(len(lengths)),
+        "tasks": [[task]] * len(lengths),
+        "length": lengths,
+        "dataset_from_index": bounds[:-1],
+        "dataset_to_index": bounds[1:],
+        "data/chunk_index": np.zeros(len(lengths), np.int64),
+        "data/file_index": np.zeros(len(lengths), np.int64),
+        "meta/episodes/chunk_index": np.zeros(len(lengths), np.int64),
+        "meta/episodes/file_index": np.zeros(len(lengths), np.int64),
+    }
+    pq.write_table(pa.table(episodes), root / "meta/episodes" / _FILE)
+    tasks = pa.table({"task_index": [0], "__index_level_0__": [task]})
+    # LeRobot reads this table with pandas and expects the words in its index.
+    name = "__index_level_0__"
+    column = {"name": None, "field_name": name, "pandas_type": "unicode", "numpy_type": "object"}
+    index = {"index_columns": [name], "columns": [column | {"metadata": None}]}
+    index |= {"column_indexes": []}
+    pq.write_table(
+        tasks.replace_schema_metadata({"pandas": json.dumps(index)}), root / "meta/tasks.parquet"
+    )
+    _write_json(root / "meta/info.json", _info(merged, lengths, fps))
+    _write_json(root / "meta/stats.json", {key: _stats(v) for key, v in merged.items()})
+
+
+def _column(values: Array) -> pa.Array:
+    if values.dtype == np.uint8:
+        cells = [{"bytes": png, "path": None} for png in encode_pngs(values)]
+        return pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    if values.shape[1] == 1:
+        return pa.array(values[:, 0])
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def encode_pngs(images: npt.NDArray[np.uint8]) -> list[bytes]:
+    """uint8 (T, height, width, 3) -> a PNG each."""
+    codec = av.CodecContext.create("png", "w")
+    assert isinstance(codec, av.VideoCodecContext)  # noqa: S101 - for the type checker
+    codec.height, codec.width = images.shape[1:3]
+    codec.pix_fmt, codec.time_base, codec.thread_count = "rgb24", Fraction(1), 1
+    packets = []
+    for number, image in enumerate(images):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame.pts = number
+        packets += codec.encode(frame)
+    packets += codec.encode(None)
+    return [bytes(packet) for packet in packets]
+
+
+def _info(columns: Mapping[str, Array], lengths: Sequence[int], fps: float) -> dict[str, Any]:
+    return {
+        "codebase_version": "v3.0",
+        "robot_type": None,
+        "total_episodes": len(lengths),
+        "total_frames": int(sum(lengths)),
+        "total_tasks": 1,
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": fps,
+        "splits": {"train": f"0:{len(lengths)}"},
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": None,
+        "features": {key: _feature(values) for key, values in columns.items()},
+    }
+
+
+def _feature(values: Array) -> dict[str, Any]:
+    image = values.dtype == np.uint8
+    names = ["height", "width", "channels"] if image else None
+    dtype = "image" if image else values.dtype.name
+    return {"dtype": dtype, "shape": list(values.shape[1:]), "names": names}
+
+
+def _stats(values: Array) -> dict[str, Any]:
+    if values.dtype == np.uint8:
+        # Per channel in [0, 1], shaped (3, 1, 1); of some frames, as LeRobot's writer does it.
+        some = values[:: max(1, len(values) // 200)]
+        values = some.reshape(-1, 3, 1, 1) / np.float32(255)
+    parts = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0, dtype=np.float64)}
+    parts["std"] = values.std(0, dtype=np.float64)
+    return {name: value.tolist() for name, value in parts.items()} | {"count": [len(values)]}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=4), encoding="utf-8")

@@ -1,0 +1,152 @@
+"""Checkpoints of a run, and going on from the last one.
+
+checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `pretrained`
+checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights
+checkpoints/last                        link to the newest
+"""
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.errors import CheckpointError, UsageError
+from vqbet_edge.model.network import VQBeT
+from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.files import new_directory, point_to, write_bytes
+from vqbet_edge.training.pretrained import save_pretrained
+
+# What may differ between a run and its continuation, because no loss depends on it.
+_FREE_FIELDS = {
+    "dataset", "output", "resume", "log_every", "validate_every", "save_every", "frame_cache",
+    "tensorboard",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps of both stages that are done.
+        error: stage 1's best reconstruction error so far, normalised.
+        stale: how many looks ago that was.
+    """
+
+    step: int = 0
+    error: float = math.inf
+    stale: int = 0
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint's training state holds."""
+
+    progress: Progress
+    weights: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, config: TrainConfig, dataset: LeRobotDataset) -> None:
+        self._config, self._dataset = config, dataset
+        self._directory = config.output / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """Link to the newest checkpoint."""
+        return self._directory / "last"
+
+    def save(
+        self,
+        progress: Progress,
+        network: VQBeT,
+        averaged: VQBeT | None,
+        optimizer: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint; the one before it stays whole whatever happens.
+
+        Args:
+            progress: how far the run has come.
+            network: the weights that training goes on with.
+            averaged: their moving average, which robots get when there is one.
+            optimizer: its state.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        path = self._directory / f"{progress.step:06d}"
+        with new_directory(path) as temporary:
+            (temporary / "pretrained_model").mkdir()
+            state = temporary / "training_state"
+            state.mkdir()
+            final = averaged or network
+            save_pretrained(temporary / "pretrained_model", final, self._config, self._dataset)
+            write_bytes(state / "training_step.json", json.dumps(asdict(progress)).encode())
+            buffer = io.BytesIO()
+            torch.save(optimizer, buffer)
+            write_bytes(state / "optimizer.pt", buffer.getvalue())
+            if averaged is not None:
+                weights = safetensors.torch.save(network.state_dict())
+                write_bytes(state / "model.safetensors", weights)
+        point_to(self.last, path)
+
+    def start(self) -> Resumed | None:
+        """What to go on from: None for a new run.
+
+        Raises:
+            UsageError: a run is there and `resume` was not asked for, or the other way round, or
+                the configuration is another.
+            CheckpointError: the checkpoint is not whole.
+        """
+        if not self._config.resume:
+            if self.last.exists():
+                raise UsageError(
+                    f"{self._config.output} holds a run already; "
+                    "pass --resume to go on with it, or another --output"
+                )
+            return None
+        if not self.last.exists():
+            if self._config.output.exists():
+                return None
+            raise UsageError(f"there is no run in {self._config.output} to resume; drop --resume")
+        try:
+            self._check_same()
+            return self._load(self.last)
+        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
+            raise CheckpointError(
+                f"{self.last.resolve()} is not whole ({e}); point the link {self.last} to an "
+                "earlier checkpoint"
+            ) from e
+
+    def _load(self, path: Path) -> Resumed:
+        state = path / "training_state"
+        final = safetensors.torch.load_file(path / "pretrained_model" / "model.safetensors")
+        own = state / "model.safetensors"
+        return Resumed(
+            progress=Progress(**json.loads((state / "training_step.json").read_text())),
+            weights=safetensors.torch.load_file(own) if own.exists() else final,
+            averaged=final if own.exists() else None,
+            optimizer=torch.load(state / "optimizer.pt", weights_only=True),
+        )
+
+    def _check_same(self) -> None:
+        before = json.loads((self.last / "pretrained_model" / "train_config.json").read_text())
+        now = self._config.to_json()
+        for name in now.keys() - _FREE_FIELDS:
+            if name in before and before[name] != now[name]:
+                raise UsageError(
+                    f"the run was started with --{name} {before[name]}, now it is {now[name]}; "
+                    "pass the same, or start a new run in another --output"
+                )

@@ -1,0 +1,19 @@
+"""`vqbet-train`: the command line is the configuration."""
+
+import sys
+
+import tyro
+
+from vqbet_edge.commands import run
+from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.trainer import train
+
+
+def main() -> None:
+    """Entry point."""
+    run(_main)
+
+
+def _main() -> None:
+    config = tyro.cli(TrainConfig, prog="vqbet-train", use_underscores=True)
+    sys.stdout.write(f"{train(config)}\n")

@@ -1,0 +1,152 @@
+"""The demo's two halves: prepare a policy, then drive with it or with its bundle."""
+
+import functools
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.data.writer import write_dataset
+from vqbet_edge.errors import VerificationError
+from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.model.config import NormalizationMode
+from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.demo.baseline import RegressionActor
+from vqbet_edge.training.demo.expert import collect
+from vqbet_edge.training.demo.picture import draw_paths, passes_left
+from vqbet_edge.training.demo.task import DetourEnv, Scene
+from vqbet_edge.training.evaluation.actors import Actor, ActorOptions, load_actor
+from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
+from vqbet_edge.training.evaluation.summary import summarize
+from vqbet_edge.training.files import writing
+from vqbet_edge.training.trainer import train
+
+DEMONSTRATIONS = 300
+BASELINE_STEPS = 200
+SLOTS = 8
+SCENE_SEED = 3
+FIRST_SEED = 500_000
+NEEDED_SUCCESS = 0.9
+# Draw codes as often as they were demonstrated: at the checkpoint's 0.1 the more probable side of
+# the bar is nearly always taken.
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Collect demonstrations and train both stages."""
+
+    # Folder of the demo.
+    output: Path = Path("outputs/demo")
+    # Optimisation steps of stage 2.
+    stage2_steps: int = 1200
+
+
+@dataclass(frozen=True)
+class Drive:
+    """Drive the task with a policy, beside a plain regression, and draw the paths."""
+
+    # A checkpoint's directory or a bundle.
+    policy: Annotated[str, tyro.conf.Positional]
+    # Folder of the demo.
+    output: Path = Path("outputs/demo")
+    # Episodes to drive.
+    episodes: int = 50
+
+
+def training(output: Path, stage2_steps: int = 1200) -> TrainConfig:
+    """The demo's configuration: small, and nothing but scale differs from a large one."""
+    return TrainConfig(
+        dataset=str(output / "demonstrations"),
+        output=output / "training",
+        steps=600 + stage2_steps,
+        n_vqvae_training_steps=600,
+        batch_size=32,
+        n_obs_steps=3,
+        action_chunk_size=5,
+        vision_backbone="resnet10_small",
+        crop_shape=None,
+        channels_last=True,
+        vqvae_n_embed=8,
+        vqvae_embedding_dim=64,
+        gpt_n_layer=2,
+        gpt_n_head=4,
+        gpt_input_dim=128,
+        gpt_hidden_dim=128,
+        gpt_output_dim=128,
+        gpt_block_size=32,
+        # At the default weight the offsets drown the codes, which a short training cannot afford.
+        offset_loss_weight=30.0,
+        # Most pixels are white: without centring, the encoder takes long to notice the goal.
+        normalization_mapping={
+            "VISUAL": NormalizationMode.MEAN_STD,
+            "STATE": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        },
+        optimizer_lr=1e-3,
+        scheduler_warmup_steps=50,
+        validation_fraction=0.0,
+    )
+
+
+def prepare(config: Prepare) -> Path:
+    """Collect, train, and return the policy's directory.
+
+    Raises:
+        DiskError: there is no room for the output.
+    """
+    run = training(config.output, config.stage2_steps)
+    with writing(config.output):
+        for folder in (Path(run.dataset), run.output):
+            shutil.rmtree(folder, ignore_errors=True)
+        demonstrations = collect(DEMONSTRATIONS, run.seed)
+        write_dataset(Path(run.dataset), demonstrations, fps=10, task="reach the goal")
+    return train(run)
+
+
+def drive(config: Drive) -> None:
+    """Drive, print the figures, draw `paths.png`.
+
+    Raises:
+        VerificationError: fewer than 90 % of the episodes succeed.
+    """
+    actor = load_actor(config.policy, SLOTS, ActorOptions(temperature=TEMPERATURE))
+    seeds = range(FIRST_SEED, FIRST_SEED + config.episodes)
+    solved = summarize(run_episodes(DetourEnv, actor, seeds, slots=SLOTS))
+    sys.stdout.write(f"VQ-BeT      success {solved.success} over {solved.episodes} episodes\n")
+    baseline = _baseline(config.output)
+    others = summarize(run_episodes(DetourEnv, baseline, seeds, slots=SLOTS))
+    sys.stdout.write(f"regression  success {others.success}\n")
+    scene = Scene.draw(np.random.default_rng(SCENE_SEED))
+    paths = {"VQ-BeT": _in_one_scene(actor), "plain regression": _in_one_scene(baseline)}
+    ways = [passes_left(episode, scene) for episode in paths["VQ-BeT"] if episode.success]
+    sys.stdout.write(f"one scene   {sum(ways)} left, {len(ways) - sum(ways)} right\n")
+    draw_paths(scene, paths, config.output / "paths.png")
+    sys.stdout.write(f"{config.output / 'paths.png'}\n")
+    if solved.success.mean < NEEDED_SUCCESS:
+        raise VerificationError(
+            f"the policy succeeds in {solved.success.mean:.0%} of the episodes, expected "
+            f"{NEEDED_SUCCESS:.0%}; prepare it with more --stage2_steps"
+        )
+
+
+def _baseline(output: Path) -> RegressionActor:
+    run = training(output)
+    Console(stderr=True).print("training the regression that averages ...")
+    directory = run.output / "checkpoints/last/pretrained_model"
+    actor = RegressionActor(load_checkpoint(str(directory)), SLOTS)
+    with torch.enable_grad():
+        actor.fit(run, LeRobotDataset.open(run.dataset), BASELINE_STEPS)
+    return actor
+
+
+def _in_one_scene(actor: Actor) -> list[Episode]:
+    make = functools.partial(DetourEnv, scene_seed=SCENE_SEED)
+    return run_episodes(make, actor, range(FIRST_SEED, FIRST_SEED + 4 * SLOTS), slots=SLOTS)

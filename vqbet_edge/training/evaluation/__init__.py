@@ -1,0 +1,1 @@
+"""How often a policy succeeds: environments, rollouts, comparison of two policies."""

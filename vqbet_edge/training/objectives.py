@@ -1,0 +1,146 @@
+"""What the two stages minimise, on one batch.
+
+Losses, weights and the order of random draws are those of LeRobot's `VqVae.vqvae_forward` and
+`VQBeTHead.loss_fn`: fed the same batch, weights and random state, both agree.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqbet_edge.model.config import VQBeTConfig
+from vqbet_edge.model.network import ActionHead, VQBeT
+from vqbet_edge.model.rvq import VqVae
+from vqbet_edge.training.codebooks import Reduce, quantize
+from vqbet_edge.training.scalings import Scalings
+
+COMMITMENT_WEIGHT = 5.0
+FOCAL_GAMMA = 2.0
+
+
+class Stage1Losses(NamedTuple):
+    """Losses of the residual VQ-VAE, all ()."""
+
+    loss: Tensor
+    reconstruction: Tensor  # L1 of the normalised chunks
+    commitment: Tensor
+
+
+class Stage1(nn.Module):
+    """Action chunk -> codes -> the same action chunk (paper, section 3.1)."""
+
+    def __init__(self, vqvae: VqVae, reduce: Reduce) -> None:
+        super().__init__()
+        self.vqvae = vqvae
+        self._reduce = reduce
+
+    def forward(self, chunks: Tensor) -> Stage1Losses:
+        """Losses on chunks (M, W, A), normalised; moves the code books in training mode."""
+        flat = chunks.flatten(1)
+        reduce = self._reduce if self.training else None
+        result = quantize(self.vqvae.vq_layer, self.vqvae.encoder(flat), reduce)
+        reconstruction = F.l1_loss(self.vqvae.decoder(result.latents), flat)
+        loss = reconstruction + COMMITMENT_WEIGHT * result.commitment
+        return Stage1Losses(loss, reconstruction.detach(), result.commitment.detach())
+
+
+class Stage2Losses(NamedTuple):
+    """Losses of code prediction and offsets, all ()."""
+
+    loss: Tensor
+    primary: Tensor  # focal loss of the primary code
+    secondary: Tensor
+    offset: Tensor  # L1 of the predicted chunk, normalised
+    primary_accuracy: Tensor  # share of the sampled codes that are the chunk's own
+    secondary_accuracy: Tensor
+
+
+class Prediction(NamedTuple):
+    """What the heads say about M action queries."""
+
+    logits: Tensor  # (M, 2, C)
+    codes: Tensor  # int64 (M, 2), sampled
+    chunks: Tensor  # (M, W, A), decoded plus offset
+
+
+class Stage2(nn.Module):
+    """Window -> codes and offsets of all action queries (paper, section 3.2)."""
+
+    image_multiply: Tensor
+    image_add: Tensor
+
+    def __init__(self, network: VQBeT, scalings: Scalings) -> None:
+        super().__init__()
+        self.network = network
+        multiply, add = _image_affine(network.config, scalings)
+        self.register_buffer("image_multiply", multiply)
+        self.register_buffer("image_add", add)
+
+    def train(self, mode: bool = True) -> "Stage2":
+        """Switch the mode of everything but the VQ-VAE, which stays as stage 1 left it."""
+        super().train(mode)
+        self.network.head.vqvae_model.eval()
+        return self
+
+    def forward(self, images: Tensor, states: Tensor, actions: Tensor) -> Stage2Losses:
+        """Losses on one batch; see `Batch` for the shapes."""
+        config, head = self.network.config, self.network.head
+        features = self.network(self.to_network_units(images), states).flatten(0, 1)
+        chunks = actions[:, self.network.vqbet.select_target_actions_indices].flatten(0, 1)
+        # The codes of a chunk must not depend on the precision that the rest runs in.
+        with torch.no_grad(), torch.autocast(actions.device.type, enabled=False):
+            target = head.vqvae_model.encode(chunks).codes
+        predicted = predict(head, features, config.bet_softmax_temperature)
+        primary = focal_loss(predicted.logits[:, 0], target[:, 0])
+        secondary = focal_loss(predicted.logits[:, 1], target[:, 1])
+        offset = F.l1_loss(predicted.chunks, chunks)
+        loss = (
+            config.primary_code_loss_weight * primary
+            + config.secondary_code_loss_weight * secondary
+            + config.offset_loss_weight * offset
+        )
+        hits = (predicted.codes == target).float().mean(0)
+        return Stage2Losses(loss, primary.detach(), secondary.detach(), offset.detach(), *hits)
+
+    def to_network_units(self, images: Tensor) -> Tensor:
+        """uint8 (..., K, H, W, 3) -> float32 (..., K, 3, H, W)."""
+        return images.movedim(-1, -3).float() * self.image_multiply + self.image_add
+
+
+def predict(head: ActionHead, features: Tensor, temperature: float) -> Prediction:
+    """Sample codes for features (M, D) and predict their chunks."""
+    if head.sequential:
+        primary = _sample(head.primary_logits(features), temperature)
+        logits = head.code_logits(features, primary)
+        codes = torch.stack([primary, _sample(logits[:, 1], temperature)], dim=-1)
+    else:
+        logits = head.code_logits(features, torch.empty(0, device=features.device))
+        codes = _sample(logits.flatten(0, 1), temperature).view(-1, 2)
+    return Prediction(logits, codes, head.action_chunk(features, codes))
+
+
+def _sample(logits: Tensor, temperature: float) -> Tensor:
+    """(M, C) -> int64 (M,)."""
+    probabilities = (logits.detach().float() / temperature).softmax(dim=-1)
+    return torch.multinomial(probabilities, num_samples=1)[:, 0]
+
+
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal loss ("Focal Loss for Dense Object Detection", equation 4) without class weights.
+
+    Args:
+        logits: (M, C).
+        target: int64 (M,).
+    """
+    log_probability = F.log_softmax(logits, dim=-1).gather(-1, target[:, None])[:, 0]
+    return -((1 - log_probability.exp()) ** FOCAL_GAMMA * log_probability).mean()
+
+
+def _image_affine(config: VQBeTConfig, scalings: Scalings) -> tuple[Tensor, Tensor]:
+    """From uint8 to the network's units: one factor and one summand per camera and channel."""
+    parts = [scalings.forward[key] for key in config.image_keys]
+    multiply = torch.stack([torch.from_numpy(p.multiply / 255) for p in parts])
+    add = torch.stack([torch.from_numpy(p.add - p.subtract * p.multiply) for p in parts])
+    return multiply[:, :, None, None], add[:, :, None, None]

@@ -1,0 +1,171 @@
+"""Windows of demonstrations, and in which order they are trained on.
+
+All demonstrations lie behind each other in memory; a window is a row of frame indices that never
+leaves its episode: what lies outside repeats the first or last frame, as LeRobot pads.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.errors import DatasetError
+from vqbet_edge.model.config import ACTION_KEY, STATE_KEY, VQBeTConfig
+from vqbet_edge.training.scalings import Scalings
+
+Indices = npt.NDArray[np.int64]
+
+
+def current_frames(dataset: LeRobotDataset, episodes: tuple[int, ...]) -> Indices:
+    """int64 (F,): every frame of the given episodes."""
+    spans = [np.arange(dataset.bounds[i], dataset.bounds[i + 1]) for i in episodes]
+    return np.concatenate(spans) if spans else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class WindowIndex:
+    """Which frames belong to the window around a frame.
+
+    Attributes:
+        first, last: int64 (frames,), first and last frame of every frame's episode.
+        n_obs_steps: observations up to and with the current frame.
+        num_actions: actions, from the oldest observation's on.
+    """
+
+    first: Indices
+    last: Indices
+    n_obs_steps: int
+    num_actions: int
+
+    @classmethod
+    def of(cls, dataset: LeRobotDataset, config: VQBeTConfig) -> "WindowIndex":
+        """The index of a whole data set."""
+        lengths = np.diff(dataset.bounds)
+        queries = config.n_obs_steps + config.n_action_pred_token - 1
+        return cls(
+            first=np.repeat(dataset.bounds[:-1], lengths),
+            last=np.repeat(dataset.bounds[1:] - 1, lengths),
+            n_obs_steps=config.n_obs_steps,
+            num_actions=queries + config.action_chunk_size - 1,
+        )
+
+    def observations(self, frames: Indices) -> Indices:
+        """(B,) -> (B, N): the window that ends at each frame."""
+        return self._clamped(frames, np.arange(1 - self.n_obs_steps, 1))
+
+    def actions(self, frames: Indices) -> Indices:
+        """(B,) -> (B, num_actions): the actions of all queries' chunks."""
+        start = 1 - self.n_obs_steps
+        return self._clamped(frames, np.arange(start, start + self.num_actions))
+
+    def _clamped(self, frames: Indices, offsets: Indices) -> Indices:
+        low, high = self.first[frames, None], self.last[frames, None]
+        return (frames[:, None] + offsets).clip(low, high)
+
+
+class Batch(NamedTuple):
+    """What one step of stage 2 sees."""
+
+    images: Tensor  # uint8 (B, N, K, H, W, 3)
+    states: Tensor  # (B, N, S), normalised
+    actions: Tensor  # (B, num_actions, A), normalised
+
+
+class WindowedDataset:
+    """Batches of windows, straight from memory.
+
+    Vectors are normalised once and live on the device, and so do the frames when they take less
+    than half of its free memory.
+    """
+
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        config: VQBeTConfig,
+        scalings: Scalings,
+        device: torch.device,
+    ) -> None:
+        self._dataset, self._config, self._device = dataset, config, device
+        self._index = WindowIndex.of(dataset, config)
+        self._states = scalings.normalize(STATE_KEY, dataset.column(STATE_KEY)).to(device)
+        self._actions = scalings.normalize(ACTION_KEY, dataset.column(ACTION_KEY)).to(device)
+        self._frames: list[Tensor] | None = None
+
+    def chunks(self, frames: Indices) -> Tensor:
+        """Stage 1's data: every query's action chunk of every window.
+
+        Args:
+            frames: int64 (B,), the windows' current frames.
+
+        Returns:
+            (B x Q, W, A), normalised; no image is touched.
+        """
+        actions = self._actions[torch.from_numpy(self._index.actions(frames)).to(self._device)]
+        width = self._config.action_chunk_size
+        # unfold puts the window last: (B, Q, A, W).
+        return actions.unfold(1, width, 1).transpose(2, 3).flatten(0, 1)
+
+    def batch(self, frames: Indices) -> Batch:
+        """Stage 2's data; the first call decodes the cameras' frames.
+
+        Args:
+            frames: int64 (B,), the windows' current frames.
+        """
+        observed = torch.from_numpy(self._index.observations(frames))
+        acted = torch.from_numpy(self._index.actions(frames)).to(self._device)
+        if self._frames is None:
+            self._frames = self._load_frames()
+        images = [
+            camera[observed.to(camera.device)].to(self._device, non_blocking=True)
+            for camera in self._frames
+        ]
+        return Batch(
+            images=torch.stack(images, dim=2),
+            states=self._states[observed.to(self._device)],
+            actions=self._actions[acted],
+        )
+
+    def _load_frames(self) -> list[Tensor]:
+        cameras = [torch.from_numpy(self._dataset.frames(k)) for k in self._config.image_keys]
+        if self._device.type != "cuda":
+            return cameras
+        free, _ = torch.cuda.mem_get_info(self._device)
+        resident = sum(camera.nbytes for camera in cameras) < free / 2
+        return [camera.to(self._device) for camera in cameras] if resident else cameras
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Every frame once per epoch in a new order, without any state.
+
+    What a step sees follows from the seed and the step's number alone, so a resumed run and a run
+    on more processes see the same.
+    """
+
+    frames: Indices
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not len(self.frames):
+            raise DatasetError("no frames are left to train on; lower --validation_fraction")
+
+    def batch(self, step: int) -> Indices:
+        """int64 (batch_size,): the current frames of one step's windows."""
+        wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(wanted, len(self.frames))
+        parts = [self._epoch(int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _epoch(self, epoch: int) -> Indices:
+        return self.frames[_permutation(len(self.frames), self.seed, epoch)]
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> Indices:
+    return np.random.default_rng((seed, epoch)).permutation(size)
