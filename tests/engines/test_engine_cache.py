@@ -173,9 +173,9 @@ def test_a_folder_that_others_may_write(bundle: Path, plan: Path) -> None:
 def test_a_foreign_owner(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another user sees it: that user owns neither folder nor files."""
     monkeypatch.setattr(engine_cache.os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(engine_cache._RejectedError, match="somebody else"):
-        engine_cache._read_private(plan, len(PLAN))
-    with pytest.raises(engine_cache._RejectedError, match="somebody else"):
+    with pytest.raises(engine_cache.RejectedError, match="somebody else"):
+        engine_cache.read_private(plan, len(PLAN))
+    with pytest.raises(engine_cache.RejectedError, match="somebody else"):
         engine_cache._load(plan.parent, KEY, b"")
 
 
@@ -278,3 +278,69 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_cache() == Path("/somewhere/vqbet_edge")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache() == Path.home() / ".cache/vqbet_edge"
+
+
+@pytest.fixture
+def key(home: Path, plan: Path) -> Path:  # noqa: ARG001 - storing makes the key
+    """The key that sealed the stored engine."""
+    return home / "engine-seal.key"
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 33])
+def test_a_key_of_another_length(bundle: Path, key: Path, size: int) -> None:
+    """Anybody can compute seals with an empty key, as is left where writing it was cut short."""
+    key.write_bytes(bytes(size))
+    with pytest.raises(DiskError, match=r"key.*(delete|larger)"):
+        EngineCache(bundle).find(KEY)
+    with pytest.raises(DiskError, match="delete"):
+        EngineCache(bundle).store(KEY, PLAN, 1.0)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o610, 0o620])
+def test_a_key_that_others_may_read(bundle: Path, key: Path, mode: int) -> None:
+    key.chmod(mode)
+    with pytest.raises(DiskError, match=r"somebody else.*delete"):
+        EngineCache(bundle).find(KEY)
+
+
+def test_dying_while_the_key_is_written(
+    bundle: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads meanwhile finds no key or a whole one."""
+
+    def dying(_handle: int) -> None:
+        assert not (home / "engine-seal.key").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_cache.os, "fsync", dying)
+        with pytest.raises(KeyboardInterrupt):
+            EngineCache(bundle).store(KEY, PLAN, 1.0)
+    assert list(home.iterdir()) == []
+    assert EngineCache(bundle).store(KEY, PLAN, 1.0)
+
+
+def test_a_key_of_a_faster_process_stays(home: Path) -> None:
+    home.mkdir(mode=0o700)
+    path = home / "engine-seal.key"
+    engine_cache._create_key(path)
+    first = path.read_bytes()
+    engine_cache._create_key(path)
+    assert path.read_bytes() == first
+    assert list(home.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_cache_that_others_may_write(bundle: Path, home: Path, mode: int) -> None:
+    """Such as /tmp, where another user could have put the key first."""
+    home.mkdir()
+    home.chmod(mode)
+    with pytest.raises(DiskError, match=f"chmod.*{CACHE_VARIABLE}"):
+        EngineCache(bundle).store(KEY, PLAN, 1.0)
+    assert list(home.iterdir()) == []
+
+
+def test_an_empty_variable_is_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert user_cache() == Path("/somewhere/vqbet_edge")

@@ -29,6 +29,7 @@ CACHE_VARIABLE = "VQBET_EDGE_CACHE"
 _SEAL_NAME = "engine-seal.key"
 _SEAL_BYTES = 32
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_MAY_DO_ANYTHING = stat.S_IRWXG | stat.S_IRWXO
 _MAX_RECORD_BYTES = 1 << 16
 _MAX_PLAN_BYTES = 1 << 33
 
@@ -107,8 +108,8 @@ class Lookup:
     reason: str
 
 
-class _RejectedError(Exception):
-    """Why a stored engine is not loaded."""
+class RejectedError(Exception):
+    """Why a stored file is not read."""
 
 
 class EngineCache:
@@ -118,7 +119,11 @@ class EngineCache:
         self._bundle, self._user = bundle, user_cache()
 
     def find(self, key: EngineKey) -> Lookup:
-        """Look an engine up without trusting it; never raises for what is on disk."""
+        """Look an engine up without trusting it; never raises for what is wrong with an engine.
+
+        Raises:
+            DiskError: the key that seals engines, or its folder, is not this user's alone.
+        """
         reason = "no engine has been built for this device yet"
         for root in (self._bundle, self._user):
             folder = root / "engines" / key.device
@@ -127,7 +132,7 @@ class EngineCache:
             try:
                 plan = _load(folder, key, self._seal_key())
                 return Lookup(plan, folder / f"{key.file_stem}.plan", "")
-            except _RejectedError as error:
+            except RejectedError as error:
                 reason = str(error)
         return Lookup(None, None, reason)
 
@@ -172,49 +177,82 @@ class EngineCache:
 
     def _seal_key(self) -> bytes:
         """This user's secret of this machine; made on first use."""
-        path = self._user / _SEAL_NAME
+        path = private_user_cache() / _SEAL_NAME
         try:
-            self._user.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                _create(path, secrets.token_bytes(_SEAL_BYTES))
-            return _read_private(path, _SEAL_BYTES)
+            if not os.path.lexists(path):
+                _create_key(path)
+            key = read_private(path, _SEAL_BYTES, secret=True)
         except OSError as error:
             raise DiskError(
                 f"cannot keep engines in '{self._user}': {error.strerror}; "
                 f"set {CACHE_VARIABLE} to a directory of yours"
             ) from error
-        except _RejectedError as error:
-            raise DiskError(f"the engine cache's key is not usable: {error}; delete it") from error
+        except RejectedError as error:
+            raise DiskError(
+                f"the key that seals engines is not usable: {error}; delete '{path}' "
+                "and build the engines again with vqbet-build"
+            ) from error
+        if len(key) != _SEAL_BYTES:
+            # A short key is one that anybody can guess, who then can seal engines.
+            raise DiskError(
+                f"expected {_SEAL_BYTES} bytes in '{path}', got {len(key)}; "
+                "delete it and build the engines again with vqbet-build"
+            )
+        return key
 
 
 def user_cache() -> Path:
     """This user's cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where caches go."""
-    if CACHE_VARIABLE in os.environ:
+    if os.environ.get(CACHE_VARIABLE):  # empty means unset, not the current directory
         return Path(os.environ[CACHE_VARIABLE])
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vqbet_edge"
+
+
+def private_user_cache() -> Path:
+    """`user_cache()`, created where it is missing.
+
+    Raises:
+        DiskError: it cannot be created, or others may write there.
+    """
+    path = user_cache()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"cannot create the cache '{path}': {error.strerror}; "
+            f"set {CACHE_VARIABLE} to a directory of yours"
+        ) from error
+    # Not `_is_private`: a link of the user's own to another disk is as good as the folder.
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
+        raise DiskError(
+            f"the cache '{path}' belongs to, or can be written by, somebody else; run: "
+            f"chmod go-w '{path}', or set {CACHE_VARIABLE} to a directory of yours alone"
+        )
+    return path
 
 
 def _load(folder: Path, key: EngineKey, seal_key: bytes) -> bytes:
     """The plan, after every check.
 
     Raises:
-        _RejectedError: with the reason.
+        RejectedError: with the reason.
     """
     if not _is_private(folder):
-        raise _RejectedError(f"'{folder}' belongs to, or can be written by, somebody else")
+        raise RejectedError(f"'{folder}' belongs to, or can be written by, somebody else")
     try:
         record = msgspec.json.decode(
-            _read_private(folder / f"{key.file_stem}.json", _MAX_RECORD_BYTES), type=EngineRecord
+            read_private(folder / f"{key.file_stem}.json", _MAX_RECORD_BYTES), type=EngineRecord
         )
     except (msgspec.DecodeError, RecursionError) as error:
-        raise _RejectedError(f"the engine's record is damaged ({error})") from error
+        raise RejectedError(f"the engine's record is damaged ({error})") from error
     if not hmac.compare_digest(_seal(record, seal_key).encode(), record.seal.encode()):
-        raise _RejectedError("the engine was not built by this user on this machine")
+        raise RejectedError("the engine was not built by this user on this machine")
     _check_key(record.key, key)
-    plan = _read_private(folder / f"{key.file_stem}.plan", min(record.size, _MAX_PLAN_BYTES))
+    plan = read_private(folder / f"{key.file_stem}.plan", min(record.size, _MAX_PLAN_BYTES))
     if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
-        raise _RejectedError("the engine is truncated or altered")
+        raise RejectedError("the engine is truncated or altered")
     return plan
 
 
@@ -222,7 +260,7 @@ def _check_key(built: EngineKey, wanted: EngineKey) -> None:
     for name in wanted.__struct_fields__:
         have, need = getattr(built, name), getattr(wanted, name)
         if have != need and not (name == "options" and need is None):
-            raise _RejectedError(f"it was built for {name} {have}, needed is {need}")
+            raise RejectedError(f"it was built for {name} {have}, needed is {need}")
 
 
 def _seal(record: EngineRecord, seal_key: bytes) -> str:
@@ -240,20 +278,31 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and private
 
 
-def _read_private(path: Path, limit: int) -> bytes:
-    """Contents of a regular file of this user that only this user may write."""
+def read_private(path: Path, limit: int, *, secret: bool = False) -> bytes:
+    """Contents of a regular file of this user that only this user may write.
+
+    Args:
+        path: the file; a link is not followed.
+        limit: the most bytes that it may have.
+        secret: nobody else may read it either.
+
+    Raises:
+        RejectedError: it is missing or another kind of file, owner, mode or size.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise _RejectedError(f"'{path.name}' cannot be read ({error.strerror})") from error
+        raise RejectedError(f"'{path.name}' cannot be read ({error.strerror})") from error
     with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise _RejectedError(f"'{path.name}' is not a regular file")
+            raise RejectedError(f"'{path.name}' is not a regular file")
         if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-            raise _RejectedError(f"'{path.name}' belongs to, or can be written by, somebody else")
+            raise RejectedError(f"'{path.name}' belongs to, or can be written by, somebody else")
+        if secret and status.st_mode & _OTHERS_MAY_DO_ANYTHING:
+            raise RejectedError(f"'{path.name}' can be read by somebody else")
         if status.st_size > limit:
-            raise _RejectedError(f"'{path.name}' is larger than expected")
+            raise RejectedError(f"'{path.name}' is larger than expected")
         return file.read(limit)
 
 
@@ -265,13 +314,28 @@ def _create(path: Path, data: bytes) -> None:
         os.fsync(handle)
 
 
+def _create_key(path: Path) -> None:
+    """Make the key appear whole: dying midway, or reading meanwhile, must not yield a short one."""
+    temporary = _temporary(path)
+    try:
+        _create(temporary, secrets.token_bytes(_SEAL_BYTES))
+        with contextlib.suppress(FileExistsError):  # another process was faster: its key stays
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that only this user may read, whole or not at all.
 
     Raises:
         DiskError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = _temporary(path)
     try:
         _create(temporary, data)
         temporary.replace(path)
