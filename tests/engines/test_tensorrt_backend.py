@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vqbet_engines
 
 from vqbet_edge import backends
 from vqbet_edge.backends import create_backend
+from vqbet_edge.backends.child import module_command
 from vqbet_edge.backends.cuda import Cuda, Device, HostMemory, Launch
 from vqbet_edge.backends.engine_cache import CACHE_VARIABLE, BuildOptions, EngineCache
 from vqbet_edge.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
@@ -193,8 +193,8 @@ def test_missing_engines_are_built_by_the_command(
 
     monkeypatch.setattr("vqbet_edge.backends.tensorrt.subprocess.run", build)
     TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
-    wanted = [sys.executable, "-m", vqbet_engines.__name__, str(bundle.path)]
-    assert commands == [[*wanted, "--flavour", "tensorrt"]]
+    wanted = ["vqbet_engines.cli", str(bundle.path), "--flavour", "tensorrt"]
+    assert commands == [module_command(*wanted)]
 
 
 def test_a_failed_build(bundle: Bundle, trt: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:

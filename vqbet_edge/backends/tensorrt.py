@@ -2,9 +2,9 @@
 
 import logging
 import subprocess
-import sys
 from typing import Any
 
+from vqbet_edge.backends.child import module_command
 from vqbet_edge.backends.cuda import Cuda, Device, Launch, create_cuda, switch
 from vqbet_edge.backends.cuda_backend import CudaBackend
 from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache, EngineKey
@@ -124,8 +124,7 @@ def _plans(
 
 def _build(bundle: Bundle, tensorrt: TensorRT) -> None:
     """Run `vqbet-build`, which says why it builds and shows its progress on standard error."""
-    command = [sys.executable, "-m", "vqbet_engines", str(bundle.path)]
-    command += ["--flavour", tensorrt.flavour]
+    command = module_command("vqbet_engines.cli", str(bundle.path), "--flavour", tensorrt.flavour)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
     if done.returncode:
         raise BackendError(
