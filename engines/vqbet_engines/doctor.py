@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vqbet_edge.backends.cuda import create_cuda
-from vqbet_edge.backends.engine_cache import user_cache
+from vqbet_edge.backends.private_files import user_cache
 from vqbet_edge.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.commands import run
 from vqbet_edge.errors import BackendError

@@ -8,9 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.engine_cache import (
-    BuildOptions,
-    EngineCache,
+from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.backends.private_files import (
     RejectedError,
     private_user_cache,
     read_private,

@@ -9,14 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vqbet_edge.backends import engine_cache
+from vqbet_edge.backends import engine_cache, private_files
 from vqbet_edge.backends.engine_cache import (
-    CACHE_VARIABLE,
     BuildOptions,
     EngineCache,
     EngineKey,
-    user_cache,
 )
+from vqbet_edge.backends.private_files import CACHE_VARIABLE, user_cache
 from vqbet_edge.errors import DiskError
 
 KEY = EngineKey(
@@ -172,10 +171,10 @@ def test_a_folder_that_others_may_write(bundle: Path, plan: Path) -> None:
 
 def test_a_foreign_owner(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another user sees it: that user owns neither folder nor files."""
-    monkeypatch.setattr(engine_cache.os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(engine_cache.RejectedError, match="somebody else"):
-        engine_cache.read_private(plan, len(PLAN))
-    with pytest.raises(engine_cache.RejectedError, match="somebody else"):
+    monkeypatch.setattr(private_files.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(private_files.RejectedError, match="somebody else"):
+        private_files.read_private(plan, len(PLAN))
+    with pytest.raises(private_files.RejectedError, match="somebody else"):
         engine_cache._load(plan.parent, KEY, b"")
 
 
@@ -313,7 +312,7 @@ def test_dying_while_the_key_is_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_cache.os, "fsync", dying)
+        patch.setattr(private_files.os, "fsync", dying)
         with pytest.raises(KeyboardInterrupt):
             EngineCache(bundle).store(KEY, PLAN, 1.0)
     assert list(home.iterdir()) == []
@@ -323,9 +322,9 @@ def test_dying_while_the_key_is_written(
 def test_a_key_of_a_faster_process_stays(home: Path) -> None:
     home.mkdir(mode=0o700)
     path = home / "engine-seal.key"
-    engine_cache._create_key(path)
+    private_files.create_secret(path, 32)
     first = path.read_bytes()
-    engine_cache._create_key(path)
+    private_files.create_secret(path, 32)
     assert path.read_bytes() == first
     assert list(home.iterdir()) == [path]
 

@@ -13,7 +13,8 @@ from vqbet_edge import backends
 from vqbet_edge.backends import create_backend
 from vqbet_edge.backends.child import module_command
 from vqbet_edge.backends.cuda import Cuda, Device, HostMemory, Launch
-from vqbet_edge.backends.engine_cache import CACHE_VARIABLE, BuildOptions, EngineCache
+from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
 from vqbet_edge.backends.tensorrt_module import TensorRT, import_tensorrt
 from vqbet_edge.bundle import Bundle

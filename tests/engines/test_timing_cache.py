@@ -8,7 +8,7 @@ from vqbet_engines import engines
 from vqbet_engines.engines import _TimingCache
 
 from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.engine_cache import CACHE_VARIABLE
+from vqbet_edge.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.backends.tensorrt_module import TensorRT
 from vqbet_edge.errors import DiskError
 

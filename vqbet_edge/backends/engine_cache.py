@@ -8,28 +8,32 @@ before TensorRT sees a byte. docs/security.md states the stance.
     engines/<device>/<stage>-<graph>.json     its record: key, digest, size, seal; written last
 """
 
-import contextlib
 import hashlib
 import hmac
 import os
 import re
-import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from vqbet_edge.backends.private_files import (
+    CACHE_VARIABLE,
+    RejectedError,
+    create_secret,
+    is_private,
+    private_user_cache,
+    read_private,
+    user_cache,
+    write_private,
+)
 from vqbet_edge.backends.tensorrt_module import Flavour
 from vqbet_edge.errors import DiskError
 from vqbet_edge.manifest import StageName
 
-CACHE_VARIABLE = "VQBET_EDGE_CACHE"
 _SEAL_NAME = "engine-seal.key"
 _SEAL_BYTES = 32
-_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_OTHERS_MAY_DO_ANYTHING = stat.S_IRWXG | stat.S_IRWXO
 _MAX_RECORD_BYTES = 1 << 16
 _MAX_PLAN_BYTES = 1 << 33
 
@@ -108,10 +112,6 @@ class Lookup:
     reason: str
 
 
-class RejectedError(Exception):
-    """Why a stored file is not read."""
-
-
 class EngineCache:
     """The engines of one bundle: in the bundle where it can be written, else the user's cache."""
 
@@ -158,7 +158,7 @@ class EngineCache:
 
     def _folder(self, key: EngineKey) -> Path:
         roots = [self._user]
-        if _is_private(self._bundle) and os.access(self._bundle, os.W_OK):
+        if is_private(self._bundle) and os.access(self._bundle, os.W_OK):
             roots.insert(0, self._bundle)
         error: OSError | None = None
         for root in roots:
@@ -168,7 +168,7 @@ class EngineCache:
             except OSError as failure:
                 error = failure
                 continue
-            if _is_private(folder):
+            if is_private(folder):
                 return folder
         raise DiskError(
             f"engines can be kept neither in '{self._bundle}' nor in '{self._user}' "
@@ -180,7 +180,7 @@ class EngineCache:
         path = private_user_cache() / _SEAL_NAME
         try:
             if not os.path.lexists(path):
-                _create_key(path)
+                create_secret(path, _SEAL_BYTES)
             key = read_private(path, _SEAL_BYTES, secret=True)
         except OSError as error:
             raise DiskError(
@@ -201,45 +201,13 @@ class EngineCache:
         return key
 
 
-def user_cache() -> Path:
-    """This user's cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where caches go."""
-    if os.environ.get(CACHE_VARIABLE):  # empty means unset, not the current directory
-        return Path(os.environ[CACHE_VARIABLE])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vqbet_edge"
-
-
-def private_user_cache() -> Path:
-    """`user_cache()`, created where it is missing.
-
-    Raises:
-        DiskError: it cannot be created, or others may write there.
-    """
-    path = user_cache()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(
-            f"cannot create the cache '{path}': {error.strerror}; "
-            f"set {CACHE_VARIABLE} to a directory of yours"
-        ) from error
-    # Not `_is_private`: a link of the user's own to another disk is as good as the folder.
-    status = path.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-        raise DiskError(
-            f"the cache '{path}' belongs to, or can be written by, somebody else; run: "
-            f"chmod go-w '{path}', or set {CACHE_VARIABLE} to a directory of yours alone"
-        )
-    return path
-
-
 def _load(folder: Path, key: EngineKey, seal_key: bytes) -> bytes:
     """The plan, after every check.
 
     Raises:
         RejectedError: with the reason.
     """
-    if not _is_private(folder):
+    if not is_private(folder):
         raise RejectedError(f"'{folder}' belongs to, or can be written by, somebody else")
     try:
         record = msgspec.json.decode(
@@ -266,80 +234,3 @@ def _check_key(built: EngineKey, wanted: EngineKey) -> None:
 def _seal(record: EngineRecord, seal_key: bytes) -> str:
     body = msgspec.json.encode(msgspec.structs.replace(record, seal=""))
     return hmac.new(seal_key, body, hashlib.sha256).hexdigest()
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether this is a directory of this user that only this user may write."""
-    try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    private = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE
-    return stat.S_ISDIR(status.st_mode) and private
-
-
-def read_private(path: Path, limit: int, *, secret: bool = False) -> bytes:
-    """Contents of a regular file of this user that only this user may write.
-
-    Args:
-        path: the file; a link is not followed.
-        limit: the most bytes that it may have.
-        secret: nobody else may read it either.
-
-    Raises:
-        RejectedError: it is missing or another kind of file, owner, mode or size.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise RejectedError(f"'{path.name}' cannot be read ({error.strerror})") from error
-    with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise RejectedError(f"'{path.name}' is not a regular file")
-        if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-            raise RejectedError(f"'{path.name}' belongs to, or can be written by, somebody else")
-        if secret and status.st_mode & _OTHERS_MAY_DO_ANYTHING:
-            raise RejectedError(f"'{path.name}' can be read by somebody else")
-        if status.st_size > limit:
-            raise RejectedError(f"'{path.name}' is larger than expected")
-        return file.read(limit)
-
-
-def _create(path: Path, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(handle, "wb") as file:  # noqa: PTH123 - opened by descriptor
-        file.write(data)
-        file.flush()
-        os.fsync(handle)
-
-
-def _create_key(path: Path) -> None:
-    """Make the key appear whole: dying midway, or reading meanwhile, must not yield a short one."""
-    temporary = _temporary(path)
-    try:
-        _create(temporary, secrets.token_bytes(_SEAL_BYTES))
-        with contextlib.suppress(FileExistsError):  # another process was faster: its key stays
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all.
-
-    Raises:
-        DiskError: it cannot be written.
-    """
-    temporary = _temporary(path)
-    try:
-        _create(temporary, data)
-        temporary.replace(path)
-    except OSError as error:
-        raise DiskError(f"cannot write '{path}' ({len(data)} bytes): {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
