@@ -151,7 +151,9 @@ def test_an_engine_of_another_machine(
     assert "not built by this user on this machine" in reason(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[" * 100_000, '{"key": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[" * 100_000, '{"key": 1}', "\xff", '{"seal": "\xff"}']
+)
 def test_a_damaged_record(bundle: Path, plan: Path, text: str) -> None:
     plan.with_suffix(".json").write_bytes(text.encode("latin-1"))
     assert reason(bundle)
@@ -189,6 +191,13 @@ def test_links_are_not_followed(bundle: Path, plan: Path, tmp_path: Path, suffix
 def test_a_pipe_does_not_block(bundle: Path, plan: Path) -> None:
     plan.unlink()
     os.mkfifo(plan, 0o600)
+    assert "not a regular file" in reason(bundle)
+
+
+@pytest.mark.parametrize("suffix", [".plan", ".json"])
+def test_a_directory_in_its_place(bundle: Path, plan: Path, suffix: str) -> None:
+    plan.with_suffix(suffix).unlink()
+    plan.with_suffix(suffix).mkdir(mode=0o700)
     assert "not a regular file" in reason(bundle)
 
 
@@ -343,3 +352,17 @@ def test_an_empty_variable_is_no_directory(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(CACHE_VARIABLE, "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert user_cache() == Path("/somewhere/vqbet_edge")
+
+
+def test_what_a_killed_process_left_is_swept(bundle: Path, plan: Path) -> None:
+    """But not what another process may be writing just now, nor files of other names."""
+    old, new = (plan.with_name(f".{plan.name}.{digit * 16}") for digit in "ab")
+    other = plan.with_name(".something.plan")
+    for path in (old, new, other):
+        path.write_bytes(PLAN)
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    EngineCache(bundle).store(KEY, PLAN, 1.0)
+    assert not old.exists()
+    assert new.exists()
+    assert other.exists()

@@ -25,6 +25,7 @@ from vqbet_edge.backends.private_files import (
     is_private,
     private_user_cache,
     read_private,
+    sweep,
     user_cache,
     write_private,
 )
@@ -150,6 +151,7 @@ class EngineCache:
         record = msgspec.structs.replace(record, seal=_seal(record, self._seal_key()))
         text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         folder = self._folder(key)
+        sweep(folder)
         write_private(folder / f"{key.file_stem}.plan", plan)
         # The record names the plan's digest, so dying between the two leaves a pair that is
         # detected, never one that is believed.
@@ -213,7 +215,7 @@ def _load(folder: Path, key: EngineKey, seal_key: bytes) -> bytes:
         record = msgspec.json.decode(
             read_private(folder / f"{key.file_stem}.json", _MAX_RECORD_BYTES), type=EngineRecord
         )
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RejectedError(f"the engine's record is damaged ({error})") from error
     if not hmac.compare_digest(_seal(record, seal_key).encode(), record.seal.encode()):
         raise RejectedError("the engine was not built by this user on this machine")

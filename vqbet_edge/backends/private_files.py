@@ -5,13 +5,17 @@ Nothing that another user may have written is read, and links are not followed.
 
 import contextlib
 import os
+import re
 import secrets
 import stat
+import time
 from pathlib import Path
 
 from vqbet_edge.errors import DiskError
 
 CACHE_VARIABLE = "VQBET_EDGE_CACHE"
+_TEMPORARY = re.compile(r"\..+\.(plan|json)\.[0-9a-f]{16}")
+_OLD = 3600  # seconds
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_MAY_DO_ANYTHING = stat.S_IRWXG | stat.S_IRWXO
 
@@ -75,19 +79,26 @@ def read_private(path: Path, limit: int, *, secret: bool = False) -> bytes:
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # Closed by hand: `open` refuses a directory and leaves its descriptor open.
+        try:
+            _check(path.name, os.fstat(handle), limit, secret=secret)
+            with open(handle, "rb", closefd=False) as file:
+                return file.read(limit)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise RejectedError(f"'{path.name}' cannot be read ({error.strerror})") from error
-    with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise RejectedError(f"'{path.name}' is not a regular file")
-        if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-            raise RejectedError(f"'{path.name}' belongs to, or can be written by, somebody else")
-        if secret and status.st_mode & _OTHERS_MAY_DO_ANYTHING:
-            raise RejectedError(f"'{path.name}' can be read by somebody else")
-        if status.st_size > limit:
-            raise RejectedError(f"'{path.name}' is larger than expected")
-        return file.read(limit)
+
+
+def _check(name: str, status: os.stat_result, limit: int, *, secret: bool) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise RejectedError(f"'{name}' is not a regular file")
+    if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
+        raise RejectedError(f"'{name}' belongs to, or can be written by, somebody else")
+    if secret and status.st_mode & _OTHERS_MAY_DO_ANYTHING:
+        raise RejectedError(f"'{name}' can be read by somebody else")
+    if status.st_size > limit:
+        raise RejectedError(f"'{name}' is larger than expected")
 
 
 def _create(path: Path, data: bytes) -> None:
@@ -130,3 +141,12 @@ def write_private(path: Path, data: bytes) -> None:
         raise DiskError(f"cannot write '{path}' ({len(data)} bytes): {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files of processes that were killed while they wrote."""
+    for path in folder.iterdir():
+        # A younger one may be another process's that still writes it.
+        with contextlib.suppress(OSError):
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _OLD:
+                path.unlink()
