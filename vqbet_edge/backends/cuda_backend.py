@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from vqbet_edge.backends.base import Backend, Floats, Frames, HeadOutputs
 from vqbet_edge.backends.cuda import GRAPH_VARIABLE, Buffer, Cuda, Launch, switch
 from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import StageName, TensorSpec
+from vqbet_edge.errors import BackendError, BundleError
+from vqbet_edge.manifest import StageName, StageSpec, TensorSpec
+
+#: Tensor name -> (NumPy's name of its type, shape).
+Borders = dict[str, tuple[str, tuple[int | str, ...]]]
 
 # Lazy loading, autotuning and ONNX Runtime's own capture are over after this many runs.
 _WARM_UP_RUNS = 3
@@ -37,11 +41,11 @@ class CudaBackend(Backend):
         self._cuda = cuda
         self._graph_wanted = switch(GRAPH_VARIABLE, default=True)
         specs = [bundle.manifest.stages[stage] for stage in bundle.stages_to_load]
-        inputs = {tensor.name: tensor for spec in specs for tensor in spec.inputs}
-        outputs = {tensor.name: tensor for spec in specs for tensor in spec.outputs}
-        tensors = inputs | outputs
+        tensors = _tensors(specs)
+        inputs = {tensor.name for spec in specs for tensor in spec.inputs}
+        outputs = {tensor.name for spec in specs for tensor in spec.outputs}
         # What one stage leaves and no other takes, or the reverse, crosses to the host.
-        crossing = (inputs.keys() ^ outputs.keys()) - set(_WINDOW_TENSORS)
+        crossing = (inputs ^ outputs) - set(_WINDOW_TENSORS)
         self._buffers = {
             name: cuda.buffer(_size(tensor), host=name in crossing)
             for name, tensor in tensors.items()
@@ -150,6 +154,34 @@ class CudaBackend(Backend):
         """Address of a row of the window."""
         window = self._buffers["image_tokens"].address
         return window + (batch * self._length + row) * self._row_size
+
+
+def check_borders(what: str, have: Borders, spec: StageSpec) -> None:
+    """Compare a graph's or an engine's own tensors with the manifest's, before they are bound.
+
+    With others it would read and write past our buffers.
+
+    Raises:
+        BackendError: they differ.
+    """
+    need = {t.name: (t.dtype, t.shape) for t in (*spec.inputs, *spec.outputs)}
+    if have != need:
+        raise BackendError(
+            f"{what} has tensors {have}, expected {need}; export the checkpoint again"
+        )
+
+
+def _tensors(specs: list[StageSpec]) -> dict[str, TensorSpec]:
+    """Every tensor by its name, under which it has one buffer."""
+    tensors: dict[str, TensorSpec] = {}
+    for tensor in (t for spec in specs for t in (*spec.inputs, *spec.outputs)):
+        other = tensors.setdefault(tensor.name, tensor)
+        if other != tensor:
+            raise BundleError(
+                f"the manifest's stages disagree on '{tensor.name}': expected {other.dtype} "
+                f"{other.shape}, got {tensor.dtype} {tensor.shape}; export the checkpoint again"
+            )
+    return tensors
 
 
 def _size(tensor: TensorSpec) -> int:
