@@ -38,7 +38,7 @@ class CudaBackend(Backend):
 
     def __init__(self, bundle: Bundle, cuda: Cuda, *, capture: bool) -> None:
         super().__init__()
-        self._cuda = cuda
+        self._cuda, self._predicted = cuda, False
         self._graph_wanted = switch(GRAPH_VARIABLE, default=True)
         specs = [bundle.manifest.stages[stage] for stage in bundle.stages_to_load]
         tensors = _tensors(specs)
@@ -64,6 +64,8 @@ class CudaBackend(Backend):
 
     def _prepare(self, capture: bool) -> dict[str, Launch]:
         launches = {"replan": self._put_replan, "predict": self._put_predict}
+        if "rvq_decoder" in self._stages:  # else a table replaces it
+            launches["rvq_decoder"] = self._put_decode
         for _ in range(_WARM_UP_RUNS):
             for put in launches.values():
                 put()
@@ -96,17 +98,20 @@ class CudaBackend(Backend):
 
     def encode(self, frames: Frames, row: int) -> None:
         """Encode frames (B, K, H, W, 3) into a row."""
+        self._forget_seconds(done=False)
         np.copyto(self._arrays["frames"], frames)
         self._run("encode", lambda: self._put_encode(row))
 
     def predict(self, states: Floats) -> HeadOutputs:
         """GPT and heads over the window, in one launch."""
+        self._forget_seconds(done=True)
         np.copyto(self._arrays["states"], states)
         self._run("predict", self._launches["predict"])
         return self._outputs
 
     def replan(self, frames: Frames, states: Floats) -> HeadOutputs:
         """Encoder, window, GPT and heads in one launch."""
+        self._forget_seconds(done=True)
         np.copyto(self._arrays["frames"], frames)
         np.copyto(self._arrays["states"], states)
         self._run("replan", self._launches["replan"])
@@ -115,7 +120,7 @@ class CudaBackend(Backend):
     def decode(self, codes: NDArray[np.int64]) -> Floats:
         """Code pairs -> chunks by the RVQ decoder's graph."""
         np.copyto(self._arrays["codes"], codes)
-        self._run("rvq_decoder", self._put_decode)
+        self._run("rvq_decoder", self._launches["rvq_decoder"])
         decoded: Floats = self._arrays["decoded"]
         return decoded
 
@@ -125,6 +130,12 @@ class CudaBackend(Backend):
         launch()
         self._cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
+
+    def _forget_seconds(self, *, done: bool) -> None:
+        """Drop the previous prediction's; `done` when this call makes the next one."""
+        if self._predicted:
+            self.seconds.clear()
+        self._predicted = done
 
     def _put_encode(self, row: int) -> None:
         self._cuda.upload(self._buffers["frames"])
