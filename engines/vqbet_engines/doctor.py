@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import tyro
 from msgspec import Struct
-from rich.console import Console
-from rich.table import Table
 
 from vqbet_edge.backends.cuda import create_cuda
 from vqbet_edge.backends.private_files import user_cache
 from vqbet_edge.backends.tensorrt_module import import_tensorrt
-from vqbet_edge.commands import run
+from vqbet_edge.commands import import_command, run
 from vqbet_edge.errors import BackendError
 from vqbet_engines.boards import JetPack, jetpack_releases, match_board
 
@@ -214,16 +211,17 @@ class DoctorArguments:
     json: bool = False
 
 
-def _report(arguments: DoctorArguments) -> None:
+def _report() -> None:
+    arguments = import_command("tyro").cli(DoctorArguments, prog="vqbet-doctor")
     findings = examine(Machine())
     if arguments.json:
         text = msgspec.json.format(msgspec.json.encode(findings), indent=2).decode()
         sys.stdout.write(text + "\n")
     else:
-        table = Table("what", "", "found", "to mend it")
+        table = import_command("rich.table").Table("what", "", "found", "to mend it")
         for finding in findings:
             table.add_row(finding.name, finding.state, finding.value, finding.mend)
-        Console().print(table)
+        import_command("rich.console").Console().print(table)
     problems = [finding.name for finding in findings if finding.state == "problem"]
     if problems:
         raise BackendError(f"problems with {', '.join(problems)}; see the commands that mend them")
@@ -231,5 +229,4 @@ def _report(arguments: DoctorArguments) -> None:
 
 def main() -> None:
     """Entry point of `vqbet-doctor`."""
-    arguments = tyro.cli(DoctorArguments, prog="vqbet-doctor")
-    run(lambda: _report(arguments))
+    run(_report)
