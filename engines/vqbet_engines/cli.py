@@ -1,8 +1,14 @@
-"""Entry point of `vqbet-build`, which says so where its libraries are missing."""
+"""Entry point of `vqbet-build`; `run` says what to install where its libraries are missing."""
 
-from vqbet_edge.commands import import_command, run
+from vqbet_edge.commands import run
 
 
 def main() -> None:
     """Run `vqbet-build`."""
-    run(lambda: import_command("vqbet_engines.build_command").main())
+    run(_main)
+
+
+def _main() -> None:
+    from vqbet_engines import build_command  # noqa: PLC0415 - imports tyro and rich
+
+    build_command.main()

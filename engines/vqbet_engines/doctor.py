@@ -17,7 +17,7 @@ from msgspec import Struct
 from vqbet_edge.backends.cuda import create_cuda
 from vqbet_edge.backends.private_files import user_cache
 from vqbet_edge.backends.tensorrt_module import import_tensorrt
-from vqbet_edge.commands import import_command, run
+from vqbet_edge.commands import run
 from vqbet_edge.errors import BackendError
 from vqbet_engines.boards import JetPack, jetpack_releases, match_board
 
@@ -212,16 +212,20 @@ class DoctorArguments:
 
 
 def _report() -> None:
-    arguments = import_command("tyro").cli(DoctorArguments, prog="vqbet-doctor")
+    import tyro  # noqa: PLC0415 - may be missing, and `run` says so
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    arguments = tyro.cli(DoctorArguments, prog="vqbet-doctor")
     findings = examine(Machine())
     if arguments.json:
         text = msgspec.json.format(msgspec.json.encode(findings), indent=2).decode()
         sys.stdout.write(text + "\n")
     else:
-        table = import_command("rich.table").Table("what", "", "found", "to mend it")
+        table = Table("what", "", "found", "to mend it")
         for finding in findings:
             table.add_row(finding.name, finding.state, finding.value, finding.mend)
-        import_command("rich.console").Console().print(table)
+        Console().print(table)
     problems = [finding.name for finding in findings if finding.state == "problem"]
     if problems:
         raise BackendError(f"problems with {', '.join(problems)}; see the commands that mend them")
