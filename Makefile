@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
 
+# One thread per worker: workers that each spin on all cores slow each other several times.
 test: $(VENV)/.judge
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .

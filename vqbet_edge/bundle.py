@@ -60,7 +60,7 @@ class Bundle:
                 f"'{root}' is not a bundle: expected a directory with {MANIFEST_NAME}; "
                 "make one with: vqbet-export model.safetensors -o NAME.bundle"
             )
-        manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES + 1))
+        manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES))
         contents = {name: _read_checked(root / name, spec) for name, spec in manifest.files.items()}
         for stage in manifest.stages.values():
             if _EXTERNAL_DATA_KEY in contents[stage.file]:
@@ -82,13 +82,16 @@ class Bundle:
 
 
 def _read_file(path: Path, limit: int) -> bytes:
-    """At most `limit` bytes of a regular file; links are not followed."""
+    """A regular file of at most `limit` bytes; links are not followed."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"'{path}' is not a regular file; export again")
-            return file.read(limit)
+            if status.st_size > limit:
+                raise BundleError(f"'{path.name}' is not the file that was exported: too large")
+            return file.read()
     except OSError as error:
         if path.is_symlink():
             raise BundleError(f"'{path}' is a link; a bundle holds its files itself") from error
@@ -96,7 +99,7 @@ def _read_file(path: Path, limit: int) -> bytes:
 
 
 def _read_checked(path: Path, spec: FileSpec) -> bytes:
-    data = _read_file(path, spec.size + 1)
+    data = _read_file(path, spec.size)
     if len(data) != spec.size or hashlib.sha256(data).hexdigest() != spec.sha256:
         raise BundleError(
             f"'{path.name}' is not the file that was exported (expected {spec.size} bytes with "

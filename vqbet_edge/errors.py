@@ -63,6 +63,10 @@ class ObservationError(VQBeTEdgeError):
     """An observation that does not fit the policy; the history is as before the call."""
 
 
+class HistoryError(VQBeTEdgeError):
+    """The history no longer shows what happened; `reset` begins a new one."""
+
+
 class NonFiniteError(VQBeTEdgeError):
     """The network produced NaN or infinity, so no code may be chosen from it."""
 

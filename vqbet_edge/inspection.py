@@ -3,15 +3,14 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from vqbet_edge import commands
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.manifest import Manifest, encode_manifest
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,21 @@ class Arguments:
     """Check a bundle and show what is in it."""
 
     # The bundle's directory.
-    bundle: tyro.conf.Positional[Path]
+    bundle: Path
     # Print the manifest as JSON.
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: bool = False
 
 
 def main() -> None:
     """Entry point."""
-    arguments = tyro.cli(Arguments, prog="vqbet-inspect")
-    commands.run(lambda: _inspect(arguments))
+    commands.run(_main)
+
+
+def _main() -> None:
+    import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
+
+    options = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
+    _inspect(tyro.cli(Arguments, prog="vqbet-inspect", config=options))
 
 
 def _inspect(arguments: Arguments) -> None:
@@ -35,12 +40,16 @@ def _inspect(arguments: Arguments) -> None:
     if arguments.json:
         sys.stdout.write(encode_manifest(manifest).decode())
         return
+    from rich.console import Console  # noqa: PLC0415
+
     console = Console()
     console.print(_summary(manifest))
     console.print(_stages(manifest))
 
 
-def _summary(manifest: Manifest) -> Table:
+def _summary(manifest: Manifest) -> "Table":
+    from rich.table import Table  # noqa: PLC0415
+
     policy, source = manifest.policy, manifest.source
     table = Table(show_header=False, title="every digest is right")
     features = {**manifest.input_features, **manifest.output_features}
@@ -63,7 +72,9 @@ def _summary(manifest: Manifest) -> Table:
     return table
 
 
-def _stages(manifest: Manifest) -> Table:
+def _stages(manifest: Manifest) -> "Table":
+    from rich.table import Table  # noqa: PLC0415
+
     table = Table("stage", "precision", "MB", "inputs", "outputs")
     for name, stage in manifest.stages.items():
         size = manifest.files[stage.file].size / 1e6

@@ -4,6 +4,7 @@ Letters in shapes: B batch, N window, K cameras, H and W image height and width,
 D feature width, C codes per layer.
 """
 
+import math
 from typing import Annotated, Literal
 
 import msgspec
@@ -14,6 +15,7 @@ from vqbet_edge.errors import BundleError
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_TENSOR_VALUES = 1 << 30
 
 Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
 # One path component of plain characters: a manifest cannot name anything outside its bundle.
@@ -33,7 +35,7 @@ class FileSpec(_Strict, frozen=True):
     """Digest and size in bytes of one file of the bundle."""
 
     sha256: Sha256
-    size: Annotated[int, Meta(ge=0, le=1 << 40)]
+    size: Annotated[int, Meta(ge=0, le=1 << 32)]
 
 
 class TensorSpec(_Strict, frozen=True):
@@ -157,7 +159,7 @@ def decode_manifest(data: bytes) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(
             f"{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}: {error}; "
             "export the checkpoint again with this version of vqbet_edge"
@@ -183,6 +185,7 @@ def _check_consistency(manifest: Manifest) -> None:
     if manifest.verification is None:
         raise BundleError("the bundle was never verified against its checkpoint; export again")
     _check_features(manifest)
+    _check_borders(manifest)
 
 
 def _check_features(manifest: Manifest) -> None:
@@ -190,7 +193,7 @@ def _check_features(manifest: Manifest) -> None:
     images = {feature.shape for feature in inputs if feature.type == "VISUAL"}
     states = [feature.shape for feature in inputs if feature.type == "STATE"]
     actions = [feature.shape for feature in manifest.output_features.values()]
-    if len(images) != 1 or {len(shape) for shape in images} != {3}:
+    if len(images) != 1 or [len(s) for s in images] != [3] or next(iter(images))[0] != 3:
         raise BundleError(
             f"{MANIFEST_NAME}: expected cameras of one shape (3, H, W), got {sorted(images)}"
         )
@@ -204,3 +207,52 @@ def _check_features(manifest: Manifest) -> None:
     crop, (_, height, width) = manifest.crop, next(iter(images))
     if crop.top + crop.height > height or crop.left + crop.width > width:
         raise BundleError(f"{MANIFEST_NAME}: the crop {crop} leaves the image {height}x{width}")
+
+
+def _check_borders(manifest: Manifest) -> None:
+    """Graphs that do not fit together would read and write past each other's buffers."""
+    for name, (inputs, outputs) in _expected_borders(manifest).items():
+        stage = manifest.stages[name]
+        if (stage.inputs, stage.outputs) != (inputs, outputs):
+            raise BundleError(
+                f"{MANIFEST_NAME}: expected {name} with {inputs} -> {outputs}, got "
+                f"{stage.inputs} -> {stage.outputs}; export again"
+            )
+    tensors = [t for stage in manifest.stages.values() for t in (*stage.inputs, *stage.outputs)]
+    largest = max(math.prod(tensor.shape) for tensor in tensors) * manifest.policy.n_obs_steps
+    if largest > MAX_TENSOR_VALUES:
+        raise BundleError(
+            f"{MANIFEST_NAME}: a window of {largest} values is more than any robot's; export again"
+        )
+
+
+Borders = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+
+
+def _expected_borders(manifest: Manifest) -> dict[StageName, Borders]:
+    """Inputs and outputs of every stage, as docs/bundle.md gives them."""
+    policy, crop, batch = manifest.policy, manifest.crop, manifest.batch_size
+    cameras, window = len(manifest.image_keys), policy.n_obs_steps
+    codes, chunk = policy.vqvae_n_embed, (policy.action_chunk_size, manifest.action_dim)
+    # Two widths are the graphs' own affair, as long as they agree about them.
+    width, feature = (
+        next((t.shape[-1] for t in manifest.stages[name].outputs if t.shape), 0)
+        for name in ("vision_encoder", "gpt")
+    )
+
+    def floats(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name, "float32", (batch, *shape))
+
+    frames = TensorSpec("frames", "uint8", (batch, cameras, crop.height, crop.width, 3))
+    frame_tokens = floats("frame_tokens", cameras, width)
+    image_tokens = floats("image_tokens", window, cameras, width)
+    states = floats("states", window, manifest.state_dim)
+    features = floats("feature", feature)
+    logits, offsets = floats("logits", 2, codes), floats("offsets", 2, codes, *chunk)
+    pairs = TensorSpec("codes", "int64", (batch, 2))
+    return {
+        "vision_encoder": ((frames,), (frame_tokens,)),
+        "gpt": ((image_tokens, states), (features,)),
+        "code_heads": ((features,), (logits, offsets)),
+        "rvq_decoder": ((pairs,), (floats("decoded", *chunk),)),
+    }

@@ -110,4 +110,10 @@ def _array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:
     # `__array__` lets tensors in without importing their library.
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         raise ObservationError(f"'{key}': expected a NumPy array, got {type(value).__name__}")
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ObservationError(
+            f"'{key}' cannot be read as an array ({error}); "
+            "of a tensor, pass tensor.detach().cpu().numpy()"
+        ) from error

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from vqbet_edge.backends import BackendName, create_backend
 from vqbet_edge.backends.base import Backend, Floats
 from vqbet_edge.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
-from vqbet_edge.errors import BundleError, ConcurrentUseError, NonFiniteError, UsageError
+from vqbet_edge.errors import (
+    BundleError,
+    ConcurrentUseError,
+    HistoryError,
+    NonFiniteError,
+    UsageError,
+)
 from vqbet_edge.manifest import Manifest
 from vqbet_edge.normalization import Affine
 from vqbet_edge.observation import Observation, ObservationReader
@@ -40,12 +46,12 @@ class EdgePolicy:
         """Use `EdgePolicy.load`, which also creates the backend."""
         manifest, arrays = bundle.manifest, bundle.arrays
         policy = manifest.policy
-        self._manifest, self._backend, self._seed = manifest, backend, seed
+        self._manifest, self._backend = manifest, backend
         self._replan_every = _checked_replan(replan_every, policy.action_chunk_size)
         self._sampler = CodeSampler(
             policy.bet_softmax_temperature if temperature is None else _checked(temperature),
             _secondary_columns(bundle),
-            seed,
+            _checked_seed(seed),
         )
         self._table = _decode_table(bundle)
         self._reader = ObservationReader(
@@ -56,6 +62,7 @@ class EdgePolicy:
         self._queue: deque[Floats] = deque()
         self._last: Decision | None = None
         self._lock = threading.Lock()
+        self._broken = False
 
     @classmethod
     def load(
@@ -113,11 +120,12 @@ class EdgePolicy:
             seed: a new start of the random sequence; None lets it run on.
         """
         with self._exclusive():
+            if seed is not None:
+                self._sampler.reseed(_checked_seed(seed))
             self._window.clear()
             self._queue.clear()
             self._last = None
-            if seed is not None:
-                self._sampler.reseed(seed)
+            self._broken = False
 
     def act(self, observation: Observation) -> Floats:
         """The action for this observation.
@@ -131,10 +139,10 @@ class EdgePolicy:
         Raises:
             ObservationError: the observation does not fit; the history is as before the call.
             NonFiniteError: the network produced NaN or infinity.
+            HistoryError: an earlier call failed after its observation had entered the history.
             ConcurrentUseError: another call on this object is running.
         """
-        with self._exclusive():
-            self._observe(observation)
+        with self._exclusive(), self._step(observation):
             if not self._queue:
                 chunk = self._plan(None)
                 self._queue.extend(chunk[step] for step in range(self._replan_every))
@@ -160,14 +168,24 @@ class EdgePolicy:
         """
         with self._exclusive():
             forced = None if codes is None else self._checked_codes(codes)
-            self._observe(observation)
-            self._queue.clear()
-            chunk = self._plan(forced)
+            with self._step(observation):
+                self._queue.clear()
+                chunk = self._plan(forced)
             return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
 
-    def _observe(self, observation: Observation) -> None:
+    @contextmanager
+    def _step(self, observation: Observation) -> Iterator[None]:
+        """Take an observation into the history; what fails from then on breaks the history."""
+        if self._broken:
+            raise HistoryError(
+                "an earlier call failed after its observation had entered the history, so the "
+                "window no longer shows what happened; stop the robot and call reset()"
+            )
         self._reader.read(observation, self._window.next_frames, self._window.next_states)
+        self._broken = True
         self._window.append()
+        yield
+        self._broken = False
 
     def _plan(self, forced: Codes | None) -> Floats:
         """Predict, decide, un-normalise: (W, A), or (W, B, A) for a batch."""
@@ -177,11 +195,11 @@ class EdgePolicy:
         primary, secondary = choice.codes.T
         offsets = outputs.offsets[rows, 0, primary] + outputs.offsets[rows, 1, secondary]
         decoded = self._decode(choice.codes)
-        if not (np.isfinite(outputs.offsets).all() and np.isfinite(decoded).all()):
-            raise NonFiniteError("the predicted actions are not finite; none is executed")
-        self._last = self._decision(choice, decoded, offsets)
         chunk = decoded + offsets  # (B, W, A)
         chunk = self._unnormalize.apply(chunk, chunk).swapaxes(0, 1)
+        if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
+            raise NonFiniteError("the predicted actions are not finite; none is executed")
+        self._last = self._decision(choice, decoded, offsets)
         return chunk[:, 0] if self._manifest.batch_size == 1 else chunk
 
     def _decode(self, codes: Codes) -> Floats:
@@ -202,7 +220,10 @@ class EdgePolicy:
 
     def _checked_codes(self, codes: Sequence[int] | Codes) -> Codes:
         batch, size = self._manifest.batch_size, self._manifest.policy.vqvae_n_embed
-        array = np.asarray(codes)
+        try:
+            array = np.asarray(codes)
+        except ValueError:  # ragged
+            array = np.zeros(0)
         if array.shape == (2,) and batch == 1:
             array = array[None]
         valid = array.shape == (batch, 2) and np.issubdtype(array.dtype, np.integer)
@@ -223,17 +244,23 @@ class EdgePolicy:
 
 
 def _checked(temperature: float) -> float:
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"expected a temperature of 0 (greedy) or more, got {temperature}")
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+        raise UsageError(f"expected a temperature of 0 (greedy) or more, got {temperature!r}")
     return temperature
+
+
+def _checked_seed(seed: int) -> int:
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"expected a seed of 0 or more, got {seed!r}")
+    return int(seed)
 
 
 def _checked_replan(replan_every: int | None, chunk_size: int) -> int:
     if replan_every is None:
         return chunk_size
-    if not 1 <= replan_every <= chunk_size:
-        raise UsageError(f"expected replan_every in 1..{chunk_size}, got {replan_every}")
-    return replan_every
+    if not isinstance(replan_every, (int, np.integer)) or not 1 <= replan_every <= chunk_size:
+        raise UsageError(f"expected replan_every in 1..{chunk_size}, got {replan_every!r}")
+    return int(replan_every)
 
 
 def _secondary_columns(bundle: Bundle) -> Floats | None:
@@ -253,6 +280,8 @@ def _decode_table(bundle: Bundle) -> Floats | None:
 
 def _array(bundle: Bundle, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     array = bundle.arrays.get(name)
-    if array is None or array.shape != shape:
-        raise BundleError(f"the bundle lacks the array '{name}' of shape {shape}; export again")
+    if array is None or array.shape != shape or not np.isfinite(array).all():
+        raise BundleError(
+            f"the bundle lacks the array '{name}' of shape {shape} with finite values; export again"
+        )
     return array

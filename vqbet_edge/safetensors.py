@@ -39,7 +39,7 @@ def read_safetensors(data: bytes, source: str) -> dict[str, NDArray[np.float32]]
         raise BundleError(f"{source}: the safetensors header is truncated; export again")
     try:
         header = msgspec.json.decode(data[8 : 8 + length], type=dict[str, _Entry])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{source}: the safetensors header is invalid: {error}") from error
     body, end = memoryview(data)[8 + length :], 0
     arrays: dict[str, NDArray[np.float32]] = {}
@@ -49,7 +49,10 @@ def read_safetensors(data: bytes, source: str) -> dict[str, NDArray[np.float32]]
             raise BundleError(f"{source}: the bytes of '{name}' do not fit its shape; export again")
         if stop > len(body):
             raise BundleError(f"{source}: '{name}' reaches past the end; export again")
-        arrays[name] = np.frombuffer(body[start:stop], "<f4").reshape(entry.shape)
+        try:
+            arrays[name] = np.frombuffer(body[start:stop], "<f4").reshape(entry.shape)
+        except ValueError as error:
+            raise BundleError(f"{source}: the shape of '{name}' is impossible: {error}") from error
         end = stop
     if end != len(body):
         raise BundleError(f"{source}: {len(body) - end} bytes belong to no tensor; export again")

@@ -64,9 +64,7 @@ class CodeSampler:
         Raises:
             NonFiniteError: a logit is NaN or infinite.
         """
-        logits = outputs.logits.astype(np.float64)  # (B, 2, C)
-        if not np.isfinite(logits).all():
-            raise NonFiniteError("the code logits are not finite; no action is taken from them")
+        logits = _finite(outputs.logits.astype(np.float64))  # (B, 2, C)
         # Two numbers per decision, used or not: what was forced or greedy once does not shift
         # the rest of the sequence.
         uniforms = self._random.random((2, len(logits)))
@@ -74,7 +72,7 @@ class CodeSampler:
         first = self._probabilities(logits[:, 0])
         codes = self._draw(first, uniforms[0]) if primary is None else primary
         conditioned = logits[:, 1] + (0 if self._columns is None else self._columns[codes])
-        second = self._probabilities(conditioned)
+        second = self._probabilities(_finite(conditioned))
         seconds = self._draw(second, uniforms[1]) if secondary is None else secondary
         return Choice(np.stack([codes, seconds], axis=1), np.stack([first, second], axis=1))
 
@@ -94,3 +92,13 @@ class CodeSampler:
         # The sum may round to below 1: scaling keeps every draw inside the last code.
         codes: Codes = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(axis=1)
         return codes
+
+
+def _finite(logits: Probabilities) -> Probabilities:
+    # An arg-max or a search in NaN finds code 0, which is a perfectly valid one.
+    if not np.isfinite(logits).all():
+        raise NonFiniteError(
+            "the code logits are not finite, so no code is chosen from them; check the camera and "
+            "the state, and export with --fp32 if this is an FP16 bundle"
+        )
+    return logits

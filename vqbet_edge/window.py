@@ -55,9 +55,9 @@ class ObservationWindow:
             self._encoded = [True] * self._length
             self._empty = False
             return
+        self._backend.advance()
         self._states[:, :-1] = self._states[:, 1:]
         self._states[:, -1] = self._next_states
-        self._backend.advance()
         self._encoded.append(False)
         self._encoded.pop(0)
 

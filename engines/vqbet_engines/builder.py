@@ -4,12 +4,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from vqbet_edge.backends.child import module_command
 from vqbet_edge.errors import BackendError
 from vqbet_engines.messages import Failed, Finished, Job, Notice, Progress, receive, send
 
@@ -31,7 +31,7 @@ def build_plan(job: Job, on_event: OnEvent | None = None) -> Finished:
     answers, worker_end = os.pipe()
     with tempfile.TemporaryFile() as output, open(answers, "rb") as stream:  # noqa: PTH123
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "vqbet_engines.worker", str(worker_end)],
+            module_command("vqbet_engines.worker", str(worker_end)),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

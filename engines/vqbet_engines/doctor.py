@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import tyro
 from msgspec import Struct
-from rich.console import Console
-from rich.table import Table
 
 from vqbet_edge.backends.cuda import create_cuda
-from vqbet_edge.backends.engine_cache import user_cache
+from vqbet_edge.backends.private_files import user_cache
 from vqbet_edge.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.commands import run
 from vqbet_edge.errors import BackendError
@@ -214,7 +211,12 @@ class DoctorArguments:
     json: bool = False
 
 
-def _report(arguments: DoctorArguments) -> None:
+def _report() -> None:
+    import tyro  # noqa: PLC0415 - may be missing, and `run` says so
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    arguments = tyro.cli(DoctorArguments, prog="vqbet-doctor")
     findings = examine(Machine())
     if arguments.json:
         text = msgspec.json.format(msgspec.json.encode(findings), indent=2).decode()
@@ -231,5 +233,4 @@ def _report(arguments: DoctorArguments) -> None:
 
 def main() -> None:
     """Entry point of `vqbet-doctor`."""
-    arguments = tyro.cli(DoctorArguments, prog="vqbet-doctor")
-    run(lambda: _report(arguments))
+    run(_report)

@@ -8,7 +8,13 @@ import msgspec
 from msgspec import Struct
 
 from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache, user_cache, write_private
+from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.backends.private_files import (
+    RejectedError,
+    private_user_cache,
+    read_private,
+    write_private,
+)
 from vqbet_edge.backends.tensorrt import engine_key
 from vqbet_edge.backends.tensorrt_module import TensorRT
 from vqbet_edge.bundle import Bundle
@@ -16,6 +22,8 @@ from vqbet_edge.manifest import Precision, StageName
 from vqbet_engines.builder import OnEvent, build_plan
 from vqbet_engines.layers import Layer, parse_layers
 from vqbet_engines.messages import Finished, Job, Notice
+
+_MAX_TIMING_BYTES = 1 << 26  # a few hundred KiB for the largest policy
 
 
 class EngineReport(Struct, frozen=True):
@@ -109,19 +117,27 @@ class EngineBuilder:
 
 
 class _TimingCache:
-    """What TensorRT measured on this device: makes the next build faster, is data, not code."""
+    """What TensorRT measured on this device: makes the next build faster, is data, not code.
+
+    TensorRT parses it in native code, so it is read only when nobody else can have written it.
+    """
 
     def __init__(self, tensorrt: TensorRT, device: Device) -> None:
         name = f"{tensorrt.flavour}-{tensorrt.version}-{device.name}-{device.driver}"
-        self._path = user_cache() / "timing" / f"{name.replace('/', '-').replace(' ', '-')}.cache"
+        self._name = f"{name.replace('/', '-').replace(' ', '-')}.cache"
 
     def read(self) -> bytes:
-        return self._path.read_bytes() if self._path.is_file() else b""
+        try:
+            path = private_user_cache() / "timing" / self._name
+            return read_private(path, _MAX_TIMING_BYTES)
+        except RejectedError:
+            return b""  # the build takes longer and then writes a good one
 
     def write(self, data: bytes) -> None:
         if data:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(self._path, data)
+            folder = private_user_cache() / "timing"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            write_private(folder / self._name, data)
 
 
 def encode_reports(reports: list[EngineReport]) -> str:

@@ -1,4 +1,4 @@
-"""The builder's process: one graph in, one engine out (`python -m vqbet_engines.worker`)."""
+"""The builder's process: one graph in, one engine out (started by `builder`)."""
 
 import faulthandler
 import sys

@@ -14,6 +14,7 @@ from vqbet_edge import commands
 from vqbet_edge.errors import UsageError
 from vqbet_edge.manifest import Precision
 
+WEIGHTS_NAME = "model.safetensors"
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -92,7 +93,7 @@ def default_output(source: str, precision: Precision) -> Path:
     as training lays it out, it is the run.
     """
     path = Path(source)
-    directory = (path.parent if path.suffix else path).absolute()
+    directory = (path.parent if path.name == WEIGHTS_NAME else path).absolute()
     if directory.name == "pretrained_model" and len(directory.parents) > 2:
         directory = directory.parents[2]
     return Path(f"{directory.name or 'policy'}-{precision}.bundle")

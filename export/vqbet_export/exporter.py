@@ -16,7 +16,7 @@ from vqbet_engines.boards import Board, load_board
 from vqbet_engines.suitability import check_graphs
 
 from vqbet_edge.bundle import DECODE_TABLE, RUNTIME_NAME, SECONDARY_COLUMNS, Bundle
-from vqbet_edge.errors import UsageError, VerificationError
+from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -274,12 +274,17 @@ def _verify(
     bundle: Bundle, checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
 ) -> list[Verification]:
     steps, batch = config.verify_steps, config.batch_size
-    progress("verifying on random observations")
-    results = [verify(bundle, checkpoint, random_segments(checkpoint, steps, batch), "random")]
-    if config.verify_data is not None:
-        progress(f"verifying on {config.verify_data}")
-        segments = dataset_segments(checkpoint, config.verify_data, steps, batch)
-        results.append(verify(bundle, checkpoint, segments, "real"))
+    try:
+        progress("verifying on random observations")
+        results = [verify(bundle, checkpoint, random_segments(checkpoint, steps, batch), "random")]
+        if config.verify_data is not None:
+            progress(f"verifying on {config.verify_data}")
+            segments = dataset_segments(checkpoint, config.verify_data, steps, batch)
+            results.append(verify(bundle, checkpoint, segments, "real"))
+    except NonFiniteError as error:
+        raise VerificationError(
+            f"the {config.precision} graphs overflow, nothing was published: {error}"
+        ) from error
     violations = [
         line for result in results for line in result.violations(LIMITS[config.precision])
     ]

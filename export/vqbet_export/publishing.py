@@ -26,6 +26,8 @@ def publish(target: Path, contents: Mapping[str, bytes], manifest: Manifest) -> 
         DiskError: no space, no permission or a read-only disk; the previous bundle is intact.
     """
     needed = sum(map(len, contents.values()))
+    # A link to a bundle stands for it: the link itself must not be exchanged.
+    target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _private_directory(target.with_name(f".{target.name}.partial")) as partial:
@@ -49,7 +51,8 @@ def publish(target: Path, contents: Mapping[str, bytes], manifest: Manifest) -> 
 def _private_directory(path: Path) -> Iterator[Path]:
     """An empty directory that no other process writes to until the block ends."""
     path.mkdir(exist_ok=True)
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Not followed: what a link points to is somebody else's and would be emptied.
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

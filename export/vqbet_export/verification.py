@@ -52,8 +52,11 @@ class _Session:
 
     def __init__(self, bundle: Bundle, stage: StageName) -> None:
         self._names = [tensor.name for tensor in bundle.manifest.stages[stage].inputs]
+        options = onnxruntime.SessionOptions()
+        # PyTorch computes the reference in between; spinning threads would take its cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(
-            bundle.graph(stage), providers=["CPUExecutionProvider"], enable_fallback=0
+            bundle.graph(stage), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
 
     def run(self, *inputs: Array) -> list[Array]:

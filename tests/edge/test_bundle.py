@@ -76,6 +76,14 @@ def test_truncated_grown_and_missing_files_are_refused(bundle: Path, name: str) 
         EdgePolicy.load(bundle)
 
 
+def test_a_size_in_the_manifest_reserves_no_memory(bundle: Path) -> None:
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    manifest["files"]["gpt.onnx"]["size"] = 1 << 32
+    (bundle / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.convert(manifest, Manifest)))
+    with pytest.raises(BundleError, match=r"'gpt.onnx' is not the file that was exported"):
+        Bundle.open(bundle)
+
+
 def test_links_are_not_followed(bundle: Path) -> None:
     moved = bundle.parent / "elsewhere.onnx"
     (bundle / "gpt.onnx").rename(moved)
@@ -113,6 +121,30 @@ MANIFESTS: dict[str, Callable[[bytes], bytes]] = {
     "no camera": lambda m: edited(m, lambda v: v["input_features"].pop("observation.image")),
     "no state": lambda m: edited(m, lambda v: v["input_features"].pop("observation.state")),
     "no action": lambda m: edited(m, lambda v: v["output_features"].clear()),
+    "not UTF-8": lambda m: m.replace(b"lerobot", b"lero\xffot").replace(b"tiny", b"t\xe9ny"),
+    "grey camera": lambda m: edited(
+        m, lambda v: v["input_features"]["observation.image"].update(shape=[1, 40, 48])
+    ),
+    "window longer than the graph's": lambda m: edited(
+        m, lambda v: v["policy"].update(n_obs_steps=6)
+    ),
+    "window shorter than the graph's": lambda m: edited(
+        m, lambda v: v["policy"].update(n_obs_steps=1)
+    ),
+    "other code book": lambda m: edited(m, lambda v: v["policy"].update(vqvae_n_embed=8)),
+    "other batch": lambda m: edited(m, lambda v: v.update(batch_size=2)),
+    "tensor of another shape": lambda m: edited(
+        m, lambda v: v["stages"]["gpt"]["outputs"][0].update(shape=[1, 200000])
+    ),
+    "tensor of another type": lambda m: edited(
+        m, lambda v: v["stages"]["gpt"]["inputs"][0].update(dtype="uint8")
+    ),
+    "tensor of another name": lambda m: edited(
+        m, lambda v: v["stages"]["gpt"]["outputs"][0].update(name="logits")
+    ),
+    "no tensors": lambda m: edited(m, lambda v: v["stages"]["gpt"].update(outputs=[])),
+    "gigantic tokens": lambda m: m.replace(b" 64\n", b" 2000000000\n"),
+    "gigantic file": lambda m: edited(m, lambda v: v["files"]["gpt.onnx"].update(size=1 << 40)),
     "crop outside": lambda m: edited(m, lambda v: v["crop"].update(top=10)),
     "parent directory": lambda m: m.replace(b'"gpt.onnx"', b'"../gpt.onnx"'),
     "absolute path": lambda m: m.replace(b'"gpt.onnx"', b'"/etc/passwd"'),
@@ -183,6 +215,10 @@ ARRAYS: dict[str, bytes] = {
             "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
         },
         b"1234",
+    ),
+    "not UTF-8": tensor_file(b'{"\xff": 1}'),
+    "impossible shape": tensor_file(
+        {"a": {"dtype": "F32", "shape": [0, 1 << 40, 1 << 40], "data_offsets": [0, 0]}}
     ),
     "negative": tensor_file({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
 }  # fmt: skip

@@ -72,6 +72,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "state missing": (lambda o: {IMAGE: o[IMAGE]}, r"'observation.state' is missing"),
     "state None": (lambda o: {**o, STATE: None}, r"'observation.state' is missing"),
     "list": (lambda o: {**o, STATE: [1.0, 2.0]}, r"expected a NumPy array, got list"),
+    "tensor with gradients": (
+        lambda o: {**o, STATE: torch.zeros(2, requires_grad=True)},
+        r"'observation.state' cannot be read as an array .*detach\(\)",
+    ),
     "uint8 CHW": (
         lambda o: {**o, IMAGE: o[IMAGE].transpose(2, 0, 1)},
         r"expected uint8 \(40, 48, 3\) or float32 \(3, 40, 48\) in \[0, 1\], "

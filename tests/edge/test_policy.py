@@ -8,7 +8,15 @@ import oracle
 import pytest
 from workshop import Exported, Workshop
 
-from vqbet_edge import ConcurrentUseError, EdgePolicy, NonFiniteError, ObservationError, UsageError
+from vqbet_edge import (
+    BackendError,
+    ConcurrentUseError,
+    EdgePolicy,
+    HistoryError,
+    NonFiniteError,
+    ObservationError,
+    UsageError,
+)
 from vqbet_edge.backends.base import Backend
 
 STATE, IMAGE = "observation.state", "observation.image"
@@ -116,7 +124,9 @@ def test_forced_codes_are_the_decision(tiny: Exported, observations: Any) -> Non
     np.testing.assert_allclose(chunk, (normalized + 1) / 2 * (high - low) + low, rtol=1e-5)
 
 
-@pytest.mark.parametrize("codes", [(0, 16), (-1, 0), (0,), (0, 1, 2), (0.5, 1), ((0, 1), (2, 3))])
+@pytest.mark.parametrize(
+    "codes", [((0, 1), (2,)), "ab", (0, 16), (-1, 0), (0,), (0, 1, 2), (0.5, 1), ((0, 1), (2, 3))]
+)
 def test_codes_outside_the_code_book_are_refused(
     tiny: Exported, observations: Any, codes: Any
 ) -> None:
@@ -126,8 +136,8 @@ def test_codes_outside_the_code_book_are_refused(
     assert policy.last is None
 
 
-@pytest.mark.parametrize("replan_every", [0, 6, -1])
-def test_impossible_replanning_is_refused(tiny: Exported, replan_every: int) -> None:
+@pytest.mark.parametrize("replan_every", [0, 6, -1, 2.5, "2"])
+def test_impossible_replanning_is_refused(tiny: Exported, replan_every: Any) -> None:
     with pytest.raises(UsageError, match=r"expected replan_every in 1\.\.5"):
         load(tiny, replan_every=replan_every)
 
@@ -202,6 +212,63 @@ def test_non_finite_outputs_raise(
     policy._backend.predict = spoiled  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError):
         policy.act(observations[0])
+
+
+def test_non_finite_actions_raise_even_from_finite_parts(tiny: Exported, observations: Any) -> None:
+    policy = load(tiny)
+    policy._unnormalize.multiply.setflags(write=False)
+    huge = np.full_like(policy._unnormalize.multiply, 3e38)
+    object.__setattr__(policy._unnormalize, "multiply", huge)
+    predict = policy._backend.predict
+
+    def large(states: Any) -> Any:
+        outputs = predict(states)
+        outputs.offsets[:] = 2
+        return outputs
+
+    policy._backend.predict = large  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="none is executed"), np.errstate(over="ignore"):
+        policy.act(observations[0])
+
+
+@pytest.mark.parametrize("method", ["advance", "encode", "predict"])
+def test_a_call_that_fails_midway_asks_for_a_reset(
+    tiny: Exported, observations: Any, method: str
+) -> None:
+    policy, plain = load(tiny, seed=2), load(tiny, seed=2)
+    for observation in observations[:3]:
+        policy.act(observation)
+    working = getattr(policy._backend, method)
+
+    def failing(*_: Any) -> None:
+        raise BackendError("the accelerator fell off")
+
+    setattr(policy._backend, method, failing)
+    with pytest.raises(BackendError, match="fell off"):
+        policy.act_chunk(observations[3])
+    setattr(policy._backend, method, working)
+    for _ in range(2):
+        with pytest.raises(HistoryError, match=r"call reset\(\)"):
+            policy.act(observations[4])
+    policy.reset(seed=2)
+    for observation in observations[5:9]:
+        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "x"])
+def test_impossible_seeds_are_refused(tiny: Exported, seed: Any) -> None:
+    with pytest.raises(UsageError, match="expected a seed of 0 or more"):
+        load(tiny, seed=seed)
+
+
+def test_reset_with_an_impossible_seed_changes_nothing(tiny: Exported, observations: Any) -> None:
+    policy, plain = load(tiny), load(tiny)
+    for observation in observations[:4]:
+        policy.act(observation)
+        plain.act(observation)
+    with pytest.raises(UsageError, match="expected a seed of 0 or more, got -1"):
+        policy.reset(seed=-1)
+    np.testing.assert_array_equal(policy.act(observations[4]), plain.act(observations[4]))
 
 
 def test_overlapping_calls_raise(tiny: Exported, observations: Any) -> None:

@@ -131,7 +131,12 @@ def test_sequential_bundle_samples_its_own_probabilities(workshop: Workshop) -> 
     judge.policy.config.bet_softmax_temperature = 0.1
 
 
-@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
-def test_impossible_temperature_is_refused(tiny: Exported, temperature: float) -> None:
+def test_non_finite_columns_are_never_a_choice() -> None:
+    with pytest.raises(NonFiniteError):
+        CodeSampler(0.1, np.full((5, 5), np.nan, np.float32), seed=0).choose(outputs(LOGITS, 1))
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf"), "0.5"])
+def test_impossible_temperature_is_refused(tiny: Exported, temperature: Any) -> None:
     with pytest.raises(UsageError, match=r"expected a temperature of 0 \(greedy\) or more"):
         EdgePolicy.load(tiny.bundle, temperature=temperature)

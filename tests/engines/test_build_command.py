@@ -13,7 +13,8 @@ from vqbet_engines.layers import parse_layers
 from vqbet_engines.messages import Job, Notice
 
 from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.engine_cache import CACHE_VARIABLE, BuildOptions, EngineCache
+from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.backends.tensorrt import engine_key
 from vqbet_edge.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.bundle import Bundle

@@ -191,7 +191,7 @@ def test_nothing_is_allocated_or_captured_after_loading(bundle: Bundle) -> None:
     outputs = [backend.predict(np.zeros_like(backend._arrays["states"])) for _ in range(2)]
     drive(backend, bundle)
     assert (cuda.allocations, cuda.captures) == loaded
-    assert cuda.captures == 2
+    assert cuda.captures == 3  # re-planning, predicting, decoding
     assert outputs[0].logits is outputs[1].logits
 
 
@@ -220,7 +220,7 @@ def test_stages_alone(bundle: Bundle, *, capture: bool) -> None:
         assert backend.seconds[stage] > 0
 
 
-@pytest.mark.parametrize(("value", "captures"), [("0", 0), ("1", 2), ("", 2)])
+@pytest.mark.parametrize(("value", "captures"), [("0", 0), ("1", 3), ("", 3)])
 def test_the_switch_for_cuda_graphs(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, value: str, captures: int
 ) -> None:
@@ -250,3 +250,34 @@ def test_a_switch_with_another_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAPPED_VARIABLE, "yes")
     with pytest.raises(BackendError, match=f"{MAPPED_VARIABLE} to be 0 or 1, got 'yes'"):
         HostCuda().buffer(16, host=True)
+
+
+def test_the_decoder_is_warmed_up(bundle: Bundle) -> None:
+    """Its first run must not be the robot's: there it would load code and allocate."""
+    runs = []
+
+    class Backend(HostStagesBackend):
+        def _create_stage(self, bundle: Bundle, stage: StageName) -> Launch:
+            put = super()._create_stage(bundle, stage)
+            return lambda: (runs.append(stage), put())[1]
+
+    Backend(bundle, HostCuda(), capture=False)
+    assert runs.count("rvq_decoder") >= 3
+
+
+def test_seconds_are_those_of_the_latest_prediction(bundle: Bundle) -> None:
+    backend = HostStagesBackend(bundle, HostCuda(), capture=True)
+    frames, states = (np.zeros_like(backend._arrays[name]) for name in ("frames", "states"))
+    codes = np.zeros((len(frames), 2), np.int64)
+    backend.encode(frames, 0)
+    backend.encode(frames, 1)
+    backend.predict(states)
+    backend.decode(codes)
+    assert set(backend.seconds) == {"encode", "predict", "rvq_decoder"}
+    backend.replan(frames, states)
+    assert set(backend.seconds) == {"replan"}
+    backend.encode(frames, 0)
+    backend.replan(frames, states)
+    assert set(backend.seconds) == {"encode", "replan"}
+    backend.predict(states)
+    assert set(backend.seconds) == {"predict"}

@@ -9,14 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vqbet_edge.backends import engine_cache
+from vqbet_edge.backends import engine_cache, private_files
 from vqbet_edge.backends.engine_cache import (
-    CACHE_VARIABLE,
     BuildOptions,
     EngineCache,
     EngineKey,
-    user_cache,
 )
+from vqbet_edge.backends.private_files import CACHE_VARIABLE, user_cache
 from vqbet_edge.errors import DiskError
 
 KEY = EngineKey(
@@ -152,7 +151,9 @@ def test_an_engine_of_another_machine(
     assert "not built by this user on this machine" in reason(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[" * 100_000, '{"key": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[" * 100_000, '{"key": 1}', "\xff", '{"seal": "\xff"}']
+)
 def test_a_damaged_record(bundle: Path, plan: Path, text: str) -> None:
     plan.with_suffix(".json").write_bytes(text.encode("latin-1"))
     assert reason(bundle)
@@ -172,10 +173,10 @@ def test_a_folder_that_others_may_write(bundle: Path, plan: Path) -> None:
 
 def test_a_foreign_owner(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another user sees it: that user owns neither folder nor files."""
-    monkeypatch.setattr(engine_cache.os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(engine_cache._RejectedError, match="somebody else"):
-        engine_cache._read_private(plan, len(PLAN))
-    with pytest.raises(engine_cache._RejectedError, match="somebody else"):
+    monkeypatch.setattr(private_files.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(private_files.RejectedError, match="somebody else"):
+        private_files.read_private(plan, len(PLAN))
+    with pytest.raises(private_files.RejectedError, match="somebody else"):
         engine_cache._load(plan.parent, KEY, b"")
 
 
@@ -190,6 +191,13 @@ def test_links_are_not_followed(bundle: Path, plan: Path, tmp_path: Path, suffix
 def test_a_pipe_does_not_block(bundle: Path, plan: Path) -> None:
     plan.unlink()
     os.mkfifo(plan, 0o600)
+    assert "not a regular file" in reason(bundle)
+
+
+@pytest.mark.parametrize("suffix", [".plan", ".json"])
+def test_a_directory_in_its_place(bundle: Path, plan: Path, suffix: str) -> None:
+    plan.with_suffix(suffix).unlink()
+    plan.with_suffix(suffix).mkdir(mode=0o700)
     assert "not a regular file" in reason(bundle)
 
 
@@ -278,3 +286,83 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_cache() == Path("/somewhere/vqbet_edge")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache() == Path.home() / ".cache/vqbet_edge"
+
+
+@pytest.fixture
+def key(home: Path, plan: Path) -> Path:  # noqa: ARG001 - storing makes the key
+    """The key that sealed the stored engine."""
+    return home / "engine-seal.key"
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 33])
+def test_a_key_of_another_length(bundle: Path, key: Path, size: int) -> None:
+    """Anybody can compute seals with an empty key, as is left where writing it was cut short."""
+    key.write_bytes(bytes(size))
+    with pytest.raises(DiskError, match=r"key.*(delete|larger)"):
+        EngineCache(bundle).find(KEY)
+    with pytest.raises(DiskError, match="delete"):
+        EngineCache(bundle).store(KEY, PLAN, 1.0)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o610, 0o620])
+def test_a_key_that_others_may_read(bundle: Path, key: Path, mode: int) -> None:
+    key.chmod(mode)
+    with pytest.raises(DiskError, match=r"somebody else.*delete"):
+        EngineCache(bundle).find(KEY)
+
+
+def test_dying_while_the_key_is_written(
+    bundle: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads meanwhile finds no key or a whole one."""
+
+    def dying(_handle: int) -> None:
+        assert not (home / "engine-seal.key").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private_files.os, "fsync", dying)
+        with pytest.raises(KeyboardInterrupt):
+            EngineCache(bundle).store(KEY, PLAN, 1.0)
+    assert list(home.iterdir()) == []
+    assert EngineCache(bundle).store(KEY, PLAN, 1.0)
+
+
+def test_a_key_of_a_faster_process_stays(home: Path) -> None:
+    home.mkdir(mode=0o700)
+    path = home / "engine-seal.key"
+    private_files.create_secret(path, 32)
+    first = path.read_bytes()
+    private_files.create_secret(path, 32)
+    assert path.read_bytes() == first
+    assert list(home.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_cache_that_others_may_write(bundle: Path, home: Path, mode: int) -> None:
+    """Such as /tmp, where another user could have put the key first."""
+    home.mkdir()
+    home.chmod(mode)
+    with pytest.raises(DiskError, match=f"chmod.*{CACHE_VARIABLE}"):
+        EngineCache(bundle).store(KEY, PLAN, 1.0)
+    assert list(home.iterdir()) == []
+
+
+def test_an_empty_variable_is_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert user_cache() == Path("/somewhere/vqbet_edge")
+
+
+def test_what_a_killed_process_left_is_swept(bundle: Path, plan: Path) -> None:
+    """But not what another process may be writing just now, nor files of other names."""
+    old, new = (plan.with_name(f".{plan.name}.{digit * 16}") for digit in "ab")
+    other = plan.with_name(".something.plan")
+    for path in (old, new, other):
+        path.write_bytes(PLAN)
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    EngineCache(bundle).store(KEY, PLAN, 1.0)
+    assert not old.exists()
+    assert new.exists()
+    assert other.exists()

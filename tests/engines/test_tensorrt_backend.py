@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vqbet_engines
 
 from vqbet_edge import backends
 from vqbet_edge.backends import create_backend
+from vqbet_edge.backends.child import module_command
 from vqbet_edge.backends.cuda import Cuda, Device, HostMemory, Launch
-from vqbet_edge.backends.engine_cache import CACHE_VARIABLE, BuildOptions, EngineCache
+from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
 from vqbet_edge.backends.tensorrt_module import TensorRT, import_tensorrt
 from vqbet_edge.bundle import Bundle
@@ -144,7 +145,7 @@ def test_warm_up_precedes_capture(bundle: Bundle, trt: TensorRT) -> None:
         trt.module.calls.count("run gpt")
     )
     TensorRTBackend(bundle, cuda=cuda, tensorrt=trt)
-    assert len(runs_before_capture) == 2
+    assert len(runs_before_capture) == 3
     assert min(runs_before_capture) >= 4
 
 
@@ -193,8 +194,8 @@ def test_missing_engines_are_built_by_the_command(
 
     monkeypatch.setattr("vqbet_edge.backends.tensorrt.subprocess.run", build)
     TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
-    wanted = [sys.executable, "-m", vqbet_engines.__name__, str(bundle.path)]
-    assert commands == [[*wanted, "--flavour", "tensorrt"]]
+    wanted = ["vqbet_engines.cli", str(bundle.path), "--flavour", "tensorrt"]
+    assert commands == [module_command(*wanted)]
 
 
 def test_a_failed_build(bundle: Bundle, trt: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:

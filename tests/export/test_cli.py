@@ -1,6 +1,7 @@
 """`vqbet-export` as a person runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from safetensors.torch import load_file, save_file
 from vqbet_export import cli, metrics
 from workshop import Workshop
 
@@ -79,6 +81,20 @@ def test_failed_verification_publishes_nothing_and_exits_3(
     assert list(cwd.iterdir()) == []
 
 
+def test_overflow_in_float16_is_a_failed_verification(
+    workshop: Workshop, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, source = workshop.checkpoint(oracle.TINY)
+    checkpoint = shutil.copytree(source, cwd / "policy")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["vqbet.policy.transformer.h.0.mlp.2.bias"].fill_(1e5)
+    save_file(tensors, checkpoint / "model.safetensors")
+    arguments = [str(checkpoint), "--fp16", "-o", "a.bundle", "--verify-steps", "2"]
+    assert run(monkeypatch, *arguments) == 3
+    assert "the fp16 graphs overflow, nothing was published" in capsys.readouterr().err
+    assert not (cwd / "a.bundle").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -134,6 +150,7 @@ def test_command_is_installed_and_explains_itself() -> None:
         ),
         ("policies/mine/model.safetensors", "mine-fp32.bundle"),
         ("someone/vqbet_pusht", "vqbet_pusht-fp32.bundle"),
+        ("someone/policy-v0.1", "policy-v0.1-fp32.bundle"),
     ],
 )
 def test_bundle_is_named_after_the_policy(source: str, name: str) -> None:

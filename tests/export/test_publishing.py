@@ -45,6 +45,26 @@ def test_replaces_the_old_bundle_and_leaves_nothing_else(tmp_path: Path, source:
         assert os.listdir(tmp_path) == ["a.bundle"]
 
 
+def test_a_link_to_a_bundle_stands_for_it(tmp_path: Path, source: tuple) -> None:
+    real, link = tmp_path / "releases" / "v1", tmp_path / "current"
+    publish(real, *variant(source, b"one"))
+    link.symlink_to(real)
+    for text in (b"two", b"three"):
+        publish(link, *variant(source, text))
+        assert link.is_symlink()
+        assert note(real) == text
+    assert sorted(os.listdir(tmp_path)) == ["current", "releases"]
+
+
+def test_a_planted_link_is_not_emptied(tmp_path: Path, source: tuple) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("data")
+    (tmp_path / ".a.bundle.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(DiskError):
+        publish(tmp_path / "a.bundle", *source)
+    assert (tmp_path / "precious" / "file").read_text() == "data"
+
+
 KILLED = """
 import sys, pathlib
 sys.path[:0] = {path!r}

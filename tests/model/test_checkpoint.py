@@ -296,6 +296,38 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: [path.unlink() for path in d.glob("policy_postprocessor_step_*.safetensors")],
         r"the processor's statistics belong into it",
     ),
+    "state file broken": (
+        lambda d: [
+            path.write_bytes(b"x" * 40) for path in d.glob("policy_preprocessor_step_*.safetensors")
+        ],
+        r"is no safetensors file",
+    ),
+    "step twice": (
+        lambda d: change_json(
+            d / "policy_preprocessor.json", lambda p: p["steps"].append(p["steps"][-1])
+        ),
+        r"has two steps 'normalizer_processor'",
+    ),
+    "no way back for the action": (
+        lambda d: change_json(
+            d / "policy_postprocessor.json",
+            lambda p: p["steps"].remove(step(p, "unnormalizer_processor")),
+        ),
+        r"has no 'unnormalizer_processor' to turn it back",
+    ),
+    "eps no number": (
+        lambda d: change_json(
+            d / "policy_preprocessor.json",
+            lambda p: step(p, "normalizer_processor")["config"].update(eps="tiny"),
+        ),
+        r"lack or misuse",
+    ),
+    "tensor of another rank": (
+        lambda d: change_weights(
+            d, lambda t: t.update({"vqbet.policy.transformer.wte.weight": torch.zeros(4)})
+        ),
+        r"lack or misuse|does not fit",
+    ),
     "step unknown": (
         lambda d: change_json(
             d / "policy_preprocessor.json",

@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from vqbet_edge.backends.base import Backend, Floats, Frames, HeadOutputs
 from vqbet_edge.backends.cuda import GRAPH_VARIABLE, Buffer, Cuda, Launch, switch
 from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import StageName, TensorSpec
+from vqbet_edge.errors import BackendError, BundleError
+from vqbet_edge.manifest import StageName, StageSpec, TensorSpec
+
+#: Tensor name -> (NumPy's name of its type, shape).
+Borders = dict[str, tuple[str, tuple[int | str, ...]]]
 
 # Lazy loading, autotuning and ONNX Runtime's own capture are over after this many runs.
 _WARM_UP_RUNS = 3
@@ -34,14 +38,14 @@ class CudaBackend(Backend):
 
     def __init__(self, bundle: Bundle, cuda: Cuda, *, capture: bool) -> None:
         super().__init__()
-        self._cuda = cuda
+        self._cuda, self._predicted = cuda, False
         self._graph_wanted = switch(GRAPH_VARIABLE, default=True)
         specs = [bundle.manifest.stages[stage] for stage in bundle.stages_to_load]
-        inputs = {tensor.name: tensor for spec in specs for tensor in spec.inputs}
-        outputs = {tensor.name: tensor for spec in specs for tensor in spec.outputs}
-        tensors = inputs | outputs
+        tensors = _tensors(specs)
+        inputs = {tensor.name for spec in specs for tensor in spec.inputs}
+        outputs = {tensor.name for spec in specs for tensor in spec.outputs}
         # What one stage leaves and no other takes, or the reverse, crosses to the host.
-        crossing = (inputs.keys() ^ outputs.keys()) - set(_WINDOW_TENSORS)
+        crossing = (inputs ^ outputs) - set(_WINDOW_TENSORS)
         self._buffers = {
             name: cuda.buffer(_size(tensor), host=name in crossing)
             for name, tensor in tensors.items()
@@ -60,6 +64,8 @@ class CudaBackend(Backend):
 
     def _prepare(self, capture: bool) -> dict[str, Launch]:
         launches = {"replan": self._put_replan, "predict": self._put_predict}
+        if "rvq_decoder" in self._stages:  # else a table replaces it
+            launches["rvq_decoder"] = self._put_decode
         for _ in range(_WARM_UP_RUNS):
             for put in launches.values():
                 put()
@@ -92,17 +98,20 @@ class CudaBackend(Backend):
 
     def encode(self, frames: Frames, row: int) -> None:
         """Encode frames (B, K, H, W, 3) into a row."""
+        self._forget_seconds(done=False)
         np.copyto(self._arrays["frames"], frames)
         self._run("encode", lambda: self._put_encode(row))
 
     def predict(self, states: Floats) -> HeadOutputs:
         """GPT and heads over the window, in one launch."""
+        self._forget_seconds(done=True)
         np.copyto(self._arrays["states"], states)
         self._run("predict", self._launches["predict"])
         return self._outputs
 
     def replan(self, frames: Frames, states: Floats) -> HeadOutputs:
         """Encoder, window, GPT and heads in one launch."""
+        self._forget_seconds(done=True)
         np.copyto(self._arrays["frames"], frames)
         np.copyto(self._arrays["states"], states)
         self._run("replan", self._launches["replan"])
@@ -111,7 +120,7 @@ class CudaBackend(Backend):
     def decode(self, codes: NDArray[np.int64]) -> Floats:
         """Code pairs -> chunks by the RVQ decoder's graph."""
         np.copyto(self._arrays["codes"], codes)
-        self._run("rvq_decoder", self._put_decode)
+        self._run("rvq_decoder", self._launches["rvq_decoder"])
         decoded: Floats = self._arrays["decoded"]
         return decoded
 
@@ -121,6 +130,12 @@ class CudaBackend(Backend):
         launch()
         self._cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
+
+    def _forget_seconds(self, *, done: bool) -> None:
+        """Drop the previous prediction's; `done` when this call makes the next one."""
+        if self._predicted:
+            self.seconds.clear()
+        self._predicted = done
 
     def _put_encode(self, row: int) -> None:
         self._cuda.upload(self._buffers["frames"])
@@ -150,6 +165,34 @@ class CudaBackend(Backend):
         """Address of a row of the window."""
         window = self._buffers["image_tokens"].address
         return window + (batch * self._length + row) * self._row_size
+
+
+def check_borders(what: str, have: Borders, spec: StageSpec) -> None:
+    """Compare a graph's or an engine's own tensors with the manifest's, before they are bound.
+
+    With others it would read and write past our buffers.
+
+    Raises:
+        BackendError: they differ.
+    """
+    need = {t.name: (t.dtype, t.shape) for t in (*spec.inputs, *spec.outputs)}
+    if have != need:
+        raise BackendError(
+            f"{what} has tensors {have}, expected {need}; export the checkpoint again"
+        )
+
+
+def _tensors(specs: list[StageSpec]) -> dict[str, TensorSpec]:
+    """Every tensor by its name, under which it has one buffer."""
+    tensors: dict[str, TensorSpec] = {}
+    for tensor in (t for spec in specs for t in (*spec.inputs, *spec.outputs)):
+        other = tensors.setdefault(tensor.name, tensor)
+        if other != tensor:
+            raise BundleError(
+                f"the manifest's stages disagree on '{tensor.name}': expected {other.dtype} "
+                f"{other.shape}, got {tensor.dtype} {tensor.shape}; export the checkpoint again"
+            )
+    return tensors
 
 
 def _size(tensor: TensorSpec) -> int:

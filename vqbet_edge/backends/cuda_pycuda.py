@@ -2,7 +2,8 @@
 
 import ctypes
 import importlib
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,67 +24,102 @@ _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, cuda.h
 
 
 class PyCuda(Cuda):
-    """pycuda's driver interface; its objects free themselves, so all are kept."""
+    """pycuda's driver interface; its objects free themselves, so all are kept.
+
+    pycuda keeps a stack of contexts per thread and aborts the process when a thread ends with one
+    on it. So nothing stays there: it is filled for as long as pycuda creates an object, which is
+    all that asks for it, and what runs later uses the context that the driver knows.
+    """
 
     def __init__(self) -> None:
         self._driver = driver = importlib.import_module("pycuda.driver")
+        self._kept: list[Any] = []
         try:
             driver.init()
             device = driver.Device(0)
-        except driver.Error as error:
-            raise BackendError(f"there is no usable GPU: {error}") from error
-        self._context = device.retain_primary_context()
-        self._threads: set[int] = set()
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except (driver.Error, OSError) as error:
+            raise BackendError(f"there is no usable GPU: {error}; see vqbet-doctor") from error
+        with self._naming("opening the GPU"):
+            self._context = device.retain_primary_context()
+            self.device = self._describe(device)
+        # Retained a second time, and never released: the handle stays good to the process's end.
+        self._handle = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._handle), ctypes.c_int(0))
         self.make_current()
-        self.device = Device(
+        block = switch(BLOCK_VARIABLE, default=False)
+        flags = driver.event_flags
+        with self._creating("creating a stream and an event"):
+            self._stream = driver.Stream(1)  # CU_STREAM_NON_BLOCKING: pycuda has no name for it
+            self._event = driver.Event(flags.BLOCKING_SYNC if block else flags.DEFAULT)
+        self.stream = int(self._stream.handle)
+
+    def _describe(self, device: Any) -> Device:  # noqa: ANN401
+        driver = self._driver
+        return Device(
             name=device.name(),
             compute_capability="{}.{}".format(*device.compute_capability()),
             driver=driver_version(driver.get_driver_version()),
             integrated=bool(device.get_attribute(driver.device_attribute.INTEGRATED)),
         )
-        self._stream = driver.Stream(1)  # CU_STREAM_NON_BLOCKING: pycuda has no name for it
-        self.stream = int(self._stream.handle)
-        flags = driver.event_flags
-        block = switch(BLOCK_VARIABLE, default=False)
-        self._event = driver.Event(flags.BLOCKING_SYNC if block else flags.DEFAULT)
-        self._library = ctypes.CDLL("libcuda.so.1")
-        self._kept: list[Any] = []
+
+    @contextmanager
+    def _naming(self, operation: str) -> Iterator[None]:
+        """Turn pycuda's errors into ours, so that `auto` can take the next backend."""
+        try:
+            yield
+        except (self._driver.Error, MemoryError) as error:
+            raise BackendError(f"{operation} failed: {error}; see vqbet-doctor") from error
+
+    @contextmanager
+    def _creating(self, operation: str) -> Iterator[None]:
+        """As `_naming`, with the context on pycuda's stack, where its objects look for it."""
+        with self._naming(operation):
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._context.pop()
 
     def make_current(self) -> None:
-        """Let the calling thread use the context; pushing it once a thread is enough."""
-        if threading.get_ident() not in self._threads:
-            self._context.push()
-            self._threads.add(threading.get_ident())
+        """Let the calling thread use the context."""
+        self._call("cuCtxSetCurrent", self._handle)
 
     def device_memory(self, size: int) -> int:
         """Allocate zeroed memory on the GPU."""
-        memory = self._driver.mem_alloc(size)
-        self._kept.append(memory)
-        self._driver.memset_d8(memory, 0, size)
+        with self._creating(f"allocating {size} bytes on the GPU"):
+            memory = self._driver.mem_alloc(size)
+            self._kept.append(memory)
+            self._driver.memset_d8(memory, 0, size)
         return int(memory)
 
     def host_memory(self, size: int) -> HostMemory:
         """Allocate zeroed, page-locked, mapped memory."""
         mapped = self._driver.host_alloc_flags.DEVICEMAP
-        array = self._driver.pagelocked_zeros(size, np.uint8, mem_flags=mapped)
-        return HostMemory(array, int(array.base.get_device_pointer()))
+        with self._creating(f"allocating {size} page-locked bytes"):
+            array = self._driver.pagelocked_zeros(size, np.uint8, mem_flags=mapped)
+            return HostMemory(array, int(array.base.get_device_pointer()))
 
     def to_device(self, address: int, source: Bytes) -> None:
         """Put a copy to the GPU on the stream."""
-        self._driver.memcpy_htod_async(address, source, self._stream)
+        with self._naming("copying to the GPU"):
+            self._driver.memcpy_htod_async(address, source, self._stream)
 
     def to_host(self, target: Bytes, address: int) -> None:
         """Put a copy from the GPU on the stream."""
-        self._driver.memcpy_dtoh_async(target, address, self._stream)
+        with self._naming("copying from the GPU"):
+            self._driver.memcpy_dtoh_async(target, address, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Put a copy within the GPU on the stream."""
-        self._driver.memcpy_dtod_async(target, source, size, self._stream)
+        with self._naming("copying within the GPU"):
+            self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
     def synchronize(self) -> None:
         """Wait for the stream."""
-        self._event.record(self._stream)
-        self._event.synchronize()
+        with self._naming("waiting for the GPU"):
+            self._event.record(self._stream)
+            self._event.synchronize()
 
     def capture(self, enqueue: Launch) -> Launch:
         """Record a CUDA graph."""
@@ -99,4 +135,4 @@ class PyCuda(Cuda):
     def _call(self, function: str, *arguments: Any) -> None:  # noqa: ANN401
         status = getattr(self._library, function)(*arguments)
         if status:
-            raise BackendError(f"{function} failed with CUDA error {status}")
+            raise BackendError(f"{function} failed with CUDA error {status}; see vqbet-doctor")

@@ -8,27 +8,33 @@ before TensorRT sees a byte. docs/security.md states the stance.
     engines/<device>/<stage>-<graph>.json     its record: key, digest, size, seal; written last
 """
 
-import contextlib
 import hashlib
 import hmac
 import os
 import re
-import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from vqbet_edge.backends.private_files import (
+    CACHE_VARIABLE,
+    RejectedError,
+    create_secret,
+    is_private,
+    private_user_cache,
+    read_private,
+    sweep,
+    user_cache,
+    write_private,
+)
 from vqbet_edge.backends.tensorrt_module import Flavour
 from vqbet_edge.errors import DiskError
 from vqbet_edge.manifest import StageName
 
-CACHE_VARIABLE = "VQBET_EDGE_CACHE"
 _SEAL_NAME = "engine-seal.key"
 _SEAL_BYTES = 32
-_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MAX_RECORD_BYTES = 1 << 16
 _MAX_PLAN_BYTES = 1 << 33
 
@@ -107,10 +113,6 @@ class Lookup:
     reason: str
 
 
-class _RejectedError(Exception):
-    """Why a stored engine is not loaded."""
-
-
 class EngineCache:
     """The engines of one bundle: in the bundle where it can be written, else the user's cache."""
 
@@ -118,7 +120,11 @@ class EngineCache:
         self._bundle, self._user = bundle, user_cache()
 
     def find(self, key: EngineKey) -> Lookup:
-        """Look an engine up without trusting it; never raises for what is on disk."""
+        """Look an engine up without trusting it; never raises for what is wrong with an engine.
+
+        Raises:
+            DiskError: the key that seals engines, or its folder, is not this user's alone.
+        """
         reason = "no engine has been built for this device yet"
         for root in (self._bundle, self._user):
             folder = root / "engines" / key.device
@@ -127,7 +133,7 @@ class EngineCache:
             try:
                 plan = _load(folder, key, self._seal_key())
                 return Lookup(plan, folder / f"{key.file_stem}.plan", "")
-            except _RejectedError as error:
+            except RejectedError as error:
                 reason = str(error)
         return Lookup(None, None, reason)
 
@@ -145,6 +151,7 @@ class EngineCache:
         record = msgspec.structs.replace(record, seal=_seal(record, self._seal_key()))
         text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         folder = self._folder(key)
+        sweep(folder)
         write_private(folder / f"{key.file_stem}.plan", plan)
         # The record names the plan's digest, so dying between the two leaves a pair that is
         # detected, never one that is believed.
@@ -153,7 +160,7 @@ class EngineCache:
 
     def _folder(self, key: EngineKey) -> Path:
         roots = [self._user]
-        if _is_private(self._bundle) and os.access(self._bundle, os.W_OK):
+        if is_private(self._bundle) and os.access(self._bundle, os.W_OK):
             roots.insert(0, self._bundle)
         error: OSError | None = None
         for root in roots:
@@ -163,7 +170,7 @@ class EngineCache:
             except OSError as failure:
                 error = failure
                 continue
-            if _is_private(folder):
+            if is_private(folder):
                 return folder
         raise DiskError(
             f"engines can be kept neither in '{self._bundle}' nor in '{self._user}' "
@@ -172,49 +179,50 @@ class EngineCache:
 
     def _seal_key(self) -> bytes:
         """This user's secret of this machine; made on first use."""
-        path = self._user / _SEAL_NAME
+        path = private_user_cache() / _SEAL_NAME
         try:
-            self._user.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                _create(path, secrets.token_bytes(_SEAL_BYTES))
-            return _read_private(path, _SEAL_BYTES)
+            if not os.path.lexists(path):
+                create_secret(path, _SEAL_BYTES)
+            key = read_private(path, _SEAL_BYTES, secret=True)
         except OSError as error:
             raise DiskError(
                 f"cannot keep engines in '{self._user}': {error.strerror}; "
                 f"set {CACHE_VARIABLE} to a directory of yours"
             ) from error
-        except _RejectedError as error:
-            raise DiskError(f"the engine cache's key is not usable: {error}; delete it") from error
-
-
-def user_cache() -> Path:
-    """This user's cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where caches go."""
-    if CACHE_VARIABLE in os.environ:
-        return Path(os.environ[CACHE_VARIABLE])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vqbet_edge"
+        except RejectedError as error:
+            raise DiskError(
+                f"the key that seals engines is not usable: {error}; delete '{path}' "
+                "and build the engines again with vqbet-build"
+            ) from error
+        if len(key) != _SEAL_BYTES:
+            # A short key is one that anybody can guess, who then can seal engines.
+            raise DiskError(
+                f"expected {_SEAL_BYTES} bytes in '{path}', got {len(key)}; "
+                "delete it and build the engines again with vqbet-build"
+            )
+        return key
 
 
 def _load(folder: Path, key: EngineKey, seal_key: bytes) -> bytes:
     """The plan, after every check.
 
     Raises:
-        _RejectedError: with the reason.
+        RejectedError: with the reason.
     """
-    if not _is_private(folder):
-        raise _RejectedError(f"'{folder}' belongs to, or can be written by, somebody else")
+    if not is_private(folder):
+        raise RejectedError(f"'{folder}' belongs to, or can be written by, somebody else")
     try:
         record = msgspec.json.decode(
-            _read_private(folder / f"{key.file_stem}.json", _MAX_RECORD_BYTES), type=EngineRecord
+            read_private(folder / f"{key.file_stem}.json", _MAX_RECORD_BYTES), type=EngineRecord
         )
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise _RejectedError(f"the engine's record is damaged ({error})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RejectedError(f"the engine's record is damaged ({error})") from error
     if not hmac.compare_digest(_seal(record, seal_key).encode(), record.seal.encode()):
-        raise _RejectedError("the engine was not built by this user on this machine")
+        raise RejectedError("the engine was not built by this user on this machine")
     _check_key(record.key, key)
-    plan = _read_private(folder / f"{key.file_stem}.plan", min(record.size, _MAX_PLAN_BYTES))
+    plan = read_private(folder / f"{key.file_stem}.plan", min(record.size, _MAX_PLAN_BYTES))
     if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
-        raise _RejectedError("the engine is truncated or altered")
+        raise RejectedError("the engine is truncated or altered")
     return plan
 
 
@@ -222,60 +230,9 @@ def _check_key(built: EngineKey, wanted: EngineKey) -> None:
     for name in wanted.__struct_fields__:
         have, need = getattr(built, name), getattr(wanted, name)
         if have != need and not (name == "options" and need is None):
-            raise _RejectedError(f"it was built for {name} {have}, needed is {need}")
+            raise RejectedError(f"it was built for {name} {have}, needed is {need}")
 
 
 def _seal(record: EngineRecord, seal_key: bytes) -> str:
     body = msgspec.json.encode(msgspec.structs.replace(record, seal=""))
     return hmac.new(seal_key, body, hashlib.sha256).hexdigest()
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether this is a directory of this user that only this user may write."""
-    try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    private = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE
-    return stat.S_ISDIR(status.st_mode) and private
-
-
-def _read_private(path: Path, limit: int) -> bytes:
-    """Contents of a regular file of this user that only this user may write."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise _RejectedError(f"'{path.name}' cannot be read ({error.strerror})") from error
-    with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise _RejectedError(f"'{path.name}' is not a regular file")
-        if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-            raise _RejectedError(f"'{path.name}' belongs to, or can be written by, somebody else")
-        if status.st_size > limit:
-            raise _RejectedError(f"'{path.name}' is larger than expected")
-        return file.read(limit)
-
-
-def _create(path: Path, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(handle, "wb") as file:  # noqa: PTH123 - opened by descriptor
-        file.write(data)
-        file.flush()
-        os.fsync(handle)
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all.
-
-    Raises:
-        DiskError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        _create(temporary, data)
-        temporary.replace(path)
-    except OSError as error:
-        raise DiskError(f"cannot write '{path}' ({len(data)} bytes): {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vqbet_edge.backends.cuda import Cuda, Launch, create_cuda
-from vqbet_edge.backends.cuda_backend import CudaBackend
+from vqbet_edge.backends.cuda_backend import Borders, CudaBackend, check_borders
 from vqbet_edge.backends.onnxruntime import import_onnxruntime
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import BackendError
@@ -11,6 +11,8 @@ from vqbet_edge.manifest import StageName
 
 _PROVIDER = "CUDAExecutionProvider"
 _MISSING = "install it with: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+_TYPES = {"tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(float)": "float32"}
 
 
 class OnnxRuntimeCudaBackend(CudaBackend):
@@ -56,6 +58,9 @@ class OnnxRuntimeCudaBackend(CudaBackend):
             raise BackendError(f"ONNX Runtime refuses {spec.file} on the GPU: {error}") from error
         if session.get_providers()[0] != _PROVIDER:
             raise BackendError(f"ONNX Runtime cannot load its CUDA provider; {_MISSING}")
+        nodes = (*session.get_inputs(), *session.get_outputs())
+        have: Borders = {n.name: (_TYPES.get(n.type, n.type), tuple(n.shape)) for n in nodes}
+        check_borders(f"the graph of {stage}", have, spec)
         binding = session.io_binding()
         for bind, tensors in (
             (binding.bind_input, spec.inputs),

@@ -2,11 +2,11 @@
 
 import logging
 import subprocess
-import sys
 from typing import Any
 
+from vqbet_edge.backends.child import module_command
 from vqbet_edge.backends.cuda import Cuda, Device, Launch, create_cuda, switch
-from vqbet_edge.backends.cuda_backend import CudaBackend
+from vqbet_edge.backends.cuda_backend import Borders, CudaBackend, check_borders
 from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache, EngineKey
 from vqbet_edge.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
 from vqbet_edge.bundle import Bundle
@@ -124,8 +124,7 @@ def _plans(
 
 def _build(bundle: Bundle, tensorrt: TensorRT) -> None:
     """Run `vqbet-build`, which says why it builds and shows its progress on standard error."""
-    command = [sys.executable, "-m", "vqbet_engines", str(bundle.path)]
-    command += ["--flavour", tensorrt.flavour]
+    command = module_command("vqbet_engines.cli", str(bundle.path), "--flavour", tensorrt.flavour)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
     if done.returncode:
         raise BackendError(
@@ -135,12 +134,16 @@ def _build(bundle: Bundle, tensorrt: TensorRT) -> None:
 
 
 def _check_borders(module: Any, engine: Any, stage: StageName, spec: StageSpec) -> None:  # noqa: ANN401
-    """An engine with other tensors would read and write past our buffers."""
-    have = {}
+    have: Borders = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
-        dtype = module.nptype(engine.get_tensor_dtype(name))
-        have[name] = (dtype.__name__, tuple(engine.get_tensor_shape(name)))
-    need = {t.name: (t.dtype, t.shape) for t in (*spec.inputs, *spec.outputs)}
-    if have != need:
-        raise BackendError(f"the engine of {stage} has tensors {have}, expected {need}")
+        dtype = _type_name(module, engine.get_tensor_dtype(name))
+        have[name] = (dtype, tuple(engine.get_tensor_shape(name)))
+    check_borders(f"the engine of {stage}", have, spec)
+
+
+def _type_name(module: Any, dtype: Any) -> str:  # noqa: ANN401
+    try:
+        return str(module.nptype(dtype).__name__)
+    except TypeError:  # BF16 and FP8, which NumPy lacks
+        return str(dtype)

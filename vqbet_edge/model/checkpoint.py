@@ -74,7 +74,7 @@ def load_checkpoint(source: str) -> Checkpoint:
     try:
         layout = read_layout(directory, config, statistics)
         network = _build(_config(config, layout, weights), weights)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"'{directory / CONFIG_NAME}' or its processors lack or misuse {error}; "
             "save the policy again with LeRobot's save_pretrained"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.model.config import ACTION_KEY, STATE_KEY, Feature, FeatureType, NormalizationMode
@@ -109,15 +111,17 @@ def _era_c(directory: Path, config: Json) -> Layout:
     inputs, outputs = _typed_features(config)
     before = _processor_steps(directory, PREPROCESSOR)
     after = _processor_steps(directory, POSTPROCESSOR)
-    normalization = {
-        **_from_step(directory, before.get("normalizer_processor")),
-        # The action's statistics are those that turn it back into the robot's units.
-        **{
-            key: value
-            for key, value in _from_step(directory, after.get("unnormalizer_processor")).items()
-            if key == ACTION_KEY
-        },
-    }
+    normalization = _from_step(directory, before.get("normalizer_processor"))
+    trained_on = normalization.pop(ACTION_KEY, None)
+    # The action's statistics are those that turn it back into the robot's units.
+    action = _from_step(directory, after.get("unnormalizer_processor")).get(ACTION_KEY)
+    if action is not None:
+        normalization[ACTION_KEY] = action
+    elif trained_on is not None and trained_on.mode is not NormalizationMode.IDENTITY:
+        raise CheckpointError(
+            f"{PREPROCESSOR} normalises the action, but {POSTPROCESSOR} has no "
+            "'unnormalizer_processor' to turn it back; save the policy with both processors"
+        )
     rename = before.get("rename_observations_processor", {}).get("config", {})
     renamed = {new: old for old, new in rename.get("rename_map", {}).items() if new in inputs}
     return Layout(Era.C, inputs, outputs, normalization, renamed)
@@ -175,7 +179,7 @@ def _from_buffers(key: str, mode: NormalizationMode, arrays: Arrays) -> Normaliz
 
 def _processor_steps(directory: Path, name: str) -> dict[str, Json]:
     """The steps of a processor by their registry name."""
-    steps = {}
+    steps: dict[str, Json] = {}
     for step in read_json(directory / name).get("steps", []):
         kind = step.get("registry_name")
         known = {"normalizer_processor", "unnormalizer_processor", "rename_observations_processor"}
@@ -184,6 +188,8 @@ def _processor_steps(directory: Path, name: str) -> dict[str, Json]:
                 f"{name} has the step {kind or step.get('class')!r}, which is unknown here: "
                 "the exported policy would lack it; remove the step or apply it on the robot"
             )
+        if kind in steps:
+            raise CheckpointError(f"{name} has two steps '{kind}'; expected one")
         steps[kind] = step
     return steps
 
@@ -204,13 +210,15 @@ def _from_step(directory: Path, step: Json | None) -> dict[str, Normalization]:
 
 
 def _state_file(directory: Path, name: str) -> dict[str, dict[str, Floats]]:
-    from safetensors.numpy import load_file  # noqa: PLC0415
-
     path = directory / Path(name).name
     if not path.exists():
         raise CheckpointError(f"'{path}' is missing: the processor's statistics belong into it")
     stats: dict[str, dict[str, Floats]] = {}
-    for full_name, array in load_file(path).items():
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"'{path}' is no safetensors file: {error}; copy it again") from error
+    for full_name, array in arrays.items():
         key, _, stat = full_name.rpartition(".")
         stats.setdefault(key, {})[stat] = np.asarray(array, np.float32)
     return stats

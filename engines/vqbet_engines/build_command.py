@@ -1,0 +1,122 @@
+"""`vqbet-build`: the engines of a bundle for this device."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vqbet_edge.backends.cuda import create_cuda
+from vqbet_edge.backends.engine_cache import BuildOptions
+from vqbet_edge.backends.tensorrt_module import Flavour, import_tensorrt
+from vqbet_edge.bundle import Bundle
+from vqbet_engines.boards import detect_board, load_board
+from vqbet_engines.engines import EngineBuilder, EngineReport, encode_reports
+from vqbet_engines.progress import build_progress
+
+
+@dataclass(frozen=True)
+class BuildArguments:
+    """Build a bundle's TensorRT engines for this device and keep them."""
+
+    # Directory that vqbet-export wrote.
+    bundle: tyro.conf.Positional[Path]
+
+    # Board profile whose workspace is used; this board's by default.
+    board: str | None = None
+
+    # Scratch memory in MiB that the builder may use instead of the board's.
+    workspace_mb: int | None = None
+
+    # 0 builds fast, 5 searches longest for a fast engine.
+    optimization_level: Annotated[int, tyro.conf.arg(metavar="0..5")] = 3
+
+    # Which TensorRT builds; `tensorrt` before `tensorrt_rtx` by default.
+    flavour: Flavour | None = None
+
+    # Build for these compute capabilities, such as sm86, without a GPU, and keep nothing: proves
+    # that TensorRT takes the graphs. Needs tensorrt_rtx.
+    ahead_of_time: tuple[str, ...] = ()
+
+    # Build engines that are there already.
+    force: bool = False
+
+    # List the layers of every engine that is built.
+    layers: bool = False
+
+    # Print the report as JSON.
+    json: bool = False
+
+
+def _options(arguments: BuildArguments) -> BuildOptions:
+    board = arguments.board or detect_board()
+    workspace = arguments.workspace_mb
+    if workspace is None and board is not None:
+        workspace = load_board(board).workspace_mb
+    return BuildOptions(workspace, arguments.optimization_level)
+
+
+def build(arguments: BuildArguments) -> list[EngineReport]:
+    """Carry out the command.
+
+    Raises:
+        BundleError, BackendError, DiskError, UsageError: as their names say.
+    """
+    bundle, ahead = Bundle.open(arguments.bundle), arguments.ahead_of_time
+    flavour: Flavour | None = "tensorrt_rtx" if ahead else arguments.flavour
+    tensorrt, options = import_tensorrt(flavour), _options(arguments)
+    with build_progress(Console(stderr=True)) as on_event:
+        builder = EngineBuilder(bundle, tensorrt, options, on_event)
+        if ahead:
+            return [report for target in ahead for report in builder.build_ahead(target)]
+        return list(builder.build_for(create_cuda().device, force=arguments.force))
+
+
+def summary_table(reports: Iterable[EngineReport]) -> Table:
+    """One row per engine."""
+    table = Table("stage", "precision", "target", "TensorRT", "build s", "MiB", "layers", "engine")
+    for report in reports:
+        table.add_row(
+            report.stage,
+            report.precision,
+            report.target,
+            report.tensorrt,
+            f"{report.seconds:.1f}" if report.seconds else "was there",
+            f"{report.size / 2**20:.1f}",
+            str(len(report.layers) or "-"),
+            report.path or "not kept",
+        )
+    return table
+
+
+def layer_table(report: EngineReport) -> Table:
+    """One row per layer of an engine."""
+    kinds = Counter(layer.kind for layer in report.layers)
+    title = f"{report.stage} ({report.precision}): " + ", ".join(
+        f"{count} {kind}" for kind, count in kinds.most_common()
+    )
+    table = Table("layer", "kind", "types", "fused ONNX nodes", title=title)
+    for layer in report.layers:
+        table.add_row(layer.name, layer.kind, layer.precision, " ".join(layer.nodes))
+    return table
+
+
+def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
+    if arguments.json:
+        sys.stdout.write(encode_reports(reports) + "\n")
+        return
+    console = Console()
+    console.print(summary_table(reports))
+    for report in reports if arguments.layers else []:
+        console.print(layer_table(report))
+
+
+def main() -> None:
+    """Parse the command line and carry it out."""
+    arguments = tyro.cli(BuildArguments, prog="vqbet-build")
+    _print(arguments, build(arguments))
