@@ -11,7 +11,7 @@ demo: $(VENV)/.package
 
 # One thread per worker: workers that each spin on all cores slow each other several times.
 test: $(VENV)/.judge
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .
