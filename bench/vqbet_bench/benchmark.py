@@ -5,7 +5,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,12 +41,8 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     progress("looking at the machine")
     machine = describe_machine()
     plan = Plan(arguments.rate, arguments.seconds, arguments.rounds, arguments.allocation_calls)
-    with (
-        tempfile.TemporaryDirectory(prefix="vqbet-bench-") as name,
-        open_session(plan, progress) as run,
-    ):
-        folder = Path(name)
-        pool_file = folder / "pool.npz"
+    with open_session(plan, progress) as run:
+        pool_file = run.folder / "pool.npz"
         create_pool(first, arguments.dataset).save(pool_file)
         policy = first.manifest.policy
         job = Job(
@@ -58,7 +53,7 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
             window=policy.n_obs_steps,
             threads=threads,
         )
-        _start_peers(run, job, arguments, folder, progress)
+        _start_peers(run, job, arguments, progress)
         contenders = {
             f"{path.stem} {backend}": (path, backend)
             for path, backend in itertools.product(bundles, arguments.backend)
@@ -111,9 +106,7 @@ def _settings(arguments: Arguments, threads: int) -> Settings:
     )
 
 
-def _start_peers(
-    run: Session, job: Job, arguments: Arguments, folder: Path, progress: Progress
-) -> None:
+def _start_peers(run: Session, job: Job, arguments: Arguments, progress: Progress) -> None:
     if arguments.checkpoint is None:
         return
     checkpoint = str(arguments.checkpoint.absolute())
@@ -121,7 +114,7 @@ def _start_peers(
         name, path = _PEER_NAMES[kind], checkpoint
         if kind == "single-graph":
             progress(f"exporting the {name}")
-            path = str(folder / "single.onnx")
+            path = str(run.folder / "single.onnx")
             reason = _export_single_graph(checkpoint, path)
             if reason:
                 run.failures[name] = reason

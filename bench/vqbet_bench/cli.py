@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vqbet_bench.messages import PEERS, PeerName
+from vqbet_bench.messages import PEERS, EdgeBackend, PeerName
 from vqbet_edge import commands
 from vqbet_edge.errors import UsageError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from vqbet_bench.report import Grid
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-BackendChoice = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Arguments:
     # Bundles, of one checkpoint if peers are to be compared.
     bundles: tyro.conf.Positional[tuple[Path, ...]]
     # Backends to run every bundle on.
-    backend: tuple[BackendChoice, ...] = ("auto",)
+    backend: tuple[EdgeBackend, ...] = ("auto",)
     # Steps a second of the robot's control loop.
     rate: float = 30.0
     # Seconds per policy and way of running it.

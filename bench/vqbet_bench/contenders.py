@@ -3,10 +3,14 @@
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vqbet_bench.messages import ContenderKind, Job
+from vqbet_bench.messages import ContenderKind, EdgeBackend, Job
 from vqbet_bench.observations import Pool
+
+if TYPE_CHECKING:
+    from vqbet_edge.backends.base import Backend
+    from vqbet_edge.bundle import Bundle
 
 
 class Contender(Protocol):
@@ -53,7 +57,7 @@ class Edge:
         from vqbet_edge.policy import EdgePolicy  # noqa: PLC0415
 
         bundle = Bundle.open(self._job.path)
-        self._backend = _backend(self._job.backend, bundle)
+        self._backend = create_edge_backend(self._job.backend, bundle)
         replan_every = 1 if every else self.chunk
         self._policy = EdgePolicy(bundle, self._backend, replan_every=replan_every)
 
@@ -83,7 +87,8 @@ class Edge:
         return {} if launches is None else {str(k): v for k, v in launches().items()}
 
 
-def _backend(name: str, bundle: Any) -> Any:
+def create_edge_backend(name: EdgeBackend, bundle: "Bundle") -> "Backend":
+    """As `vqbet_edge` does, and TensorRT for RTX, which it takes no name for."""
     if name == "tensorrt_rtx":
         from vqbet_edge.backends.tensorrt import TensorRTBackend  # noqa: PLC0415
         from vqbet_edge.backends.tensorrt_module import import_tensorrt  # noqa: PLC0415
@@ -91,10 +96,22 @@ def _backend(name: str, bundle: Any) -> Any:
         return TensorRTBackend(bundle, tensorrt=import_tensorrt("tensorrt_rtx"))
     from vqbet_edge.backends import create_backend  # noqa: PLC0415
 
-    return create_backend(name, bundle)  # type: ignore[arg-type]
+    return create_backend(name, bundle)
 
 
-class LeRobot:
+class _NoStages:
+    """A policy that does not tell where its time goes."""
+
+    def stages(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def stage_launches(self) -> dict[str, Callable[[], object]]:
+        """Nothing."""
+        return {}
+
+
+class LeRobot(_NoStages):
     """LeRobot's `select_action`, eager or with its network compiled.
 
     Its processors (normalisation, batch axis, float conversion) are left out of the time, which
@@ -134,15 +151,11 @@ class LeRobot:
             batch = {key: value.to(self._device) for key, value in observation.items()}
             return self._policy.select_action(batch).cpu()
 
-    def stages(self) -> dict[str, float]:
-        """LeRobot does not tell."""
-        return {}
 
-    stage_launches = stages
-
-
-class _Windowed:
+class _Windowed(_NoStages):
     """A window of whole observations and a queue of actions around one call per chunk."""
+
+    details: dict[str, str]
 
     def __init__(self, job: Job, pool: Pool) -> None:
         from collections import deque  # noqa: PLC0415
@@ -175,21 +188,14 @@ class _Windowed:
         self._states.extend([states] * repeats)
         if self._every or not self._queue:
             self._queue.clear()
-            chunks = self._predict(
-                self._np.stack(list(self._images))[None], self._np.stack(list(self._states))[None]
-            )
+            window = (self._np.stack(list(kept))[None] for kept in (self._images, self._states))
+            chunks = self._predict(*window)
             self._queue.extend(chunks[self._window - 1])
         return self._queue.popleft()
 
     def _predict(self, images: Any, states: Any) -> Any:
         """(1, N, K, 3, H, W) and (1, N, S) -> chunks of all queries (Q, W, A)."""
         raise NotImplementedError
-
-    def stages(self) -> dict[str, float]:
-        """One call has no stages."""
-        return {}
-
-    stage_launches = stages
 
 
 class Network(_Windowed):

@@ -8,6 +8,7 @@ from vqbet_bench.results import Allocations, Memory, Mode, Round
 
 PeerName = Literal["lerobot", "lerobot-compile", "network", "single-graph"]
 PEERS: tuple[PeerName, ...] = ("lerobot", "lerobot-compile", "network", "single-graph")
+EdgeBackend = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"]
 ContenderKind = Literal["edge", "lerobot", "lerobot-compile", "network", "single-graph"]
 
 
@@ -32,7 +33,7 @@ class Job(Struct, frozen=True):
     chunk: int
     window: int
     threads: int
-    backend: str = ""
+    backend: EdgeBackend = "auto"
     device: str = "cpu"
     started: float = 0.0
 

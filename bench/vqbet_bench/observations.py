@@ -32,8 +32,8 @@ class Pool(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes."""
-        arrays = (*self.images.values(), self.states, self.normalized_states)
-        return sum(array.nbytes for array in arrays)
+        frames = sum(frames.nbytes for frames in self.images.values())
+        return frames + self.states.nbytes + self.normalized_states.nbytes
 
     def observation(self, index: int) -> dict[str, Any]:
         """As `EdgePolicy.act` takes it; starts over behind the last."""

@@ -4,6 +4,7 @@ python -m vqbet_bench.report result.json             # prints the tables
 python -m vqbet_bench.report result.json FILE.md     # puts them between the file's markers
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,18 +33,33 @@ class Grid(NamedTuple):
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
+# Policy -> figure -> the figure in words, None where there is none.
+Figures = dict[str, dict[str, str | None]]
+
+
+def _grid(title: str, figures: Figures) -> Grid:
+    """A column per policy, a row per figure that any of them has."""
+    names = list(dict.fromkeys(name for policy in figures.values() for name in policy))
+    rows = [
+        (name, *(policy.get(name) or _NOTHING for policy in figures.values())) for name in names
+    ]
+    kept = [row for row in rows if set(row[1:]) != {_NOTHING}]
+    return Grid(title, ("", *figures), kept)
+
+
 def grids(report: Report) -> list[Grid]:
     """Every table that has rows."""
-    settings = report.settings
+    at_rate = f"at {report.settings.rate:g} steps a second"
     found = [
         _latency(report, "back_to_back", "Step that predicts a chunk, calls back to back, ms"),
-        _latency(
-            report, "paced", f"Step that predicts a chunk, at {settings.rate:g} steps a second, ms"
+        _latency(report, "paced", f"Step that predicts a chunk, {at_rate}, ms"),
+        _latency(report, "every", "Re-planning on every step, calls back to back, ms"),
+        _grid("Step that returns a queued action, us", {r.name: _queue(r) for r in report.results}),
+        _grid(
+            f"From tick to action, {at_rate}",
+            {r.name: _deadlines(r, report.settings.rate) for r in report.results},
         ),
-        _latency(report, "every", "Re-planning on every step, back to back, ms"),
-        _queue(report),
-        _deadlines(report),
-        _costs(report),
+        _grid("Start-up, memory, size", {r.name: _costs(r) for r in report.results}),
         *(_bounds(result) for result in report.results if result.bounds),
     ]
     return [grid for grid in found if grid.rows]
@@ -58,10 +74,9 @@ def markdown(report: Report) -> str:
     how = (
         f"{settings.rounds} interleaved rounds, {settings.seconds:g} s per policy and table, "
         f"{settings.threads} threads, observations: {settings.observations}. "
-        "p50 and worst: median of the rounds' own; other percentiles: of all samples, named only "
-        "from as many samples on as they need "
-        f"({', '.join(f'p{q:g}: {n}' for q, n in SAMPLES_NEEDED.items())}); "
-        "x: times slower than this, what the first line, or LeRobot, takes."
+        "Of steps that predict, p50 and the worst of a round are medians over the rounds; other "
+        "percentiles are of all samples and are named from so many on: "
+        f"{', '.join(f'p{q:g} {n}' for q, n in SAMPLES_NEEDED.items())}."
     )
     tables = "\n\n".join(grid.markdown() for grid in grids(report))
     return f"{report.date}\n\n{facts}\n{warnings}{failures}\n\n{how}\n\n{tables}\n"
@@ -78,120 +93,113 @@ def warnings_of(report: Report) -> list[str]:
 
 
 def _latency(report: Report, mode: Mode, title: str) -> Grid:
-    columns = ("policy", "steps", "p50", "x", "p90", "p95", "p99", "x", "p99.9", "worst", "x",
-               "std", "IQR")  # fmt: skip
     base = report.baseline
-    rows = []
-    for result in report.results:
-        summary = result.summary(mode, "replan")
-        if summary is None or base is None:
-            continue
-        named, other = summary.percentiles, base.summary(mode, "replan")
-        p50, worst = (result.median_over_rounds(mode, f) for f in ("p50", "worst"))  # type: ignore[arg-type]
-        rows.append(
-            (
-                result.name,
-                str(summary.count),
-                _ms(p50),
-                _times(base.median_over_rounds(mode, "p50"), p50),
-                _ms(named.get("p90")),
-                _ms(named.get("p95")),
-                _ms(named.get("p99")),
-                _times(other.percentiles.get("p99") if other else None, named.get("p99")),
-                _ms(named.get("p99.9")),
-                _ms(worst),
-                _times(base.median_over_rounds(mode, "worst"), worst),
-                _ms(summary.std),
-                _ms(summary.iqr),
-            )
-        )
-    return Grid(title, columns, rows)
+    rivals = len(report.results) > 1
+    return _grid(
+        title,
+        {r.name: _step(r, mode, base if rivals else None) for r in report.results},
+    )
 
 
-def _queue(report: Report) -> Grid:
-    figures = ("p50", "p90", "p99", "worst")
-    columns = ("policy", *figures, *(f"paced {figure}" for figure in figures))
-    rows = []
-    for result in report.results:
-        found = [result.summary(mode, "queue") for mode in ("back_to_back", "paced")]  # type: ignore[arg-type]
-        cells = [
-            _us({**s.percentiles, "worst": s.worst}.get(figure) if s else None)
-            for s in found
-            for figure in figures
-        ]
-        rows.append((result.name, *cells))
-    kept = [row for row in rows if set(row[1:]) != {_NOTHING}]
-    return Grid("Step that returns a queued action, us", columns, kept)
+def _step(result: Result, mode: Mode, base: Result | None) -> dict[str, str | None]:
+    summary = result.summary(mode, "replan")
+    if summary is None:
+        return {}
+    p50 = result.median_over_rounds(mode, "p50")
+    worst = result.median_over_rounds(mode, "worst")
+    figures = {
+        "p50": _ms(p50),
+        **{name: _ms(summary.percentiles.get(name)) for name in ("p90", "p95", "p99", "p99.9")},
+        "worst of a round": _ms(worst),
+        "worst of all": _ms(summary.worst),
+        "standard deviation": _ms(summary.std),
+        "interquartile range": _ms(summary.iqr),
+        "steps": str(summary.count),
+    }
+    if base is None:
+        return figures
+    theirs = base.summary(mode, "replan")
+    their_p99 = theirs.percentiles.get("p99") if theirs else None
+    return figures | {
+        f"{base.name} / this, p50": _ratio(base.median_over_rounds(mode, "p50"), p50),
+        f"{base.name} / this, p99": _ratio(their_p99, summary.percentiles.get("p99")),
+        f"{base.name} / this, worst": _ratio(base.median_over_rounds(mode, "worst"), worst),
+    }
 
 
-def _deadlines(report: Report) -> Grid:
-    rate = report.settings.rate
-    rows = []
-    for result in report.results:
-        responses = result.samples("paced", "responses")
-        summary = summarize(responses)
-        if summary is None:
-            continue
-        missed, steps = result.misses(1 / rate)
-        rows.append(
-            (
-                result.name,
-                str(steps),
-                f"{missed} ({missed / steps:.1%})",
-                _ms(summary.percentiles.get("p99")),
-                _ms(summary.worst),
-                _ms(summary.std),
-                _energy(result),
-            )
-        )
-    title = f"At {rate:g} steps a second: from tick to action, ms"
-    columns = ("policy", "steps", "missed", "p99", "worst", "std", "energy per action")
-    return Grid(title, columns, rows)
+def _queue(result: Result) -> dict[str, str | None]:
+    modes: dict[str, Mode] = {"back to back": "back_to_back", "paced": "paced"}
+    figures: dict[str, str | None] = {}
+    for words, mode in modes.items():
+        summary = result.summary(mode, "queue")
+        if summary is not None:
+            named = {**summary.percentiles, "worst": summary.worst}
+            figures |= {
+                f"{figure}, {words}": _us(named.get(figure))
+                for figure in ("p50", "p90", "p99", "p99.9", "worst")
+            }
+    return figures
 
 
-def _energy(result: Result) -> str:
+def _deadlines(result: Result, rate: float) -> dict[str, str | None]:
+    summary = summarize(result.samples("paced", "responses"))
+    if summary is None:
+        return {}
+    missed, steps = result.misses(1 / rate)
+    return {
+        "deadlines missed": f"{missed} of {steps} ({missed / steps:.1%})",
+        **{f"{name}, ms": _ms(seconds) for name, seconds in summary.percentiles.items()},
+        "worst, ms": _ms(summary.worst),
+        "standard deviation, ms": _ms(summary.std),
+        "energy per action": _energy(result),
+    }
+
+
+def _energy(result: Result) -> str | None:
     rounds = result.rounds.get("paced", [])
     rails = rounds[0].watts if rounds else {}
     total = total_rail(rails)
     joules = [(rail, result.joules_per_action(rail)) for rail in ([total] if total else rails)]
-    return ", ".join(f"{rail} {j:.3g} J" for rail, j in joules if j is not None) or _NOTHING
+    return ", ".join(f"{rail} {_digits(j)} J" for rail, j in joules if j is not None) or None
 
 
-def _costs(report: Report) -> Grid:
-    columns = ("policy", "start-up s", "load s", "resident MB", "peak MB", "GPU MB", "system MB",
-               "bundle MB", "engines MB", "weights MB", "net bytes per call",
-               "largest bytes in a call")  # fmt: skip
-    rows = []
-    for r in report.results:
-        sizes, counted = r.sizes, r.allocations
-        rows.append(
-            (
-                r.name,
-                f"{r.start_up:.2f}",
-                f"{r.load:.2f}",
-                *map(_mb, (r.memory.resident, r.memory.peak, r.memory.gpu, r.memory.system)),
-                _mb(sizes.bundle if sizes else None),
-                _mb(sizes.engines if sizes else None),
-                _mb(sizes.weights if sizes else None),
-                f"{counted.net / counted.calls:.3g}" if counted else _NOTHING,
-                str(counted.largest) if counted else _NOTHING,
-            )
-        )
-    return Grid("Start-up, memory, size", columns, rows)
+def _costs(result: Result) -> dict[str, str | None]:
+    memory, sizes, counted = result.memory, result.sizes, result.allocations
+    figures = {
+        "start-up to the first action, s": _digits(result.start_up),
+        "of that, loading the policy, s": _digits(result.load),
+        "resident memory, MB": _mb(memory.resident),
+        "peak memory, MB": _mb(memory.peak),
+        "GPU memory, MB": _mb(memory.gpu),
+        "system memory taken, MB": _mb(memory.system),
+    }
+    if sizes is not None:
+        figures |= {
+            "bundle on disk, MB": _mb(sizes.bundle),
+            "engines on disk, MB": _mb(sizes.engines or None),
+            "weights, MB": _mb(sizes.weights),
+        }
+    if counted is not None:
+        figures |= {
+            f"net bytes over {counted.calls} calls": str(counted.net),
+            "net bytes per call": _digits(counted.net / counted.calls),
+            "most bytes held inside a call": str(counted.largest),
+        }
+    return figures
 
 
 def _bounds(result: Result) -> Grid:
     ceilings = result.ceilings
     where = f" ({ceilings.source}, {ceilings.bytes_per_second / 1e9:.1f} GB/s)" if ceilings else ""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             stage,
             f"{b.weight_bytes / 1e6:.2f}",
             f"{b.multiply_adds / 1e6:.1f}",
-            _ms(b.memory_bound),
-            _ms(b.compute_bound),
-            _ms(b.seconds),
-            _NOTHING if b.ratio is None else f"{b.ratio:.1f}",
+            _ms(b.memory_bound) or _NOTHING,
+            _ms(b.compute_bound) or _NOTHING,
+            _ms(b.seconds) or _NOTHING,
+            _NOTHING if b.ratio is None else _digits(b.ratio),
         )
         for stage, b in result.bounds.items()
     ]
@@ -200,15 +208,21 @@ def _bounds(result: Result) -> Grid:
     return Grid(f"{result.name} against the hardware{where}", columns, rows)
 
 
-def _shown(scale: float, form: str) -> Callable[[float | None], str]:
-    return lambda value: _NOTHING if value is None else format(value * scale, form)
+def _digits(value: float) -> str:
+    """Three significant digits, never an exponent."""
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{min(6, max(0, decimals))}f}"
 
 
-_ms, _us, _mb = _shown(1e3, ".3g"), _shown(1e6, ".3g"), _shown(1e-6, ".0f")
+def _shown(scale: float) -> Callable[[float | None], str | None]:
+    return lambda value: None if value is None else _digits(value * scale)
 
 
-def _times(base: float | None, value: float | None) -> str:
-    return _NOTHING if base is None or not value else f"{base / value:.1f}"
+_ms, _us, _mb = _shown(1e3), _shown(1e6), _shown(1e-6)
+
+
+def _ratio(base: float | None, value: float | None) -> str | None:
+    return None if base is None or not value else _digits(base / value)
 
 
 def insert(text: str, tables: str) -> str:

@@ -147,7 +147,10 @@ class Worker:
 
 
 class Session:
-    """Workers that are measured together; one that fails drops out and the others go on."""
+    """Workers that are measured together; one that fails drops out and the others go on.
+
+    `folder` is there until `close`.
+    """
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self._plan, self._progress = plan, progress
@@ -155,6 +158,7 @@ class Session:
         self._results: dict[str, Result] = {}
         self.failures: dict[str, str] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="vqbet-bench-")
+        self.folder = Path(self._folder.name)
         self._meter = PowerMeter()
 
     def close(self) -> None:
@@ -168,7 +172,7 @@ class Session:
         """Start a contender; the others are idle meanwhile, so that its start-up is its own."""
         self._progress(f"starting {name}")
         try:
-            worker = Worker(name, job, Path(self._folder.name))
+            worker = Worker(name, job, self.folder)
         except ContenderError as error:
             self.failures[name] = str(error)
             return

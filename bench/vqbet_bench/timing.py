@@ -69,7 +69,9 @@ def run_round(contender: Contender, command: RoundCommand, clock: Clock) -> Roun
     # Before the first paced chunk nobody waited, so that one is not counted.
     settled = step + (chunk if paced else 0)
     collections, load = _collections(), _Load()
-    replan, queue, responses = [], [], []
+    replan: list[float] = []
+    queue: list[float] = []
+    responses: list[float] = []
     stages: dict[str, list[float]] = {}
     period, tick = 1 / command.rate, clock.now()
     began = tick

@@ -1,0 +1,115 @@
+"""Counts of weights and multiply-adds, against PyTorch's own counter."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch.utils.flop_counter import FlopCounterMode
+from vqbet_bench.ceilings import board_ceilings, measure_bandwidth, measure_gemm
+from vqbet_bench.results import Ceilings
+from vqbet_bench.roofline import Cost, bundle_bounds, bundle_weights, graph_cost, stage_bound
+from vqbet_engines.boards import board_names, load_board
+from vqbet_export.graph import export_graph
+from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
+
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.model.checkpoint import load_checkpoint
+
+STAGES = {
+    "vision_encoder": VisionEncoderStage,
+    "gpt": GptStage,
+    "code_heads": CodeHeadsStage,
+    "rvq_decoder": RvqDecoderStage,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_multiply_adds_are_half_of_what_pytorch_counts(tiny, stage):
+    bundle = Bundle.open(tiny.bundle)
+    module = STAGES[stage](load_checkpoint(str(tiny.checkpoint)), torch.float32).eval()
+    inputs = [
+        torch.zeros(t.shape, dtype=getattr(torch, t.dtype))
+        for t in bundle.manifest.stages[stage].inputs
+    ]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs)
+    assert graph_cost(bundle.graph(stage)).multiply_adds == counter.get_total_flops() // 2
+
+
+def test_grouped_and_strided_convolutions_count_their_own_inputs_only():
+    module = torch.nn.Conv2d(8, 16, 3, stride=2, groups=4)
+    image = torch.zeros(1, 8, 20, 30)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(image)
+    cost = graph_cost(export_graph(module, {"x": image}, ["y"]))
+    assert cost.multiply_adds == counter.get_total_flops() // 2
+    assert cost.weight_bytes == sum(p.numel() * 4 for p in module.parameters())
+
+
+def test_weights_are_the_graphs_initializers(tiny):
+    bundle = Bundle.open(tiny.bundle)
+    by_onnx = {
+        stage: sum(
+            numpy_helper.to_array(tensor).nbytes
+            for tensor in onnx.load_from_string(bundle.graph(stage)).graph.initializer
+        )
+        for stage in bundle.stages_to_load
+    }
+    bounds = bundle_bounds(bundle, Ceilings("made up", 1e9, {"fp32": 1e12}), {"gpt": 0.5})
+    assert {stage: bound.weight_bytes for stage, bound in bounds.items()} == by_onnx
+    assert bundle_weights(bundle) == sum(by_onnx.values())
+    assert bounds["gpt"].ratio == pytest.approx(0.5 / bounds["gpt"].bound)
+    assert bounds["code_heads"].ratio is None
+
+
+def test_integer_products_count_like_others():
+    weights = numpy_helper.from_array(np.ones((6, 10), np.int8), "w")
+    node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.INT8, (4, 6))],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, (4, 10))],
+        [weights],
+    )
+    assert graph_cost(helper.make_model(graph).SerializeToString()) == Cost(60, 4 * 6 * 10)
+
+
+def test_arithmetic_that_is_not_known_is_refused_not_ignored():
+    graph = helper.make_graph(
+        [helper.make_node("MatMulNBits", ["x"], ["y"], domain="com.microsoft")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 4))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 4))],
+    )
+    with pytest.raises(ValueError, match="MatMulNBits"):
+        graph_cost(helper.make_model(graph).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("ceilings", "bound", "ratio"),
+    [
+        (Ceilings("slow memory", 1e6, {"fp32": 1e12}), 4.0, 1.5),
+        (Ceilings("slow arithmetic", 1e12, {"fp32": 1e6}), 2.0, 3.0),
+        (Ceilings("arithmetic unknown", 1e6, {}), 4.0, 1.5),
+    ],
+)
+def test_the_bound_is_the_later_of_reading_and_computing(ceilings, bound, ratio):
+    found = stage_bound(Cost(4_000_000, 1_000_000), "fp32", ceilings, 6.0)
+    assert found.bound == pytest.approx(bound)
+    assert found.ratio == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("name", board_names())
+def test_a_boards_ceilings_are_its_profiles(name):
+    board, ceilings = load_board(name), board_ceilings(name)
+    assert 1 / ceilings.bytes_per_second == pytest.approx(board.memory_bound_ms(10**6) / 1e9)
+    assert ceilings.flops["fp16"] == pytest.approx(board.fp16_tflops * 1e12)
+    assert ceilings.flops["fp32"] < ceilings.flops["fp16"] < ceilings.flops["int8"]
+
+
+def test_a_processors_rates_are_measured():
+    """Physically possible, no more is known here."""
+    assert 1e8 < measure_bandwidth(1_000_000, 1) < 1e13
+    assert 1e8 < measure_gemm(1) < 1e14
