@@ -144,7 +144,11 @@ def _with_bounds(
     except ModuleNotFoundError as error:
         sys.stderr.write(f"no roofline: {error}; pip install 'vqbet-edge[bench]'\n")
         return replace(result, sizes=sizes)
-    weights = bundle_weights(bundle)
+    try:
+        weights = bundle_weights(bundle)
+    except ValueError as error:
+        sys.stderr.write(f"no roofline of {result.name}: {error}\n")
+        return replace(result, sizes=sizes)
     ceilings = _ceilings(result, weights, arguments, threads)
     bounds = bundle_bounds(bundle, ceilings, result.stage_medians()) if ceilings else {}
     sizes = replace(sizes, weights=weights)

@@ -32,8 +32,10 @@ def graph_cost(data: bytes) -> Cost:
         ValueError: an operator with weights of its own is not known here, so nothing is counted
             rather than too little.
     """
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(data), data_prop=True)
-    graph = model.graph
+    model = onnx.load_from_string(data)
+    for node in model.graph.node:
+        _check_known(node)
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: dict[str, tuple[int, ...]] = {
         value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.input, *graph.output)
@@ -52,13 +54,15 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return int(numpy_helper.to_array(tensor).nbytes)
 
 
+def _check_known(node: onnx.NodeProto) -> None:
+    hidden = node.op_type in {"Attention", "Einsum", "GRU", "LSTM"}
+    if hidden or node.domain not in {"", "ai.onnx"}:
+        raise ValueError(f"the arithmetic of {node.op_type} is not known")
+
+
 def _multiply_adds(node: onnx.NodeProto, shapes: Shapes) -> int:
     counter = _COUNTERS.get(node.op_type)
-    if counter is not None:
-        return counter(node, shapes)
-    if node.domain not in {"", "ai.onnx"} or node.op_type in {"Attention", "LSTM", "GRU", "Einsum"}:
-        raise ValueError(f"the arithmetic of {node.op_type} is not known")
-    return 0
+    return counter(node, shapes) if counter is not None else 0
 
 
 def _convolution(weight: int) -> Callable[[onnx.NodeProto, Shapes], int]:

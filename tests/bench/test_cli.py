@@ -4,21 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from vqbet_bench.results import decode
+from workshop import Exported
 
 QUICK = ["--seconds", "0.01", "--rounds", "1", "--rate", "2000", "--allocation-calls", "20"]
 
 
-def bench(*arguments, cwd):
+def bench(*arguments: Any, cwd: Path) -> Any:
     code = "from vqbet_bench.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd
     )
 
 
-def test_a_bundle_beside_a_peer(tiny, cwd):
+def test_a_bundle_beside_a_peer(tiny: Exported, cwd: Path) -> None:
     done = bench(
         tiny.bundle, *QUICK, "--checkpoint", tiny.checkpoint, "--peers", "network",
         "--backend", "onnxruntime", "tensorrt", "--threads", "1", "-o", "out", cwd=cwd,
@@ -43,7 +46,7 @@ def test_a_bundle_beside_a_peer(tiny, cwd):
     assert "Step that predicts a chunk" in done.stdout
 
 
-def test_json_goes_to_stdout_and_torch_is_never_loaded(tiny, cwd):
+def test_json_goes_to_stdout_and_torch_is_never_loaded(tiny: Exported, cwd: Path) -> None:
     """A robot has no torch: here one that cannot be imported stands in for it."""
     blocked = cwd / "blocked"
     blocked.mkdir()
@@ -71,7 +74,7 @@ def test_json_goes_to_stdout_and_torch_is_never_loaded(tiny, cwd):
         (["missing.bundle", "--threads", "100000"], 2, "--threads"),
     ],
 )
-def test_mistakes_are_explained(arguments, code, words, cwd):
+def test_mistakes_are_explained(arguments: Any, code: Any, words: Any, cwd: Path) -> None:
     done = bench(*arguments, cwd=cwd)
     assert done.returncode == code
     assert words in done.stderr

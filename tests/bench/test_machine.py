@@ -1,6 +1,8 @@
 """What the kernel tells about power, clocks and memory, read from trees made here."""
 
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from vqbet_bench.machine import cpu_clocks, gpu_clocks, unlocked
@@ -8,7 +10,7 @@ from vqbet_bench.memory import peak_resident
 from vqbet_bench.power import PowerMeter, read_rails, total_rail
 
 
-def write(root, files):
+def write(root: Path, files: Any) -> None:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -16,7 +18,7 @@ def write(root, files):
 
 
 @pytest.fixture
-def orin(tmp_path):
+def orin(tmp_path: Path) -> Any:
     """An INA3221 as JetPack 6 shows it on an Orin Nano, beside a fan."""
     write(
         tmp_path,
@@ -37,27 +39,27 @@ def orin(tmp_path):
     return tmp_path
 
 
-def test_rails_are_volts_times_amperes(orin):
+def test_rails_are_volts_times_amperes(orin: Path) -> None:
     assert read_rails(orin) == pytest.approx({"VDD_IN": 7.5, "VDD_CPU_GPU_CV": 2.0})
 
 
-def test_the_total_is_the_rail_that_carries_the_board(orin):
+def test_the_total_is_the_rail_that_carries_the_board(orin: Path) -> None:
     assert total_rail(read_rails(orin)) == "VDD_IN"
     assert total_rail({"VDD_GPU_SOC": 1.0, "VDD_CPU_CV": 2.0}) is None
 
 
-def test_a_monitor_of_power_itself(tmp_path):
+def test_a_monitor_of_power_itself(tmp_path: Path) -> None:
     write(tmp_path, {"hwmon3/name": "ina238", "hwmon3/power1_input": 12_500_000})
     assert read_rails(tmp_path) == {"VIN": 12.5}
 
 
-def test_no_board_reports_nothing(tmp_path):
+def test_no_board_reports_nothing(tmp_path: Path) -> None:
     meter = PowerMeter(tmp_path)
     assert meter.mean(0, time.monotonic()) == {}
     meter.close()
 
 
-def test_the_meter_averages_what_it_saw_between_two_moments(orin):
+def test_the_meter_averages_what_it_saw_between_two_moments(orin: Path) -> None:
     began = time.monotonic()
     meter = PowerMeter(orin)
     time.sleep(0.25)
@@ -68,7 +70,7 @@ def test_the_meter_averages_what_it_saw_between_two_moments(orin):
     assert meter.mean(began - 2, began - 1) == {}
 
 
-def test_clocks_that_may_move_are_named(tmp_path):
+def test_clocks_that_may_move_are_named(tmp_path: Path) -> None:
     for core, (governor, low) in enumerate(
         [("performance", 100_000), ("schedutil", 1_500_000), ("schedutil", 100_000)]
     ):
@@ -86,7 +88,7 @@ def test_clocks_that_may_move_are_named(tmp_path):
     assert unlocked(clocks) == ["cpu2"]
 
 
-def test_a_jetsons_gpu_clock(tmp_path):
+def test_a_jetsons_gpu_clock(tmp_path: Path) -> None:
     write(
         tmp_path,
         {
@@ -101,5 +103,5 @@ def test_a_jetsons_gpu_clock(tmp_path):
     assert unlocked(clocks) == ["17000000.gpu"]
 
 
-def test_peak_memory_is_the_kernels_high_water_mark():
+def test_peak_memory_is_the_kernels_high_water_mark() -> None:
     assert peak_resident("Name:\tpython\nVmHWM:\t  123456 kB\nVmRSS:\t 1 kB\n") == 123456 * 1024

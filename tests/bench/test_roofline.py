@@ -1,5 +1,7 @@
 """Counts of weights and multiply-adds, against PyTorch's own counter."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +14,7 @@ from vqbet_bench.roofline import Cost, bundle_bounds, bundle_weights, graph_cost
 from vqbet_engines.boards import board_names, load_board
 from vqbet_export.graph import export_graph
 from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
+from workshop import Exported
 
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.model.checkpoint import load_checkpoint
@@ -25,7 +28,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_multiply_adds_are_half_of_what_pytorch_counts(tiny, stage):
+def test_multiply_adds_are_half_of_what_pytorch_counts(tiny: Exported, stage: Any) -> None:
     bundle = Bundle.open(tiny.bundle)
     module = STAGES[stage](load_checkpoint(str(tiny.checkpoint)), torch.float32).eval()
     inputs = [
@@ -37,7 +40,7 @@ def test_multiply_adds_are_half_of_what_pytorch_counts(tiny, stage):
     assert graph_cost(bundle.graph(stage)).multiply_adds == counter.get_total_flops() // 2
 
 
-def test_grouped_and_strided_convolutions_count_their_own_inputs_only():
+def test_grouped_and_strided_convolutions_count_their_own_inputs_only() -> None:
     module = torch.nn.Conv2d(8, 16, 3, stride=2, groups=4)
     image = torch.zeros(1, 8, 20, 30)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -47,7 +50,7 @@ def test_grouped_and_strided_convolutions_count_their_own_inputs_only():
     assert cost.weight_bytes == sum(p.numel() * 4 for p in module.parameters())
 
 
-def test_weights_are_the_graphs_initializers(tiny):
+def test_weights_are_the_graphs_initializers(tiny: Exported) -> None:
     bundle = Bundle.open(tiny.bundle)
     by_onnx = {
         stage: sum(
@@ -63,7 +66,7 @@ def test_weights_are_the_graphs_initializers(tiny):
     assert bounds["code_heads"].ratio is None
 
 
-def test_integer_products_count_like_others():
+def test_integer_products_count_like_others() -> None:
     weights = numpy_helper.from_array(np.ones((6, 10), np.int8), "w")
     node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
     graph = helper.make_graph(
@@ -76,15 +79,17 @@ def test_integer_products_count_like_others():
     assert graph_cost(helper.make_model(graph).SerializeToString()) == Cost(60, 4 * 6 * 10)
 
 
-def test_arithmetic_that_is_not_known_is_refused_not_ignored():
+def test_arithmetic_that_is_not_known_is_refused_not_ignored() -> None:
     graph = helper.make_graph(
         [helper.make_node("MatMulNBits", ["x"], ["y"], domain="com.microsoft")],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 4))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 4))],
     )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets)
     with pytest.raises(ValueError, match="MatMulNBits"):
-        graph_cost(helper.make_model(graph).SerializeToString())
+        graph_cost(model.SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -95,21 +100,23 @@ def test_arithmetic_that_is_not_known_is_refused_not_ignored():
         (Ceilings("arithmetic unknown", 1e6, {}), 4.0, 1.5),
     ],
 )
-def test_the_bound_is_the_later_of_reading_and_computing(ceilings, bound, ratio):
+def test_the_bound_is_the_later_of_reading_and_computing(
+    ceilings: Any, bound: Any, ratio: Any
+) -> None:
     found = stage_bound(Cost(4_000_000, 1_000_000), "fp32", ceilings, 6.0)
     assert found.bound == pytest.approx(bound)
     assert found.ratio == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("name", board_names())
-def test_a_boards_ceilings_are_its_profiles(name):
+def test_a_boards_ceilings_are_its_profiles(name: Any) -> None:
     board, ceilings = load_board(name), board_ceilings(name)
     assert 1 / ceilings.bytes_per_second == pytest.approx(board.memory_bound_ms(10**6) / 1e9)
     assert ceilings.flops["fp16"] == pytest.approx(board.fp16_tflops * 1e12)
     assert ceilings.flops["fp32"] < ceilings.flops["fp16"] < ceilings.flops["int8"]
 
 
-def test_a_processors_rates_are_measured():
+def test_a_processors_rates_are_measured() -> None:
     """Physically possible, no more is known here."""
     assert 1e8 < measure_bandwidth(1_000_000, 1) < 1e13
     assert 1e8 < measure_gemm(1) < 1e14
