@@ -11,8 +11,10 @@ from pathlib import Path
 
 import oracle
 import pytest
-from vqbet_bench.cli import Arguments, benchmark_quietly
+from vqbet_bench.benchmark import benchmark
+from vqbet_bench.cli import Arguments
 from vqbet_bench.results import Report
+from vqbet_export.exporter import ExportConfig, export
 from workshop import Workshop
 
 ROUNDS = 5
@@ -30,11 +32,15 @@ class Compared:
 
 @pytest.fixture(scope="session")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    workshop = Workshop(tmp_path_factory.mktemp("workshop"))
+    """Measured once, before the suites."""
+    root = tmp_path_factory.mktemp("bench")
+    workshop = Workshop(root)
     case = oracle.Case("default", fields={"use_group_norm": False})
     given = os.environ.get("VQBET_BENCH_CHECKPOINT")
     checkpoint = Path(given) if given else workshop.checkpoint(case)[1]
-    bundles = {p: workshop.export(checkpoint, p) for p in PRECISIONS}
+    bundles = {p: root / f"{p}.bundle" for p in PRECISIONS}
+    for precision, bundle in bundles.items():
+        export(ExportConfig(str(checkpoint), bundle, precision, verify_steps=8))
     arguments = Arguments(
         bundles=tuple(bundles.values()),
         backend=("onnxruntime",),
@@ -44,4 +50,4 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
         rounds=ROUNDS,
         allocation_calls=0,
     )
-    return Compared(checkpoint, bundles, benchmark_quietly(arguments))
+    return Compared(checkpoint, bundles, benchmark(arguments, lambda _: None))

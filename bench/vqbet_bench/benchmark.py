@@ -35,7 +35,7 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     Raises:
         VQBeTEdgeError: the bundles cannot be read or do not belong together.
     """
-    bundles = {path: Bundle.open(path) for path in arguments.bundles}
+    bundles = {str(path.absolute()): Bundle.open(path) for path in arguments.bundles}
     first = _checked(bundles)
     threads = arguments.threads or len(os.sched_getaffinity(0))
     progress("looking at the machine")
@@ -54,15 +54,12 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
             threads=threads,
         )
         _start_peers(run, job, arguments, progress)
-        contenders = {
-            f"{path.stem} {backend}": (path, backend)
-            for path, backend in itertools.product(bundles, arguments.backend)
-        }
-        for label, (path, backend) in contenders.items():
-            run.start(label, replace(job, path=str(path.absolute()), backend=backend))
+        contenders = _contenders(arguments, job)
+        for label, contender in contenders.items():
+            run.start(label, contender)
         found = run.run()
     results = [
-        _with_bounds(result, bundles[contenders[result.name][0]], arguments, threads, progress)
+        _with_bounds(result, bundles[contenders[result.name].path], arguments, threads, progress)
         if result.name in contenders
         else result
         for result in found
@@ -77,7 +74,7 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     )
 
 
-def _checked(bundles: Mapping[Path, Bundle]) -> Bundle:
+def _checked(bundles: Mapping[str, Bundle]) -> Bundle:
     """The first bundle, whose observations all of them take."""
     first, *others = bundles.values()
     for bundle in bundles.values():
@@ -93,6 +90,17 @@ def _checked(bundles: Mapping[Path, Bundle]) -> Bundle:
                 "measure them one after the other"
             )
     return first
+
+
+def _contenders(arguments: Arguments, job: Job) -> dict[str, Job]:
+    """Every bundle on every backend, with every way of working ahead."""
+    found = {}
+    for path, backend, idle in itertools.product(
+        arguments.bundles, arguments.backend, arguments.idle or (None,)
+    ):
+        label = " ".join(filter(None, (path.stem, backend, idle)))
+        found[label] = replace(job, path=str(path.absolute()), backend=backend, idle=idle)
+    return found
 
 
 def _settings(arguments: Arguments, threads: int) -> Settings:
@@ -140,17 +148,18 @@ def _with_bounds(
         weights=None,
     )
     try:
-        from vqbet_bench.roofline import bundle_bounds, bundle_weights  # noqa: PLC0415
+        from vqbet_bench.roofline import stage_bounds, stage_runs, total_weights  # noqa: PLC0415
     except ModuleNotFoundError as error:
         sys.stderr.write(f"no roofline: {error}; pip install 'vqbet-edge[bench]'\n")
         return replace(result, sizes=sizes)
     try:
-        weights = bundle_weights(bundle)
+        runs = stage_runs(bundle, result)
     except ValueError as error:
         sys.stderr.write(f"no roofline of {result.name}: {error}\n")
         return replace(result, sizes=sizes)
+    weights = total_weights(runs)
     ceilings = _ceilings(result, weights, arguments, threads)
-    bounds = bundle_bounds(bundle, ceilings, result.stage_medians()) if ceilings else {}
+    bounds = stage_bounds(runs, ceilings, result.stage_medians()) if ceilings else {}
     sizes = replace(sizes, weights=weights)
     return replace(result, sizes=sizes, bounds=bounds, ceilings=ceilings)
 
@@ -161,7 +170,7 @@ def _ceilings(result: Result, weights: int, arguments: Arguments, threads: int) 
 
     from vqbet_bench.ceilings import board_ceilings  # noqa: PLC0415
 
-    if result.details["backend"] in {"onnxruntime", "openvino"}:
+    if result.on_processor:
         command = module_command("vqbet_bench.ceilings", str(weights), str(threads))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(  # noqa: S603

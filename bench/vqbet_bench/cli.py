@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vqbet_bench.messages import PEERS, EdgeBackend, PeerName
 from vqbet_edge import commands
+from vqbet_edge.backends.base import Idle
 from vqbet_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Arguments:
     bundles: tyro.conf.Positional[tuple[Path, ...]]
     # Backends to run every bundle on.
     backend: tuple[EdgeBackend, ...] = ("auto",)
+    # Where work is done ahead of the next prediction; the backend's default without.
+    idle: tuple[Idle, ...] = ()
     # Steps a second of the robot's control loop.
     rate: float = 30.0
     # Seconds per policy and way of running it.

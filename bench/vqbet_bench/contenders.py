@@ -48,6 +48,7 @@ class Edge:
         manifest = self._policy.manifest
         self.details = {
             "backend": self._backend.name,
+            "idle": self._job.idle or self._backend.default_idle,
             "precision": ", ".join(sorted({s.precision for s in manifest.stages.values()})),
             "vqbet_edge": __version__,
         }
@@ -59,7 +60,9 @@ class Edge:
         bundle = Bundle.open(self._job.path)
         self._backend = create_edge_backend(self._job.backend, bundle)
         replan_every = 1 if every else self.chunk
-        self._policy = EdgePolicy(bundle, self._backend, replan_every=replan_every)
+        self._policy = EdgePolicy(
+            bundle, self._backend, replan_every=replan_every, idle=self._job.idle
+        )
 
     def start(self, *, every: bool) -> None:
         """Loads again where the two ways of re-planning change: a policy has one."""

@@ -5,10 +5,11 @@ from typing import Literal
 from msgspec import Struct
 
 from vqbet_bench.results import Allocations, Memory, Mode, Round
+from vqbet_edge.backends import BackendName
 
 PeerName = Literal["lerobot", "lerobot-compile", "network", "single-graph"]
 PEERS: tuple[PeerName, ...] = ("lerobot", "lerobot-compile", "network", "single-graph")
-EdgeBackend = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"]
+EdgeBackend = BackendName | Literal["tensorrt_rtx"]
 ContenderKind = Literal["edge", "lerobot", "lerobot-compile", "network", "single-graph"]
 
 
@@ -23,6 +24,7 @@ class Job(Struct, frozen=True):
         window: observations that the policy sees.
         threads: processors that the process may use.
         backend: of a bundle.
+        idle: where a bundle's work ahead is done; None is the backend's default.
         device: "cpu" or "cuda", of a peer in PyTorch.
         started: monotonic clock when the process was started.
     """
@@ -33,7 +35,7 @@ class Job(Struct, frozen=True):
     chunk: int
     window: int
     threads: int
-    backend: EdgeBackend = "auto"
+    backend: EdgeBackend = BackendName | Literal["tensorrt_rtx"]
     device: str = "cpu"
     started: float = 0.0
 

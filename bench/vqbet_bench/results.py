@@ -159,6 +159,11 @@ class Result(Struct, frozen=True):
     bounds: dict[str, StageBound] = {}
     ceilings: Ceilings | None = None
 
+    @property
+    def on_processor(self) -> bool:
+        """Whether a bundle runs without a GPU."""
+        return self.details.get("backend") in {"onnxruntime", "openvino"}
+
     def samples(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> list[float]:
         """All rounds' samples."""
         return [s for entry in self.rounds.get(mode, []) for s in getattr(entry, kind)]

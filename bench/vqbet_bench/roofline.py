@@ -12,8 +12,9 @@ from typing import NamedTuple
 import onnx
 from onnx import numpy_helper
 
-from vqbet_bench.results import Ceilings, StageBound
+from vqbet_bench.results import Ceilings, Result, StageBound
 from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import StageSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,29 +26,61 @@ class Cost(NamedTuple):
     multiply_adds: int
 
 
-def graph_cost(data: bytes) -> Cost:
-    """Count a graph with fixed shapes.
+class StageRun(NamedTuple):
+    """A run of a graph at given shapes.
+
+    Attributes:
+        file: the graph's file; runs of one file share their weights.
+        precision: of its arithmetic.
+        cost: of the run.
+    """
+
+    file: str
+    precision: str
+    cost: Cost
+
+
+def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
+    """Count a graph.
+
+    Args:
+        data: the ONNX file.
+        inputs: shapes of the inputs, where the graph leaves them open.
 
     Raises:
-        ValueError: an operator with weights of its own is not known here, so nothing is counted
-            rather than too little.
+        ValueError: the arithmetic of an operator, or a shape, is not known here, so nothing is
+            counted rather than too little.
     """
     model = onnx.load_from_string(data)
     for node in model.graph.node:
         _check_known(node)
+    for value in model.graph.input if inputs else ():
+        _fix_shape(value, inputs[value.name])  # type: ignore[index]
+    if inputs:
+        del model.graph.value_info[:]
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: dict[str, tuple[int, ...]] = {
         value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.input, *graph.output)
+        if all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
     }
+    constants = {node.output[0]: tensor for node, tensor in _constants(graph)}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    weights = sum(map(_bytes, (*graph.initializer, *_constants(graph))))
+    shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
+    weights = sum(map(_bytes, (*graph.initializer, *constants.values())))
     return Cost(weights, sum(_multiply_adds(node, shapes) for node in graph.node))
 
 
-def _constants(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+def _fix_shape(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
+    for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+        dim.dim_value = size
+
+
+def _constants(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:
     nodes = [node for node in graph.node if node.op_type == "Constant"]
-    return [a.t for node in nodes for a in node.attribute if a.name == "value"]
+    return [(node, a.t) for node in nodes for a in node.attribute if a.name == "value"]
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
@@ -62,7 +95,12 @@ def _check_known(node: onnx.NodeProto) -> None:
 
 def _multiply_adds(node: onnx.NodeProto, shapes: Shapes) -> int:
     counter = _COUNTERS.get(node.op_type)
-    return counter(node, shapes) if counter is not None else 0
+    if counter is None:
+        return 0
+    try:
+        return counter(node, shapes)
+    except KeyError as error:
+        raise ValueError(f"the shape of {error} is not known") from error
 
 
 def _convolution(weight: int) -> Callable[[onnx.NodeProto, Shapes], int]:
@@ -108,21 +146,60 @@ def stage_bound(
     )
 
 
-def bundle_weights(bundle: Bundle) -> int:
-    """Bytes of all the weights that acting needs."""
-    return sum(graph_cost(bundle.graph(stage)).weight_bytes for stage in bundle.stages_to_load)
+def stage_runs(bundle: Bundle, result: Result) -> dict[str, StageRun]:
+    """The runs of graphs that a bundle's re-planning step consists of, as `result` shows them.
+
+    On the processor, `gpt` runs on the newest tokens where `prefill` ran on the others before.
+
+    Raises:
+        ValueError: see `graph_cost`.
+    """
+    runs = {}
+    for stage in bundle.stages_to_load:
+        spec = bundle.cpu_stage(stage) if result.on_processor else bundle.manifest.stages[stage]
+        data = bundle.contents[spec.file]
+        if stage == "gpt" and result.on_processor:
+            for name, shapes in _gpt_shapes(spec, prefilled="prefill" in result.stage_medians()):
+                runs[name] = StageRun(spec.file, spec.precision, graph_cost(data, shapes))
+        else:
+            runs[stage] = StageRun(spec.file, spec.precision, graph_cost(data))
+    return runs
 
 
-def bundle_bounds(
-    bundle: Bundle, ceilings: Ceilings, seconds: Mapping[str, float]
+def _gpt_shapes(spec: StageSpec, *, prefilled: bool) -> list[tuple[str, Shapes]]:
+    """Inputs of the processor's GPT for each of its runs, whose longest shapes are `spec`'s."""
+    longest = {tensor.name: tensor.shape for tensor in spec.inputs}
+    window, per_step, width = longest["constants"]
+
+    def shapes(steps: int, known: int) -> Shapes:
+        rows = steps * per_step
+        return {
+            name: (shape[0], steps, *shape[2:]) if name in {"image_tokens", "states"} else shape
+            for name, shape in longest.items()
+        } | {
+            "constants": (steps, per_step, width),
+            "mask": (rows, known + rows),
+            "past": (*longest["past"][:3], known, longest["past"][4]),
+        }
+
+    if not prefilled:
+        return [("gpt", shapes(window, 0))]
+    return [
+        ("gpt", shapes(1, (window - 1) * per_step)),
+        ("prefill", shapes(window - 1, 0)),
+    ]
+
+
+def total_weights(runs: Mapping[str, StageRun]) -> int:
+    """Bytes of all the weights, each graph's once."""
+    return sum({run.file: run.cost.weight_bytes for run in runs.values()}.values())
+
+
+def stage_bounds(
+    runs: Mapping[str, StageRun], ceilings: Ceilings, seconds: Mapping[str, float]
 ) -> dict[str, StageBound]:
-    """Every stage that acting needs."""
+    """Every run against the hardware's bound; `seconds` says what they took."""
     return {
-        stage: stage_bound(
-            graph_cost(bundle.graph(stage)),
-            bundle.manifest.stages[stage].precision,
-            ceilings,
-            seconds.get(stage),
-        )
-        for stage in bundle.stages_to_load
+        stage: stage_bound(run.cost, run.precision, ceilings, seconds.get(stage))
+        for stage, run in runs.items()
     }

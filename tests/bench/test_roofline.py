@@ -9,8 +9,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 from vqbet_bench.ceilings import board_ceilings, measure_bandwidth, measure_gemm
-from vqbet_bench.results import Ceilings
-from vqbet_bench.roofline import Cost, bundle_bounds, bundle_weights, graph_cost, stage_bound
+from vqbet_bench.results import Ceilings, Memory, Result
+from vqbet_bench.roofline import (
+    Cost,
+    graph_cost,
+    stage_bound,
+    stage_bounds,
+    stage_runs,
+    total_weights,
+)
 from vqbet_engines.boards import board_names, load_board
 from vqbet_export.graph import export_graph
 from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
@@ -50,20 +57,39 @@ def test_grouped_and_strided_convolutions_count_their_own_inputs_only() -> None:
     assert cost.weight_bytes == sum(p.numel() * 4 for p in module.parameters())
 
 
-def test_weights_are_the_graphs_initializers(tiny: Exported) -> None:
+def shown(tiny: Exported, backend: str, stages: dict[str, list[float]]) -> Result:
+    """A result as it comes from measuring the bundle."""
+    memory = Memory(resident=0, peak=0, observations=0)
+    details = {"backend": backend}
+    return Result("tiny", "edge", 5, details, 0.0, 0.0, {}, memory, stages)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_weights_are_the_graphs_initializers(tiny: Exported, backend: str) -> None:
     bundle = Bundle.open(tiny.bundle)
-    by_onnx = {
-        stage: sum(
-            numpy_helper.to_array(tensor).nbytes
-            for tensor in onnx.load_from_string(bundle.graph(stage)).graph.initializer
-        )
-        for stage in bundle.stages_to_load
-    }
-    bounds = bundle_bounds(bundle, Ceilings("made up", 1e9, {"fp32": 1e12}), {"gpt": 0.5})
-    assert {stage: bound.weight_bytes for stage, bound in bounds.items()} == by_onnx
-    assert bundle_weights(bundle) == sum(by_onnx.values())
+    runs = stage_runs(bundle, shown(tiny, backend, {"gpt": [0.5]}))
+    assert set(runs) == set(bundle.stages_to_load)
+    by_file = {run.file: run.cost.weight_bytes for run in runs.values()}
+    for file, weight_bytes in by_file.items():
+        graph = onnx.load_from_string(bundle.contents[file]).graph
+        arrays = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
+        assert weight_bytes == sum(array.nbytes for array in arrays)
+    assert total_weights(runs) == sum(by_file.values())
+    bounds = stage_bounds(runs, Ceilings("made up", 1e9, {"fp32": 1e12}), {"gpt": 0.5})
     assert bounds["gpt"].ratio == pytest.approx(0.5 / bounds["gpt"].bound)
     assert bounds["code_heads"].ratio is None
+
+
+def test_the_processors_gpt_computes_what_the_portable_one_does(tiny: Exported) -> None:
+    bundle = Bundle.open(tiny.bundle)
+    portable = graph_cost(bundle.graph("gpt")).multiply_adds
+    whole = stage_runs(bundle, shown(tiny, "onnxruntime", {"gpt": [0.5]}))
+    assert whole["gpt"].cost.multiply_adds == portable
+    split = stage_runs(bundle, shown(tiny, "onnxruntime", {"gpt": [0.1], "prefill": [0.4]}))
+    last, ahead = (split[name].cost.multiply_adds for name in ("gpt", "prefill"))
+    assert last < ahead < portable <= last + ahead
+    # Both read the same weights, which are on disk once.
+    assert total_weights(split) == total_weights(whole)
 
 
 def test_integer_products_count_like_others() -> None:
