@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from vqbet_bench.results import Allocations, Memory, Mode, Round
 from vqbet_edge.backends import BackendName
+from vqbet_edge.backends.base import Idle
 
 PeerName = Literal["lerobot", "lerobot-compile", "network", "single-graph"]
 PEERS: tuple[PeerName, ...] = ("lerobot", "lerobot-compile", "network", "single-graph")
@@ -35,7 +36,8 @@ class Job(Struct, frozen=True):
     chunk: int
     window: int
     threads: int
-    backend: EdgeBackend = BackendName | Literal["tensorrt_rtx"]
+    backend: EdgeBackend = "auto"
+    idle: Idle | None = None
     device: str = "cpu"
     started: float = 0.0
 
