@@ -5,23 +5,67 @@ faster than LeRobot they were where all of them took turns. Compare two commits 
 
     make bench PYTEST_ARGS=--benchmark-save=before
     make bench PYTEST_ARGS=--benchmark-compare
+
+`VQBET_BENCH_CHECKPOINT` names a checkpoint to use; without it an untrained policy of LeRobot's
+default sizes on PushT's features stands in, which takes as long as a trained one.
+`VQBET_BENCH_SECONDS` is how long each policy acts in each way (10).
 """
 
 import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
-from conftest import Compared
+from vqbet_bench.benchmark import benchmark as compare
+from vqbet_bench.cli import Arguments
 from vqbet_bench.contenders import Contender, create_contender
 from vqbet_bench.messages import Job
 from vqbet_bench.observations import create_pool
-from vqbet_bench.results import Mode, Result
+from vqbet_bench.results import MODES, Report, Result
+from vqbet_export.exporter import ExportConfig, export
+from workshop import Workshop
 
 from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import Precision
 
-POLICIES = ("lerobot", "fp32", "fp16")
-MODES: tuple[Mode, ...] = ("back_to_back", "paced", "every")
+ROUNDS = 5
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+POLICIES = ("lerobot", *PRECISIONS)
 WARM_UP_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Compared:
+    """LeRobot and the bundles of its checkpoint, measured in one interleaved run."""
+
+    checkpoint: Path
+    bundles: dict[str, Path]
+    report: Report
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    root = tmp_path_factory.mktemp("bench")
+    workshop = Workshop(root)
+    case = oracle.Case("default", fields={"use_group_norm": False})
+    given = os.environ.get("VQBET_BENCH_CHECKPOINT")
+    checkpoint = Path(given) if given else workshop.checkpoint(case)[1]
+    bundles = {p: root / f"{p}.bundle" for p in PRECISIONS}
+    for precision, bundle in bundles.items():
+        export(ExportConfig(str(checkpoint), bundle, precision, verify_steps=8))
+    arguments = Arguments(
+        bundles=tuple(bundles.values()),
+        backend=("onnxruntime",),
+        checkpoint=checkpoint,
+        peers=("lerobot",),
+        seconds=float(os.environ.get("VQBET_BENCH_SECONDS", "10")),
+        rounds=ROUNDS,
+        allocation_calls=0,
+    )
+    return Compared(checkpoint, bundles, compare(arguments, lambda _: None))
 
 
 def contender(compared: Compared, policy: str) -> Contender:

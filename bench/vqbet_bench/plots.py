@@ -7,6 +7,9 @@ import numpy as np
 
 from vqbet_bench.results import Report
 
+# Runs before the step that predicts.
+AHEAD = "prefill"
+
 
 def plot(report: Report, path: Path) -> None:
     """Write a PNG: histograms of re-planning steps, and stacked bars of their stages."""
@@ -38,9 +41,11 @@ def _bars(report: Report, axes: Any) -> None:
     colors: dict[str, str] = {}
     for row, result in enumerate(report.results):
         names.append(result.name)
-        total = (result.median_over_rounds("back_to_back", "p50") or 0.0) * 1e3
+        total = (result.median_over_rounds("paced", "p50") or 0.0) * 1e3
         left = 0.0
-        for stage, seconds in result.stage_medians().items():
+        stages = result.stage_medians("paced")
+        stages.pop(AHEAD, None)
+        for stage, seconds in stages.items():
             label = stage if stage not in colors else None
             color = colors.setdefault(stage, f"C{len(colors)}")
             axes.barh(row, seconds * 1e3, left=left, color=color, label=label)
@@ -49,6 +54,9 @@ def _bars(report: Report, axes: Any) -> None:
         axes.annotate(f" {max(total, left):.1f}", (max(total, left), row), va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(title="where the time goes (gray: outside the graphs)", xlabel="milliseconds")
+    axes.set(
+        title="where the time goes at the control rate (gray: outside the graphs)",
+        xlabel="milliseconds",
+    )
     if colors:
         axes.legend(fontsize=8)

@@ -183,10 +183,10 @@ class Result(Struct, frozen=True):
         responses = self.samples("paced", "responses")
         return deadline_misses(responses, period), len(responses)
 
-    def stage_medians(self) -> dict[str, float]:
-        """Stage -> median seconds."""
+    def stage_medians(self, mode: Mode = "back_to_back") -> dict[str, float]:
+        """Stage -> median seconds in one way of running; `prefill` is ahead of the step."""
         samples: dict[str, list[float]] = {name: list(s) for name, s in self.stages.items()}
-        for entry in self.rounds.get("back_to_back", []):
+        for entry in self.rounds.get(mode, []):
             for name, seconds in entry.stages.items():
                 samples.setdefault(name, []).extend(seconds)
         return {name: float(np.median(seconds)) for name, seconds in samples.items() if seconds}
