@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from vqbet_bench.cli import Arguments
-from vqbet_bench.machine import describe_machine
+from vqbet_bench.machine import describe_machine, hottest
 from vqbet_bench.messages import Job, PeerName
 from vqbet_bench.observations import create_pool
 from vqbet_bench.results import FORMAT_VERSION, Ceilings, Report, Result, Settings, Sizes
@@ -58,6 +58,7 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
         for label, contender in contenders.items():
             run.start(label, contender)
         found = run.run()
+    after = hottest()
     results = [
         _with_bounds(result, bundles[contenders[result.name].path], arguments, threads, progress)
         if result.name in contenders
@@ -67,7 +68,9 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     return Report(
         format_version=FORMAT_VERSION,
         date=dt.datetime.now(dt.timezone.utc).isoformat(timespec="minutes"),
-        machine=machine,
+        machine=replace(
+            machine, facts={**machine.facts, **({"hottest afterwards": after} if after else {})}
+        ),
         settings=_settings(arguments, threads),
         results=results,
         failures=run.failures,
@@ -94,11 +97,15 @@ def _checked(bundles: Mapping[str, Bundle]) -> Bundle:
 
 def _contenders(arguments: Arguments, job: Job) -> dict[str, Job]:
     """Every bundle on every backend, with every way of working ahead."""
-    found = {}
+    found: dict[str, Job] = {}
     for path, backend, idle in itertools.product(
         arguments.bundles, arguments.backend, arguments.idle or (None,)
     ):
         label = " ".join(filter(None, (path.stem, backend, idle)))
+        if label in found:
+            raise UsageError(
+                f"two bundles are named '{path.stem}'; rename one, or name each of them once"
+            )
         found[label] = replace(job, path=str(path.absolute()), backend=backend, idle=idle)
     return found
 

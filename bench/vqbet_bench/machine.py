@@ -36,7 +36,7 @@ def describe_machine() -> Machine:
         "gpu": _output(
             "nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"
         ),
-        "hottest": _hottest(),
+        "hottest": hottest(),
         "garbage collector": f"{_on_off(gc.isenabled())}, thresholds {gc.get_threshold()}",
         **{name: _version(name) for name in _PACKAGES},
     }
@@ -104,7 +104,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _hottest() -> str:
+def hottest() -> str:
+    """The highest temperature of any sensor; empty where there is none."""
     zones = Path("/sys/class/thermal").glob("thermal_zone*/temp")
     degrees = [int(text) / 1000 for text in map(_text, zones) if text.lstrip("-").isdigit()]
     return f"{max(degrees):.0f} C" if degrees else ""

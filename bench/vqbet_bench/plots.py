@@ -55,7 +55,7 @@ def _bars(report: Report, axes: Any) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set(
-        title="where the time goes at the control rate (gray: outside the graphs)",
+        title="at the control rate; gray: outside the graphs",
         xlabel="milliseconds",
     )
     if colors:
