@@ -54,9 +54,9 @@ def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
     model = onnx.load_from_string(data)
     for node in model.graph.node:
         _check_known(node)
-    for value in model.graph.input if inputs else ():
-        _fix_shape(value, inputs[value.name])  # type: ignore[index]
     if inputs:
+        for value in model.graph.input:
+            _fix_shape(value, inputs[value.name])
         del model.graph.value_info[:]
         for value in model.graph.output:
             value.type.tensor_type.ClearField("shape")
