@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -17,10 +18,12 @@ from vqbet_bench.messages import Job, PeerName
 from vqbet_bench.observations import create_pool
 from vqbet_bench.results import FORMAT_VERSION, Ceilings, Report, Result, Settings, Sizes
 from vqbet_bench.session import Plan, Progress, Session, open_session
-from vqbet_edge.backends.base import Idle
 from vqbet_edge.backends.child import module_command
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
+
+if TYPE_CHECKING:
+    from vqbet_edge.backends.base import Idle
 
 _PEER_NAMES: dict[PeerName, str] = {
     "lerobot": "LeRobot eager",
@@ -99,7 +102,7 @@ def _checked(bundles: Mapping[str, Bundle]) -> Bundle:
 def _contenders(arguments: Arguments, job: Job) -> dict[str, Job]:
     """Every bundle on every backend, with every way of working ahead."""
     found: dict[str, Job] = {}
-    idles: tuple[Idle | None, ...] = arguments.idle or (None,)
+    idles: tuple["Idle | None", ...] = arguments.idle or (None,)
     for path, backend, idle in itertools.product(arguments.bundles, arguments.backend, idles):
         label = " ".join(filter(None, (path.stem, backend, idle)))
         if label in found:
