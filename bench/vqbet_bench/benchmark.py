@@ -102,7 +102,7 @@ def _checked(bundles: Mapping[str, Bundle]) -> Bundle:
 def _contenders(arguments: Arguments, job: Job) -> dict[str, Job]:
     """Every bundle on every backend, with every way of working ahead."""
     found: dict[str, Job] = {}
-    idles: tuple["Idle | None", ...] = arguments.idle or (None,)
+    idles: tuple[Idle | None, ...] = arguments.idle or (None,)
     for path, backend, idle in itertools.product(arguments.bundles, arguments.backend, idles):
         label = " ".join(filter(None, (path.stem, backend, idle)))
         if label in found:
