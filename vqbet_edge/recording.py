@@ -67,7 +67,7 @@ class Recorder:
         self._episode += 1
 
     def append(self, observation: Mapping[str, Any]) -> None:
-        """Take a copy of an observation that has been checked; nothing once the limit is reached."""
+        """Take a copy of an observation that has been checked; nothing once the limit is met."""
         if self._rows_left == 0:
             return
         manifest, batch = self._manifest, self._manifest.batch_size

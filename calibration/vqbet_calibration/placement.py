@@ -202,43 +202,54 @@ def quantize_unsigned(graph: bytes, names: Collection[str], ranges: Mapping[str,
     """
     model = onnx.load_from_string(graph)
     chosen = {layer.node: layer for layer in layers(model) if layer.name in names}
-    editor, readers = _Editor(model), consumers(model)
-    renamed: dict[str, str] = {}  # tensor -> its quantised and dequantised self
-    dropped: set[str] = set()
-
-    def quantize(tensor: str) -> None:
-        scale, zero_point = _unsigned_parameters(ranges[tensor])
-        renamed[tensor] = editor.pair(tensor, scale, zero_point)
-
-    def quantize_output(node: onnx.NodeProto) -> None:
-        """A Relu is what quantising from 0 on does anyway."""
-        following = readers.get(node.output[0], [])
-        if [n.op_type for n in following] == ["Relu"]:
-            dropped.add(following[0].name)
-            node.output[0] = following[0].output[0]
-        quantize(node.output[0])
-
+    pass_ = _UnsignedPass(_Editor(model), ranges, consumers(model))
     for node in list(model.graph.node):
-        if node.name in dropped:
-            continue
+        pass_.add(node, chosen.get(node.name))
+    return pass_.editor.finish()
+
+
+@dataclass
+class _UnsignedPass:
+    """Every tensor behind a quantised layer is quantised, as far as the kernels reach."""
+
+    editor: _Editor
+    ranges: Mapping[str, Range]
+    readers: Mapping[str, list[onnx.NodeProto]]
+    renamed: dict[str, str] = field(default_factory=dict)  # tensor -> its quantised self
+    dropped: set[str] = field(default_factory=set)
+
+    def add(self, node: onnx.NodeProto, layer: Layer | None) -> None:
+        if node.name in self.dropped:
+            return
         sources = list(node.input)
-        if node.name in chosen and sources[0] not in renamed:
-            quantize(sources[0])
-        for i, name in enumerate(sources):
-            node.input[i] = renamed.get(name, name)
-        if node.name in chosen:
-            layer = chosen[node.name]
-            node.input[1], scale = _quantized_weight(editor, layer, _CPU_WEIGHT_LEVELS)
-            if len(sources) > 2:
-                step = scale * _unsigned_parameters(ranges[sources[0]])[0]
-                node.input[2] = _quantized_bias(editor, sources[2], layer.name, step)
-        editor.nodes.append(node)
-        if node.name in chosen or (node.op_type == "Add" and set(sources) <= renamed.keys()):
-            quantize_output(node)
-        elif node.op_type == "MaxPool" and sources[0] in renamed:
-            scale_, zero_point = _unsigned_parameters(ranges[sources[0]])
-            renamed[node.output[0]] = editor.pair(node.output[0], scale_, zero_point)
-    return editor.finish()
+        if layer is not None and sources[0] not in self.renamed:
+            self._quantize(sources[0], sources[0])
+        node.input[:] = [self.renamed.get(name, name) for name in sources]
+        if layer is not None:
+            self._quantize_constants(node, layer, sources)
+        self.editor.nodes.append(node)
+        if layer is not None or (node.op_type == "Add" and set(sources) <= self.renamed.keys()):
+            self._absorb_relu(node)
+            self._quantize(node.output[0], node.output[0])
+        elif node.op_type == "MaxPool" and sources[0] in self.renamed:
+            self._quantize(node.output[0], sources[0])
+
+    def _quantize(self, tensor: str, like: str) -> None:
+        parameters = _unsigned_parameters(self.ranges[like])
+        self.renamed[tensor] = self.editor.pair(tensor, *parameters)
+
+    def _quantize_constants(self, node: onnx.NodeProto, layer: Layer, sources: list[str]) -> None:
+        node.input[1], scale = _quantized_weight(self.editor, layer, _CPU_WEIGHT_LEVELS)
+        if len(sources) > 2:
+            step = scale * _unsigned_parameters(self.ranges[sources[0]])[0]
+            node.input[2] = _quantized_bias(self.editor, sources[2], layer.name, step)
+
+    def _absorb_relu(self, node: onnx.NodeProto) -> None:
+        """Quantising from 0 on does what the Relu does."""
+        following = self.readers.get(node.output[0], [])
+        if [n.op_type for n in following] == ["Relu"]:
+            self.dropped.add(following[0].name)
+            node.output[0] = following[0].output[0]
 
 
 def _unsigned_parameters(extent: Range) -> tuple[float, Array]:

@@ -76,12 +76,10 @@ class Quantization:
     quantizers: Mapping[StageName, Quantizer]
 
     def twin(self, stage: StageName, graph: bytes) -> bytes:
-        """Another graph of a stage, the float16 one, quantised like the float32 one."""
+        """Another graph of a stage, such as the float16 one, quantised alike."""
         quantizer = self.quantizers[stage]
-        if not isinstance(quantizer, Static):
-            raise TypeError(f"{stage} has no ranges to share")
         names = [name for name in quantizer.layers if f"{stage}.{name}" not in self.kept]
-        return quantizer.quantize_twin(graph, names, self.methods[stage])
+        return quantizer.quantize(names, self.methods[stage], graph)
 
     def report(self) -> dict[str, Any]:
         """Everything but the graphs, as plain data."""

@@ -31,8 +31,14 @@ class Quantizer(Protocol):
     def methods(self) -> tuple[str, ...]:
         """The ways of choosing ranges."""
 
-    def quantize(self, names: Collection[str], method: str) -> bytes:
-        """The float32 graph with these layers quantised."""
+    def quantize(self, names: Collection[str], method: str, twin: bytes | None = None) -> bytes:
+        """The stage's float32 graph, or another one with the same layers, quantised.
+
+        Args:
+            names: the layers to quantise.
+            method: one of `methods`.
+            twin: the graph to quantise instead, such as the float16 one.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,16 +67,12 @@ class Static:
         names = [x.name for x in layers(model) if target == "tensorrt" or not x.feeds_softmax]
         return cls(graph, target, {s: found[t] for s, t in sites.items()}, tuple(names))
 
-    def quantize(self, names: Collection[str], method: str) -> bytes:
+    def quantize(self, names: Collection[str], method: str, twin: bytes | None = None) -> bytes:
         """See `Quantizer`."""
-        return self.quantize_twin(self.graph, names, method)
-
-    def quantize_twin(self, graph: bytes, names: Collection[str], method: str) -> bytes:
-        """Quantise another graph of the same stage, the float16 one, with the same ranges."""
         chosen = next(known for known in METHODS if known == method)
         ranges = {site: h.range(chosen) for site, h in self.histograms.items()}
         place = quantize_signed if self.target == "tensorrt" else quantize_unsigned
-        return place(graph, names, ranges)
+        return place(twin or self.graph, names, ranges)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Dynamic:
         """See `Quantizer`."""
         return tuple(layer.name for layer in layers(onnx.load_from_string(self.graph)))
 
-    def quantize(self, names: Collection[str], method: str) -> bytes:  # noqa: ARG002
+    def quantize(
+        self,
+        names: Collection[str],
+        method: str,  # noqa: ARG002
+        twin: bytes | None = None,
+    ) -> bytes:
         """See `Quantizer`."""
-        return quantize_dynamic(self.graph, names)
+        return quantize_dynamic(twin or self.graph, names)

@@ -23,8 +23,8 @@ Array = NDArray[Any]
 
 # Long enough for the window to fill and move on.
 PIECE_STEPS = 16
-# One piece in so many is held out: ranges and layers are chosen on it.
-HELD_OUT = 4
+# Of so many pieces one is for choosing, one for verifying, the others are for ranges.
+PARTS = 4
 MIN_OBSERVATIONS = 64
 # Normalised states lie in [-1, 1], or have a deviation of 1; a median this far out is no accident.
 _FOREIGN = 5.0
@@ -56,19 +56,22 @@ class Samples:
     Attributes:
         source: as the user named it.
         calibration: pieces to take ranges from.
-        held_out: pieces of other episodes to choose by, and to verify on.
+        held_out: pieces of other episodes, to choose methods and layers by.
+        verification: pieces of yet others, to verify the result on.
         digest: SHA-256 of all pieces, with their places.
     """
 
     source: str
     calibration: tuple[Piece, ...]
     held_out: tuple[Piece, ...]
+    verification: tuple[Piece, ...]
     digest: str
 
     @property
     def observations(self) -> int:
-        """How many, in both parts."""
-        return sum(len(piece.states) for piece in (*self.calibration, *self.held_out))
+        """How many, in all parts."""
+        pieces = (*self.calibration, *self.held_out, *self.verification)
+        return sum(len(piece.states) for piece in pieces)
 
 
 class Episodes(Protocol):
@@ -116,9 +119,9 @@ def load_samples(source: str, manifest: Manifest, state_scaling: Affine, steps: 
         Recordings.open(Path(source)) if Recordings.are_in(Path(source)) else _Dataset(source)
     )
     pieces = _spread(episodes, manifest, steps)
-    held_out = tuple(pieces[HELD_OUT - 1 :: HELD_OUT])
-    calibration = tuple(p for i, p in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1)
-    samples = Samples(source, calibration, held_out, _digest(pieces))
+    held_out, verification = tuple(pieces[PARTS - 2 :: PARTS]), tuple(pieces[PARTS - 1 :: PARTS])
+    calibration = tuple(p for i, p in enumerate(pieces) if i % PARTS < PARTS - 2)
+    samples = Samples(source, calibration, held_out, verification, _digest(pieces))
     _check_amount(samples)
     _check_frames(manifest, pieces)
     _check_states(manifest, state_scaling, pieces)
@@ -126,11 +129,11 @@ def load_samples(source: str, manifest: Manifest, state_scaling: Affine, steps: 
 
 
 def _spread(episodes: Episodes, manifest: Manifest, steps: int) -> list[Piece]:
-    """Pieces of one length; a stretch is held out whole or not at all."""
+    """Pieces of one length; a stretch is in one part only."""
     stretches = _stretches(episodes.lengths)
     count = -(-max(steps, MIN_OBSERVATIONS) // PIECE_STEPS)
     chosen = [stretches[i] for i in _evenly(len(stretches), min(count, len(stretches)))]
-    chosen = chosen[: len(chosen) // HELD_OUT * HELD_OUT]
+    chosen = chosen[: len(chosen) // PARTS * PARTS]
     pieces = []
     for i in range(count if chosen else 0):
         episode, start, stop = chosen[i % len(chosen)]
@@ -142,7 +145,7 @@ def _spread(episodes: Episodes, manifest: Manifest, steps: int) -> list[Piece]:
 
 def _stretches(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """(episode, start, stop): the episodes, or quarters of them when there are few."""
-    parts = 1 if len(lengths) >= HELD_OUT else HELD_OUT
+    parts = 1 if len(lengths) >= PARTS else PARTS
     return [
         (episode, length * part // parts, length * (part + 1) // parts)
         for episode, length in enumerate(lengths)
@@ -190,7 +193,7 @@ def _digest(pieces: Sequence[Piece]) -> str:
 
 
 def _check_amount(samples: Samples) -> None:
-    if samples.observations < MIN_OBSERVATIONS or not samples.held_out:
+    if samples.observations < MIN_OBSERVATIONS or not samples.verification:
         raise DatasetError(
             f"'{samples.source}' has {samples.observations} usable observations (pieces of "
             f"{PIECE_STEPS} steps), calibration needs at least {MIN_OBSERVATIONS}, better 512 from "
