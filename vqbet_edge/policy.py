@@ -5,25 +5,25 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vqbet_edge.backends import BackendName, create_backend
-from vqbet_edge.backends.base import Backend, Floats
+from vqbet_edge.backends.base import Backend, Floats, Idle
 from vqbet_edge.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.errors import (
-    BundleError,
     ConcurrentUseError,
     HistoryError,
     NonFiniteError,
     UsageError,
 )
+from vqbet_edge.idle import IdleWorker
 from vqbet_edge.manifest import Manifest
 from vqbet_edge.normalization import Affine
 from vqbet_edge.observation import Observation, ObservationReader
 from vqbet_edge.sampling import Choice, Codes, CodeSampler, Decision
-from vqbet_edge.window import ObservationWindow
+from vqbet_edge.window import ObservationWindow, Slot
 
 
 class EdgePolicy:
@@ -42,6 +42,7 @@ class EdgePolicy:
         seed: int = 0,
         temperature: float | None = None,
         replan_every: int | None = None,
+        idle: Idle | None = None,
     ) -> None:
         """Use `EdgePolicy.load`, which also creates the backend."""
         manifest, arrays = bundle.manifest, bundle.arrays
@@ -58,7 +59,9 @@ class EdgePolicy:
             manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
         )
         self._unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
-        self._window = ObservationWindow(manifest, backend)
+        self._window = ObservationWindow(manifest, backend, self._replan_every)
+        self._idle = _checked_idle(idle or backend.default_idle)
+        self._worker = IdleWorker()
         self._queue: deque[Floats] = deque()
         self._last: Decision | None = None
         self._lock = threading.Lock()
@@ -73,6 +76,7 @@ class EdgePolicy:
         seed: int = 0,
         temperature: float | None = None,
         replan_every: int | None = None,
+        idle: Idle | None = None,
     ) -> "EdgePolicy":
         """Load a bundle that `vqbet-export` wrote.
 
@@ -83,6 +87,11 @@ class EdgePolicy:
             temperature: of the code distribution; None takes the checkpoint's, 0 is greedy.
             replan_every: predict a new chunk after so many actions, 1 to `action_chunk_size`;
                 None executes whole chunks.
+            idle: where the work is done that the next prediction needs and that can be done before
+                its observation comes (frames on queued steps, the transformer's past): `thread`
+                after `act` has returned, `inline` inside `act` on queued steps, `off` not before
+                the prediction. None takes what was measured to be best for the backend. The
+                actions are the same to rounding.
 
         Raises:
             BundleError: the bundle is missing, incomplete or altered.
@@ -96,6 +105,7 @@ class EdgePolicy:
             seed=seed,
             temperature=temperature,
             replan_every=replan_every,
+            idle=idle,
         )
 
     @property
@@ -122,6 +132,7 @@ class EdgePolicy:
         with self._exclusive():
             if seed is not None:
                 self._sampler.reseed(_checked_seed(seed))
+            self._worker.forget()
             self._window.clear()
             self._queue.clear()
             self._last = None
@@ -142,14 +153,20 @@ class EdgePolicy:
             HistoryError: an earlier call failed after its observation had entered the history.
             ConcurrentUseError: another call on this object is running.
         """
-        with self._exclusive(), self._step(observation):
-            if not self._queue:
-                chunk = self._plan(None)
-                self._queue.extend(chunk[step] for step in range(self._replan_every))
-            elif len(self._queue) < self._manifest.policy.n_obs_steps:
+        with self._exclusive():
+            slot = self._read(observation)
+            if self._queue:
+                action = self._queue.popleft()
                 # Otherwise the frame will have left the window before the next prediction.
-                self._window.encode_newest()
-            return self._queue.popleft()
+                seen = len(self._queue) + 1 < self._manifest.policy.n_obs_steps
+                self._append_idly(slot, encode=seen)
+                return action
+            with self._history():
+                chunk = self._plan(slot, None)
+                self._queue.extend(chunk[step] for step in range(self._replan_every))
+                action = self._queue.popleft()
+            self._prepare_next()
+            return action
 
     def act_chunk(
         self, observation: Observation, codes: Sequence[int] | Codes | None = None
@@ -168,27 +185,59 @@ class EdgePolicy:
         """
         with self._exclusive():
             forced = None if codes is None else self._checked_codes(codes)
-            with self._step(observation):
+            slot = self._read(observation)
+            with self._history():
                 self._queue.clear()
-                chunk = self._plan(forced)
+                chunk = self._plan(slot, forced)
+            self._prepare_next()
             return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
 
-    @contextmanager
-    def _step(self, observation: Observation) -> Iterator[None]:
-        """Take an observation into the history; what fails from then on breaks the history."""
+    def _read(self, observation: Observation) -> Slot:
+        """Check an observation and keep it; only what fails after this breaks the history."""
         if self._broken:
             raise HistoryError(
                 "an earlier call failed after its observation had entered the history, so the "
                 "window no longer shows what happened; stop the robot and call reset()"
             )
-        self._reader.read(observation, self._window.next_frames, self._window.next_states)
+        with self._history():
+            self._worker.check()
+        slot = self._window.next_slot()
+        self._reader.read(observation, slot.frames, slot.states)
+        return self._window.take_slot()
+
+    @contextmanager
+    def _history(self) -> Iterator[None]:
+        """What fails in here leaves the window unusable."""
         self._broken = True
-        self._window.append()
         yield
         self._broken = False
 
-    def _plan(self, forced: Codes | None) -> Floats:
+    def _append_idly(self, slot: Slot, *, encode: bool) -> None:
+        """Take a queued step's observation into the window, now or while the robot moves."""
+        last = not self._queue
+
+        def work() -> None:
+            self._window.append(slot)
+            if encode and self._idle != "off":
+                self._window.encode_newest()
+            if last and self._idle != "off":
+                self._window.prefill()
+
+        if self._idle == "thread":
+            self._worker.submit(work)
+        else:
+            with self._history():
+                work()
+
+    def _prepare_next(self) -> None:
+        """After a prediction: if the next call predicts too, get ready for it."""
+        if self._idle == "thread" and not self._queue:
+            self._worker.submit(self._window.prefill)
+
+    def _plan(self, slot: Slot, forced: Codes | None) -> Floats:
         """Predict, decide, un-normalise: (W, A), or (W, B, A) for a batch."""
+        self._worker.wait()
+        self._window.append(slot)
         outputs = self._window.predict()
         choice = self._sampler.choose(outputs, forced)
         rows = np.arange(len(choice.codes))
@@ -263,11 +312,17 @@ def _checked_replan(replan_every: int | None, chunk_size: int) -> int:
     return int(replan_every)
 
 
+def _checked_idle(idle: Idle) -> Idle:
+    if idle not in get_args(Idle):
+        raise UsageError(f"expected idle to be one of {get_args(Idle)}, got {idle!r}")
+    return idle
+
+
 def _secondary_columns(bundle: Bundle) -> Floats | None:
     if not bundle.manifest.policy.sequentially_select:
         return None
     size = bundle.manifest.policy.vqvae_n_embed
-    return _array(bundle, SECONDARY_COLUMNS, (size, size))
+    return bundle.array(SECONDARY_COLUMNS, (size, size))
 
 
 def _decode_table(bundle: Bundle) -> Floats | None:
@@ -275,13 +330,4 @@ def _decode_table(bundle: Bundle) -> Floats | None:
         return None
     policy, action_dim = bundle.manifest.policy, bundle.manifest.action_dim
     codes = policy.vqvae_n_embed
-    return _array(bundle, DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))
-
-
-def _array(bundle: Bundle, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    array = bundle.arrays.get(name)
-    if array is None or array.shape != shape or not np.isfinite(array).all():
-        raise BundleError(
-            f"the bundle lacks the array '{name}' of shape {shape} with finite values; export again"
-        )
-    return array
+    return bundle.array(DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))

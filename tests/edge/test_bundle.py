@@ -178,8 +178,8 @@ def test_external_data_is_refused_even_under_valid_digests(bundle: Path) -> None
 
 
 def test_garbage_under_valid_digests_is_our_error(bundle: Path) -> None:
-    reseal(bundle, lambda c: c.update({"gpt.onnx": b"not a graph"}))
-    with pytest.raises(VQBeTEdgeError, match=r"ONNX Runtime refuses gpt.onnx"):
+    reseal(bundle, lambda c: c.update({"gpt_cached.onnx": b"not a graph"}))
+    with pytest.raises(VQBeTEdgeError, match=r"ONNX Runtime refuses gpt_cached.onnx"):
         EdgePolicy.load(bundle)
 
 
