@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from vqbet_calibration.chain import Chain, Outcome
-from vqbet_calibration.quantizers import Dynamic, Quantizer, Static, Target
+from vqbet_calibration.quantizers import Dynamic, Quantizer, Static
 from vqbet_calibration.samples import Samples
+from vqbet_calibration.targets import Target
 from vqbet_edge.backends.private_files import private_user_cache
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import VerificationError, VQBeTEdgeError

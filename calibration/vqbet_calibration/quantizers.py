@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import onnx
 
@@ -15,9 +15,7 @@ from vqbet_calibration.placement import (
     unsigned_sites,
 )
 from vqbet_calibration.ranges import METHODS, Feed, Histogram, Method, collect
-
-Target = Literal["tensorrt", "cpu"]
-TARGETS: tuple[Target, ...] = ("tensorrt", "cpu")
+from vqbet_calibration.targets import Target
 
 
 class Quantizer(Protocol):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 from vqbet_calibration.quantize import STAGES, Quantization, quantize
-from vqbet_calibration.quantizers import Target
 from vqbet_calibration.samples import Piece, Samples
+from vqbet_calibration.targets import Target
 
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.manifest import CalibrationSpec, Precision, StageName, StageSpec

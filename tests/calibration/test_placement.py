@@ -60,7 +60,6 @@ def test_what_the_parser_refuses_is_not_there(
     weights = [constants[n.input[0]] for n in pairs if n.input[0] in constants]
     assert {w.dtype for w in weights} == {np.dtype(np.int8)}
     assert all(w.ndim >= 2 for w in weights)
-    assert len(weights) == len(layers(onnx.load_from_string(for_tensorrt[stage]))) or weights
 
 
 def test_softmax_and_norms_stay_in_floating_point(for_tensorrt: dict[StageName, bytes]) -> None:
@@ -183,7 +182,12 @@ def test_dynamic_shapes_and_products_without_bias() -> None:
     session = Session(quantize_dynamic(model.SerializeToString(), ["w"]))
     for tokens in (3, 15):
         x = random.normal(size=(2, tokens, 32)).astype(np.float32)
-        np.testing.assert_allclose(session.run({"x": x})[0], x @ weight, atol=0.3)
+        # Half a step of every weight and of every value, at the most.
+        weight_step = np.abs(weight).max(axis=0) / 63
+        value_step = (x.max() - x.min()) / 255
+        bound = np.abs(x) @ np.ones_like(weight) * weight_step / 2
+        bound += value_step / 2 * (np.abs(weight) + weight_step / 2).sum(axis=0)
+        assert (np.abs(session.run({"x": x})[0] - x @ weight) <= bound + 1e-4).all()
 
 
 def test_weights_are_rounded_to_the_nearest_level() -> None:
