@@ -71,7 +71,9 @@ class Recorder:
         if self._rows_left == 0:
             return
         manifest, batch = self._manifest, self._manifest.batch_size
-        row = {key: _frames(np.asarray(observation[key]), batch) for key in manifest.image_keys}
+        row: dict[str, Array] = {
+            key: _frames(np.asarray(observation[key]), batch) for key in manifest.image_keys
+        }
         state = np.array(observation[manifest.state_key], np.float32).reshape(batch, -1)
         row |= {manifest.state_key: state, EPISODE: np.array(self._episode)}
         self._rows.append(row)

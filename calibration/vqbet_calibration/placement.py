@@ -77,7 +77,8 @@ class _Editor:
         return name
 
     def emit(self, kind: str, inputs: list[str], outputs: list[str], **attributes: int) -> None:
-        node = helper.make_node(kind, inputs, outputs, f"{kind}.{outputs[0]}", **attributes)
+        name = f"{kind}.{outputs[0]}"
+        node = helper.make_node(kind, inputs, outputs, name, **attributes)  # type: ignore[arg-type]
         self.nodes.append(node)
 
     def pair(self, tensor: str, scale: float, zero_point: Array) -> str:
