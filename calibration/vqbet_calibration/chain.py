@@ -16,6 +16,8 @@ from vqbet_edge.normalization import Affine
 
 Array = NDArray[Any]
 
+_CHAIN: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -66,9 +68,7 @@ class Chain:
         self._frames = [np.stack([_crop(bundle.manifest, p.frames) for p in b], 1) for b in batches]
         states = [np.stack([_scaled(scaling, p.states) for p in b], 1) for b in batches]
         self._states = [window for s in states for window in self._windows(s)]  # (B, N, S) each
-        self._sessions = {
-            name: Session(bundle.graph(name)) for name in ("vision_encoder", "gpt", "code_heads")
-        }
+        self._sessions = {name: Session(bundle.graph(name)) for name in _CHAIN}
         self._reference = self._run({})
 
     def feeds(self, stage: StageName) -> list[Feed]:

@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,33 +160,30 @@ class _Draft:
 
 def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]) -> _Draft:
     if config.calibration_data is None:
-        return _Draft(_floating(checkpoint, config, config.precision, progress))
-    floating = _floating(checkpoint, config, "fp32", progress)
+        return _Draft(_floating(checkpoint, config, progress))
+    floating = _floating(checkpoint, replace(config, precision="fp32"), progress)
     progress(f"reading {config.calibration_data}")
     manifest = floating.manifest
     scaling = Affine.from_arrays(floating.arrays, "state", manifest.state_dim)
     samples = load_samples(config.calibration_data, manifest, scaling, config.calibration_steps)
-    half = _floating(checkpoint, config, "fp16", progress)
+    half = _floating(checkpoint, replace(config, precision="fp16"), progress)
     found = quantize_bundle(floating, half, samples, config.targets, progress)
     return _Draft(found.bundle, samples, found.quantizations)
 
 
 def _floating(
-    checkpoint: Checkpoint,
-    config: ExportConfig,
-    precision: Precision,
-    progress: Callable[[str], None],
+    checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
 ) -> Bundle:
     """All graphs in one floating-point precision."""
+    precision = config.precision
     contents: dict[str, bytes] = {RUNTIME_NAME: save(_runtime_arrays(checkpoint))}
     stages: dict[StageName, StageSpec] = {}
-    for name, stage in _stages(checkpoint, config, DTYPES[precision]).items():
+    for name, stage in _stages(checkpoint, config).items():
         progress(f"exporting {name} in {precision}")
         graph, spec = stage.export(name, precision)
         contents[spec.file], stages[name] = graph, spec
     progress(f"exporting gpt for the CPU in {precision}")
-    cached = _cached_gpt(checkpoint, config, DTYPES[precision])
-    graph, cpu_gpt = cached.export("gpt_cached", precision)
+    graph, cpu_gpt = _cached_gpt(checkpoint, config).export("gpt_cached", precision)
     contents[cpu_gpt.file] = graph
     manifest = _manifest(checkpoint, config, stages, {"gpt": cpu_gpt})
     return _bundle(manifest, contents, config.output)
@@ -252,10 +249,8 @@ def _tensor_specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _stages(
-    checkpoint: Checkpoint, config: ExportConfig, dtype: torch.dtype
-) -> dict[StageName, _StageExport]:
-    policy, batch = checkpoint.config, config.batch_size
+def _stages(checkpoint: Checkpoint, config: ExportConfig) -> dict[StageName, _StageExport]:
+    policy, dtype, batch = checkpoint.config, DTYPES[config.precision], config.batch_size
     cameras, window = len(policy.image_keys), policy.n_obs_steps
     crop, width = runtime_crop(policy), policy.gpt_hidden_dim
     frames = torch.zeros(batch, cameras, crop.height, crop.width, 3, dtype=torch.uint8)
@@ -281,7 +276,7 @@ def _stages(
     }
 
 
-def _cached_gpt(checkpoint: Checkpoint, config: ExportConfig, dtype: torch.dtype) -> _StageExport:
+def _cached_gpt(checkpoint: Checkpoint, config: ExportConfig) -> _StageExport:
     policy, batch = checkpoint.config, config.batch_size
     cameras, window, width = len(policy.image_keys), policy.n_obs_steps, policy.gpt_hidden_dim
     tokens, heads = window * policy.tokens_per_step, policy.gpt_n_head
@@ -293,7 +288,7 @@ def _cached_gpt(checkpoint: Checkpoint, config: ExportConfig, dtype: torch.dtype
         "past": torch.zeros(2 * policy.gpt_n_layer, batch, heads, tokens, width // heads),
     }
     free = {"image_tokens": (1,), "states": (1,), "constants": (0,), "mask": (0, 1), "past": (3,)}
-    module = CachedGptStage(checkpoint, dtype)
+    module = CachedGptStage(checkpoint, DTYPES[config.precision])
     return _StageExport(module, inputs, ["feature", "present"], free)
 
 
