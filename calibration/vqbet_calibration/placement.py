@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 from vqbet_calibration.graphs import Array, Layer, consumers, initializer_array, layers
 from vqbet_calibration.ranges import Range
 
-RESIDUAL, OUTPUT = "#residual", "#output"
+RESIDUAL = "#residual"
 # Smallest scale whose float16 has full precision.
 _SMALLEST_SCALE = 2.0**-14
 # Kernels of x86 without VNNI add two products of uint8 and int8 in 16 bits: weights of 7 bits do
@@ -153,10 +153,12 @@ def quantize_signed(graph: bytes, names: Collection[str], ranges: Mapping[str, R
         ranges: by site, see `signed_sites`.
     """
     model = onnx.load_from_string(graph)
-    chosen = {layer.node: layer for layer in layers(model) if layer.name in names}
+    found = layers(model)
+    chosen = {layer.node: layer for layer in found if layer.name in names}
     residuals = {
         node.name: (f"{name}{RESIDUAL}", i)
-        for name, (node, i) in _residuals(model, chosen.values()).items()
+        for name, (node, i) in _residuals(model, found).items()
+        if name in names
     }
     types = {w.name: numpy_helper.to_array(w).dtype for w in model.graph.initializer}
     editor = _Editor(model)

@@ -82,6 +82,17 @@ def test_residual_additions_read_a_quantised_operand(for_tensorrt: dict[StageNam
         assert sorted(makers[name] for name in node.input) == ["Conv", "DequantizeLinear"]
 
 
+def test_every_layer_can_be_quantised_alone(
+    floating: Bundle, signed: dict[StageName, Static]
+) -> None:
+    for stage, quantizer in signed.items():
+        for name in quantizer.layers:
+            model = onnx.load_from_string(quantizer.quantize([name], "min-max"))
+            weights = [w for w in model.graph.initializer if w.name.endswith(".weight.quantized")]
+            assert [w.name for w in weights] == [f"{name}.weight.quantized"]
+            assert len(model.graph.output) == len(floating.manifest.stages[stage].outputs)
+
+
 def build(graph: bytes, capability: str) -> tuple[Layer, ...]:
     pytest.importorskip("tensorrt_rtx")
     job = Job(graph, "tensorrt_rtx", BuildOptions(optimization_level=1), capability, b"")
