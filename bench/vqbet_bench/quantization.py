@@ -16,17 +16,23 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import Progress
 from vqbet_calibration.samples import load_samples
+from vqbet_calibration.targets import TARGETS, Target
 from vqbet_export.metrics import Verification
-from vqbet_export.observations import Segment
+from vqbet_export.portable import PortableBackend
 from vqbet_export.quantization import verification_segments
 from vqbet_export.verification import verify
 
+from vqbet_edge import EdgePolicy
+from vqbet_edge.backends import create_backend
+from vqbet_edge.backends.base import Backend
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.commands import run
-from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
+from vqbet_edge.manifest import STAGES
+from vqbet_edge.model.checkpoint import load_checkpoint
 from vqbet_edge.normalization import Affine
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge.training.evaluation.actors import BundleActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
 from vqbet_edge.training.evaluation.tasks import make_task
@@ -59,8 +65,8 @@ class Row:
     """One bundle.
 
     Attributes:
-        name: of its directory.
-        megabytes: of the whole directory.
+        name: of its directory, and whose graphs ran where there are two kinds.
+        megabytes: of the four graphs that ran.
         verification: against PyTorch, on real observations.
         closed_loop: None without an environment.
         versus_first: the bundle minus the first one, on the same seeds.
@@ -73,39 +79,58 @@ class Row:
     versus_first: Comparison | None
 
 
-def measure(config: Config, note: Console) -> list[Row]:
-    """Verify and drive every bundle."""
+def measure(config: Config) -> list[Row]:
+    """Verify and drive every bundle; of an INT8 bundle, the graphs for each target."""
     checkpoint = load_checkpoint(config.checkpoint)
-    first = Bundle.open(config.bundles[0])
-    scaling = Affine.from_arrays(first.arrays, "state", first.manifest.state_dim)
-    samples = load_samples(config.data, first.manifest, scaling, config.steps)
-    segments = verification_segments(samples, first.manifest.batch_size)
-    driven = {path: _drive(config, path, note) for path in config.bundles}
-    reference = driven[config.bundles[0]]
-    return [_row(p, checkpoint, segments, driven[p], reference) for p in config.bundles]
+    bundles = [Bundle.open(path) for path in config.bundles]
+    manifest = bundles[0].manifest
+    scaling = Affine.from_arrays(bundles[0].arrays, "state", manifest.state_dim)
+    samples = load_samples(config.data, manifest, scaling, config.steps)
+    segments = verification_segments(samples, manifest.batch_size)
+    rows: list[Row] = []
+    reference: list[Episode] = []
+    for bundle in bundles:
+        for target in (None,) if bundle.manifest.calibration is None else TARGETS:
+            verification = verify(bundle, checkpoint, segments, "real", target)
+            episodes = _drive(config, bundle, target)
+            reference = reference or episodes
+            rows.append(_row(bundle, verification, episodes, reference))
+    return rows
 
 
-def _drive(config: Config, path: Path, note: Console) -> list[Episode]:
+def _drive(config: Config, bundle: Bundle, target: Target | None) -> list[Episode]:
     if config.env is None:
         return []
-    note.print(f"driving {path.name} in {config.env}")
     slots = min(8, config.episodes)
-    actor = load_actor(str(path), slots, ActorOptions(backend="onnxruntime"))
+    policies = [EdgePolicy(bundle, _backend(bundle, target)) for _ in range(slots)]
     seeds = range(config.seed, config.seed + config.episodes)
-    return run_episodes(make_task(config.env), actor, seeds, slots=slots)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"{config.env}: {bundle.path.name}", total=config.episodes)
+        return run_episodes(
+            make_task(config.env),
+            BundleActor(policies),
+            seeds,
+            slots=slots,
+            on_end=lambda _: bar.advance(task),
+        )
+
+
+def _backend(bundle: Bundle, target: Target | None) -> Backend:
+    if target == "tensorrt":
+        return PortableBackend(bundle)
+    return create_backend("onnxruntime", bundle)
 
 
 def _row(
-    path: Path,
-    checkpoint: Checkpoint,
-    segments: list[Segment],
-    episodes: list[Episode],
-    reference: list[Episode],
+    bundle: Bundle, verification: Verification, episodes: list[Episode], reference: list[Episode]
 ) -> Row:
+    target, name = verification.target, bundle.path.name.removesuffix(".bundle")
+    spec = bundle.cpu_stage if target == "cpu" else bundle.manifest.stages.__getitem__
+    files = {spec(stage).file for stage in STAGES}
     return Row(
-        name=path.name,
-        megabytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / 1e6,
-        verification=verify(Bundle.open(path), checkpoint, segments, "real"),
+        name=name if target is None else f"{name} ({target})",
+        megabytes=sum(len(bundle.contents[file]) for file in files) / 1e6,
+        verification=verification,
         closed_loop=summarize(episodes) if episodes else None,
         versus_first=compare(reference, episodes) if episodes is not reference else None,
     )
@@ -176,7 +201,7 @@ def chart(rows: list[Row], path: Path) -> None:
     summaries = [row.closed_loop for row in rows if row.closed_loop is not None]
     figure = Figure(figsize=(3.2 * (len(panels) + bool(summaries)), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels) + bool(summaries))
-    names = [row.name.removesuffix(".bundle") for row in rows]
+    names = [row.name for row in rows]
     for axis, (title, values) in zip(axes, panels.items(), strict=False):
         axis.bar(names, values)
         axis.set_title(title, fontsize=9)
@@ -193,7 +218,7 @@ def chart(rows: list[Row], path: Path) -> None:
 
 def _main() -> None:
     config = tyro.cli(Config, prog="python -m vqbet_bench.quantization")
-    rows = measure(config, Console(stderr=True))
+    rows = measure(config)
     config.output.mkdir(parents=True, exist_ok=True)
     data: list[dict[str, Any]] = [asdict(row) for row in rows]
     (config.output / "quantization.json").write_text(json.dumps(data, indent=2) + "\n")

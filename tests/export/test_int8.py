@@ -224,3 +224,28 @@ def test_a_goal_out_of_reach_is_an_error(floating: Bundle, exported: Path) -> No
     samples = int8.samples_for(floating, int8.PUSHT, 160)
     with pytest.raises(VerificationError, match="export with --fp16, or calibrate on more"):
         quantize(floating, samples, "cpu", goal=Goal(cosine=1.1))
+
+
+def test_precisions_side_by_side(
+    workshop: Workshop, checkpoint: Path, exported: Path, tmp_path: Path
+) -> None:
+    from vqbet_bench import quantization
+
+    floating = workshop.bundle(int8.CASE, "fp32").bundle
+    config = quantization.Config(
+        str(checkpoint), (floating, exported), str(int8.PUSHT), tmp_path, steps=64
+    )
+    rows = quantization.measure(config)
+    name = floating.name.removesuffix(".bundle")
+    assert [row.name for row in rows] == [name, "pusht-int8 (tensorrt)", "pusht-int8 (cpu)"]
+    first, *others = (row.verification.policy for row in rows)
+    for row, policy in zip(rows[1:], others, strict=True):
+        assert row.megabytes < rows[0].megabytes / 2
+        assert first.total_variation < 1e-4 < policy.total_variation
+        assert first.action_error < policy.action_error
+    lines = [line.split("|")[1:-1] for line in quantization.markdown(config, rows).splitlines()]
+    cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if line}
+    assert cells["code agreement"][0] == "100.00%"
+    assert len(cells["size, MB"]) == 3
+    quantization.chart(rows, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
