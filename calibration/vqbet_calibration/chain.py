@@ -87,7 +87,8 @@ class Chain:
         run = self._run(sessions)
         cosines: dict[StageName, float] = {}
         for name, session in sessions.items():
-            alone = run if len(sessions) == 1 else self._run({name: session})
+            first = name == "vision_encoder" or len(sessions) == 1
+            alone = run if first else self._run({name: session})
             cosines[name] = self._cosine(name, alone)
         return replace(self._compare(run), cosine=cosines)
 

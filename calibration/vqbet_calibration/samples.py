@@ -5,7 +5,7 @@ are no source: ranges taken from noise clip what a camera shows.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,13 +134,19 @@ def _spread(episodes: Episodes, manifest: Manifest, steps: int) -> list[Piece]:
     count = -(-max(steps, MIN_OBSERVATIONS) // PIECE_STEPS)
     chosen = [stretches[i] for i in _evenly(len(stretches), min(count, len(stretches)))]
     chosen = chosen[: len(chosen) // PARTS * PARTS]
-    pieces = []
+    places: dict[int, list[tuple[int, int]]] = {}  # episode -> position in the list, first step
     for i in range(count if chosen else 0):
         episode, start, stop = chosen[i % len(chosen)]
         # Golden ratio: however many pieces there are, their places in time are spread evenly.
         place = start + int((stop - start - PIECE_STEPS + 1) * (i * 0.6180339887 % 1))
-        pieces.append(_piece(episodes, manifest, episode, slice(place, place + PIECE_STEPS)))
-    return pieces
+        places.setdefault(episode, []).append((i, place))
+    pieces: dict[int, Piece] = {}
+    for episode, wanted in places.items():  # each one is decoded once
+        arrays = episodes.load(episode, [*manifest.image_keys, manifest.state_key])
+        for i, place in wanted:
+            rows = slice(place, place + PIECE_STEPS)
+            pieces[i] = _piece(arrays, manifest, episode, rows)
+    return [pieces[i] for i in sorted(pieces)]
 
 
 def _stretches(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -159,8 +165,7 @@ def _evenly(total: int, count: int) -> list[int]:
     return positions
 
 
-def _piece(episodes: Episodes, manifest: Manifest, episode: int, rows: slice) -> Piece:
-    arrays = episodes.load(episode, [*manifest.image_keys, manifest.state_key])
+def _piece(arrays: Mapping[str, Array], manifest: Manifest, episode: int, rows: slice) -> Piece:
     found = {key: value[rows] for key, value in arrays.items()}
     expected = {
         **dict.fromkeys(manifest.image_keys, manifest.image_shape),
@@ -172,7 +177,7 @@ def _piece(episodes: Episodes, manifest: Manifest, episode: int, rows: slice) ->
                 f"the policy observes '{key}' of shape {shape}, the data has "
                 f"{found[key].shape[1:]}; calibrate on what this policy's own robot sees"
             )
-    frames = np.stack([found[key] for key in manifest.image_keys], axis=1)
+    frames = np.stack([found[key] for key in manifest.image_keys], axis=1)  # a copy
     states = found[manifest.state_key].astype(np.float32)
     if not np.isfinite(states).all():
         step = rows.start + int(np.argwhere(~np.isfinite(states))[0][0])

@@ -11,8 +11,9 @@ import onnx
 import pytest
 from vqbet_calibration.quantize import Goal, Quantization, quantize
 from vqbet_calibration.ranges import METHODS
-from vqbet_export import cli, metrics
+from vqbet_export import cli
 from vqbet_export.portable import PortableBackend
+from vqbet_export.quantization import quantize_bundle
 from vqbet_export.sensitivity import CHART_NAME
 from workshop import Workshop
 
@@ -20,6 +21,8 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import VerificationError
+
+STEPS = 128
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -53,7 +56,7 @@ def exported(checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPathFac
     bundle = tmp_path_factory.mktemp("int8") / "pusht-int8.bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VQBET_EDGE_CACHE", str(cache))
-        arguments = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", "160"]
+        arguments = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", str(STEPS)]
         assert run(patch, str(checkpoint), "--int8", *arguments, "-o", str(bundle)) == 0
     return bundle
 
@@ -112,8 +115,8 @@ def test_both_kinds_of_graph_are_in_one_bundle(exported: Path) -> None:
 def test_the_samples_are_recorded_by_digest(exported: Path) -> None:
     calibration = Bundle.open(exported).manifest.calibration
     assert calibration is not None
-    assert calibration.observations == 160
-    samples = int8.samples_for(Bundle.open(exported), int8.PUSHT, 160)
+    assert calibration.observations == STEPS
+    samples = int8.samples_for(Bundle.open(exported), int8.PUSHT, STEPS)
     assert calibration.sha256 == samples.digest
 
 
@@ -167,46 +170,33 @@ def test_the_bundle_acts(exported: Path) -> None:
     np.testing.assert_allclose(chunks[:6], chunks[6:], atol=0.02 * span)
 
 
-def test_a_second_export_takes_the_sensitivity_from_the_cache(
-    cwd: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    checkpoint: Path,
-    exported: Path,
-    cache: Path,
-) -> None:
-    """And one target alone leaves the other in float16."""
-    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("sensitivity-*")}
-    assert len(before) == 2
-    arguments = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", "160"]
-    assert run(monkeypatch, str(checkpoint), "--int8", "--target", "tensorrt", *arguments) == 0
-    assert {p.name: p.stat().st_mtime_ns for p in cache.glob("sensitivity-*")} == before
-    bundle = Bundle.open(cwd / "pusht-int8.bundle")
-    assert {stage.precision for stage in bundle.manifest.cpu_stages.values()} == {"fp16"}
-    for stage in ("vision_encoder", "gpt"):
-        assert bundle.graph(stage) == Bundle.open(exported).graph(stage)
-        assert "QuantizeLinear" not in operators(bundle.contents[bundle.cpu_stage(stage).file])
-
-
-def test_limits_that_are_broken_publish_nothing(
-    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, checkpoint: Path, exported: Path
-) -> None:
-    assert exported.exists()  # the sensitivity is cached
-    monkeypatch.setitem(metrics.LIMITS, "int8", metrics.Limits(cosine=0.9999999))
-    arguments = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", "160"]
-    assert run(monkeypatch, str(checkpoint), "--int8", "--target", "cpu", *arguments) == 3
-    assert "graphs for cpu" in " ".join(capsys.readouterr().err.split())
-    assert not list(cwd.iterdir())
-
-
 @pytest.fixture(scope="module")
 def floating(workshop: Workshop) -> Bundle:
     return Bundle.open(workshop.bundle(int8.CASE, "fp32").bundle)
 
 
+def test_one_target_alone_leaves_the_other_in_float16(
+    floating: Bundle, workshop: Workshop, exported: Path, cache: Path
+) -> None:
+    """And the sensitivity comes from the cache."""
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("sensitivity-*")}
+    assert len(before) == 2
+    half = Bundle.open(workshop.bundle(int8.CASE, "fp16").bundle)
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
+    said: list[str] = []
+    found = quantize_bundle(floating, half, samples, ("tensorrt",), said.append).bundle
+    assert {p.name: p.stat().st_mtime_ns for p in cache.glob("sensitivity-*")} == before
+    assert not any("sensitivity" in line for line in said)
+    assert {stage.precision for stage in found.manifest.cpu_stages.values()} == {"fp16"}
+    for stage in ("vision_encoder", "gpt"):
+        assert found.graph(stage) == Bundle.open(exported).graph(stage)
+        assert "QuantizeLinear" not in operators(found.contents[found.cpu_stage(stage).file])
+
+
 def test_the_fewest_layers_are_left_out(floating: Bundle, exported: Path) -> None:
     """A stricter goal keeps the head of the ranking, and one layer fewer misses it."""
     assert exported.exists()  # the sensitivity is cached
-    samples = int8.samples_for(floating, int8.PUSHT, 160)
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
     loose = quantize(floating, samples, "cpu", goal=Goal(cosine=0.5, code_agreement=0))
     assert loose.kept == ("gpt.lm_head",)
     strict = Goal(cosine=1 - (1 - min(loose.outcome.cosine.values())) / 2, code_agreement=0)
@@ -221,7 +211,7 @@ def test_the_fewest_layers_are_left_out(floating: Bundle, exported: Path) -> Non
 
 def test_a_goal_out_of_reach_is_an_error(floating: Bundle, exported: Path) -> None:
     assert exported.exists()  # the sensitivity is cached
-    samples = int8.samples_for(floating, int8.PUSHT, 160)
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
     with pytest.raises(VerificationError, match="export with --fp16, or calibrate on more"):
         quantize(floating, samples, "cpu", goal=Goal(cosine=1.1))
 
