@@ -1,5 +1,8 @@
 """Work done while the robot moves: the same actions, sooner."""
 
+import subprocess
+import sys
+import threading
 import time
 from typing import Any
 
@@ -114,7 +117,8 @@ def test_failed_idle_work_is_raised_and_asks_for_a_reset(tiny: Exported, observa
 
     policy._backend.encode = failing  # type: ignore[method-assign]
     policy.act(observations[1])
-    policy._worker._jobs[0].exception(timeout=60)
+    while policy._worker._outcomes.empty():
+        time.sleep(0.01)
     with pytest.raises(BackendError, match="fell off"):
         policy.act(observations[2])
     policy._backend.encode = encode  # type: ignore[method-assign]
@@ -129,3 +133,43 @@ def test_failed_idle_work_is_raised_and_asks_for_a_reset(tiny: Exported, observa
 def test_an_unknown_mode_is_refused(tiny: Exported) -> None:
     with pytest.raises(UsageError, match="expected idle to be one of"):
         load(tiny, "later")
+
+
+def test_the_thread_ends_with_the_policy(tiny: Exported, observations: Any) -> None:
+    def count() -> int:
+        return sum(thread.name == "vqbet-idle" for thread in threading.enumerate())
+
+    before = count()
+    policy = load(tiny, "thread")
+    for observation in observations[:3]:
+        policy.act(observation)
+    assert count() == before + 1
+    del policy
+    # The last job may still hold it for a moment.
+    for _ in range(1000):
+        if count() == before:
+            break
+        time.sleep(0.01)
+    assert count() == before
+
+
+def test_python_ends_while_idle_work_runs(tiny: Exported) -> None:
+    program = """
+import sys, time, numpy as np
+from vqbet_edge import EdgePolicy
+policy = EdgePolicy.load(sys.argv[1], "onnxruntime", idle="thread")
+observation = {"observation.image": np.zeros((40, 48, 3), np.uint8),
+               "observation.state": np.ones(2, np.float32)}
+policy.act(observation)
+encode = policy._backend.encode
+policy._backend.encode = lambda *_: (time.sleep(0.2), encode(*_))
+policy.act(observation)
+print("last line")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny.bundle)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "last line\n"

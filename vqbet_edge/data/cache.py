@@ -26,7 +26,7 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
     try:
         if not path.is_file():
             _write(parts, shape, path)
-        frames: Frames = np.load(path, mmap_mode="r")
+        frames: Frames = np.load(path, mmap_mode="c")
     except (OSError, ValueError) as e:
         raise DiskError(
             f"cannot keep decoded frames in {path.parent}: {e}. "
