@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from int8 import PUSHT, samples_for
 from onnx import TensorProto, helper, numpy_helper
@@ -125,7 +126,7 @@ def test_signed_graphs_compute_the_stage(
     chain: Chain,
     stage: StageName,
 ) -> None:
-    graph = Session(for_tensorrt[stage], optimize=False)
+    graph = AsItStands(for_tensorrt[stage])
     assert smallest_cosine(Session(floating.graph(stage)), graph, chain.feeds(stage)) > 0.995
 
 
@@ -137,11 +138,25 @@ def test_unsigned_encoder_computes_the_stage(floating: Bundle, chain: Chain) -> 
     wanted = Session(graph)
     assert smallest_cosine(wanted, Session(data), feeds) > 0.995
     # The optimiser's integer kernels compute what the graph says.
-    assert smallest_cosine(wanted, Session(data, optimize=False), feeds) > 0.995
+    assert smallest_cosine(wanted, AsItStands(data), feeds) > 0.995
     assert len(data) < len(graph) / 3
 
 
-def smallest_cosine(wanted: Session, got: Session, feeds: list[Mapping[str, np.ndarray]]) -> float:
+class AsItStands:
+    """A graph without ONNX Runtime's optimiser, which computes float16 scales wrongly."""
+
+    def __init__(self, graph: bytes) -> None:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = onnxruntime.InferenceSession(graph, options)
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(None, {k: np.ascontiguousarray(v) for k, v in feed.items()})
+
+
+def smallest_cosine(
+    wanted: Session, got: Session | AsItStands, feeds: list[Mapping[str, np.ndarray]]
+) -> float:
     pairs = [(wanted.run(f)[0].ravel(), got.run(f)[0].ravel()) for f in feeds]
     return min(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in pairs)
 
