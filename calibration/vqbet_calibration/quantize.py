@@ -63,8 +63,7 @@ class Quantization:
         ranking: every layer alone, the most harmful first.
         kept: layers left in floating point, the most harmful first, then the decision's.
         outcome: of all quantised graphs together, on held-out samples.
-        graphs: quantised float32 graphs.
-        quantizers: to quantise further graphs of a stage alike.
+        quantizers: to quantise graphs of a stage with, see `twin`.
     """
 
     target: Target
@@ -73,11 +72,10 @@ class Quantization:
     ranking: tuple[Sensitivity, ...]
     kept: tuple[str, ...]
     outcome: Outcome
-    graphs: dict[StageName, bytes]
     quantizers: Mapping[StageName, Quantizer]
 
     def twin(self, stage: StageName, graph: bytes) -> bytes:
-        """Another graph of a stage, such as the float16 one, quantised alike."""
+        """A graph of a stage, such as the float16 one, quantised as was found best."""
         quantizer = self.quantizers[stage]
         names = [name for name in quantizer.layers if f"{stage}.{name}" not in self.kept]
         return quantizer.quantize(names, self.methods[stage], graph)
@@ -122,10 +120,10 @@ def quantize(
     by_method = {stage: search.by_method(stage) for stage in STAGES}
     methods = {s: min(found, key=lambda m: found[m].damage) for s, found in by_method.items()}
     ranking = search.ranking(methods, f"{target} {samples.digest}")
-    kept, outcome, graphs = search.fewest_kept(methods, ranking, goal or Goal())
+    kept, outcome = search.fewest_kept(methods, ranking, goal or Goal())
     decision = tuple(f"gpt.{name}" for name in quantizers["gpt"].layers if name == DECISION)
     return Quantization(
-        target, methods, by_method, ranking, (*kept, *decision), outcome, graphs, quantizers
+        target, methods, by_method, ranking, (*kept, *decision), outcome, quantizers
     )
 
 
@@ -179,28 +177,27 @@ class _Search:
 
     def fewest_kept(
         self, methods: Mapping[StageName, str], ranking: Sequence[Sensitivity], goal: Goal
-    ) -> tuple[tuple[str, ...], Outcome, dict[StageName, bytes]]:
+    ) -> tuple[tuple[str, ...], Outcome]:
         """Keep the most harmful layers in floating point, as few as reach the goal."""
         harmful = [(entry.stage, entry.layer) for entry in ranking if entry.layer != DECISION]
-        low, high = 0, len(harmful)
-        best = None
-        tried = 0
+        enough: dict[int, Outcome] = {}
+        # None is tried first: mostly it does. From then on the interval is halved.
+        low, tried, high = 0, 0, len(harmful) - 1
         while low <= high:
             self.progress(f"leaving out {tried} of {len(harmful)} layers")
-            graphs = self._graphs(methods, set(harmful[:tried]))
-            outcome = self.chain.outcome(graphs)
+            outcome = self.chain.outcome(self._graphs(methods, set(harmful[:tried])))
             if goal.reached(outcome):
-                best, high = (tried, outcome, graphs), tried - 1
+                enough[tried], high = outcome, tried - 1
             else:
                 low = tried + 1
             tried = (low + high) // 2
-        if best is None or best[0] == len(harmful):
+        if not enough:
             raise VerificationError(
                 "no layer can be quantised within the limits; export with --fp16, or calibrate on "
                 "more observations of the robot at work"
             )
-        kept = tuple(f"{stage}.{name}" for stage, name in harmful[: best[0]])
-        return kept, best[1], best[2]
+        fewest = min(enough)
+        return tuple(f"{stage}.{name}" for stage, name in harmful[:fewest]), enough[fewest]
 
     def _graphs(
         self, methods: Mapping[StageName, str], kept: set[tuple[StageName, str]]
