@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test bench check clean
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
@@ -12,6 +12,10 @@ demo: $(VENV)/.package
 # One thread per worker: workers that each spin on all cores slow each other several times.
 test: $(VENV)/.judge
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# On a machine that does nothing else; bench/README.md says more.
+bench: $(VENV)/.judge
+	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .

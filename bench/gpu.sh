@@ -12,7 +12,7 @@
 #     pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'
 #     pip install --no-deps lerobot==0.4.4     # the peer in PyTorch, with what it imports
 #
-# It leaves gpu-NAME.json (correctness and latency of every backend beside PyTorch),
+# It leaves gpu-NAME/ (vqbet-bench: every backend beside PyTorch), gpu-NAME-correctness.json,
 # gpu-NAME-rtx.txt (does TensorRT for RTX run on this GPU?), gpu-NAME-layers-*.json (the engine
 # inspector's layers), gpu-NAME-doctor.json.
 set -uo pipefail
@@ -75,12 +75,17 @@ for flavour in tensorrt tensorrt_rtx; do
 done
 find "$results" -name "gpu-$name-layers-*.json" -empty -delete
 
-step "compare and time every backend" "$python" -m vqbet_bench.gpu "${bundles[@]}" \
-    --checkpoint "$checkpoint" --dataset "$dataset" --output "$report.json"
+step "compare every backend with the CPU" "$python" -m vqbet_bench.correctness \
+    "${bundles[@]}" --dataset "$dataset" --output "$report-correctness.json"
+
+bench() { # FOLDER: measure every backend beside PyTorch on the GPU
+    "$python" -c 'from vqbet_bench.cli import main; main()' "${bundles[@]}" \
+        --backend tensorrt tensorrt_rtx onnxruntime-cuda onnxruntime \
+        --checkpoint "$checkpoint" --peer-device cuda --dataset "$dataset" --output "$1"
+}
+step "measure" bench "$report"
 # The same without CUDA graphs: what they are worth.
-VQBET_EDGE_CUDA_GRAPH=0 step "the same without CUDA graphs" \
-    "$python" -m vqbet_bench.gpu "${bundles[@]}" \
-    --checkpoint "$checkpoint" --dataset "$dataset" --output "$report-no-graphs.json"
+VQBET_EDGE_CUDA_GRAPH=0 step "the same without CUDA graphs" bench "$report-no-graphs"
 
 echo "reports: $report*; $failures step(s) failed" >&2
 [ "$failures" -eq 0 ]

@@ -1,0 +1,113 @@
+"""The command `vqbet-bench`."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vqbet_bench.messages import PEERS, EdgeBackend, PeerName
+from vqbet_edge import commands
+from vqbet_edge.backends.base import Idle
+from vqbet_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from vqbet_bench.report import Grid
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure bundles on this machine: latency, deadlines, memory, energy, and the bounds."""
+
+    # Bundles, of one checkpoint if peers are to be compared.
+    bundles: tyro.conf.Positional[tuple[Path, ...]]
+    # Backends to run every bundle on.
+    backend: tuple[EdgeBackend, ...] = ("auto",)
+    # Where work is done ahead of the next prediction; the backend's default without.
+    idle: tuple[Idle, ...] = ()
+    # Steps a second of the robot's control loop.
+    rate: float = 30.0
+    # Seconds per policy and way of running it.
+    seconds: float = 10.0
+    # Interleaved rounds that the seconds are spread over.
+    rounds: int = 5
+    # A LeRobot data set (folder or Hub id) to act on; random observations without.
+    dataset: str | None = None
+    # The checkpoint that the bundles were exported from; adds the peers.
+    checkpoint: Path | None = None
+    # Peers to compare with, given a checkpoint.
+    peers: tuple[PeerName, ...] = PEERS
+    # Where peers in PyTorch run.
+    peer_device: Literal["cpu", "cuda"] = "cpu"
+    # Processors that every policy may use; all by default.
+    threads: int | None = None
+    # Calls over which allocations are counted; 0 leaves it out.
+    allocation_calls: int = 10_000
+    # Whose bandwidth and arithmetic bound a GPU backend; by default the board that this is.
+    board: str | None = None
+    # Print the result, every sample included, as JSON.
+    json: Flag = False
+    # Folder for result.json, report.md and latency.png.
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = tyro.cli(Arguments, prog="vqbet-bench")
+    commands.run(lambda: _run(arguments))
+
+
+def _run(arguments: Arguments) -> None:
+    from vqbet_bench import plots, report, results  # noqa: PLC0415 - not needed for --help
+    from vqbet_bench.benchmark import benchmark  # noqa: PLC0415
+
+    _check(arguments)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        measured = benchmark(arguments, lambda text: status.update(f"{text} ..."))
+    for warning in report.warnings_of(measured):
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    for name, reason in measured.failures.items():
+        console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "result.json").write_bytes(results.encode(measured))
+        text = f"# vqbet-bench\n\n![latency](latency.png)\n\n{report.markdown(measured)}"
+        (arguments.output / "report.md").write_text(text)
+        plots.plot(measured, arguments.output / "latency.png")
+    if arguments.json:
+        sys.stdout.buffer.write(results.encode(measured))
+    else:
+        _show(report.grids(measured))
+    if not any(result.kind == "edge" for result in measured.results):
+        raise UsageError("no bundle could be measured; the reasons are above")
+
+
+def _check(arguments: Arguments) -> None:
+    if not arguments.bundles:
+        raise UsageError("name at least one bundle; make one with: vqbet-export model.safetensors")
+    for name in ("rate", "seconds", "rounds"):
+        if not getattr(arguments, name) > 0:
+            raise UsageError(f"--{name} must be more than 0")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if arguments.threads is not None and not 1 <= arguments.threads <= processors:
+        raise UsageError(f"--threads must be 1 to {processors}, the processors that there are")
+    if arguments.allocation_calls < 0:
+        raise UsageError("--allocation-calls must be 0 or more")
+
+
+def _show(grids: list["Grid"]) -> None:
+    console = Console()
+    for grid in grids:
+        table = Table(title=grid.title, title_justify="left")
+        for index, column in enumerate(grid.columns):
+            table.add_column(column, justify="right" if index else "left")
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)

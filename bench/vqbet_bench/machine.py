@@ -1,0 +1,132 @@
+"""The machine, its clocks, and what about them makes figures worth less."""
+
+import gc
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from vqbet_bench.power import read_rails
+from vqbet_bench.results import Machine
+
+_CPUS = Path("/sys/devices/system/cpu")
+_DEVFREQ = Path("/sys/class/devfreq")
+_DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
+_PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "lerobot")
+# Share of the processor that may be busy before anything is measured.
+_MAX_LOAD = 0.1
+
+
+def describe_machine() -> Machine:
+    """Read everything; takes one second, in which the machine should be idle."""
+    clocks = {**cpu_clocks(_CPUS), **gpu_clocks(_DEVFREQ)}
+    load = psutil.cpu_percent(interval=1) / 100
+    facts = {
+        "board": _text(_DEVICE_TREE_MODEL),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "power mode": _output("nvpmodel", "-q"),
+        "gpu": _output(
+            "nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"
+        ),
+        "hottest": hottest(),
+        "garbage collector": f"{_on_off(gc.isenabled())}, thresholds {gc.get_threshold()}",
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    return Machine(
+        facts={name: value for name, value in facts.items() if value},
+        clocks=clocks,
+        warnings=_warnings(clocks, load),
+        idle_watts=read_rails(),
+    )
+
+
+def cpu_clocks(root: Path) -> dict[str, str]:
+    """Governor and range in MHz of every processor; empty where the kernel does not tell."""
+    return {
+        policy.parent.name: _range(policy, "scaling_", 1e3)
+        for policy in sorted(root.glob("cpu[0-9]*/cpufreq"))
+    }
+
+
+def gpu_clocks(root: Path) -> dict[str, str]:
+    """The same of a Jetson's GPU."""
+    devices = [p for p in sorted(root.glob("*")) if "gpu" in p.name or "gv11b" in p.name]
+    return {device.name: _range(device, "", 1e6) for device in devices}
+
+
+def _range(directory: Path, prefix: str, unit: float) -> str:
+    names = [f"{prefix}min_freq", f"{prefix}max_freq"]
+    low, high = (float(_text(directory / name) or "nan") / unit for name in names)
+    governor = _text(directory / f"{prefix}governor")
+    return f"{governor}, {low:.0f} to {high:.0f} MHz"
+
+
+def unlocked(clocks: dict[str, str]) -> list[str]:
+    """Clocks that may move: neither the governor `performance` nor a range of one frequency."""
+    found = []
+    for name, text in clocks.items():
+        governor, _, bounds = text.partition(", ")
+        low, _, high = bounds.removesuffix(" MHz").partition(" to ")
+        if governor != "performance" and low != high:
+            found.append(name)
+    return found
+
+
+def _warnings(clocks: dict[str, str], load: float) -> list[str]:
+    warnings = []
+    if moving := unlocked(clocks):
+        warnings.append(
+            f"clocks are not locked ({', '.join(moving)}); type: sudo jetson_clocks "
+            "(on a Jetson), or set the governor 'performance'"
+        )
+    if not clocks:
+        warnings.append("this machine does not tell its clocks; they may move")
+    if load > _MAX_LOAD:
+        warnings.append(f"{load:.0%} of the processor was busy before anything was measured")
+    return warnings
+
+
+def _on_off(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def _processor() -> str:
+    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def hottest() -> str:
+    """The highest temperature of any sensor; empty where there is none."""
+    zones = Path("/sys/class/thermal").glob("thermal_zone*/temp")
+    degrees = [int(text) / 1000 for text in map(_text, zones) if text.lstrip("-").isdigit()]
+    return f"{max(degrees):.0f} C" if degrees else ""
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return " ".join(done.stdout.split())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip("\0\n ")
+    except OSError:
+        return ""

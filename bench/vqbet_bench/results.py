@@ -1,0 +1,257 @@
+"""The result of a run, as result.json holds it. Times are seconds, sizes bytes, power watts."""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from vqbet_bench.samples import Summary, deadline_misses, summarize
+
+FORMAT_VERSION: Literal[1] = 1
+# back_to_back: one call after the other; paced: at the control rate; every: one call after the
+# other, re-planning on every step.
+Mode = Literal["back_to_back", "paced", "every"]
+MODES: tuple[Mode, ...] = ("back_to_back", "paced", "every")
+
+
+class Round(Struct, frozen=True):
+    """What one contender did in one turn.
+
+    Attributes:
+        replan: every step that predicted a chunk.
+        queue: every step that returned a queued action.
+        responses: paced only: from the tick to the action, lateness of earlier steps included.
+        stages: of each re-planning step, seconds by stage where the backend tells.
+        began, ended: on the system's monotonic clock.
+        collections: runs of the garbage collector meanwhile.
+        disturbance: share of the processor that other processes took.
+        watts: mean of every power rail that the board reports.
+    """
+
+    replan: list[float]
+    queue: list[float]
+    responses: list[float]
+    stages: dict[str, list[float]]
+    began: float
+    ended: float
+    collections: int
+    disturbance: float
+    watts: dict[str, float] = {}
+
+    @property
+    def actions(self) -> int:
+        """Steps that were counted."""
+        return len(self.replan) + len(self.queue)
+
+
+class Memory(Struct, frozen=True):
+    """Of a contender's process.
+
+    Attributes:
+        resident: now.
+        peak: the most since its start.
+        observations: of that, the observations that the benchmark hands out.
+        gpu: taken from the GPU since the process started; None without NVML.
+        system: drop of the system's available memory since the process started. On a Jetson this
+            is where the GPU's share shows.
+    """
+
+    resident: int
+    peak: int
+    observations: int
+    gpu: int | None = None
+    system: int | None = None
+
+
+class Allocations(Struct, frozen=True):
+    """What Python and NumPy allocated (`tracemalloc`) while acting.
+
+    Attributes:
+        calls: how many calls of `act`.
+        net: bytes held after them and not before.
+        largest: the most that one call held at a time, of its own `calls_watched` calls.
+        resident: growth of the whole process, libraries included.
+    """
+
+    calls: int
+    net: int
+    largest: int
+    calls_watched: int
+    resident: int
+
+
+class Sizes(Struct, frozen=True):
+    """Bytes on disk; `weights` are the initializers of the graphs that acting needs."""
+
+    bundle: int
+    engines: int
+    weights: int | None
+
+
+class StageBound(Struct, frozen=True):
+    """A stage against the hardware's bound.
+
+    Attributes:
+        weight_bytes: read at least once per run.
+        multiply_adds: per run.
+        seconds: what it took, the median; None where the backend does not tell.
+        memory_bound: least seconds for reading the weights.
+        compute_bound: least seconds for the arithmetic; None where no rate is known.
+    """
+
+    weight_bytes: int
+    multiply_adds: int
+    seconds: float | None
+    memory_bound: float
+    compute_bound: float | None
+
+    @property
+    def bound(self) -> float:
+        """The later of the two."""
+        return max(self.memory_bound, self.compute_bound or 0.0)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the bound it took."""
+        return None if self.seconds is None or not self.bound else self.seconds / self.bound
+
+
+class Ceilings(Struct, frozen=True):
+    """What the hardware can do.
+
+    Attributes:
+        source: the board's profile, or how it was measured.
+        bytes_per_second: of reading memory.
+        flops: precision -> operations per second, two per multiply-add; absent when unknown.
+    """
+
+    source: str
+    bytes_per_second: float
+    flops: dict[str, float]
+
+
+class Result(Struct, frozen=True):
+    """One contender.
+
+    Attributes:
+        name: as tables show it.
+        kind: "edge" or a peer's name.
+        chunk: actions between two predictions.
+        details: backend, precision, versions.
+        start_up: from starting the process to its first action.
+        load: of that, from importing the policy's library on.
+        rounds: mode -> one entry per round.
+        stages: stage -> samples taken by themselves, where `Round.stages` is empty.
+    """
+
+    name: str
+    kind: str
+    chunk: int
+    details: dict[str, str]
+    start_up: float
+    load: float
+    rounds: dict[Mode, list[Round]]
+    memory: Memory
+    stages: dict[str, list[float]] = {}
+    allocations: Allocations | None = None
+    sizes: Sizes | None = None
+    bounds: dict[str, StageBound] = {}
+    ceilings: Ceilings | None = None
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether a bundle runs without a GPU."""
+        return self.details.get("backend") in {"onnxruntime", "openvino"}
+
+    def samples(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> list[float]:
+        """All rounds' samples."""
+        return [s for entry in self.rounds.get(mode, []) for s in getattr(entry, kind)]
+
+    def summary(self, mode: Mode, kind: Literal["replan", "queue"]) -> Summary | None:
+        """Of all rounds' samples."""
+        return summarize(self.samples(mode, kind))
+
+    def median_over_rounds(self, mode: Mode, figure: Literal["p50", "worst"]) -> float | None:
+        """The median of the rounds' own figures for re-planning steps."""
+        reduce = np.median if figure == "p50" else np.max
+        found = [float(reduce(r.replan)) for r in self.rounds.get(mode, []) if r.replan]
+        return float(np.median(found)) if found else None
+
+    def misses(self, period: float) -> tuple[int, int]:
+        """Deadline misses of the paced steps, and how many steps there were."""
+        responses = self.samples("paced", "responses")
+        return deadline_misses(responses, period), len(responses)
+
+    def stage_medians(self, mode: Mode = "back_to_back") -> dict[str, float]:
+        """Stage -> median seconds in one way of running; `prefill` is ahead of the step."""
+        samples: dict[str, list[float]] = {name: list(s) for name, s in self.stages.items()}
+        for entry in self.rounds.get(mode, []):
+            for name, seconds in entry.stages.items():
+                samples.setdefault(name, []).extend(seconds)
+        return {name: float(np.median(seconds)) for name, seconds in samples.items() if seconds}
+
+    def joules_per_action(self, rail: str) -> float | None:
+        """At the control rate, of one power rail, the board's idle power included."""
+        rounds = [r for r in self.rounds.get("paced", []) if rail in r.watts]
+        actions = sum(r.actions for r in rounds)
+        energy = sum(r.watts[rail] * (r.ended - r.began) for r in rounds)
+        return energy / actions if actions else None
+
+
+class Machine(Struct, frozen=True):
+    """Where and in what state it was measured.
+
+    Attributes:
+        facts: processor, cores, versions, power mode, garbage collector and so on.
+        clocks: every clock's governor and range.
+        warnings: what makes the figures less than they seem.
+        idle_watts: every power rail before anything ran.
+    """
+
+    facts: dict[str, str]
+    clocks: dict[str, str]
+    warnings: list[str]
+    idle_watts: dict[str, float]
+
+
+class Settings(Struct, frozen=True):
+    """How it was measured; fields as the command's options."""
+
+    rate: float
+    seconds: float
+    rounds: int
+    threads: int
+    observations: str
+    allocation_calls: int
+
+
+class Report(Struct, frozen=True):
+    """A whole run."""
+
+    format_version: Literal[1]
+    date: str
+    machine: Machine
+    settings: Settings
+    results: list[Result]
+    failures: dict[str, str]
+
+    @property
+    def baseline(self) -> Result | None:
+        """What the others are compared with: LeRobot in eager PyTorch, else the first."""
+        eager = [r for r in self.results if r.kind == "lerobot"]
+        return next(iter([*eager, *self.results]), None)
+
+
+def encode(report: Report) -> bytes:
+    """JSON with every sample."""
+    return msgspec.json.encode(report) + b"\n"
+
+
+def decode(data: bytes) -> Report:
+    """The inverse of `encode`.
+
+    Raises:
+        msgspec.DecodeError: it is no result of this format.
+    """
+    return msgspec.json.decode(data, type=Report)

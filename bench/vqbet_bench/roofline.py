@@ -1,0 +1,205 @@
+"""The roofline: what a stage has to read and to compute at the least, and how long that takes.
+
+S. Williams, A. Waterman, D. Patterson: "Roofline: an insightful visual performance model for
+multicore architectures", 2009. Of the memory traffic only the weights are counted, once per run:
+activations of a batch of one fit into caches.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import onnx
+from onnx import numpy_helper
+
+from vqbet_bench.results import Ceilings, Result, StageBound
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.manifest import StageSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Cost(NamedTuple):
+    """Of one run of a graph."""
+
+    weight_bytes: int
+    multiply_adds: int
+
+
+class StageRun(NamedTuple):
+    """A run of a graph at given shapes.
+
+    Attributes:
+        file: the graph's file; runs of one file share their weights.
+        precision: of its arithmetic.
+        cost: of the run.
+    """
+
+    file: str
+    precision: str
+    cost: Cost
+
+
+def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
+    """Count a graph.
+
+    Args:
+        data: the ONNX file.
+        inputs: shapes of the inputs, where the graph leaves them open.
+
+    Raises:
+        ValueError: the arithmetic of an operator, or a shape, is not known here, so nothing is
+            counted rather than too little.
+    """
+    model = onnx.load_from_string(data)
+    for node in model.graph.node:
+        _check_known(node)
+    if inputs:
+        for value in model.graph.input:
+            _fix_shape(value, inputs[value.name])
+        del model.graph.value_info[:]
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes: dict[str, tuple[int, ...]] = {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*graph.value_info, *graph.input, *graph.output)
+        if all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
+    }
+    constants = {node.output[0]: tensor for node, tensor in _constants(graph)}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
+    weights = sum(map(_bytes, (*graph.initializer, *constants.values())))
+    return Cost(weights, sum(_multiply_adds(node, shapes) for node in graph.node))
+
+
+def _fix_shape(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
+    for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+        dim.dim_value = size
+
+
+def _constants(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:
+    nodes = [node for node in graph.node if node.op_type == "Constant"]
+    return [(node, a.t) for node in nodes for a in node.attribute if a.name == "value"]
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    return int(numpy_helper.to_array(tensor).nbytes)
+
+
+def _check_known(node: onnx.NodeProto) -> None:
+    hidden = node.op_type in {"Attention", "Einsum", "GRU", "LSTM"}
+    if hidden or node.domain not in {"", "ai.onnx"}:
+        raise ValueError(f"the arithmetic of {node.op_type} is not known")
+
+
+def _multiply_adds(node: onnx.NodeProto, shapes: Shapes) -> int:
+    counter = _COUNTERS.get(node.op_type)
+    if counter is None:
+        return 0
+    try:
+        return counter(node, shapes)
+    except KeyError as error:
+        raise ValueError(f"the shape of {error} is not known") from error
+
+
+def _convolution(weight: int) -> Callable[[onnx.NodeProto, Shapes], int]:
+    """Each output value sums over input channels of its group and the kernel."""
+    return lambda node, shapes: (
+        math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[weight]][1:])
+    )
+
+
+def _product(left: int) -> Callable[[onnx.NodeProto, Shapes], int]:
+    """Each output value sums over the left operand's last axis."""
+    return lambda node, shapes: math.prod(shapes[node.output[0]]) * shapes[node.input[left]][-1]
+
+
+def _gemm(node: onnx.NodeProto, shapes: Shapes) -> int:
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    inner = shapes[node.input[0]][0 if transposed else 1]
+    return math.prod(shapes[node.output[0]]) * inner
+
+
+_COUNTERS: dict[str, Callable[[onnx.NodeProto, Shapes], int]] = {
+    "Conv": _convolution(1),
+    "ConvInteger": _convolution(1),
+    "QLinearConv": _convolution(3),
+    "MatMul": _product(0),
+    "MatMulInteger": _product(0),
+    "QLinearMatMul": _product(0),
+    "Gemm": _gemm,
+}
+
+
+def stage_bound(
+    cost: Cost, precision: str, ceilings: Ceilings, seconds: float | None
+) -> StageBound:
+    """A stage's bound under the hardware's ceilings."""
+    flops = ceilings.flops.get(precision)
+    return StageBound(
+        weight_bytes=cost.weight_bytes,
+        multiply_adds=cost.multiply_adds,
+        seconds=seconds,
+        memory_bound=cost.weight_bytes / ceilings.bytes_per_second,
+        compute_bound=2 * cost.multiply_adds / flops if flops else None,
+    )
+
+
+def stage_runs(bundle: Bundle, result: Result) -> dict[str, StageRun]:
+    """The runs of graphs that a bundle's re-planning step consists of, as `result` shows them.
+
+    On the processor, `gpt` runs on the newest tokens where `prefill` ran on the others before.
+
+    Raises:
+        ValueError: see `graph_cost`.
+    """
+    runs = {}
+    for stage in bundle.stages_to_load:
+        spec = bundle.cpu_stage(stage) if result.on_processor else bundle.manifest.stages[stage]
+        data = bundle.contents[spec.file]
+        if stage == "gpt" and result.on_processor:
+            for name, shapes in _gpt_shapes(spec, prefilled="prefill" in result.stage_medians()):
+                runs[name] = StageRun(spec.file, spec.precision, graph_cost(data, shapes))
+        else:
+            runs[stage] = StageRun(spec.file, spec.precision, graph_cost(data))
+    return runs
+
+
+def _gpt_shapes(spec: StageSpec, *, prefilled: bool) -> list[tuple[str, Shapes]]:
+    """Inputs of the processor's GPT for each of its runs, whose longest shapes are `spec`'s."""
+    longest = {tensor.name: tensor.shape for tensor in spec.inputs}
+    window, per_step, width = longest["constants"]
+
+    def shapes(steps: int, known: int) -> Shapes:
+        rows = steps * per_step
+        return {
+            name: (shape[0], steps, *shape[2:]) if name in {"image_tokens", "states"} else shape
+            for name, shape in longest.items()
+        } | {
+            "constants": (steps, per_step, width),
+            "mask": (rows, known + rows),
+            "past": (*longest["past"][:3], known, longest["past"][4]),
+        }
+
+    if not prefilled:
+        return [("gpt", shapes(window, 0))]
+    return [
+        ("gpt", shapes(1, (window - 1) * per_step)),
+        ("prefill", shapes(window - 1, 0)),
+    ]
+
+
+def total_weights(runs: Mapping[str, StageRun]) -> int:
+    """Bytes of all the weights, each graph's once."""
+    return sum({run.file: run.cost.weight_bytes for run in runs.values()}.values())
+
+
+def stage_bounds(
+    runs: Mapping[str, StageRun], ceilings: Ceilings, seconds: Mapping[str, float]
+) -> dict[str, StageBound]:
+    """Every run against the hardware's bound; `seconds` says what they took."""
+    return {
+        stage: stage_bound(run.cost, run.precision, ceilings, seconds.get(stage))
+        for stage, run in runs.items()
+    }

@@ -1,0 +1,83 @@
+"""The policy without any of the exporter's savings: what a plain export of it contains."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
+from vqbet_edge.model.config import STATE_KEY
+from vqbet_edge.model.scaling import Scaling
+
+# The exporter's: the newest that all the runtimes here take.
+OPSET = 20
+
+
+class _Affine(nn.Module):
+    """Scaling as a module."""
+
+    def __init__(self, scaling: Scaling, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        for name in ("subtract", "multiply", "add"):
+            term = torch.from_numpy(getattr(scaling, name).copy()).view(shape)
+            self.register_buffer(name, term)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.subtract) * self.multiply + self.add  # type: ignore[operator]
+
+
+class WholePolicy(nn.Module):
+    """A window of observations -> the chunk of every action query, codes by arg-max.
+
+    Letters: N window, K cameras, H and W image height and width, S state width, Q action queries
+    (index N - 1 is the current step), C codes per layer, T actions per chunk, A action width.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.config, self.network = checkpoint.config, checkpoint.network
+        cameras = [checkpoint.inputs[key] for key in self.config.image_keys]
+        self.scale_images = nn.ModuleList(_Affine(s, (-1, 1, 1)) for s in cameras)
+        self.scale_states = _Affine(checkpoint.inputs[STATE_KEY], (-1,))
+        self.scale_actions = _Affine(checkpoint.action, (-1,))
+
+    @classmethod
+    def load(cls, checkpoint: str) -> "WholePolicy":
+        """From a checkpoint that `vqbet-export` takes."""
+        return cls(load_checkpoint(checkpoint)).eval()
+
+    def forward(self, images: Tensor, states: Tensor) -> Tensor:
+        """(1, N, K, 3, H, W) in [0, 1] and (1, N, S) -> (Q, T, A), in the robot's units."""
+        scaled = [scale(images[:, :, k]) for k, scale in enumerate(self.scale_images)]
+        features = self.network(torch.stack(scaled, dim=2), self.scale_states(states))[0]
+        head = self.network.head
+        primary = head.primary_logits(features).argmax(dim=-1)
+        secondary = head.code_logits(features, primary)[:, 1].argmax(dim=-1)
+        codes = torch.stack([primary, secondary], dim=-1)
+        chunks: Tensor = self.scale_actions(head.action_chunk(features, codes))
+        return chunks
+
+
+def export_single_graph(checkpoint: str, output: str) -> None:
+    """Write the whole policy as one ONNX graph, with PyTorch's exporter as it comes."""
+    policy = WholePolicy.load(checkpoint)
+    config = policy.config
+    images = torch.zeros(1, config.n_obs_steps, len(config.image_keys), *config.image_shape)
+    states = torch.zeros(1, config.n_obs_steps, config.state_dim)
+    program = torch.onnx.export(
+        policy,
+        (images, states),
+        input_names=["images", "states"],
+        output_names=["chunks"],
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no graph")
+    program.save(output)
+
+
+def main() -> None:
+    """Arguments: checkpoint, output."""
+    export_single_graph(*sys.argv[1:])

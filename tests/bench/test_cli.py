@@ -1,0 +1,81 @@
+"""The command, from its arguments to its files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vqbet_bench.results import decode
+from workshop import Exported
+
+QUICK = ["--seconds", "0.01", "--rounds", "1", "--rate", "2000", "--allocation-calls", "20"]
+
+
+def bench(*arguments: Any, cwd: Path) -> Any:
+    code = "from vqbet_bench.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def test_a_bundle_beside_a_peer(tiny: Exported, cwd: Path) -> None:
+    done = bench(
+        tiny.bundle, *QUICK, "--checkpoint", tiny.checkpoint, "--peers", "network",
+        "--backend", "onnxruntime", "tensorrt", "--threads", "1", "-o", "out", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = decode((cwd / "out/result.json").read_bytes())
+    edge, network = sorted(report.results, key=lambda result: result.kind)
+    assert (edge.kind, network.kind) == ("edge", "network")
+    # TensorRT is not installed here: it is named with the reason, and the others are measured.
+    assert [name for name in report.failures if "tensorrt" in name]
+    for result in report.results:
+        assert len(result.samples("back_to_back", "replan")) >= 64
+        assert len(result.samples("paced", "replan")) >= 64
+        assert result.samples("every", "queue") == []
+        assert result.memory.resident > 10_000_000
+        assert result.start_up > result.load > 0
+    assert edge.allocations.calls == 20
+    assert edge.bounds["gpt"].seconds > 0
+    assert edge.sizes.weights > 0
+    assert "tiny-fp32 onnxruntime" in (cwd / "out/report.md").read_text()
+    assert (cwd / "out/latency.png").stat().st_size > 1000
+    assert "Step that predicts a chunk" in done.stdout
+
+
+def test_json_goes_to_stdout_and_torch_is_never_loaded(tiny: Exported, cwd: Path) -> None:
+    """A robot has no torch: here one that cannot be imported stands in for it."""
+    blocked = cwd / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('no torch on a robot')\n")
+    code = "from vqbet_bench.cli import main; main()"
+    path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny.bundle), *QUICK, "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [result["kind"] for result in report["results"]] == ["edge"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "bundle"),
+        (["missing.bundle"], 4, "is not a bundle"),
+        (["missing.bundle", "--rounds", "0"], 2, "--rounds"),
+        (["missing.bundle", "--threads", "100000"], 2, "--threads"),
+    ],
+)
+def test_mistakes_are_explained(arguments: Any, code: Any, words: Any, cwd: Path) -> None:
+    done = bench(*arguments, cwd=cwd)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,154 @@
+"""Tables, JSON and the picture of a made-up result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vqbet_bench import report
+from vqbet_bench.plots import plot
+from vqbet_bench.results import (
+    Allocations,
+    Ceilings,
+    Machine,
+    Memory,
+    Report,
+    Result,
+    Round,
+    Settings,
+    Sizes,
+    StageBound,
+    decode,
+    encode,
+)
+
+from vqbet_edge.errors import UsageError
+
+
+def make_round(
+    replan: list[float],
+    responses: tuple[float, ...] = (),
+    watts: dict[str, float] | None = None,
+    disturbance: float = 0.0,
+) -> Round:
+    return Round(
+        replan=list(replan),
+        queue=[20e-6] * 20,
+        responses=list(responses),
+        stages={"gpt": [s / 2 for s in replan]},
+        began=10.0,
+        ended=12.0,
+        collections=0,
+        disturbance=disturbance,
+        watts=watts or {},
+    )
+
+
+def make_result(name: Any, kind: Any, milliseconds: Any, **changes: Any) -> Any:
+    # The middle round has the median of the rounds' medians and of their worst steps.
+    rounds = [make_round([ms / 1e3] * 20) for ms in milliseconds]
+    paced = [make_round([0.01] * 20, (*[0.01] * 39, 0.5), {"VDD_IN": 7.0})]
+    return Result(
+        name=name,
+        kind=kind,
+        chunk=5,
+        details={"backend": "onnxruntime"},
+        start_up=0.5,
+        load=0.25,
+        rounds={"back_to_back": rounds, "paced": paced},
+        memory=Memory(resident=200_000_000, peak=300_000_000, observations=1),
+        **changes,
+    )
+
+
+@pytest.fixture
+def measured() -> Any:
+    edge = make_result(
+        "ours",
+        "edge",
+        [9, 10, 11, 12, 50],
+        allocations=Allocations(10_000, 0, 1234, 500, 0),
+        sizes=Sizes(150_000_000, 0, 149_000_000),
+        bounds={"gpt": StageBound(10**8, 10**8, 0.02, 0.01, 0.005)},
+        ceilings=Ceilings("made up", 1e10, {"fp32": 4e10}),
+    )
+    return Report(
+        format_version=1,
+        date="2026-01-01",
+        machine=Machine({"processor": "made up"}, {}, ["clocks are not locked"], {}),
+        settings=Settings(30.0, 10.0, 5, 2, "random, seeded", 10_000),
+        results=[edge, make_result("LeRobot eager", "lerobot", [80, 90, 100, 110, 120])],
+        failures={"another": "it is not installed"},
+    )
+
+
+def cell(measured: Report, title: Any, row: Any, policy: Any) -> Any:
+    grid = next(g for g in report.grids(measured) if title in g.title)
+    return next(r for r in grid.rows if r[0] == row)[grid.columns.index(policy)]
+
+
+def test_ratios_are_of_the_medians_over_rounds(measured: Report) -> None:
+    """100 against 11 ms: one bad round of 50 ms does not count."""
+    title = "back to back, ms"
+    assert cell(measured, title, "p50", "ours") == "11.0"
+    assert cell(measured, title, "LeRobot eager / this, p50", "ours") == "9.09"
+    assert cell(measured, title, "LeRobot eager / this, worst", "LeRobot eager") == "1.00"
+    assert cell(measured, title, "worst of all", "ours") == "50.0"
+
+
+def test_a_percentile_without_enough_samples_is_not_in_the_table(measured: Report) -> None:
+    grid = report.grids(measured)[0]
+    rows = [row[0] for row in grid.rows]
+    assert "p90" in rows
+    assert "p99" not in rows
+    assert not any("p99" in row for row in rows)
+
+
+def test_deadlines_energy_and_costs(measured: Report) -> None:
+    at_rate = "From tick to action"
+    assert cell(measured, at_rate, "deadlines missed", "ours") == "1 of 40 (2.5%)"
+    # 7 W for 2 s and 40 actions
+    assert cell(measured, at_rate, "energy per action", "ours") == "VDD_IN 0.350 J"
+    assert cell(measured, "Start-up", "net bytes per call", "ours") == "0"
+    assert cell(measured, "Start-up", "weights, MB", "LeRobot eager") == "-"
+
+
+def test_a_stage_is_shown_beside_its_bound(measured: Report) -> None:
+    grid = next(g for g in report.grids(measured) if "against the hardware" in g.title)
+    assert grid.rows == [("gpt", "100.00", "100.0", "10.0", "5.00", "20.0", "2.00")]
+
+
+def test_the_markdown_says_what_is_wrong(measured: Report) -> None:
+    text = report.markdown(measured)
+    assert "clocks are not locked" in text
+    assert "another: it is not installed" in text
+    assert "| --- | ---: | ---: |" in text
+
+
+def test_other_processes_are_a_warning(measured: Report) -> None:
+    assert len(report.warnings_of(measured)) == 1
+    measured.results[0].rounds["every"] = [make_round([0.1], disturbance=0.5)]
+    assert "50%" in report.warnings_of(measured)[-1]
+
+
+def test_json_has_every_sample(measured: Report) -> None:
+    assert decode(encode(measured)) == measured
+
+
+def test_tables_go_between_the_markers() -> None:
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.insert(text, "new")
+    assert once == f"before\n{report.BEGIN}\n\nnew\n{report.END}\nafter\n"
+    assert report.insert(once, "new") == once
+    with pytest.raises(UsageError, match="markers"):
+        report.insert("no markers", "new")
+
+
+def test_numbers_have_three_digits_and_no_exponent(measured: Report) -> None:
+    slow = make_result("slow", "network", [123456.7] * 5)
+    measured.results.append(slow)
+    assert cell(measured, "back to back, ms", "p50", "slow") == "123457"
+
+
+def test_the_picture_is_a_png(measured: Report, tmp_path: Path) -> None:
+    plot(measured, tmp_path / "latency.png")
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
