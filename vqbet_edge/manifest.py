@@ -100,6 +100,14 @@ class SourceSpec(_Strict, frozen=True):
     era: Literal["A", "B", "C"]
 
 
+class CalibrationSpec(_Strict, frozen=True):
+    """What INT8 was calibrated on: `sha256` is over all sampled observations and their places."""
+
+    source: Text
+    sha256: Sha256
+    observations: Positive
+
+
 class Manifest(_Strict, frozen=True):
     """The whole manifest.
 
@@ -117,6 +125,7 @@ class Manifest(_Strict, frozen=True):
     cpu_stages: dict[StageName, StageSpec]
     files: dict[FileName, FileSpec]
     verification: VerificationSpec | None
+    calibration: CalibrationSpec | None
     source: SourceSpec
     tools: dict[Text, Text]
 

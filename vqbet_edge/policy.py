@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from vqbet_edge.idle import IdleWorker
 from vqbet_edge.manifest import Manifest
 from vqbet_edge.normalization import Affine
 from vqbet_edge.observation import Observation, ObservationReader
+from vqbet_edge.recording import Recorder
 from vqbet_edge.sampling import Choice, Codes, CodeSampler, Decision
 from vqbet_edge.window import ObservationWindow, Slot
 
@@ -62,6 +64,7 @@ class EdgePolicy:
         self._window = ObservationWindow(manifest, backend, self._replan_every)
         self._idle = _checked_idle(idle or backend.default_idle)
         self._worker = IdleWorker()
+        self._recorder: Recorder | None = None
         self._queue: deque[Floats] = deque()
         self._last: Decision | None = None
         self._lock = threading.Lock()
@@ -133,6 +136,8 @@ class EdgePolicy:
             if seed is not None:
                 self._sampler.reseed(_checked_seed(seed))
             self._worker.forget()
+            if self._recorder is not None:
+                self._recorder.begin_episode()
             self._window.clear()
             self._queue.clear()
             self._last = None
@@ -192,6 +197,29 @@ class EdgePolicy:
             self._prepare_next()
             return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
 
+    @contextmanager
+    def record(self, folder: str | os.PathLike[str], *, max_bytes: int = 1 << 30) -> Iterator[None]:
+        """Write every observation, as it came, to a folder: `with policy.record("seen"): ...`.
+
+        `vqbet-export --int8 --calibration-data` takes the folder; `vqbet_edge.recording` says what
+        is in it. Acting does not wait for the disk.
+
+        Args:
+            folder: where to; one recording per folder.
+            max_bytes: recording ends, with a warning, before there is more than this.
+
+        Raises:
+            UsageError: the folder holds a recording already, or the limit is below one observation.
+            DiskError: the folder cannot be written; raised at the block's end if it failed later.
+        """
+        recorder = Recorder(self._manifest, Path(folder), max_bytes)
+        self._recorder = recorder
+        try:
+            yield
+        finally:
+            self._recorder = None
+            recorder.close()
+
     def _read(self, observation: Observation) -> Slot:
         """Check an observation and keep it; only what fails after this breaks the history."""
         if self._broken:
@@ -203,6 +231,8 @@ class EdgePolicy:
             self._worker.check()
         slot = self._window.next_slot()
         self._reader.read(observation, slot.frames, slot.states)
+        if self._recorder is not None:
+            self._recorder.append(observation)
         return self._window.take_slot()
 
     @contextmanager

@@ -3,12 +3,13 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
+from vqbet_calibration.targets import TARGETS, Target
 
 from vqbet_edge import commands
 from vqbet_edge.errors import UsageError
@@ -28,6 +29,15 @@ class Arguments:
     fp32: Flag = False
     # Compute in float16, with normalisation and softmax in float32.
     fp16: Flag = False
+    # Compute in int8 where it is exact enough; needs --calibration-data.
+    int8: Flag = False
+    # What to calibrate INT8 on: a LeRobot data set (folder or Hub id), or a folder that
+    # `policy.record` wrote on the robot.
+    calibration_data: str | None = None
+    # Observations to take from it.
+    calibration_steps: int = 512
+    # Whom to quantise for; by default both, side by side in one bundle.
+    target: Target | None = None
     # The bundle to write; by default named after the checkpoint and the precision, here.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     # A LeRobot data set (folder or Hub id) to verify on, besides random observations.
@@ -55,7 +65,7 @@ def _export(arguments: Arguments) -> None:
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
 
     precision = _precision(arguments)
-    for name in ("verify_steps", "batch_size"):
+    for name in ("verify_steps", "batch_size", "calibration_steps"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     console = Console(stderr=True)
@@ -70,6 +80,9 @@ def _export(arguments: Arguments) -> None:
                 verify_steps=arguments.verify_steps,
                 board=arguments.board,
                 force=arguments.force,
+                calibration_data=arguments.calibration_data,
+                calibration_steps=arguments.calibration_steps,
+                targets=TARGETS if arguments.target is None else (arguments.target,),
             ),
             progress=lambda text: status.update(f"{text} ..."),
         )
@@ -81,9 +94,13 @@ def _export(arguments: Arguments) -> None:
 
 
 def _precision(arguments: Arguments) -> Precision:
-    if arguments.fp32 and arguments.fp16:
-        raise UsageError("--fp32 and --fp16 exclude each other; export twice for both")
-    return "fp16" if arguments.fp16 else "fp32"
+    asked = [name for name in get_args(Precision) if getattr(arguments, name)]
+    if len(asked) > 1:
+        flags = " and ".join(f"--{name}" for name in asked)
+        raise UsageError(f"{flags} exclude each other; export once for each")
+    if arguments.target is not None and not arguments.int8:
+        raise UsageError("--target chooses INT8 graphs; add --int8")
+    return asked[0] if asked else "fp32"
 
 
 def default_output(source: str, precision: Precision) -> Path:

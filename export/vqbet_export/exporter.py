@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import msgspec
 import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
+from vqbet_calibration.quantize import Quantization
+from vqbet_calibration.samples import Samples, load_samples
+from vqbet_calibration.targets import TARGETS, Target
 from vqbet_engines.boards import Board, load_board
 from vqbet_engines.suitability import check_graphs
 
@@ -27,6 +30,7 @@ from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    STAGES,
     CropSpec,
     FeatureSpec,
     FileSpec,
@@ -40,12 +44,15 @@ from vqbet_edge.manifest import (
 )
 from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.model.config import ACTION_KEY, STATE_KEY, Feature
+from vqbet_edge.normalization import Affine
 from vqbet_edge.safetensors import read_safetensors
 from vqbet_export.graph import export_graph
-from vqbet_export.metrics import LIMITS, Verification
-from vqbet_export.observations import dataset_segments, random_segments
+from vqbet_export.metrics import LIMITS, Verification, summarize
+from vqbet_export.observations import Segment, dataset_segments, random_segments
 from vqbet_export.publishing import publish
+from vqbet_export.quantization import quantize_bundle, verification_segments
 from vqbet_export.report import report_data, report_markdown
+from vqbet_export.sensitivity import CHART_NAME, sensitivity_chart
 from vqbet_export.stages import (
     CachedGptStage,
     CodeHeadsStage,
@@ -72,12 +79,15 @@ class ExportConfig:
     Attributes:
         checkpoint: a model.safetensors, its directory, or a Hub repository id.
         output: the bundle's directory.
-        precision: of convolutions and matrix products.
+        precision: of convolutions and matrix products; INT8 needs `calibration_data`.
         batch_size: robots that one bundle serves at once.
         verify_data: a LeRobot data set to verify on, besides random observations.
         verify_steps: observations of each kind to verify on.
         board: name of a board profile whose TensorRT the graphs must suit.
         force: replace an existing bundle.
+        calibration_data: a LeRobot data set or a folder of recordings, for INT8.
+        calibration_steps: observations to sample from it.
+        targets: whom to quantise for; the others get float16.
     """
 
     checkpoint: str
@@ -88,6 +98,9 @@ class ExportConfig:
     verify_steps: int = 128
     board: str | None = None
     force: bool = False
+    calibration_data: str | None = None
+    calibration_steps: int = 512
+    targets: tuple[Target, ...] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -112,35 +125,88 @@ def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: Non
         DiskError: the bundle cannot be written.
     """
     _check_output(config)
+    _check_calibration(config)
     board = None if config.board is None else load_board(config.board)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
-    contents: dict[str, bytes] = {RUNTIME_NAME: save(_runtime_arrays(checkpoint))}
-    stages: dict[StageName, StageSpec] = {}
-    for name, stage in _stages(checkpoint, config).items():
-        progress(f"exporting {name}")
-        graph, spec = stage.export(name, config.precision)
-        contents[spec.file], stages[name] = graph, spec
-    progress("exporting gpt for the CPU")
-    graph, cpu_gpt = _cached_gpt(checkpoint, config).export("gpt_cached", config.precision)
-    contents[cpu_gpt.file] = graph
+    draft = _draft(checkpoint, config, progress)
     notes: tuple[str, ...] = ()
     if board is not None:
         progress(f"building for {board.name}")
-        notes = _check_board(board, {name: contents[spec.file] for name, spec in stages.items()})
-    manifest = _manifest(checkpoint, config, stages, {"gpt": cpu_gpt})
-    draft = _bundle(manifest, contents, config.output)
+        notes = _check_board(board, {name: draft.bundle.graph(name) for name in STAGES})
     results = _verify(draft, checkpoint, config, progress)
     progress("writing the bundle")
-    # The last set is the real one, if there is one.
-    verified = msgspec.structs.replace(draft.manifest, verification=results[-1].summary())
-    report = report_data(verified, config.precision, LIMITS[config.precision], results)
+    manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summarize(results))
+    report = report_data(manifest, config.precision, LIMITS[config.precision], results)
     report["board_notes"] = list(notes)
-    sizes: dict[str, int] = {name: len(contents[spec.file]) for name, spec in stages.items()}
+    report["quantization"] = [found.report() for found in draft.quantizations]
+    contents = dict(draft.bundle.contents)
+    if draft.quantizations:
+        contents[CHART_NAME] = sensitivity_chart(report["quantization"])
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)
-    contents["report.md"] = report_markdown(report, sizes).encode()
-    publish(config.output, contents, msgspec.structs.replace(verified, files=_file_specs(contents)))
+    contents["report.md"] = report_markdown(report, _sizes(draft.bundle)).encode()
+    publish(config.output, contents, msgspec.structs.replace(manifest, files=_file_specs(contents)))
     return ExportResult(config.output, report)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A bundle to be verified; for INT8, with how it was quantised and on what."""
+
+    bundle: Bundle
+    samples: Samples | None = None
+    quantizations: tuple[Quantization, ...] = ()
+
+
+def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]) -> _Draft:
+    if config.calibration_data is None:
+        return _Draft(_floating(checkpoint, config, progress))
+    floating = _floating(checkpoint, replace(config, precision="fp32"), progress)
+    progress(f"reading {config.calibration_data}")
+    manifest = floating.manifest
+    scaling = Affine.from_arrays(floating.arrays, "state", manifest.state_dim)
+    samples = load_samples(config.calibration_data, manifest, scaling, config.calibration_steps)
+    half = _floating(checkpoint, replace(config, precision="fp16"), progress)
+    found = quantize_bundle(floating, half, samples, config.targets, progress)
+    return _Draft(found.bundle, samples, found.quantizations)
+
+
+def _floating(
+    checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
+) -> Bundle:
+    """All graphs in one floating-point precision."""
+    precision = config.precision
+    contents: dict[str, bytes] = {RUNTIME_NAME: save(_runtime_arrays(checkpoint))}
+    stages: dict[StageName, StageSpec] = {}
+    for name, stage in _stages(checkpoint, config).items():
+        progress(f"exporting {name} in {precision}")
+        graph, spec = stage.export(name, precision)
+        contents[spec.file], stages[name] = graph, spec
+    progress(f"exporting gpt for the CPU in {precision}")
+    graph, cpu_gpt = _cached_gpt(checkpoint, config).export("gpt_cached", precision)
+    contents[cpu_gpt.file] = graph
+    manifest = _manifest(checkpoint, config, stages, {"gpt": cpu_gpt})
+    return _bundle(manifest, contents, config.output)
+
+
+def _sizes(bundle: Bundle) -> dict[Target | None, dict[StageName, int]]:
+    """Bytes of every graph, for reports on the portable and on the CPU's ones."""
+    portable = {name: len(bundle.graph(name)) for name in STAGES}
+    cpu = {name: len(bundle.contents[bundle.cpu_stage(name).file]) for name in STAGES}
+    return {None: portable, "tensorrt": portable, "cpu": cpu}
+
+
+def _check_calibration(config: ExportConfig) -> None:
+    if config.precision == "int8" and config.calibration_data is None:
+        raise UsageError(
+            "--int8 needs observations to calibrate on: pass --calibration-data with the data set "
+            "that the policy was trained on (a folder in LeRobot's format or a Hub id), or with a "
+            "folder of what the robot saw, recorded on it in FP16 or FP32 by "
+            "`with policy.record(folder): ...`. Random numbers would not do: they give ranges "
+            "that a camera never fills"
+        )
+    if config.precision != "int8" and config.calibration_data is not None:
+        raise UsageError("--calibration-data is for --int8; add it, or verify with --verify-data")
 
 
 def _check_output(config: ExportConfig) -> None:
@@ -270,6 +336,7 @@ def _manifest(
         cpu_stages=cpu_stages,
         files={},
         verification=None,
+        calibration=None,
         source=SourceSpec(name=checkpoint.name, sha256=checkpoint.sha256, era=checkpoint.era.value),
         tools={
             "python": platform.python_version(),
@@ -310,16 +377,22 @@ def _bundle(manifest: Manifest, contents: dict[str, bytes], path: Path) -> Bundl
 
 
 def _verify(
-    bundle: Bundle, checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
+    draft: _Draft, checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
 ) -> list[Verification]:
     steps, batch = config.verify_steps, config.batch_size
+    sets: dict[str, list[Segment]] = {}
+    if draft.samples is None:
+        sets["random"] = random_segments(checkpoint, steps, batch)
+    else:  # noise is outside the calibrated ranges
+        sets["held-out"] = verification_segments(draft.samples, batch)
+    if config.verify_data is not None:
+        sets["real"] = dataset_segments(checkpoint, config.verify_data, steps, batch)
+    targets = (None,) if draft.samples is None else TARGETS
+    results = []
     try:
-        progress("verifying on random observations")
-        results = [verify(bundle, checkpoint, random_segments(checkpoint, steps, batch), "random")]
-        if config.verify_data is not None:
-            progress(f"verifying on {config.verify_data}")
-            segments = dataset_segments(checkpoint, config.verify_data, steps, batch)
-            results.append(verify(bundle, checkpoint, segments, "real"))
+        for name, segments in sets.items():
+            progress(f"verifying on {name} observations")
+            results += [verify(draft.bundle, checkpoint, segments, name, t) for t in targets]
     except NonFiniteError as error:
         raise VerificationError(
             f"the {config.precision} graphs overflow, nothing was published: {error}"

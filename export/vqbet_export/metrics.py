@@ -1,11 +1,12 @@
 """How far an export may be, and is, from the policy in PyTorch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from vqbet_calibration.targets import Target
 
 from vqbet_edge.manifest import Precision, StageName, VerificationSpec
 
@@ -33,6 +34,7 @@ class Limits:
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(relative_error=1e-4, probability_error=1e-3),
     "fp16": Limits(cosine=0.999, code_agreement=0.99),
+    "int8": Limits(cosine=0.99, code_agreement=0.97),
 }
 
 
@@ -83,22 +85,19 @@ class PolicyResult:
 
 @dataclass(frozen=True)
 class Verification:
-    """Results on one set of observations, "random" or a data set's name."""
+    """Results on one set of observations.
+
+    Attributes:
+        observations: "random" or what else they are.
+        samples: how many.
+        target: whose graphs ran where the bundle has two kinds, "tensorrt" or "cpu".
+    """
 
     observations: str
     samples: int
     stages: dict[StageName, StageResult]
     policy: PolicyResult
-
-    def summary(self) -> VerificationSpec:
-        """What the manifest says of it."""
-        return VerificationSpec(
-            observations="random" if self.observations == "random" else "dataset",
-            samples=self.samples,
-            max_action_error=self.policy.action_error,
-            code_agreement=self.policy.code_agreement,
-            min_cosine=min(stage.cosine for stage in self.stages.values()),
-        )
+    target: Target | None = None
 
     def violations(self, limits: Limits) -> list[str]:
         """What breaks the limits, one line each."""
@@ -111,7 +110,20 @@ class Verification:
         for name, stage in self.stages.items():
             found += _above(f"{name}: relative error", stage.relative_error, limits.relative_error)
             found += _below(f"{name}: cosine", stage.cosine, limits.cosine)
-        return [f"{line} ({self.observations} observations)" for line in found]
+        graphs = "" if self.target is None else f", graphs for {self.target}"
+        return [f"{line} ({self.observations} observations{graphs})" for line in found]
+
+
+def summarize(results: Sequence[Verification]) -> VerificationSpec:
+    """What the manifest says: of the last observations, the worst of each measure."""
+    same = [result for result in results if result.observations == results[-1].observations]
+    return VerificationSpec(
+        observations="random" if same[0].observations == "random" else "dataset",
+        samples=same[0].samples,
+        max_action_error=max(result.policy.action_error for result in same),
+        code_agreement=min(result.policy.code_agreement for result in same),
+        min_cosine=min(stage.cosine for result in same for stage in result.stages.values()),
+    )
 
 
 def _above(what: str, value: float, limit: float | None) -> list[str]:

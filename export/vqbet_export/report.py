@@ -5,9 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
+from vqbet_calibration.targets import Target
 
-from vqbet_edge.manifest import Manifest, Precision
+from vqbet_edge.manifest import Manifest, Precision, StageName
 from vqbet_export.metrics import Limits, Verification
+from vqbet_export.sensitivity import quantization_markdown
 
 
 def report_data(
@@ -23,8 +25,10 @@ def report_data(
     }
 
 
-def report_markdown(data: Mapping[str, Any], bytes_by_stage: Mapping[str, int]) -> str:
-    """The report as Markdown tables."""
+def report_markdown(
+    data: Mapping[str, Any], sizes: Mapping[Target | None, Mapping[StageName, int]]
+) -> str:
+    """The report as Markdown tables; `sizes` has the bytes of every graph by target."""
     source = data["source"]
     lines = [
         f"# Verification of {source['name']}",
@@ -33,11 +37,14 @@ def report_markdown(data: Mapping[str, Any], bytes_by_stage: Mapping[str, int]) 
         f"The checkpoint is of era {source['era']} and has SHA-256 `{source['sha256']}`.",
     ]
     for result in data["results"]:
-        lines += ["", f"## On {result['samples']} {result['observations']} observations", ""]
-        lines += _stage_table(result["stages"], bytes_by_stage)
+        target = result["target"]
+        graphs = "" if target is None else f", graphs for {target}"
+        heading = f"## On {result['samples']} {result['observations']} observations{graphs}"
+        lines += ["", heading, "", *_stage_table(result["stages"], sizes[target])]
         lines += ["", *_policy_table(result["policy"])]
     limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
     lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]
+    lines += quantization_markdown(data["quantization"])
     if data["board_notes"]:
         lines += ["", "## Board", "", *(f"- {note}" for note in data["board_notes"])]
     lines += ["", "## Made with", "", *(f"- {k} {v}" for k, v in data["tools"].items()), ""]
@@ -45,7 +52,7 @@ def report_markdown(data: Mapping[str, Any], bytes_by_stage: Mapping[str, int]) 
 
 
 def _stage_table(
-    stages: Mapping[str, Mapping[str, float]], bytes_by_stage: Mapping[str, int]
+    stages: Mapping[StageName, Mapping[str, float]], bytes_by_stage: Mapping[StageName, int]
 ) -> list[str]:
     return [
         "| stage | MB | largest error | relative error | smallest cosine |",

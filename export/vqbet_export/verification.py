@@ -7,8 +7,8 @@ with the reference's codes forced, so that normalisation, window, table and fusi
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
+from vqbet_calibration.targets import Target
 
 from vqbet_edge.backends import create_backend
 from vqbet_edge.bundle import SECONDARY_COLUMNS, Bundle
@@ -18,6 +18,7 @@ from vqbet_edge.model.config import STATE_KEY
 from vqbet_edge.policy import EdgePolicy
 from vqbet_export.metrics import PolicyResult, StageResult, Verification
 from vqbet_export.observations import Segment
+from vqbet_export.portable import PortableBackend, StageSession
 from vqbet_export.reference import ReferenceRun, run_reference
 from vqbet_export.stages import decode_table
 
@@ -28,7 +29,11 @@ MAX_DECODED_PAIRS = 4096
 
 
 def verify(
-    bundle: Bundle, checkpoint: Checkpoint, segments: list[Segment], name: str
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    segments: list[Segment],
+    name: str,
+    target: Target | None = None,
 ) -> Verification:
     """Compare a bundle with its checkpoint.
 
@@ -37,38 +42,27 @@ def verify(
         checkpoint: what it was exported from.
         segments: the observations to compare on.
         name: what to call them in the report.
+        target: whose graphs to run, stage by stage and end to end; None takes the portable ones
+            for the first and the CPU's for the second.
     """
     runs = [run_reference(checkpoint, segment) for segment in segments]
     return Verification(
         observations=name,
         samples=sum(run.codes.shape[0] * run.codes.shape[1] for run in runs),
-        stages=_verify_stages(bundle, checkpoint, segments, runs),
-        policy=_verify_policy(bundle, checkpoint, segments, runs),
+        stages=_verify_stages(bundle, checkpoint, segments, runs, target),
+        policy=_verify_policy(bundle, checkpoint, segments, runs, target),
+        target=target,
     )
 
 
-class _Session:
-    """One graph of the bundle in ONNX Runtime, fed by position."""
-
-    def __init__(self, bundle: Bundle, stage: StageName) -> None:
-        self._names = [tensor.name for tensor in bundle.manifest.stages[stage].inputs]
-        options = onnxruntime.SessionOptions()
-        # PyTorch computes the reference in between; spinning threads would take its cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            bundle.graph(stage), options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
-
-    def run(self, *inputs: Array) -> list[Array]:
-        feed = dict(zip(self._names, map(np.ascontiguousarray, inputs), strict=True))
-        outputs: list[Array] = self._session.run(None, feed)
-        return outputs
-
-
 def _verify_stages(
-    bundle: Bundle, checkpoint: Checkpoint, segments: list[Segment], runs: list[ReferenceRun]
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    segments: list[Segment],
+    runs: list[ReferenceRun],
+    target: Target | None,
 ) -> dict[StageName, StageResult]:
-    encoder, gpt = _Session(bundle, "vision_encoder"), _Session(bundle, "gpt")
+    encoder, gpt = (StageSession(bundle, name, target) for name in ("vision_encoder", "gpt"))
     tokens, features = [], []
     for segment, run in zip(segments, runs, strict=True):
         tokens += [encoder.run(_cropped(bundle, frames))[0] for frames in segment.frames]
@@ -77,7 +71,7 @@ def _verify_stages(
     return {
         "vision_encoder": _compare(tokens, [run.frame_tokens for run in runs]),
         "gpt": _compare(features, [run.features for run in runs]),
-        "code_heads": _verify_heads(bundle, runs),
+        "code_heads": _verify_heads(bundle, runs, target),
         "rvq_decoder": _verify_decoder(bundle, checkpoint),
     }
 
@@ -95,8 +89,8 @@ def _compare(outputs: list[Array], references: list[Array]) -> StageResult:
     )
 
 
-def _verify_heads(bundle: Bundle, runs: list[ReferenceRun]) -> StageResult:
-    heads = _Session(bundle, "code_heads")
+def _verify_heads(bundle: Bundle, runs: list[ReferenceRun], target: Target | None) -> StageResult:
+    heads = StageSession(bundle, "code_heads", target)
     logits, offsets = [], []
     for run in runs:
         for feature, codes in zip(run.features, run.codes, strict=True):
@@ -114,7 +108,7 @@ def _verify_heads(bundle: Bundle, runs: list[ReferenceRun]) -> StageResult:
 
 
 def _verify_decoder(bundle: Bundle, checkpoint: Checkpoint) -> StageResult:
-    decoder, batch = _Session(bundle, "rvq_decoder"), bundle.manifest.batch_size
+    decoder, batch = StageSession(bundle, "rvq_decoder"), bundle.manifest.batch_size
     size = checkpoint.config.vqvae_n_embed
     pairs = np.linspace(0, size**2 - 1, min(size**2, MAX_DECODED_PAIRS)).astype(np.int64)
     codes = np.stack(np.divmod(np.resize(pairs, -(-len(pairs) // batch) * batch), size), axis=1)
@@ -124,9 +118,15 @@ def _verify_decoder(bundle: Bundle, checkpoint: Checkpoint) -> StageResult:
 
 
 def _verify_policy(
-    bundle: Bundle, checkpoint: Checkpoint, segments: list[Segment], runs: list[ReferenceRun]
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    segments: list[Segment],
+    runs: list[ReferenceRun],
+    target: Target | None,
 ) -> PolicyResult:
-    policy = EdgePolicy(bundle, create_backend("onnxruntime", bundle))
+    portable = target == "tensorrt"
+    backend = PortableBackend(bundle) if portable else create_backend("onnxruntime", bundle)
+    policy = EdgePolicy(bundle, backend)
     chunks, probabilities = [], []
     for segment, run in zip(segments, runs, strict=True):
         policy.reset()

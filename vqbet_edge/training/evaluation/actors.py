@@ -57,23 +57,30 @@ def load_actor(source: str, slots: int, options: ActorOptions) -> Actor:
         BundleError: the bundle is not whole.
     """
     if (Path(source) / "manifest.json").is_file():
-        return BundleActor(source, slots, options)
+        return BundleActor.load(source, slots, options)
     return TorchActor(load_checkpoint(source), slots, options)
 
 
 class BundleActor:
     """A bundle on any backend; every slot has a policy of its own."""
 
-    def __init__(self, source: str, slots: int, options: ActorOptions) -> None:
-        self._policies = [
-            EdgePolicy.load(
-                source,
-                options.backend,
-                temperature=options.temperature,
-                replan_every=options.replan_every,
-            )
-            for _ in range(slots)
-        ]
+    def __init__(self, policies: Sequence[EdgePolicy]) -> None:
+        self._policies = policies
+
+    @classmethod
+    def load(cls, source: str, slots: int, options: ActorOptions) -> "BundleActor":
+        """Open a bundle once per slot."""
+        return cls(
+            [
+                EdgePolicy.load(
+                    source,
+                    options.backend,
+                    temperature=options.temperature,
+                    replan_every=options.replan_every,
+                )
+                for _ in range(slots)
+            ]
+        )
 
     def reset(self, slot: int, seed: int) -> None:
         """See `Actor`."""

@@ -1,0 +1,125 @@
+"""Where samples come from, how they are spread, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from int8 import PUSHT, samples_for
+
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.errors import DatasetError
+from vqbet_edge.recording import Recorder
+
+IMAGE, STATE = "observation.image", "observation.state"
+
+
+def record(bundle: Bundle, folder: Path, frames: Any, states: Any) -> Path:
+    """A recording of one episode, unchecked."""
+    recorder = Recorder(bundle.manifest, folder, 1 << 30)
+    for frame, state in zip(frames, states, strict=True):
+        recorder.append({IMAGE: frame, STATE: state})
+    recorder.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def episode() -> dict[str, Any]:
+    return LeRobotDataset.open(PUSHT).episode(0)
+
+
+def test_samples_are_spread(floating: Bundle) -> None:
+    samples = samples_for(floating, PUSHT, 160)
+    assert samples.observations == 160
+    pieces = [*samples.calibration, *samples.held_out, *samples.verification]
+    assert {piece.episode for piece in pieces} == {0, 1, 2, 3}
+    starts = sorted(piece.start for piece in pieces if piece.episode == 0)
+    assert len(starts) >= 2
+    assert starts[-1] - starts[0] > 16
+    dataset = LeRobotDataset.open(PUSHT)
+    for piece in pieces:
+        wanted = dataset.episode(piece.episode)
+        rows = slice(piece.start, piece.start + 16)
+        np.testing.assert_array_equal(piece.frames[:, 0], wanted[IMAGE][rows])
+        np.testing.assert_array_equal(piece.states, wanted[STATE][rows])
+
+
+def test_every_part_has_episodes_of_its_own(floating: Bundle) -> None:
+    samples = samples_for(floating, PUSHT, 160)
+    parts = [samples.calibration, samples.held_out, samples.verification]
+    episodes = [{piece.episode for piece in part} for part in parts]
+    assert sum(map(len, episodes)) == len(set.union(*episodes)) == 4
+
+
+def test_the_digest_names_the_samples(floating: Bundle) -> None:
+    digests = [samples_for(floating, PUSHT, steps).digest for steps in (64, 64, 80)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_recording_does_as_well(
+    floating: Bundle, tmp_path: Path, episode: dict[str, Any]
+) -> None:
+    """Of one long episode, the last quarter is for verifying."""
+    folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
+    samples = samples_for(floating, folder)
+    assert samples.observations == 64
+    seen = (*samples.calibration, *samples.held_out)
+    last_seen = max(piece.start for piece in seen) + 16
+    for piece in samples.verification:
+        assert piece.start >= last_seen
+        np.testing.assert_array_equal(piece.states, episode[STATE][piece.start : piece.start + 16])
+
+
+def test_too_few_samples(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
+    folder = record(floating, tmp_path / "seen", episode[IMAGE][:40], episode[STATE][:40])
+    with pytest.raises(DatasetError, match=r"at least 64, .*record more with policy\.record"):
+        samples_for(floating, folder)
+
+
+def test_constant_frames(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
+    frozen = np.repeat(episode[IMAGE][:1], len(episode[IMAGE]), axis=0)
+    folder = record(floating, tmp_path / "seen", frozen, episode[STATE])
+    with pytest.raises(DatasetError, match=f"'{IMAGE}' are the same.*covered or disconnected"):
+        samples_for(floating, folder)
+
+
+def test_nan(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
+    states = episode[STATE].copy()
+    states[5:, 1] = np.nan
+    folder = record(floating, tmp_path / "seen", episode[IMAGE], states)
+    with pytest.raises(DatasetError, match="episode 0, step 5 is not finite"):
+        samples_for(floating, folder)
+
+
+@pytest.mark.parametrize("key", [IMAGE, STATE])
+def test_wrong_shapes(floating: Bundle, tmp_path: Path, episode: dict[str, Any], key: str) -> None:
+    wrong = dict(episode)
+    wrong[key] = wrong[key][:, :64] if key == IMAGE else wrong[key][:, :1]
+    folder = record(floating, tmp_path / "seen", wrong[IMAGE], wrong[STATE])
+    with pytest.raises(DatasetError, match=f"observes '{key}' of shape .*own robot"):
+        samples_for(floating, folder)
+
+
+def test_another_robots_state(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
+    """The right shape, but radians where the policy was trained on pixels."""
+    foreign = episode[STATE] * 30 + 9000
+    folder = record(floating, tmp_path / "seen", episode[IMAGE], foreign)
+    with pytest.raises(DatasetError, match="looks like another robot's: element"):
+        samples_for(floating, folder)
+
+
+def test_missing_features(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
+    folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"observation.state", b"observation.stale"))
+    with pytest.raises(DatasetError, match=r"lack \['observation.state'\]"):
+        samples_for(floating, folder)
+
+
+def test_a_damaged_recording(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
+    folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
+    path = next(folder.iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DatasetError, match=r"cannot be read.*record again"):
+        samples_for(floating, folder)

@@ -1,0 +1,241 @@
+"""`vqbet-export --int8` as a person runs it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import int8
+import numpy as np
+import onnx
+import pytest
+from vqbet_calibration.quantize import Goal, Quantization, quantize
+from vqbet_calibration.ranges import METHODS
+from vqbet_export import cli
+from vqbet_export.portable import PortableBackend
+from vqbet_export.quantization import quantize_bundle
+from vqbet_export.sensitivity import CHART_NAME
+from workshop import Workshop
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.bundle import Bundle
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.errors import VerificationError
+
+STEPS = 128
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command's exit code."""
+    monkeypatch.setattr(sys, "argv", ["vqbet-export", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("VQBET_EDGE_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workshop: Workshop) -> Path:
+    return workshop.checkpoint(int8.CASE)[1]
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An INT8 bundle for both targets."""
+    bundle = tmp_path_factory.mktemp("int8") / "pusht-int8.bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VQBET_EDGE_CACHE", str(cache))
+        arguments = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", str(STEPS)]
+        assert run(patch, str(checkpoint), "--int8", *arguments, "-o", str(bundle)) == 0
+    return bundle
+
+
+def test_without_data_it_says_how_to_get_some(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, checkpoint: Path
+) -> None:
+    assert run(monkeypatch, str(checkpoint), "--int8") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    for word in ("--calibration-data", "trained on", "policy.record(folder)", "Random numbers"):
+        assert word in said
+    assert not list(cwd.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--int8", "--fp16"], "--fp16 and --int8 exclude each other"),
+        (["--target", "cpu"], "add --int8"),
+        (["--fp16", "--calibration-data", "x"], "--calibration-data is for --int8"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    cwd: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    checkpoint: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, str(checkpoint), *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(cwd.iterdir())
+
+
+def operators(graph: bytes) -> set[str]:
+    return {node.op_type for node in onnx.load_from_string(graph).graph.node}
+
+
+def test_both_kinds_of_graph_are_in_one_bundle(exported: Path) -> None:
+    """TensorRT's are signed with float16 around, the CPU's unsigned and dynamic with float32."""
+    bundle = Bundle.open(exported)
+    manifest = bundle.manifest
+    for stage in ("vision_encoder", "gpt"):
+        assert manifest.stages[stage].precision == manifest.cpu_stages[stage].precision == "int8"
+        assert "QuantizeLinear" in operators(bundle.graph(stage))
+    cpu_encoder, cpu_gpt = (
+        bundle.contents[bundle.cpu_stage(stage).file] for stage in ("vision_encoder", "gpt")
+    )
+    assert "QuantizeLinear" in operators(cpu_encoder)
+    assert "MatMulInteger" in operators(cpu_gpt)
+    assert manifest.stages["code_heads"].precision == "fp16"
+    assert manifest.cpu_stages["code_heads"].precision == "fp32"
+
+
+def test_the_samples_are_recorded_by_digest(exported: Path) -> None:
+    calibration = Bundle.open(exported).manifest.calibration
+    assert calibration is not None
+    assert calibration.observations == STEPS
+    samples = int8.samples_for(Bundle.open(exported), int8.PUSHT, STEPS)
+    assert calibration.sha256 == samples.digest
+
+
+def test_both_kinds_are_verified_on_other_episodes(exported: Path) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    results = report["results"]
+    assert [(r["observations"], r["target"]) for r in results] == [
+        ("held-out", "tensorrt"), ("held-out", "cpu"),
+    ]  # fmt: skip
+    for result in results:
+        assert min(stage["cosine"] for stage in result["stages"].values()) >= 0.99
+        assert result["policy"]["code_agreement"] >= 0.97
+    assert report["limits"]["cosine"] == 0.99
+
+
+def test_the_report_says_what_every_layer_cost(exported: Path) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    for found in report["quantization"]:
+        layers = {(entry["stage"], entry["layer"]) for entry in found["ranking"]}
+        assert ("vision_encoder", "backbone.0") in layers
+        assert ("gpt", "blocks.0.query") in layers
+        assert ("gpt", "lm_head") in layers
+        damage = [
+            e["outcome"]["action_error"] + e["outcome"]["total_variation"] for e in found["ranking"]
+        ]
+        assert damage == sorted(damage, reverse=True)
+        assert damage[0] > 0
+        assert "gpt.lm_head" in found["kept"]
+        assert set(found["by_method"]["vision_encoder"]) == set(METHODS)
+    markdown = (exported / "report.md").read_text()
+    assert "## INT8 for tensorrt" in markdown
+    assert "| gpt.lm_head (kept) |" in markdown
+    assert (exported / CHART_NAME).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bundle_acts(exported: Path) -> None:
+    """Greedily and end to end, near what it does in float32; on both kinds of graph."""
+    bundle = Bundle.open(exported)
+    episode = LeRobotDataset.open(int8.PUSHT).episode(1)
+    policies = [
+        EdgePolicy.load(exported, "onnxruntime", temperature=0),
+        EdgePolicy(bundle, PortableBackend(bundle), temperature=0),
+    ]
+    chunks = []
+    for policy in policies:
+        for step in range(6):
+            frame, state = episode["observation.image"][step], episode["observation.state"][step]
+            observation = {"observation.image": frame, "observation.state": state}
+            chunks.append(policy.act_chunk(observation, codes=(1, 2)))
+    span = np.abs(chunks).max()
+    np.testing.assert_allclose(chunks[:6], chunks[6:], atol=0.02 * span)
+
+
+@pytest.fixture(scope="module")
+def floating(workshop: Workshop) -> Bundle:
+    return Bundle.open(workshop.bundle(int8.CASE, "fp32").bundle)
+
+
+def test_one_target_alone_leaves_the_other_in_float16(
+    floating: Bundle, workshop: Workshop, exported: Path, cache: Path
+) -> None:
+    """And the sensitivity comes from the cache."""
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("sensitivity-*")}
+    assert len(before) == 2
+    half = Bundle.open(workshop.bundle(int8.CASE, "fp16").bundle)
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
+    said: list[str] = []
+    found = quantize_bundle(floating, half, samples, ("tensorrt",), said.append).bundle
+    assert {p.name: p.stat().st_mtime_ns for p in cache.glob("sensitivity-*")} == before
+    assert not any("sensitivity" in line for line in said)
+    assert {stage.precision for stage in found.manifest.cpu_stages.values()} == {"fp16"}
+    for stage in ("vision_encoder", "gpt"):
+        assert found.graph(stage) == Bundle.open(exported).graph(stage)
+        assert "QuantizeLinear" not in operators(found.contents[found.cpu_stage(stage).file])
+
+
+def test_the_fewest_layers_are_left_out(floating: Bundle, exported: Path) -> None:
+    """A stricter goal keeps the head of the ranking, and one layer fewer misses it."""
+    assert exported.exists()  # the sensitivity is cached
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
+    loose = quantize(floating, samples, "cpu", goal=Goal(cosine=0.5, code_agreement=0))
+    assert loose.kept == ("gpt.lm_head",)
+    strict = Goal(cosine=1 - (1 - min(loose.outcome.cosine.values())) / 2, code_agreement=0)
+    assert not strict.reached(loose.outcome)
+    found: Quantization = quantize(floating, samples, "cpu", goal=strict)
+    assert strict.reached(found.outcome)
+    harmful = [f"{e.stage}.{e.layer}" for e in found.ranking if e.layer != "lm_head"]
+    count = len(found.kept) - 1
+    assert 0 < count < len(harmful)
+    assert found.kept == (*harmful[:count], "gpt.lm_head")
+
+
+def test_a_goal_out_of_reach_is_an_error(floating: Bundle, exported: Path) -> None:
+    assert exported.exists()  # the sensitivity is cached
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
+    with pytest.raises(VerificationError, match="export with --fp16, or calibrate on more"):
+        quantize(floating, samples, "cpu", goal=Goal(cosine=1.1))
+
+
+def test_precisions_side_by_side(
+    workshop: Workshop, checkpoint: Path, exported: Path, tmp_path: Path
+) -> None:
+    from vqbet_bench import quantization
+
+    floating = workshop.bundle(int8.CASE, "fp32").bundle
+    config = quantization.Config(
+        str(checkpoint), (floating, exported), str(int8.PUSHT), tmp_path, steps=64
+    )
+    rows = quantization.measure(config)
+    name = floating.name.removesuffix(".bundle")
+    assert [row.name for row in rows] == [name, "pusht-int8 (tensorrt)", "pusht-int8 (cpu)"]
+    first, *others = (row.verification.policy for row in rows)
+    for row, policy in zip(rows[1:], others, strict=True):
+        assert row.megabytes < rows[0].megabytes / 2
+        assert first.total_variation < 1e-4 < policy.total_variation
+        assert first.action_error < policy.action_error
+    lines = [line.split("|")[1:-1] for line in quantization.markdown(config, rows).splitlines()]
+    cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if line}
+    assert cells["code agreement"][0] == "100.00%"
+    assert len(cells["size, MB"]) == 3
+    quantization.chart(rows, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
