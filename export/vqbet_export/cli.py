@@ -9,6 +9,7 @@ import msgspec
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 
 from vqbet_edge import commands
 from vqbet_edge.errors import UsageError
@@ -46,11 +47,11 @@ class Arguments:
 
 def main() -> None:
     """Entry point."""
+    commands.run(_export)
+
+
+def _export() -> None:
     arguments = tyro.cli(Arguments, prog="vqbet-export")
-    commands.run(lambda: _export(arguments))
-
-
-def _export(arguments: Arguments) -> None:
     # Heavy, and not needed for --help.
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
 
@@ -71,13 +72,13 @@ def _export(arguments: Arguments) -> None:
                 board=arguments.board,
                 force=arguments.force,
             ),
-            progress=lambda text: status.update(f"{text} ..."),
+            progress=lambda text: status.update(f"{escape(text)} ..."),
         )
     if arguments.json:
         sys.stdout.buffer.write(msgspec.json.encode(result.report) + b"\n")
         return
     report = (result.path / "report.md").read_text()
-    Console().print(Markdown(report), f"\n[bold]{result.path}[/bold]")
+    Console().print(Markdown(report), f"\n[bold]{escape(str(result.path))}[/bold]")
 
 
 def _precision(arguments: Arguments) -> Precision:
