@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable  # noqa: TC003
 from pathlib import Path
 from typing import Any
 

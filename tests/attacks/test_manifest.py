@@ -51,8 +51,7 @@ def decoded(data: bytes) -> Manifest | None:
     try:
         with one_second():
             manifest = decode_manifest(data)
-    except BundleError as error:
-        assert len(str(error)) < 20_000
+    except BundleError:
         return None
     assert encode_manifest(manifest) == data
     return manifest

@@ -23,7 +23,7 @@ _WATCHING = False
 
 def _audit(event: str, arguments: tuple[object, ...]) -> None:
     if _WATCHING and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        _OPENED.append(os.path.abspath(os.fsdecode(arguments[0])))
+        _OPENED.append(os.path.abspath(os.fsdecode(arguments[0])))  # noqa: PTH100 - links stay
 
 
 @contextmanager
@@ -86,9 +86,9 @@ NAMES = {
     "trailing dot": "gpt.onnx.",
     "trailing space": "gpt.onnx ",
     "upper case": "GPT.onnx",
-    "full-width letters": "ｇpt.onnx",
-    "dotless i": "vısion_encoder.onnx",
-    "long s": "viſion_encoder.onnx",
+    "full-width letters": "\uff47pt.onnx",
+    "dotless i": "v\u0131sion_encoder.onnx",
+    "long s": "vi\u017fion_encoder.onnx",
     "right to left": "gpt\u202e.onnx",
     "alternate stream": "gpt.onnx:secret",
     "device": "/dev/stdin",
@@ -121,7 +121,7 @@ def _fifo(path: Path) -> None:
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         # A socket's name has a hundred bytes at the most.
-        here = os.getcwd()
+        here = Path.cwd()
         os.chdir(path.parent)
         try:
             listener.bind(path.name)

@@ -1,0 +1,5 @@
+"""What stands between a network and a moving arm; `Guards` says how."""
+
+from vqbet_edge.guards.config import Guards, OnLate
+
+__all__ = ["Guards", "OnLate"]
