@@ -18,6 +18,7 @@ from vqbet_edge.manifest import (
     FileSpec,
     Manifest,
     StageName,
+    StageSpec,
     decode_manifest,
 )
 from vqbet_edge.safetensors import read_safetensors
@@ -26,6 +27,7 @@ RUNTIME_NAME = "runtime.safetensors"
 # Arrays of runtime.safetensors; docs/bundle.md gives their shapes.
 DECODE_TABLE = "decode_table"
 SECONDARY_COLUMNS = "secondary_columns"
+TOKEN_CONSTANTS, CAUSAL_MASK = "token_constants", "causal_mask"
 # A graph with external data must spell this key somewhere; protobuf stores strings verbatim.
 _EXTERNAL_DATA_KEY = b"location"
 # ONNX Runtime recognises its own format by these bytes, and checks it less than it checks ONNX.
@@ -64,7 +66,7 @@ class Bundle:
             )
         manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES))
         contents = {name: _read_checked(root / name, spec) for name, spec in manifest.files.items()}
-        for stage in manifest.stages.values():
+        for stage in (*manifest.stages.values(), *manifest.cpu_stages.values()):
             _check_graph(stage.file, contents[stage.file])
         arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)
         return cls(path=root, manifest=manifest, contents=contents, arrays=arrays)
@@ -76,8 +78,26 @@ class Bundle:
         return tuple(name for name in STAGES if not (tabulated and name == "rvq_decoder"))
 
     def graph(self, stage: StageName) -> bytes:
-        """The ONNX file of a stage."""
+        """The portable ONNX file of a stage."""
         return self.contents[self.manifest.stages[stage].file]
+
+    def cpu_stage(self, stage: StageName) -> StageSpec:
+        """The graph of a stage that CPU backends take."""
+        return self.manifest.cpu_stages.get(stage) or self.manifest.stages[stage]
+
+    def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """An array of runtime.safetensors.
+
+        Raises:
+            BundleError: it is missing, has another shape or is not finite.
+        """
+        array = self.arrays.get(name)
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise BundleError(
+                f"the bundle lacks the array '{name}' of shape {shape} with finite values; "
+                "export again"
+            )
+        return array
 
 
 def _check_graph(name: str, graph: bytes) -> None:

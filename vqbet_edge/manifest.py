@@ -5,7 +5,8 @@ D feature width, C codes per layer.
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -102,7 +103,11 @@ class SourceSpec(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True):
-    """The whole manifest; `stages` has the four graphs, `files` every file but the manifest."""
+    """The whole manifest.
+
+    `stages` has the four portable graphs, `cpu_stages` those that CPU backends take in their place,
+    `files` every file but the manifest.
+    """
 
     format_version: Literal[1]
     batch_size: Positive
@@ -111,6 +116,7 @@ class Manifest(_Strict, frozen=True):
     output_features: dict[Text, FeatureSpec]
     crop: CropSpec
     stages: dict[StageName, StageSpec]
+    cpu_stages: dict[StageName, StageSpec]
     files: dict[FileName, FileSpec]
     verification: VerificationSpec | None
     source: SourceSpec
@@ -178,7 +184,10 @@ def _check_consistency(manifest: Manifest) -> None:
     missing = [name for name in STAGES if name not in manifest.stages]
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the stages {missing}; export again")
-    needed = {"runtime.safetensors", *(stage.file for stage in manifest.stages.values())}
+    if "gpt" not in manifest.cpu_stages:
+        raise BundleError(f"{MANIFEST_NAME} lacks the CPU's gpt; export again")
+    graphs = [*manifest.stages.values(), *manifest.cpu_stages.values()]
+    needed = {"runtime.safetensors", *(stage.file for stage in graphs)}
     if not needed <= manifest.files.keys():
         raise BundleError(
             f"{MANIFEST_NAME} names no digest for {sorted(needed - manifest.files.keys())}; "
@@ -213,14 +222,12 @@ def _check_features(manifest: Manifest) -> None:
 
 def _check_borders(manifest: Manifest) -> None:
     """Graphs that do not fit together would read and write past each other's buffers."""
-    for name, (inputs, outputs) in _expected_borders(manifest).items():
-        stage = manifest.stages[name]
-        if (stage.inputs, stage.outputs) != (inputs, outputs):
-            raise BundleError(
-                f"{MANIFEST_NAME}: expected {name} with {inputs} -> {outputs}, got "
-                f"{stage.inputs} -> {stage.outputs}; export again"
-            )
-    tensors = [t for stage in manifest.stages.values() for t in (*stage.inputs, *stage.outputs)]
+    portable = _expected_borders(manifest)
+    cached = _expected_cached_gpt(manifest)
+    _check_stages(manifest.stages, portable)
+    _check_stages(manifest.cpu_stages, {**portable, "gpt": cached})
+    graphs = [*manifest.stages.values(), *manifest.cpu_stages.values()]
+    tensors = [tensor for stage in graphs for tensor in (*stage.inputs, *stage.outputs)]
     largest = max(math.prod(tensor.shape) for tensor in tensors) * manifest.policy.n_obs_steps
     if largest > MAX_TENSOR_VALUES:
         raise BundleError(
@@ -228,7 +235,28 @@ def _check_borders(manifest: Manifest) -> None:
         )
 
 
-Borders = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+class Borders(NamedTuple):
+    """Inputs and outputs of a stage."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def _check_stages(
+    stages: Mapping[StageName, StageSpec], expected: Mapping[StageName, Borders]
+) -> None:
+    for name, stage in stages.items():
+        have, need = Borders(stage.inputs, stage.outputs), expected[name]
+        if have != need:
+            raise BundleError(
+                f"{MANIFEST_NAME}: expected {name} with {need.inputs} -> {need.outputs}, got "
+                f"{have.inputs} -> {have.outputs}; export again"
+            )
+
+
+def _width(stage: StageSpec) -> int:
+    """A width that is the graphs' own affair, as long as they agree about it."""
+    return next((tensor.shape[-1] for tensor in stage.outputs if tensor.shape), 0)
 
 
 def _expected_borders(manifest: Manifest) -> dict[StageName, Borders]:
@@ -236,11 +264,7 @@ def _expected_borders(manifest: Manifest) -> dict[StageName, Borders]:
     policy, crop, batch = manifest.policy, manifest.crop, manifest.batch_size
     cameras, window = len(manifest.image_keys), policy.n_obs_steps
     codes, chunk = policy.vqvae_n_embed, (policy.action_chunk_size, manifest.action_dim)
-    # Two widths are the graphs' own affair, as long as they agree about them.
-    width, feature = (
-        next((t.shape[-1] for t in manifest.stages[name].outputs if t.shape), 0)
-        for name in ("vision_encoder", "gpt")
-    )
+    width, feature = (_width(manifest.stages[name]) for name in ("vision_encoder", "gpt"))
 
     def floats(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(name, "float32", (batch, *shape))
@@ -253,8 +277,28 @@ def _expected_borders(manifest: Manifest) -> dict[StageName, Borders]:
     logits, offsets = floats("logits", 2, codes), floats("offsets", 2, codes, *chunk)
     pairs = TensorSpec("codes", "int64", (batch, 2))
     return {
-        "vision_encoder": ((frames,), (frame_tokens,)),
-        "gpt": ((image_tokens, states), (features,)),
-        "code_heads": ((features,), (logits, offsets)),
-        "rvq_decoder": ((pairs,), (floats("decoded", *chunk),)),
+        "vision_encoder": Borders((frames,), (frame_tokens,)),
+        "gpt": Borders((image_tokens, states), (features,)),
+        "code_heads": Borders((features,), (logits, offsets)),
+        "rvq_decoder": Borders((pairs,), (floats("decoded", *chunk),)),
     }
+
+
+def _expected_cached_gpt(manifest: Manifest) -> Borders:
+    """The CPU's GPT; every axis of steps or tokens is given at its longest."""
+    window, per_step = manifest.policy.n_obs_steps, len(manifest.image_keys) + 2
+    plain = _expected_borders(manifest)["gpt"]
+    width, tokens = plain.inputs[0].shape[-1], window * per_step
+    declared = manifest.cpu_stages["gpt"].outputs[-1].shape if manifest.cpu_stages else ()
+    # How many blocks and heads there are is the graph's own affair.
+    blocks, heads = (declared[0], declared[2]) if len(declared) == 5 else (0, 1)
+    known = (blocks, manifest.batch_size, heads, tokens, width // heads)
+    return Borders(
+        (
+            *plain.inputs,
+            TensorSpec("constants", "float32", (window, per_step, width)),
+            TensorSpec("mask", "float32", (tokens, 2 * tokens)),
+            TensorSpec("past", "float32", known),
+        ),
+        (*plain.outputs, TensorSpec("present", "float32", known)),
+    )

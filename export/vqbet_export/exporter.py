@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from vqbet_engines.boards import Board, load_board
 from vqbet_engines.suitability import check_graphs
 
-from vqbet_edge.bundle import DECODE_TABLE, RUNTIME_NAME, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.bundle import (
+    CAUSAL_MASK,
+    DECODE_TABLE,
+    RUNTIME_NAME,
+    SECONDARY_COLUMNS,
+    TOKEN_CONSTANTS,
+    Bundle,
+)
 from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.manifest import (
     FORMAT_VERSION,
@@ -40,13 +47,16 @@ from vqbet_export.observations import dataset_segments, random_segments
 from vqbet_export.publishing import publish
 from vqbet_export.report import report_data, report_markdown
 from vqbet_export.stages import (
+    CachedGptStage,
     CodeHeadsStage,
     GptStage,
     RvqDecoderStage,
     VisionEncoderStage,
+    causal_mask,
     decode_table,
     runtime_crop,
     secondary_columns,
+    token_constants,
 )
 from vqbet_export.verification import verify
 
@@ -111,11 +121,15 @@ def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: Non
         progress(f"exporting {name}")
         graph, spec = stage.export(name, config.precision)
         contents[spec.file], stages[name] = graph, spec
+    progress("exporting gpt for the CPU")
+    graph, cpu_gpt = _cached_gpt(checkpoint, config).export("gpt_cached", config.precision)
+    contents[cpu_gpt.file] = graph
     notes: tuple[str, ...] = ()
     if board is not None:
         progress(f"building for {board.name}")
         notes = _check_board(board, {name: contents[spec.file] for name, spec in stages.items()})
-    draft = _bundle(_manifest(checkpoint, config, stages), contents, config.output)
+    manifest = _manifest(checkpoint, config, stages, {"gpt": cpu_gpt})
+    draft = _bundle(manifest, contents, config.output)
     results = _verify(draft, checkpoint, config, progress)
     progress("writing the bundle")
     # The last set is the real one, if there is one.
@@ -145,9 +159,11 @@ class _StageExport:
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: list[str]
+    # Axes of inputs that may be shorter than in the example.
+    free: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def export(self, name: StageName, precision: Precision) -> tuple[bytes, StageSpec]:
-        graph = export_graph(self.module, self.inputs, self.outputs)
+    def export(self, name: str, precision: Precision) -> tuple[bytes, StageSpec]:
+        graph = export_graph(self.module, self.inputs, self.outputs, self.free)
         with torch.no_grad():
             values = self.module(*self.inputs.values())
         results = values if isinstance(values, tuple) else (values,)
@@ -194,6 +210,22 @@ def _stages(checkpoint: Checkpoint, config: ExportConfig) -> dict[StageName, _St
     }
 
 
+def _cached_gpt(checkpoint: Checkpoint, config: ExportConfig) -> _StageExport:
+    policy, batch = checkpoint.config, config.batch_size
+    cameras, window, width = len(policy.image_keys), policy.n_obs_steps, policy.gpt_hidden_dim
+    tokens, heads = window * policy.tokens_per_step, policy.gpt_n_head
+    inputs = {
+        "image_tokens": torch.zeros(batch, window, cameras, width),
+        "states": torch.zeros(batch, window, policy.state_dim),
+        "constants": torch.zeros(window, policy.tokens_per_step, width),
+        "mask": torch.zeros(tokens, 2 * tokens),
+        "past": torch.zeros(2 * policy.gpt_n_layer, batch, heads, tokens, width // heads),
+    }
+    free = {"image_tokens": (1,), "states": (1,), "constants": (0,), "mask": (0, 1), "past": (3,)}
+    module = CachedGptStage(checkpoint, DTYPES[config.precision])
+    return _StageExport(module, inputs, ["feature", "present"], free)
+
+
 def _runtime_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
     scalings = {"state": checkpoint.inputs[STATE_KEY], "action": checkpoint.action}
     arrays = {
@@ -202,6 +234,9 @@ def _runtime_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
         for term in ("subtract", "multiply", "add")
     }
     config = checkpoint.config
+    tokens = config.n_obs_steps * config.tokens_per_step
+    arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
+    arrays[CAUSAL_MASK] = causal_mask(tokens).numpy()
     values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
     if values * 4 <= MAX_TABLE_BYTES:
         arrays[DECODE_TABLE] = decode_table(checkpoint).numpy()
@@ -211,7 +246,10 @@ def _runtime_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _manifest(
-    checkpoint: Checkpoint, config: ExportConfig, stages: dict[StageName, StageSpec]
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    stages: dict[StageName, StageSpec],
+    cpu_stages: dict[StageName, StageSpec],
 ) -> Manifest:
     policy = checkpoint.config
     inputs = {checkpoint.renamed.get(k, k): _feature(f) for k, f in policy.input_features.items()}
@@ -229,6 +267,7 @@ def _manifest(
         output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
         crop=CropSpec(**runtime_crop(policy)._asdict()),
         stages=stages,
+        cpu_stages=cpu_stages,
         files={},
         verification=None,
         source=SourceSpec(name=checkpoint.name, sha256=checkpoint.sha256, era=checkpoint.era.value),

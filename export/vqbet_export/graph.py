@@ -24,13 +24,19 @@ ALLOWED_OPERATORS = frozenset(
 )  # fmt: skip
 
 
-def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) -> bytes:
-    """Trace a module at fixed shapes into ONNX.
+def export_graph(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: list[str],
+    free: Mapping[str, tuple[int, ...]],
+) -> bytes:
+    """Trace a module into ONNX.
 
     Args:
         module: the stage, its `forward` taking the inputs in order.
         inputs: example inputs by name; their shapes and types become the graph's.
         outputs: names of the outputs.
+        free: axes of inputs whose length is left open.
 
     Returns:
         The serialised graph: constants folded, weights inside, no trace of the machine it was
@@ -44,6 +50,7 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[
         tuple(inputs.values()),
         input_names=list(inputs),
         output_names=outputs,
+        dynamic_shapes=_dynamic(inputs, free) if free else None,
         opset_version=OPSET,
         dynamo=True,
         optimize=True,
@@ -57,6 +64,12 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[
     _check(model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def _dynamic(
+    inputs: Mapping[str, Tensor], free: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[int, Any], ...]:
+    return tuple(dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO) for name in inputs)
 
 
 def _strip_comments(message: Any) -> None:  # noqa: ANN401 - any protobuf message

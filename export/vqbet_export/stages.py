@@ -130,11 +130,9 @@ class _Block(nn.Module):
     Tokens are rows of one matrix, (B * T, D), so that every linear layer is a plain product.
     """
 
-    mask: Tensor | None
-
-    def __init__(self, block: Block, tokens: int, dtype: torch.dtype, *, last_row: bool) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, *, last_row: bool) -> None:
         super().__init__()
-        self.tokens, self.last_row, self.heads = tokens, last_row, block.attn.num_heads
+        self.last_row, self.heads = last_row, block.attn.num_heads
         self.norm_1, self.norm_2 = _Norm(block.ln_1), _Norm(block.ln_2)
         weight, bias = AffineMap.of(block.attn.c_attn)
         width = weight.shape[1]
@@ -143,70 +141,142 @@ class _Block(nn.Module):
         self.key_value = AffineMap(weight[width:], bias[width:]).layer(dtype)
         self.out = AffineMap.of(block.attn.c_proj).layer(dtype)
         self.mlp = copy.deepcopy(block.mlp[:3]).to(dtype)
-        mask = None if last_row else torch.full((tokens, tokens), MASKED_SCORE).triu(1)
-        self.register_buffer("mask", mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B * T, D) -> (B * T, D), or (B, D) with `last_row`."""
+    def forward(
+        self, x: Tensor, mask: Tensor, batch: int, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One block over a window or its end.
+
+        Args:
+            x: (B * T, D).
+            mask: float32 (T, P + T), added to the scores.
+            batch: B.
+            past: keys and values of the P tokens before, (B, heads, P, D / heads).
+
+        Returns:
+            (B * T, D), or (B, D) with `last_row`, and the T tokens' keys and values.
+        """
         normed = self.norm_1(x)
-        queries = self._newest(normed) if self.last_row else normed
-        x = self._newest(x) if self.last_row else x
-        x = x + self.out(self._attend(queries, normed))
-        out: Tensor = x + self.mlp(self.norm_2(x))
-        return out
-
-    def _newest(self, rows: Tensor) -> Tensor:
-        return rows.reshape(-1, self.tokens, rows.shape[1])[:, -1]
-
-    def _attend(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        batch = tokens.shape[0] // self.tokens
+        queries = self._newest(normed, batch) if self.last_row else normed
+        x = self._newest(x, batch) if self.last_row else x
+        k, v = (self._split(part, batch) for part in self.key_value(normed).chunk(2, dim=1))
+        keys, values = (k, v) if past is None else _behind(past, (k, v))
         q = self._split(self.query(queries), batch)
-        k, v = (self._split(part, batch) for part in self.key_value(tokens).chunk(2, dim=1))
-        scores = (q @ k.transpose(-1, -2)).float()  # (B, heads, rows, T)
-        if self.mask is not None:
-            scores = scores + self.mask
-        mixed = scores.softmax(dim=-1).to(v.dtype) @ v
-        return mixed.transpose(1, 2).reshape(queries.shape)
+        scores = (q @ keys.transpose(-1, -2)).float()  # (B, heads, rows, P + T)
+        if not self.last_row:  # the newest token sees all
+            scores = scores + mask
+        mixed = scores.softmax(dim=-1).to(v.dtype) @ values
+        x = x + self.out(mixed.transpose(1, 2).reshape(queries.shape))
+        return x + self.mlp(self.norm_2(x)), k, v
+
+    def _newest(self, rows: Tensor, batch: int) -> Tensor:
+        return rows.reshape(batch, -1, rows.shape[1])[:, -1]
 
     def _split(self, rows: Tensor, batch: int) -> Tensor:
         """(B * R, D) -> (B, heads, R, D / heads)."""
         return rows.reshape(batch, -1, self.heads, rows.shape[1] // self.heads).transpose(1, 2)
 
 
-class GptStage(nn.Module):
-    """Window of frame tokens and states -> feature of the current action query."""
+def _behind(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Keys and values of all tokens, in the type of the new ones."""
+    return [torch.cat([old.to(n.dtype), n], dim=2) for old, n in zip(past, new, strict=True)]
 
-    constants: Tensor
+
+def causal_mask(tokens: int) -> Tensor:
+    """float32 (T, T), added to scores: a token sees itself and those before it."""
+    return torch.full((tokens, tokens), MASKED_SCORE).triu(1)
+
+
+def token_constants(checkpoint: Checkpoint) -> Tensor:
+    """float32 (N, K + 2, D): what every token has from its place: position, action query."""
+    trunk, config = checkpoint.network.vqbet, checkpoint.config
+    window, per_step = config.n_obs_steps, config.tokens_per_step
+    query = F.linear(trunk.action_token[0, 0], *token_embedding(checkpoint))
+    positions = trunk.policy.transformer["wpe"].weight[: window * per_step]  # type: ignore[index]
+    constants: Tensor = positions.detach().clone().view(window, per_step, -1)
+    constants[:, -1] += query.detach()
+    return constants
+
+
+class _Transformer(nn.Module):
+    """Tokens of some steps -> feature of the newest action query; the trunk of both GPT stages."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__()
-        trunk, config = checkpoint.network.vqbet, checkpoint.config
+        trunk = checkpoint.network.vqbet
         parts = trunk.policy.transformer
         self.dtype = dtype
-        embedding = token_embedding(checkpoint)
         projector = AffineMap.of(trunk.state_projector[0])
-        self.project_state = embedding.after(projector).layer(torch.float32)
-        window, per_step = config.n_obs_steps, config.tokens_per_step
-        tokens = window * per_step
-        positions = parts["wpe"].weight[:tokens].detach()  # type: ignore[index]
-        query = F.linear(trunk.action_token[0, 0], *embedding)
-        constants = positions.clone().view(window, per_step, -1)
-        constants[:, -1] += query.detach()
-        self.register_buffer("constants", constants)  # (N, K + 2, D)
+        self.project_state = token_embedding(checkpoint).after(projector).layer(torch.float32)
         blocks = list(parts["h"])  # type: ignore[call-overload]
-        self.blocks = nn.Sequential(
-            *(_Block(block, tokens, dtype, last_row=block is blocks[-1]) for block in blocks)
+        self.blocks = nn.ModuleList(
+            _Block(block, dtype, last_row=block is blocks[-1]) for block in blocks
         )
         self.norm = _Norm(parts["ln_f"])  # type: ignore[arg-type]
         self.lm_head = AffineMap.of(trunk.policy.lm_head).layer(dtype)
 
+    def tokens(self, image_tokens: Tensor, states: Tensor, constants: Tensor) -> Tensor:
+        """(B, n, K, D), (B, n, S) and (n, K + 2, D) -> (B * T, D)."""
+        state_tokens = self.project_state(states)[:, :, None]
+        # A product, because a tensor of zeros would have to ask for its shape at run time.
+        queries = state_tokens * 0
+        steps = torch.cat([image_tokens, state_tokens, queries], dim=2) + constants
+        return steps.flatten(0, 2).to(self.dtype)
+
+    def feature(self, x: Tensor) -> Tensor:
+        """(B, D) -> float32 (B, gpt_output_dim)."""
+        return self.lm_head(self.norm(x)).float()  # type: ignore[no-any-return]
+
+
+class GptStage(_Transformer):
+    """Window of frame tokens and states -> feature of the current action query."""
+
+    constants: Tensor
+    mask: Tensor
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__(checkpoint, dtype)
+        self.register_buffer("constants", token_constants(checkpoint))
+        tokens = checkpoint.config.n_obs_steps * checkpoint.config.tokens_per_step
+        self.register_buffer("mask", causal_mask(tokens))
+
     def forward(self, image_tokens: Tensor, states: Tensor) -> Tensor:
         """float32 (B, N, K, D) and (B, N, S), normalised -> float32 (B, gpt_output_dim)."""
-        state_tokens = self.project_state(states)[:, :, None]
-        queries = torch.zeros_like(state_tokens)
-        steps = torch.cat([image_tokens, state_tokens, queries], dim=2) + self.constants
-        x = self.blocks(steps.flatten(0, 2).to(self.dtype))  # (B, D)
-        return self.lm_head(self.norm(x)).float()  # type: ignore[no-any-return]
+        x = self.tokens(image_tokens, states, self.constants)
+        for block in self.blocks:
+            x, _, _ = block(x, self.mask, states.shape[0])
+        return self.feature(x)
+
+
+class CachedGptStage(_Transformer):
+    """The same for any number of steps behind P tokens whose keys and values are known.
+
+    One graph serves a whole window (P = 0), the known steps ahead of time (P = 0, their keys and
+    values are kept) and the last step (P = all others), with one set of weights in memory.
+    """
+
+    def forward(
+        self, image_tokens: Tensor, states: Tensor, constants: Tensor, mask: Tensor, past: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run over n steps of T tokens.
+
+        Args:
+            image_tokens: float32 (B, n, K, D).
+            states: float32 (B, n, S), normalised.
+            constants: float32 (n, K + 2, D), these steps' part of `token_constants`.
+            mask: float32 (T, P + T), 0 where a token sees another, `MASKED_SCORE` elsewhere.
+            past: float32 (2 L, B, heads, P, D / heads), every block's keys, then its values.
+
+        Returns:
+            float32 (B, gpt_output_dim), and float32 (2 L, B, heads, T, D / heads).
+        """
+        x = self.tokens(image_tokens, states, constants)
+        present = []
+        for layer, block in enumerate(self.blocks):
+            known = past[2 * layer], past[2 * layer + 1]
+            x, keys, values = block(x, mask, states.shape[0], known)
+            present += [keys, values]
+        return self.feature(x), torch.stack(present).float()
 
 
 class CodeHeadsStage(nn.Module):

@@ -192,8 +192,8 @@ def test_a_name_longer_than_the_file_system_takes_is_no_bundle() -> None:
 
 
 def test_garbage_under_valid_digests_is_our_error(bundle: Path) -> None:
-    reseal(bundle, lambda c: c.update({"gpt.onnx": b"not a graph"}))
-    with pytest.raises(VQBeTEdgeError, match=r"ONNX Runtime refuses gpt.onnx"):
+    reseal(bundle, lambda c: c.update({"gpt_cached.onnx": b"not a graph"}))
+    with pytest.raises(VQBeTEdgeError, match=r"ONNX Runtime refuses gpt_cached.onnx"):
         EdgePolicy.load(bundle)
 
 

@@ -47,7 +47,7 @@ def observations(tiny: Exported) -> list[dict[str, np.ndarray]]:
 
 
 def test_every_frame_is_encoded_once(tiny: Exported, observations: Any) -> None:
-    policy = load(tiny)
+    policy = load(tiny, idle="inline")
     counting = Counting(policy)
     for observation in observations:
         policy.act(observation)
@@ -59,7 +59,7 @@ def test_frames_that_no_prediction_will_see_are_not_encoded(workshop: Workshop) 
         "short_window", image=(40, 48), crop_shape=(36, 40), n_obs_steps=2, action_chunk_size=6
     )
     exported = workshop.bundle(case)
-    policy, plain = load(exported, temperature=0), load(exported, temperature=0)
+    policy, plain = (load(exported, temperature=0, idle="inline") for _ in range(2))
     counting = Counting(policy)
     # Three predictions: on steps 0, 6 and 12.
     for observation in oracle.observations(case, 13):

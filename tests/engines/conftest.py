@@ -183,7 +183,9 @@ def write_bundle(path: Path, precision: str, batch: int, checkpoint: Checkpoint)
     for name, stage in exporter._stages(checkpoint, config).items():
         graph, specs[name] = stage.export(name, precision)
         contents[specs[name].file] = graph
-    manifest = exporter._manifest(checkpoint, config, specs)
+    graph, cached = exporter._cached_gpt(checkpoint, config).export("gpt_cached", precision)
+    contents[cached.file] = graph
+    manifest = exporter._manifest(checkpoint, config, specs, {"gpt": cached})
     files = exporter._file_specs(contents)
     verification = VerificationSpec("random", 1, 0.0, 1.0, 1.0)
     publish(

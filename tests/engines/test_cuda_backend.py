@@ -143,7 +143,7 @@ def drive(backend: Backend, bundle: Bundle) -> list[Any]:
             backend.encode(frames(), newest)
             keep(backend.predict(states()))
         else:
-            keep(backend.replan(frames(), states()))
+            keep(backend.replan(frames(), states(), prefilled=False))
     backend.encode(frames(), 0)  # an older row, as when a frame was skipped
     keep(backend.predict(states()))
     codes = random.integers(0, 16, (states_shape[0], 2))
@@ -158,7 +158,8 @@ def test_the_same_numbers_as_on_the_cpu(bundle: Bundle, *, integrated: bool, cap
     for ours, theirs in zip(
         drive(backend, bundle), drive(OnnxRuntimeBackend(bundle), bundle), strict=True
     ):
-        assert np.array_equal(ours, theirs)
+        # The CPU takes another graph of the same GPT.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_window_drives_it(bundle: Bundle) -> None:
@@ -167,21 +168,21 @@ def test_the_window_drives_it(bundle: Bundle) -> None:
     def run(backend: Backend) -> list[Any]:
         random, window, results = (
             np.random.default_rng(1),
-            ObservationWindow(bundle.manifest, backend),
+            ObservationWindow(bundle.manifest, backend, 0),
             [],
         )
         for step in range(12):
-            shape = window.next_frames.shape
-            window.next_frames[:] = random.integers(0, 256, shape, np.uint8)
-            window.next_states[:] = random.standard_normal(window.next_states.shape)
-            window.append()
+            slot = window.take_slot()
+            slot.frames[:] = random.integers(0, 256, slot.frames.shape, np.uint8)
+            slot.states[:] = random.standard_normal(slot.states.shape)
+            window.append(slot)
             if step % 4 == 0:
                 results.extend(part.copy() for part in window.predict())
         return results
 
     ours = run(HostStagesBackend(bundle, HostCuda(), capture=True))
     for mine, theirs in zip(ours, run(OnnxRuntimeBackend(bundle)), strict=True):
-        assert np.array_equal(mine, theirs)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_allocated_or_captured_after_loading(bundle: Bundle) -> None:
@@ -201,7 +202,7 @@ def test_one_wait_per_replan(bundle: Bundle) -> None:
     frames, states = (np.zeros_like(backend._arrays[name]) for name in ("frames", "states"))
     before = cuda.waits
     backend.advance()
-    backend.replan(frames, states)
+    backend.replan(frames, states, prefilled=False)
     assert cuda.waits == before + 1
     assert set(backend.seconds) == {"replan"}
 
@@ -274,10 +275,10 @@ def test_seconds_are_those_of_the_latest_prediction(bundle: Bundle) -> None:
     backend.predict(states)
     backend.decode(codes)
     assert set(backend.seconds) == {"encode", "predict", "rvq_decoder"}
-    backend.replan(frames, states)
+    backend.replan(frames, states, prefilled=False)
     assert set(backend.seconds) == {"replan"}
     backend.encode(frames, 0)
-    backend.replan(frames, states)
+    backend.replan(frames, states, prefilled=False)
     assert set(backend.seconds) == {"encode", "replan"}
     backend.predict(states)
     assert set(backend.seconds) == {"predict"}

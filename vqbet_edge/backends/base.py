@@ -5,13 +5,14 @@ D token width, C codes per layer, W actions per chunk, A action width.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]  # (B, K, H, W, 3)
 Floats = NDArray[np.float32]
+Idle: TypeAlias = Literal["thread", "inline", "off"]
 
 
 class HeadOutputs(NamedTuple):
@@ -33,6 +34,10 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether `prefill` is there and pays.
+    can_prefill: ClassVar[bool] = False
+    #: Where work is done that can be done ahead, unless the user says otherwise.
+    default_idle: ClassVar[Idle] = "inline"
 
     def __init__(self) -> None:
         #: Stage name -> seconds of its latest run.
@@ -58,7 +63,21 @@ class Backend(ABC):
     def decode(self, codes: NDArray[np.int64]) -> Floats:
         """Code pairs (B, 2) -> action chunks (B, W, A), normalised."""
 
-    def replan(self, frames: Frames, states: Floats) -> HeadOutputs:
-        """Encode the newest frames and predict: the critical path, in one launch where possible."""
+    def replan(self, frames: Frames, states: Floats, *, prefilled: bool) -> HeadOutputs:
+        """Encode the newest frames and predict: the critical path, in one launch where possible.
+
+        Args:
+            frames: (B, K, H, W, 3).
+            states: (B, N, S), normalised.
+            prefilled: `prefill` was called just before the window's latest `advance`.
+        """
+        del prefilled
         self.encode(frames, states.shape[1] - 1)
         return self.predict(states)
+
+    def prefill(self, states: Floats) -> None:
+        """Compute what the prediction after the next `advance` needs of rows 1 to N - 1.
+
+        They are encoded already; `states` is (B, N, S), normalised.
+        """
+        raise NotImplementedError

@@ -109,8 +109,9 @@ class CudaBackend(Backend):
         self._run("predict", self._launches["predict"])
         return self._outputs
 
-    def replan(self, frames: Frames, states: Floats) -> HeadOutputs:
+    def replan(self, frames: Frames, states: Floats, *, prefilled: bool) -> HeadOutputs:
         """Encoder, window, GPT and heads in one launch."""
+        del prefilled
         self._forget_seconds(done=True)
         np.copyto(self._arrays["frames"], frames)
         np.copyto(self._arrays["states"], states)

@@ -1,17 +1,12 @@
 """ONNX Runtime on the CPU: the backend that runs anywhere."""
 
-import time
-from collections.abc import Callable
+import functools
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vqbet_edge.backends.base import Backend, Floats, Frames, HeadOutputs
-from vqbet_edge.bundle import Bundle
+from vqbet_edge.backends.cpu import Arrays, CpuBackend, Run
 from vqbet_edge.errors import BackendError
-from vqbet_edge.manifest import StageName
+from vqbet_edge.manifest import StageName, StageSpec
 
 
 def import_onnxruntime() -> ModuleType:
@@ -31,18 +26,11 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
-class _Stage:
-    """One graph with its inputs and outputs bound to fixed arrays."""
+class _Session:
+    """One graph in ONNX Runtime."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        stage: StageName,
-        arrays: dict[str, NDArray[Any]],
-        seconds: dict[str, float],
-    ) -> None:
-        self._name, self._seconds = stage, seconds
-        ort, spec = import_onnxruntime(), bundle.manifest.stages[stage]
+    def __init__(self, stage: StageName, data: bytes, spec: StageSpec) -> None:
+        self._stage, ort = stage, import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # Every session has threads of its own, and spinning ones would take the cores from the next
@@ -51,74 +39,34 @@ class _Stage:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self._session = ort.InferenceSession(
-                bundle.graph(stage), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                data, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
-            self._binding = self._session.io_binding()
-            for tensor in spec.inputs:
-                self._bind(self._binding.bind_input, tensor.name, arrays[tensor.name])
-            for tensor in spec.outputs:
-                self._bind(self._binding.bind_output, tensor.name, arrays[tensor.name])
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses {spec.file}: {error}") from error
 
-    @staticmethod
-    def _bind(bind: Callable[..., None], name: str, array: NDArray[Any]) -> None:
-        bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-    def run(self) -> None:
-        """Run the graph from its bound inputs to its bound outputs."""
-        start = time.perf_counter()
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Run:
+        """Tie the session to fixed arrays, which the result keeps alive."""
+        binding = self._session.io_binding()
         try:
-            self._session.run_with_iobinding(self._binding)
+            for name, array in inputs.items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
-        self._seconds[self._name] = time.perf_counter() - start
+            raise BackendError(f"ONNX Runtime refuses {self._stage}: {error}") from error
+        return functools.partial(self._run, binding, (inputs, outputs))
+
+    def _run(self, binding: Any, _: object) -> None:  # noqa: ANN401
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in {self._stage}: {error}") from error
 
 
-class OnnxRuntimeBackend(Backend):
-    """Four sessions over arrays that are allocated once."""
+class OnnxRuntimeBackend(CpuBackend):
+    """One session per stage."""
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__()
-        # A tensor that leaves one graph and enters the next is one array under both names.
-        arrays: dict[str, NDArray[Any]] = {}
-        for stage in bundle.stages_to_load:
-            spec = bundle.manifest.stages[stage]
-            for tensor in (*spec.inputs, *spec.outputs):
-                if tensor.name not in arrays:
-                    arrays[tensor.name] = np.zeros(tensor.shape, tensor.dtype)
-        self._arrays = arrays
-        self._stages = {
-            stage: _Stage(bundle, stage, arrays, self.seconds) for stage in bundle.stages_to_load
-        }
-        self._window: Floats = arrays["image_tokens"]  # (B, N, K, D)
-        self._outputs = HeadOutputs(arrays["logits"], arrays["offsets"])
-
-    def advance(self) -> None:
-        """Move every row one step into the past."""
-        self._window[:, :-1] = self._window[:, 1:]
-
-    def encode(self, frames: Frames, row: int) -> None:
-        """Encode frames (B, K, H, W, 3) into a row."""
-        np.copyto(self._arrays["frames"], frames)
-        self._stages["vision_encoder"].run()
-        self._window[:, row] = self._arrays["frame_tokens"]
-
-    def fill(self) -> None:
-        """Repeat the newest row."""
-        self._window[:, :-1] = self._window[:, -1:]
-
-    def predict(self, states: Floats) -> HeadOutputs:
-        """GPT and heads over the window."""
-        np.copyto(self._arrays["states"], states)
-        self._stages["gpt"].run()
-        self._stages["code_heads"].run()
-        return self._outputs
-
-    def decode(self, codes: NDArray[np.int64]) -> Floats:
-        """Code pairs -> chunks by the RVQ decoder's graph."""
-        np.copyto(self._arrays["codes"], codes)
-        self._stages["rvq_decoder"].run()
-        return self._arrays["decoded"]
+    def _load(self, stage: StageName, data: bytes, spec: StageSpec) -> _Session:
+        return _Session(stage, data, spec)

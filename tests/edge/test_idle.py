@@ -1,0 +1,131 @@
+"""Work done while the robot moves: the same actions, sooner."""
+
+import time
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from workshop import Exported, Workshop
+
+from vqbet_edge import BackendError, EdgePolicy, HistoryError, UsageError
+
+MODES = ("thread", "inline", "off")
+
+
+def load(exported: Exported, idle: Any, **options: Any) -> EdgePolicy:
+    return EdgePolicy.load(exported.bundle, backend="onnxruntime", idle=idle, seed=3, **options)
+
+
+@pytest.fixture
+def observations(tiny: Exported) -> list[dict[str, np.ndarray]]:
+    return oracle.observations(tiny.case, 24)
+
+
+def prefilled(policy: EdgePolicy) -> list[bool]:
+    """Whether each prediction from now on found its past computed."""
+    found: list[bool] = []
+    replan = policy._backend.replan
+
+    def spy(frames: Any, states: Any, *, prefilled: bool) -> Any:
+        found.append(prefilled)
+        return replan(frames, states, prefilled=prefilled)
+
+    policy._backend.replan = spy  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("replan_every", [1, 2, 5])
+@pytest.mark.parametrize("idle", ["thread", "inline"])
+def test_actions_are_the_same_to_rounding(
+    tiny: Exported, observations: Any, idle: str, replan_every: int
+) -> None:
+    plain = load(tiny, "off", replan_every=replan_every)
+    policy = load(tiny, idle, replan_every=replan_every)
+    for observation in observations:
+        np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
+        assert policy.last is not None
+        assert plain.last is not None
+        np.testing.assert_array_equal(policy.last.codes, plain.last.codes)
+
+
+@pytest.mark.parametrize(("cameras", "window", "batch"), [(1, 1, 1), (2, 3, 2)])
+def test_other_shapes(workshop: Workshop, cameras: int, window: int, batch: int) -> None:
+    from vqbet_export.exporter import ExportConfig, export
+
+    case = oracle.small(
+        f"idle_{cameras}_{window}",
+        image=(40, 48),
+        crop_shape=(36, 40),
+        n_obs_steps=window,
+        **({"cameras": cameras} if cameras > 1 else {}),
+    )
+    _, directory = workshop.checkpoint(case)
+    output = directory.parent / f"{case.name}-{batch}.bundle"
+    export(ExportConfig(str(directory), output, batch_size=batch, verify_steps=4))
+    policies = [EdgePolicy.load(output, "onnxruntime", idle=mode, seed=1) for mode in MODES]
+    rows = [oracle.observations(case, 24)[k::batch] for k in range(batch)]
+    for step in range(12):
+        seen = {k: np.stack([row[step][k] for row in rows]) for k in rows[0][0]}
+        actions = [policy.act(seen) for policy in policies]
+        np.testing.assert_allclose(actions[0], actions[2], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actions[1], actions[2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_past_is_computed_ahead(tiny: Exported, observations: Any) -> None:
+    policy = load(tiny, "thread", replan_every=3)
+    found = prefilled(policy)
+    for observation in observations[:10]:
+        policy.act(observation)
+    # The first prediction fills the window and has nothing newer to encode.
+    assert found == [True, True, True]
+
+
+def test_a_chunk_asked_for_out_of_turn_does_without(tiny: Exported, observations: Any) -> None:
+    policy, plain = load(tiny, "thread"), load(tiny, "off")
+    found = prefilled(policy)
+    for step, observation in enumerate(observations[:12]):
+        call = "act_chunk" if step in {2, 3, 7} else "act"
+        got, expected = getattr(policy, call)(observation), getattr(plain, call)(observation)
+        np.testing.assert_allclose(got, expected, rtol=2e-6)
+    assert found[0] is False
+
+
+def test_calls_faster_than_the_encoder(tiny: Exported, observations: Any) -> None:
+    policy, plain = load(tiny, "thread"), load(tiny, "off")
+    encode = policy._backend.encode
+
+    def slow(frames: Any, row: int) -> None:
+        time.sleep(0.02)
+        encode(frames, row)
+
+    policy._backend.encode = slow  # type: ignore[method-assign]
+    for observation in observations:
+        np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
+
+
+def test_failed_idle_work_is_raised_and_asks_for_a_reset(tiny: Exported, observations: Any) -> None:
+    policy, plain = load(tiny, "thread"), load(tiny, "off")
+    policy.act(observations[0])
+    encode = policy._backend.encode
+
+    def failing(*_: Any) -> None:
+        raise BackendError("the accelerator fell off")
+
+    policy._backend.encode = failing  # type: ignore[method-assign]
+    policy.act(observations[1])
+    policy._worker._jobs[0].exception(timeout=60)
+    with pytest.raises(BackendError, match="fell off"):
+        policy.act(observations[2])
+    policy._backend.encode = encode  # type: ignore[method-assign]
+    with pytest.raises(HistoryError, match=r"call reset\(\)"):
+        policy.act(observations[7])
+    policy.reset(seed=5)
+    plain.reset(seed=5)
+    for observation in observations[8:16]:
+        np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
+
+
+def test_an_unknown_mode_is_refused(tiny: Exported) -> None:
+    with pytest.raises(UsageError, match="expected idle to be one of"):
+        load(tiny, "later")
