@@ -202,7 +202,7 @@ def test_late_jobs_run_on_in_order() -> None:
     for number in range(3):
         deadline.admit()
         assert deadline.run(lambda number=number: job(number), time.monotonic()) is None
-    with pytest.raises(DeadlineError, match="has not answered for 3 calls"):
+    with pytest.raises(DeadlineError, match="did not answer for 3 calls"):
         deadline.admit()
     with pytest.raises(DeadlineError, match="still works on a call"):
         deadline.forget()
