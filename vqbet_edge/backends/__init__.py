@@ -8,7 +8,7 @@ from vqbet_edge.backends.base import Backend
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 
-BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
+BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt"]
 
 _LOG = logging.getLogger(__name__)
 _FASTEST_FIRST: tuple[BackendName, ...] = ("tensorrt", "onnxruntime-cuda")
@@ -63,6 +63,10 @@ def _load(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
             from vqbet_edge.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend  # noqa: PLC0415
 
             return OnnxRuntimeCudaBackend(bundle)
+        case "openvino":
+            from vqbet_edge.backends.openvino import OpenVinoBackend  # noqa: PLC0415
+
+            return OpenVinoBackend(bundle)
         case _:
             from vqbet_edge.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
 

@@ -50,6 +50,9 @@ class CpuBackend(Backend):
                     {tensor.name: self._arrays[tensor.name] for tensor in spec.inputs},
                     {tensor.name: self._arrays[tensor.name] for tensor in spec.outputs},
                 )
+        # Libraries compile and allocate in the first run of every shape; not while the robot moves.
+        for run in self._runs.values():
+            run()
 
     @abstractmethod
     def _load(self, stage: StageName, data: bytes, spec: StageSpec) -> Graph:

@@ -41,6 +41,8 @@ class _Session:
             self._session = ort.InferenceSession(
                 data, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
+            # It keeps the file for a fallback that is off: as much memory again as the weights.
+            self._session._model_bytes = None  # noqa: SLF001
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses {spec.file}: {error}") from error
 
