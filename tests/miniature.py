@@ -59,7 +59,7 @@ def checkpoint(**fields: Any) -> Checkpoint:
 def write(path: Path, **fields: Any) -> Path:
     """Export it."""
     policy = checkpoint(**fields)
-    with mock.patch.object(exporter, "load_checkpoint", lambda _: policy):
+    with mock.patch.object(exporter, "load_checkpoint", return_value=policy):
         exporter.export(ExportConfig("miniature", path, verify_steps=1))
     return path
 

@@ -208,8 +208,10 @@ def test_late_jobs_run_on_in_order() -> None:
         deadline.forget()
     go.set()
     assert deadline.finish(lambda: job(3)).tolist() == [3, 3]
-    deadline.admit()
+    with pytest.raises(DeadlineError, match=r"call reset\(\)"):
+        deadline.admit()
     deadline.forget()
+    deadline.admit()
     assert done == [0, 1, 2, 3]
 
 
