@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test torture check clean
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
@@ -12,6 +12,10 @@ demo: $(VENV)/.package
 # One thread per worker: workers that each spin on all cores slow each other several times.
 test: $(VENV)/.judge
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# The abuse cases, the soak and the guards in full: hours instead of minutes.
+torture: $(VENV)/.judge
+	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/edge $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .
