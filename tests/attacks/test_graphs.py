@@ -20,7 +20,7 @@ from vqbet_edge.bundle import Bundle
 FUZZER = Path(__file__).with_name("fuzzer.py")
 # Cases in every run, cases with `make torture`: 10,000 graphs and 10,000 files of arrays.
 FILES = {
-    "gpt.onnx": (20, 4_000),
+    "gpt_cached.onnx": (20, 4_000),
     "vision_encoder.onnx": (10, 3_000),
     "code_heads.onnx": (10, 3_000),
     "runtime.safetensors": (50, 10_000),

@@ -223,7 +223,7 @@ def test_external_data(
     bundle: Path, place: Callable[[onnx.ModelProto], onnx.TensorProto], location: str
 ) -> None:
     (bundle / "link.bin").symlink_to("../secret.bin")
-    model = onnx.load_from_string((bundle / "gpt.onnx").read_bytes())
+    model = onnx.load_from_string((bundle / "code_heads.onnx").read_bytes())
     tensor = place(model)
     for field in ("raw_data", "float_data"):
         tensor.ClearField(field)
@@ -235,7 +235,7 @@ def test_external_data(
 
 
 def test_external_data_without_a_location(bundle: Path) -> None:
-    model = onnx.load_from_string((bundle / "gpt.onnx").read_bytes())
+    model = onnx.load_from_string((bundle / "code_heads.onnx").read_bytes())
     tensor = _initializer(model)
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -246,7 +246,7 @@ def test_external_data_without_a_location(bundle: Path) -> None:
 
 def test_an_escaped_name_of_the_key_is_no_way_round(bundle: Path) -> None:
     # Protobuf has no escapes and no compression: what a parser would see as the key is the key.
-    graph = (bundle / "gpt.onnx").read_bytes()
+    graph = (bundle / "code_heads.onnx").read_bytes()
     _reseal(bundle, graph + b"\x7a\x08location")
     with pytest.raises(BundleError, match="refers to external data"):
         EdgePolicy.load(bundle)
@@ -255,7 +255,7 @@ def test_an_escaped_name_of_the_key_is_no_way_round(bundle: Path) -> None:
 def _reseal(bundle: Path, graph: bytes) -> None:
     manifest = decode_manifest((bundle / MANIFEST_NAME).read_bytes())
     contents = {name: (bundle / name).read_bytes() for name in manifest.files}
-    contents["gpt.onnx"] = graph
-    (bundle / "gpt.onnx").write_bytes(graph)
+    contents["code_heads.onnx"] = graph
+    (bundle / "code_heads.onnx").write_bytes(graph)
     sealed = msgspec.structs.replace(manifest, files=_file_specs(contents))
     (bundle / MANIFEST_NAME).write_bytes(encode_manifest(sealed))

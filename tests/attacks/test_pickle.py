@@ -73,7 +73,14 @@ def poison(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt.onnx", "vision_encoder.onnx", "runtime.safetensors", MANIFEST_NAME]
+    "name",
+    [
+        "gpt_cached.onnx",
+        "code_heads.onnx",
+        "vision_encoder.onnx",
+        "runtime.safetensors",
+        MANIFEST_NAME,
+    ],
 )
 def test_in_a_bundle_with_digests_that_fit(
     mini: Path, tmp_path: Path, poison: bytes, name: str
