@@ -116,7 +116,7 @@ def test_as_a_checkpoint_or_a_policy(tmp_path: Path, poison: bytes, suffix: str)
     path = tmp_path / f"policy.{suffix}"
     path.write_bytes(poison)
     options = ActorOptions(backend="onnxruntime", temperature=None, replan_every=None)
-    for load in (load_checkpoint, lambda p: load_actor(p, options), EdgePolicy.load):
+    for load in (load_checkpoint, lambda p: load_actor(p, 1, options), EdgePolicy.load):
         with pytest.raises(VQBeTEdgeError):
             load(str(path))
 
