@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench check clean
+.PHONY: demo test bench torture check clean
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
@@ -16,6 +16,10 @@ test: $(VENV)/.judge
 # On a machine that does nothing else; bench/README.md says more.
 bench: $(VENV)/.judge
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
+
+# The abuse cases, the soak and the guards in full: hours instead of minutes.
+torture: $(VENV)/.judge
+	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/edge $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .

@@ -1,11 +1,35 @@
 """What tests of the exporter and of the runtime share."""
 
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import miniature
 import oracle
 import pytest
 from workshop import Exported, Workshop
+
+_UNPICKLED: list[str] = []
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    # Processes of one program may send each other pickles; files may not be read so.
+    if event == "pickle.find_class":
+        stack = "".join(traceback.format_stack(limit=12))
+        if "multiprocessing" not in stack:
+            _UNPICKLED.append(f"{arguments}\n{stack}")
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.fixture(autouse=True)
+def unpickled() -> Iterator[list[str]]:
+    """Nothing is unpickled in any test: what is would be listed here, and fails it."""
+    _UNPICKLED.clear()
+    yield _UNPICKLED
+    assert _UNPICKLED == []
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +41,12 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def tiny(workshop: Workshop) -> Exported:
     """A bundle that is quick to make and to run."""
     return workshop.bundle(oracle.TINY)
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest bundle, exported from an untrained network of ours."""
+    return miniature.write(tmp_path_factory.mktemp("miniature") / "mini.bundle")
 
 
 @pytest.fixture

@@ -12,14 +12,18 @@ from vqbet_edge.errors import (
     CheckpointError,
     ConcurrentUseError,
     DatasetError,
+    DeadlineError,
     DiskError,
+    ForkError,
     HistoryError,
     NonFiniteError,
     ObservationError,
+    StaleObservationError,
     UsageError,
     VerificationError,
     VQBeTEdgeError,
 )
+from vqbet_edge.guards import Guards
 from vqbet_edge.policy import EdgePolicy
 from vqbet_edge.sampling import Decision
 
@@ -31,12 +35,16 @@ __all__ = [
     "CheckpointError",
     "ConcurrentUseError",
     "DatasetError",
+    "DeadlineError",
     "Decision",
     "DiskError",
     "EdgePolicy",
+    "ForkError",
+    "Guards",
     "HistoryError",
     "NonFiniteError",
     "ObservationError",
+    "StaleObservationError",
     "UsageError",
     "VQBeTEdgeError",
     "VerificationError",

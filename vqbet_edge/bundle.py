@@ -30,6 +30,8 @@ SECONDARY_COLUMNS = "secondary_columns"
 TOKEN_CONSTANTS, CAUSAL_MASK = "token_constants", "causal_mask"
 # A graph with external data must spell this key somewhere; protobuf stores strings verbatim.
 _EXTERNAL_DATA_KEY = b"location"
+# ONNX Runtime recognises its own format by these bytes, and checks it less than it checks ONNX.
+_ORT_FORMAT = slice(4, 8), b"ORTM"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Bundle:
             DiskError: a file cannot be read.
         """
         root = Path(path)
-        if not (root / MANIFEST_NAME).exists():
+        if not os.path.lexists(root / MANIFEST_NAME):
             raise BundleError(
                 f"'{root}' is not a bundle: expected a directory with {MANIFEST_NAME}; "
                 "make one with: vqbet-export model.safetensors -o NAME.bundle"
@@ -65,10 +67,7 @@ class Bundle:
         manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES))
         contents = {name: _read_checked(root / name, spec) for name, spec in manifest.files.items()}
         for stage in (*manifest.stages.values(), *manifest.cpu_stages.values()):
-            if _EXTERNAL_DATA_KEY in contents[stage.file]:
-                raise BundleError(
-                    f"{stage.file} refers to external data, which is never loaded; export again"
-                )
+            _check_graph(stage.file, contents[stage.file])
         arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)
         return cls(path=root, manifest=manifest, contents=contents, arrays=arrays)
 
@@ -101,6 +100,14 @@ class Bundle:
         return array
 
 
+def _check_graph(name: str, graph: bytes) -> None:
+    if _EXTERNAL_DATA_KEY in graph:
+        raise BundleError(f"{name} refers to external data, which is never loaded; export again")
+    place, mark = _ORT_FORMAT
+    if graph[place] == mark:
+        raise BundleError(f"{name} has ONNX Runtime's own format, expected ONNX; export again")
+
+
 def _read_file(path: Path, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; links are not followed."""
     try:
@@ -111,7 +118,8 @@ def _read_file(path: Path, limit: int) -> bytes:
                 raise BundleError(f"'{path}' is not a regular file; export again")
             if status.st_size > limit:
                 raise BundleError(f"'{path.name}' is not the file that was exported: too large")
-            return file.read()
+            # Not to the end: a file may grow while it is read.
+            return file.read(status.st_size + 1)
     except OSError as error:
         if path.is_symlink():
             raise BundleError(f"'{path}' is a link; a bundle holds its files itself") from error

@@ -5,19 +5,23 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
+from vqbet_edge.signals import GRACE, ending_in_time, exit_code
 
-INTERRUPTED = 130
 
-
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], None], grace: float | None = GRACE) -> NoReturn:
     """Run a command's body and exit; errors go to stderr.
 
-    Exit codes: 0 ok, 2 usage (from the argument parser), 130 interrupted, otherwise the
-    `exit_code` of the error.
+    Exit codes: 0 ok, 2 usage (from the argument parser), 130 after SIGINT, 143 after SIGTERM,
+    otherwise the `exit_code` of the error.
+
+    Args:
+        main: the body.
+        grace: seconds that it has to end after a signal; None when it decides that itself.
     """
     code = 0
     try:
-        main()
+        with ending_in_time(grace):
+            main()
     except VQBeTEdgeError as error:
         code = _fail(error, error.exit_code)
     except ModuleNotFoundError as error:
@@ -28,12 +32,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         # The parts that know a better explanation raise it themselves.
         code = _fail(error, DiskError.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         sys.stderr.write("interrupted\n")
-        code = INTERRUPTED
+        code = exit_code(interrupt)
     sys.exit(code)
 
 
 def _fail(error: Exception, code: int) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    # What a file says may be quoted in the error, and terminals obey control characters.
+    text = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    sys.stderr.write(f"error: {text}\n")
     return code

@@ -63,12 +63,24 @@ class ObservationError(VQBeTEdgeError):
     """An observation that does not fit the policy; the history is as before the call."""
 
 
+class StaleObservationError(ObservationError):
+    """An observation that is too old, came twice or out of order; the history is as before."""
+
+
 class HistoryError(VQBeTEdgeError):
     """The history no longer shows what happened; `reset` begins a new one."""
 
 
 class NonFiniteError(VQBeTEdgeError):
     """The network produced NaN or infinity, so no code may be chosen from it."""
+
+
+class DeadlineError(VQBeTEdgeError):
+    """The backend took longer than the robot can wait."""
+
+
+class ForkError(VQBeTEdgeError):
+    """A policy was used in a process that was forked after it had been loaded."""
 
 
 class ConcurrentUseError(VQBeTEdgeError):

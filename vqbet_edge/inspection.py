@@ -42,7 +42,7 @@ def _inspect(arguments: Arguments) -> None:
         return
     from rich.console import Console  # noqa: PLC0415
 
-    console = Console()
+    console = Console(markup=False)
     console.print(_summary(manifest))
     console.print(_stages(manifest))
 

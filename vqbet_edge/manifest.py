@@ -22,7 +22,9 @@ Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
 # One path component of plain characters: a manifest cannot name anything outside its bundle.
 FileName = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,64}\.[a-z0-9]{1,16}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Text = Annotated[str, Meta(max_length=4096)]
+# No control characters: texts are shown on terminals, which obey them.
+Text = Annotated[str, Meta(max_length=4096, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+Shape = Annotated[tuple[Positive, ...], Meta(max_length=8)]
 StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
 Precision = Literal["fp32", "fp16", "int8"]
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
@@ -44,7 +46,7 @@ class TensorSpec(_Strict, frozen=True):
 
     name: Text
     dtype: Literal["uint8", "int64", "float32"]
-    shape: tuple[Positive, ...]
+    shape: Shape
 
 
 class StageSpec(_Strict, frozen=True):
@@ -60,7 +62,7 @@ class FeatureSpec(_Strict, frozen=True):
     """One observation or action feature as in the checkpoint; images are (3, H, W)."""
 
     type: Literal["VISUAL", "STATE", "ACTION"]
-    shape: tuple[Positive, ...]
+    shape: Shape
 
 
 class CropSpec(_Strict, frozen=True):

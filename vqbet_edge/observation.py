@@ -110,9 +110,13 @@ def _array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:
     # `__array__` lets tensors in without importing their library.
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         raise ObservationError(f"'{key}': expected a NumPy array, got {type(value).__name__}")
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ObservationError(
+            f"'{key}': expected an array of valid values, got one with masked values"
+        )
     try:
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # any: it is the array's own code
         raise ObservationError(
             f"'{key}' cannot be read as an array ({error}); "
             "of a tensor, pass tensor.detach().cpu().numpy()"

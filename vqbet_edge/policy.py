@@ -2,23 +2,31 @@
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vqbet_edge.backends import BackendName, create_backend
 from vqbet_edge.backends.base import Backend, Floats, Idle
 from vqbet_edge.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.errors import (
     ConcurrentUseError,
+    DeadlineError,
+    ForkError,
     HistoryError,
     NonFiniteError,
     UsageError,
 )
+from vqbet_edge.guards.actions import ActionGuard, GuardCounts
+from vqbet_edge.guards.clock import ObservationClock
+from vqbet_edge.guards.config import Guards
+from vqbet_edge.guards.deadline import Deadline
 from vqbet_edge.idle import IdleWorker
 from vqbet_edge.manifest import Manifest
 from vqbet_edge.normalization import Affine
@@ -26,6 +34,18 @@ from vqbet_edge.observation import Observation, ObservationReader
 from vqbet_edge.recording import Recorder
 from vqbet_edge.sampling import Choice, Codes, CodeSampler, Decision
 from vqbet_edge.window import ObservationWindow, Slot
+
+
+class _Step(NamedTuple):
+    """An action, and the chunk that it is part of."""
+
+    chunk: Floats  # (W, A), or (W, B, A) for a batch
+    position: int
+
+    @property
+    def action(self) -> Floats:
+        action: Floats = self.chunk[self.position]
+        return action
 
 
 class EdgePolicy:
@@ -45,6 +65,7 @@ class EdgePolicy:
         temperature: float | None = None,
         replan_every: int | None = None,
         idle: Idle | None = None,
+        guards: Guards | None = None,
     ) -> None:
         """Use `EdgePolicy.load`, which also creates the backend."""
         manifest, arrays = bundle.manifest, bundle.arrays
@@ -61,14 +82,24 @@ class EdgePolicy:
             manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
         )
         self._unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
-        self._window = ObservationWindow(manifest, backend, self._replan_every)
+        self._guards = guards or Guards()
+        self._actions = ActionGuard(self._guards, self._unnormalize, manifest.action_dim)
+        self._clock = ObservationClock(self._guards.max_age_s)
+        waiting, most = self._replan_every, policy.action_chunk_size
+        self._deadline: Deadline[_Step] | None = None
+        if self._guards.deadline_s is not None:
+            self._deadline, waiting = Deadline(self._guards.deadline_s, most), waiting + most
+        self._handed: _Step | None = None
+        self._late = 0
+        self._window = ObservationWindow(manifest, backend, waiting)
         self._idle = _checked_idle(idle or backend.default_idle)
         self._worker = IdleWorker()
         self._recorder: Recorder | None = None
-        self._queue: deque[Floats] = deque()
+        self._queue: deque[_Step] = deque()
         self._last: Decision | None = None
         self._lock = threading.Lock()
         self._broken = False
+        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -80,6 +111,7 @@ class EdgePolicy:
         temperature: float | None = None,
         replan_every: int | None = None,
         idle: Idle | None = None,
+        guards: Guards | None = None,
     ) -> "EdgePolicy":
         """Load a bundle that `vqbet-export` wrote.
 
@@ -95,6 +127,8 @@ class EdgePolicy:
                 after `act` has returned, `inline` inside `act` on queued steps, `off` not before
                 the prediction. None takes what was measured to be best for the backend. The
                 actions are the same to rounding.
+            guards: limits on actions, the age of observations and the time that `act` takes; None
+                takes `Guards()`, which clamps actions to the training data's range and a margin.
 
         Raises:
             BundleError: the bundle is missing, incomplete or altered.
@@ -109,12 +143,18 @@ class EdgePolicy:
             temperature=temperature,
             replan_every=replan_every,
             idle=idle,
+            guards=guards,
         )
 
     @property
     def last(self) -> Decision | None:
         """The latest decision, None before the first."""
         return self._last
+
+    @property
+    def guard_counts(self) -> GuardCounts:
+        """How often guards stepped in since the policy was loaded."""
+        return GuardCounts(self._actions.clamped, self._actions.slowed, self._late)
 
     @property
     def manifest(self) -> Manifest:
@@ -131,56 +171,72 @@ class EdgePolicy:
 
         Args:
             seed: a new start of the random sequence; None lets it run on.
+
+        Raises:
+            DeadlineError: the backend still works on a call that was late.
         """
         with self._exclusive():
-            if seed is not None:
-                self._sampler.reseed(_checked_seed(seed))
+            start = None if seed is None else _checked_seed(seed)
+            if self._deadline is not None:
+                self._deadline.forget()
+            if start is not None:
+                self._sampler.reseed(start)
             self._worker.forget()
             if self._recorder is not None:
                 self._recorder.begin_episode()
+            self._actions.clear()
+            self._clock.clear()
+            self._handed = None
             self._window.clear()
             self._queue.clear()
             self._last = None
             self._broken = False
 
-    def act(self, observation: Observation) -> Floats:
+    def act(self, observation: Observation, observation_time: float | None = None) -> Floats:
         """The action for this observation.
 
         The observation enters the history on every call; a new chunk is predicted only when the
         queue of actions is empty. `vqbet_edge.observation` draws what an observation looks like.
+
+        Args:
+            observation: what the robot sees and feels.
+            observation_time: when it was taken, in seconds of `time.monotonic()`; None where that
+                is not known. Too old, repeated or out of order, it is refused.
 
         Returns:
             float32 (action_dim,).
 
         Raises:
             ObservationError: the observation does not fit; the history is as before the call.
+            StaleObservationError: its time does not; likewise.
+            DeadlineError: the backend was too slow, and there is nothing else to return. The
+                observation is in the history, and later calls go on from it.
+            ForkError: the policy was loaded before this process was forked.
             NonFiniteError: the network produced NaN or infinity.
             HistoryError: an earlier call failed after its observation had entered the history.
             ConcurrentUseError: another call on this object is running.
         """
+        start = time.monotonic()
         with self._exclusive():
-            slot = self._read(observation)
-            if self._queue:
-                action = self._queue.popleft()
-                # Otherwise the frame will have left the window before the next prediction.
-                seen = len(self._queue) + 1 < self._manifest.policy.n_obs_steps
-                self._append_idly(slot, encode=seen)
-                return action
-            with self._history():
-                chunk = self._plan(slot, None)
-                self._queue.extend(chunk[step] for step in range(self._replan_every))
-                action = self._queue.popleft()
-            self._prepare_next()
-            return action
+            slot = self._read(observation, observation_time)
+            step = self._step(slot) if self._deadline is None else self._in_time(slot, start)
+            self._handed = step
+            return self._actions.handed_out(step.action)
 
     def act_chunk(
-        self, observation: Observation, codes: Sequence[int] | Codes | None = None
+        self,
+        observation: Observation,
+        codes: Sequence[int] | Codes | None = None,
+        observation_time: float | None = None,
     ) -> Floats:
         """Append the observation and predict a chunk at once; queued actions are dropped.
+
+        A deadline does not hold here, and a limit on change takes the chunk as executed whole.
 
         Args:
             observation: as for `act`.
             codes: (primary, secondary) to force instead of drawing them, (B, 2) for a batch.
+            observation_time: as for `act`.
 
         Returns:
             float32 (action_chunk_size, action_dim).
@@ -190,11 +246,18 @@ class EdgePolicy:
         """
         with self._exclusive():
             forced = None if codes is None else self._checked_codes(codes)
-            slot = self._read(observation)
-            with self._history():
-                self._queue.clear()
-                chunk = self._plan(slot, forced)
-            self._prepare_next()
+            slot = self._read(observation, observation_time)
+
+            def predict() -> _Step:
+                self._check_history()
+                with self._history():
+                    self._queue.clear()
+                    chunk = self._plan(slot, forced)
+                self._prepare_next()
+                return _Step(chunk, 0)
+
+            step = predict() if self._deadline is None else self._deadline.finish(predict)
+            chunk = np.stack([self._actions.handed_out(action) for action in step.chunk])
             return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
 
     @contextmanager
@@ -220,8 +283,21 @@ class EdgePolicy:
             self._recorder = None
             recorder.close()
 
-    def _read(self, observation: Observation) -> Slot:
+    def _read(self, observation: Observation, stamp: float | None) -> Slot:
         """Check an observation and keep it; only what fails after this breaks the history."""
+        if self._deadline is None:
+            self._check_history()
+        else:  # otherwise checked where earlier calls may still be running
+            self._deadline.admit()
+        self._clock.check(stamp)
+        slot = self._window.next_slot()
+        self._reader.read(observation, slot.frames, slot.states)
+        self._clock.accept(stamp)
+        if self._recorder is not None:
+            self._recorder.append(observation)
+        return self._window.take_slot()
+
+    def _check_history(self) -> None:
         if self._broken:
             raise HistoryError(
                 "an earlier call failed after its observation had entered the history, so the "
@@ -229,11 +305,39 @@ class EdgePolicy:
             )
         with self._history():
             self._worker.check()
-        slot = self._window.next_slot()
-        self._reader.read(observation, slot.frames, slot.states)
-        if self._recorder is not None:
-            self._recorder.append(observation)
-        return self._window.take_slot()
+
+    def _step(self, slot: Slot) -> _Step:
+        """Take an observation into the history and the next action from the queue."""
+        self._check_history()
+        if self._queue:
+            step = self._queue.popleft()
+            # Otherwise the frame will have left the window before the next prediction.
+            seen = len(self._queue) + 1 < self._manifest.policy.n_obs_steps
+            self._append_idly(slot, encode=seen)
+            return step
+        with self._history():
+            chunk = self._plan(slot, None)
+            self._queue.extend(_Step(chunk, position) for position in range(self._replan_every))
+            step = self._queue.popleft()
+        self._prepare_next()
+        return step
+
+    def _in_time(self, slot: Slot, start: float) -> _Step:
+        """The next action, or what stands for it when the backend is late."""
+        assert self._deadline is not None  # noqa: S101 - for the type checker
+        step = self._deadline.run(lambda: self._step(slot), start)
+        if step is not None:
+            return step
+        self._late += 1
+        match self._guards.on_late, self._handed:
+            case "hold", _Step() as before:
+                return before
+            case "continue", _Step(chunk, position) if position + 1 < len(chunk):
+                return _Step(chunk, position + 1)
+        raise DeadlineError(
+            f"no action within {self._guards.deadline_s} s; stop the robot, allow more time, or "
+            "choose what to return then with Guards(on_late=...)"
+        )
 
     @contextmanager
     def _history(self) -> Iterator[None]:
@@ -278,7 +382,8 @@ class EdgePolicy:
         chunk = self._unnormalize.apply(chunk, chunk).swapaxes(0, 1)
         if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
             raise NonFiniteError("the predicted actions are not finite; none is executed")
-        self._last = self._decision(choice, decoded, offsets)
+        clamped = self._actions.planned(chunk)
+        self._last = self._decision(choice, decoded, offsets, clamped.swapaxes(0, 1))
         return chunk[:, 0] if self._manifest.batch_size == 1 else chunk
 
     def _decode(self, codes: Codes) -> Floats:
@@ -287,13 +392,16 @@ class EdgePolicy:
             return self._backend.decode(codes)
         return self._table[codes[:, 0], codes[:, 1]]
 
-    def _decision(self, choice: Choice, decoded: Floats, offsets: Floats) -> Decision:
+    def _decision(
+        self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
+    ) -> Decision:
         keep = 0 if self._manifest.batch_size == 1 else slice(None)
         return Decision(
             codes=choice.codes[keep],
             code_probabilities=choice.probabilities[keep],
             decoded_chunk=decoded[keep].copy(),
             offset_chunk=offsets[keep],
+            clamped=clamped[keep],
             seconds=dict(self._backend.seconds),
         )
 
@@ -312,6 +420,11 @@ class EdgePolicy:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
+        if os.getpid() != self._process:
+            raise ForkError(
+                "this process was forked after the policy had been loaded, and the backend's "
+                "threads and memory stayed behind; load the policy in the new process"
+            )
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
                 "another call on this policy is still running; load one policy per thread"

@@ -21,6 +21,7 @@ class Decision:
         code_probabilities: float64 (2, C), what they were drawn from.
         decoded_chunk: float32 (W, A), normalised, what the RVQ decoder makes of the codes.
         offset_chunk: float32 (W, A), normalised, what the offset head adds to it.
+        clamped: bool (W, A), where the chunk left the action limits and was clamped.
         seconds: stage name -> seconds of its latest run.
     """
 
@@ -28,6 +29,7 @@ class Decision:
     code_probabilities: Probabilities
     decoded_chunk: Floats
     offset_chunk: Floats
+    clamped: NDArray[np.bool_]
     seconds: dict[str, float]
 
 

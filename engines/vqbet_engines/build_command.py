@@ -110,7 +110,7 @@ def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
     if arguments.json:
         sys.stdout.write(encode_reports(reports) + "\n")
         return
-    console = Console()
+    console = Console(markup=False)  # layers' names are the graph's
     console.print(summary_table(reports))
     for report in reports if arguments.layers else []:
         console.print(layer_table(report))

@@ -9,6 +9,7 @@ import msgspec
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from vqbet_calibration.targets import TARGETS, Target
 
 from vqbet_edge import commands
@@ -56,11 +57,11 @@ class Arguments:
 
 def main() -> None:
     """Entry point."""
+    commands.run(_export)
+
+
+def _export() -> None:
     arguments = tyro.cli(Arguments, prog="vqbet-export")
-    commands.run(lambda: _export(arguments))
-
-
-def _export(arguments: Arguments) -> None:
     # Heavy, and not needed for --help.
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
 
@@ -84,13 +85,13 @@ def _export(arguments: Arguments) -> None:
                 calibration_steps=arguments.calibration_steps,
                 targets=TARGETS if arguments.target is None else (arguments.target,),
             ),
-            progress=lambda text: status.update(f"{text} ..."),
+            progress=lambda text: status.update(f"{escape(text)} ..."),
         )
     if arguments.json:
         sys.stdout.buffer.write(msgspec.json.encode(result.report) + b"\n")
         return
     report = (result.path / "report.md").read_text()
-    Console().print(Markdown(report), f"\n[bold]{result.path}[/bold]")
+    Console().print(Markdown(report), f"\n[bold]{escape(str(result.path))}[/bold]")
 
 
 def _precision(arguments: Arguments) -> Precision:

@@ -149,6 +149,9 @@ MANIFESTS: dict[str, Callable[[bytes], bytes]] = {
     "parent directory": lambda m: m.replace(b'"gpt.onnx"', b'"../gpt.onnx"'),
     "absolute path": lambda m: m.replace(b'"gpt.onnx"', b'"/etc/passwd"'),
     "upper case": lambda m: m.replace(b'"gpt.onnx"', b'"GPT.onnx"'),
+    "terminal's escape sequence": lambda m: edited(
+        m, lambda v: v["source"].update(name="\x1b]0;pwned\x07")
+    ),
     "trailing newline in a name": lambda m: m.replace(b'"gpt.onnx"', b'"gpt.onnx\\n"'),
 }
 
@@ -175,6 +178,17 @@ def test_external_data_is_refused_even_under_valid_digests(bundle: Path) -> None
         BundleError, match=r"gpt.onnx refers to external data, which is never loaded"
     ):
         EdgePolicy.load(bundle)
+
+
+def test_onnx_runtimes_own_format_is_refused(bundle: Path) -> None:
+    reseal(bundle, lambda c: c.update({"gpt.onnx": b"\x20\0\0\0ORTM" + bytes(64)}))
+    with pytest.raises(BundleError, match=r"gpt.onnx has ONNX Runtime's own format"):
+        EdgePolicy.load(bundle)
+
+
+def test_a_name_longer_than_the_file_system_takes_is_no_bundle() -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        EdgePolicy.load("a" * 5000)
 
 
 def test_garbage_under_valid_digests_is_our_error(bundle: Path) -> None:
@@ -219,6 +233,9 @@ ARRAYS: dict[str, bytes] = {
     "not UTF-8": tensor_file(b'{"\xff": 1}'),
     "impossible shape": tensor_file(
         {"a": {"dtype": "F32", "shape": [0, 1 << 40, 1 << 40], "data_offsets": [0, 0]}}
+    ),
+    "a product that takes 20 seconds": tensor_file(
+        {"a": {"dtype": "F32", "shape": [9] * 400_000, "data_offsets": [0, 4]}}, b"1234"
     ),
     "negative": tensor_file({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
 }  # fmt: skip

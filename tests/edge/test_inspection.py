@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from workshop import Exported
 
 from vqbet_edge import inspection
+from vqbet_edge.manifest import decode_manifest, encode_manifest
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
@@ -44,3 +46,20 @@ def test_names_an_altered_file(
     (bundle / "report.md").write_text("all is well")
     assert run(monkeypatch, str(bundle)) == 4
     assert "'report.md' is not the file that was exported" in capsys.readouterr().err
+
+
+def test_what_a_bundle_says_is_shown_as_it_stands(
+    tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    bundle = Path(shutil.copytree(tiny.bundle, tmp_path / "a.bundle"))
+    manifest = decode_manifest((bundle / "manifest.json").read_bytes())
+    named = msgspec.structs.replace(manifest.source, name="[/bold]mine")
+    changed = encode_manifest(msgspec.structs.replace(manifest, source=named))
+    (bundle / "manifest.json").write_bytes(changed)
+    assert run(monkeypatch, str(bundle)) == 0
+    assert "[/bold]mine" in capsys.readouterr().out
+    (bundle / "manifest.json").write_bytes(changed.replace(b'"era"', b'"\\u001b[31m"'))
+    assert run(monkeypatch, str(bundle)) == 4
+    error = capsys.readouterr().err
+    assert "\x1b" not in error
+    assert "\\x1b[31m" in error

@@ -330,7 +330,7 @@ def test_another_configuration_does_not_resume(pusht: Path, tmp_path: Path, whol
         train(tiny(pusht, copy, resume=True, dropout=0.2))
     with pytest.raises(UsageError, match="no run in"):
         train(tiny(pusht, tmp_path / "other", resume=True))
-    state = copy / "checkpoints/000016/training_state/optimizer.pt"
+    state = copy / "checkpoints/000016/training_state/optimizer.safetensors"
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="000016 is not whole"):
         train(tiny(pusht, copy, resume=True))

@@ -2,7 +2,7 @@
 
 An engine is code: deserialising one runs what is inside. So an engine is taken only when this user
 built it on this machine, for exactly this graph, TensorRT, GPU and driver; everything is checked
-before TensorRT sees a byte. docs/security.md states the stance.
+before TensorRT sees a byte. SECURITY.md states the stance.
 
     engines/<device>/<stage>-<graph>.plan     the engine
     engines/<device>/<stage>-<graph>.json     its record: key, digest, size, seal; written last

@@ -26,8 +26,15 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
     try:
         if not path.is_file():
             _write(parts, shape, path)
-        frames: Frames = np.load(path, mmap_mode="c")
-    except (OSError, ValueError) as e:
+        # Not `np.load`, which opens archives and pickles too.
+        frames: Frames = np.lib.format.open_memmap(path, mode="c")
+        if frames.shape != shape or frames.dtype != np.uint8:
+            raise ValueError(f"it holds {frames.dtype} {frames.shape}, expected uint8 {shape}")
+    except ValueError as e:
+        raise DiskError(
+            f"{path} is not the cache that was written ({e}); delete it, it is made anew"
+        ) from e
+    except OSError as e:
         raise DiskError(
             f"cannot keep decoded frames in {path.parent}: {e}. "
             f"They need {np.prod(shape) / 1e9:.1f} GB; free space or choose another cache folder"

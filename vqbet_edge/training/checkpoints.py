@@ -1,11 +1,10 @@
 """Checkpoints of a run, and going on from the last one.
 
 checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `pretrained`
-checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights
+checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights; no pickle
 checkpoints/last                        link to the newest
 """
 
-import io
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -14,14 +13,13 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import CheckpointError, UsageError
 from vqbet_edge.model.network import VQBeT
 from vqbet_edge.training.config import TrainConfig
-from vqbet_edge.training.files import new_directory, point_to, write_bytes
+from vqbet_edge.training.files import new_directory, point_to, sweep, write_bytes
 from vqbet_edge.training.pretrained import save_pretrained
 
 # What may differ between a run and its continuation, because no loss depends on it.
@@ -94,9 +92,7 @@ class Checkpoints:
             final = averaged or network
             save_pretrained(temporary / "pretrained_model", final, self._config, self._dataset)
             write_bytes(state / "training_step.json", json.dumps(asdict(progress)).encode())
-            buffer = io.BytesIO()
-            torch.save(optimizer, buffer)
-            write_bytes(state / "optimizer.pt", buffer.getvalue())
+            _write_optimizer(state, optimizer)
             if averaged is not None:
                 weights = safetensors.torch.save(network.state_dict())
                 write_bytes(state / "model.safetensors", weights)
@@ -121,6 +117,7 @@ class Checkpoints:
             if self._config.output.exists():
                 return None
             raise UsageError(f"there is no run in {self._config.output} to resume; drop --resume")
+        sweep(self._directory)
         try:
             self._check_same()
             return self._load(self.last)
@@ -138,7 +135,7 @@ class Checkpoints:
             progress=Progress(**json.loads((state / "training_step.json").read_text())),
             weights=safetensors.torch.load_file(own) if own.exists() else final,
             averaged=final if own.exists() else None,
-            optimizer=torch.load(state / "optimizer.pt", weights_only=True),
+            optimizer=_read_optimizer(state),
         )
 
     def _check_same(self) -> None:
@@ -150,3 +147,30 @@ class Checkpoints:
                     f"the run was started with --{name} {before[name]}, now it is {now[name]}; "
                     "pass the same, or start a new run in another --output"
                 )
+
+
+_TENSORS, _REST = "optimizer.safetensors", "optimizer.json"
+
+
+def _write_optimizer(directory: Path, state: dict[str, Any]) -> None:
+    """Write `Optimizer.state_dict()` as tensors `<parameter>.<name>` and JSON for the rest."""
+    values = {
+        f"{parameter}.{name}": value
+        for parameter, entry in state["state"].items()
+        for name, value in entry.items()
+    }
+    tensors = {name: v.contiguous() for name, v in values.items() if isinstance(v, Tensor)}
+    rest = {name: v for name, v in values.items() if name not in tensors}
+    write_bytes(directory / _TENSORS, safetensors.torch.save(tensors))
+    text = json.dumps({"param_groups": state["param_groups"], "state": rest})
+    write_bytes(directory / _REST, text.encode())
+
+
+def _read_optimizer(directory: Path) -> dict[str, Any]:
+    read = json.loads((directory / _REST).read_text())
+    state: dict[int, dict[str, Any]] = {}
+    tensors = safetensors.torch.load_file(directory / _TENSORS)
+    for name, value in {**tensors, **read["state"]}.items():
+        parameter, _, key = name.partition(".")
+        state.setdefault(int(parameter), {})[key] = value
+    return {"state": state, "param_groups": read["param_groups"]}

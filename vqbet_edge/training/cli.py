@@ -11,7 +11,8 @@ from vqbet_edge.training.trainer import train
 
 def main() -> None:
     """Entry point."""
-    run(_main)
+    # The step is finished and saved first; a second signal ends it at once.
+    run(_main, grace=None)
 
 
 def _main() -> None:

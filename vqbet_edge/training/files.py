@@ -8,31 +8,59 @@ from pathlib import Path
 
 from vqbet_edge.errors import DiskError
 
+_SUFFIX = ".tmp"
+
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn what the operating system says about `path` into a DiskError."""
     try:
         yield
     except OSError as e:
+        needed = "" if size is None else f" ({size} bytes)"
         raise DiskError(
-            f"cannot write {path}: {e.strerror or e}. Free space or choose another folder, then "
-            "go on from the last checkpoint with --resume"
+            f"cannot write {path}{needed}: {e.strerror or e}. Free space or choose another "
+            "folder, then go on from the last checkpoint with --resume"
         ) from e
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write and flush to the disk."""
-    with path.open("wb") as file:
+    """Write and flush to the disk.
+
+    Raises:
+        DiskError: it cannot be written; says how many bytes are needed.
+    """
+    with writing(path, len(data)), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that it is the old or the new one."""
+    temporary = _temporary(path)
+    with writing(path):
+        try:
+            write_bytes(temporary, data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(directory: Path) -> None:
+    """Delete what writers that were killed left in a directory."""
+    for path in directory.glob(f".*{_SUFFIX}"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_SUFFIX}")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Fill a directory under a temporary name; it gets its own name when all is written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with writing(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -47,7 +75,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def point_to(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to its sibling `target`, in one step."""
-    temporary = link.with_name(f".{link.name}.tmp")
+    temporary = _temporary(link)
     with writing(link):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)

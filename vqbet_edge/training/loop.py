@@ -50,7 +50,7 @@ def run_stage(run: Run, stage: Stage, end: int) -> None:
             _save(run, stage)
         if stopping and done < config.steps:
             run.reporter.note(f"stopped after step {done}; go on with --resume")
-            raise KeyboardInterrupt
+            raise run.stopping or KeyboardInterrupt
 
 
 def _update(run: Run, stage: Stage, step: int) -> dict[str, Tensor]:
@@ -113,6 +113,6 @@ def _save(run: Run, stage: Stage) -> None:
 def _agreed(run: Run) -> bool:
     """Whether any process was told to stop; all learn it at the same step."""
     if run.accelerator.num_processes == 1:
-        return run.stopping
-    flag = torch.tensor(int(run.stopping), device=run.accelerator.device)
+        return run.stopping is not None
+    flag = torch.tensor(int(run.stopping is not None), device=run.accelerator.device)
     return bool(run.accelerator.reduce(flag, "sum"))

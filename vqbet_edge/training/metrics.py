@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from vqbet_edge.errors import UsageError
 from vqbet_edge.training.config import TrainConfig
-from vqbet_edge.training.files import writing
+from vqbet_edge.training.files import replace_bytes, writing
 
 Metrics = Mapping[str, float]
 
@@ -100,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _forget_after(path: Path, step: int) -> None:
     """Drop what an interrupted run wrote after the checkpoint that is gone on from."""
     kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    replace_bytes(path, "".join(kept).encode())
 
 
 def _open_board(config: TrainConfig) -> Any:  # noqa: ANN401 - its type needs the optional library

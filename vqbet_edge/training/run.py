@@ -30,7 +30,7 @@ class Run:
     checkpoints: Checkpoints
     reporter: Reporter
     progress: Progress
-    stopping: bool = False
+    stopping: KeyboardInterrupt | None = None
 
     def share(self, frames: Indices) -> Indices:
         """This process's part of a batch."""

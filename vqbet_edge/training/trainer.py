@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import UsageError
 from vqbet_edge.model.network import VQBeT
+from vqbet_edge.signals import TerminatedError
 from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.curves import draw_code_book, draw_curves
@@ -46,7 +47,8 @@ def train(config: TrainConfig) -> Path:
         DatasetError: the data set is corrupt or does not fit.
         UsageError: the configuration contradicts itself or the run that is resumed.
         DiskError: a checkpoint or the metrics cannot be written.
-        KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint to resume from.
+        KeyboardInterrupt: after SIGINT (TerminatedError: SIGTERM), with a checkpoint to resume
+            from.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
@@ -115,9 +117,10 @@ def _stop_on_signal(run: Run) -> Iterator[None]:
     """The first SIGINT or SIGTERM stops at the end of the step, the second one at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if run.stopping:
-            raise KeyboardInterrupt
-        run.stopping = True
+        interrupt = TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt()
+        if run.stopping is not None:
+            raise interrupt
+        run.stopping = interrupt
 
     # Python delivers signals to the main thread only.
     own = threading.current_thread() is threading.main_thread()

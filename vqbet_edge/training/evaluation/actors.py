@@ -14,6 +14,7 @@ from torch import Tensor
 from vqbet_edge import EdgePolicy
 from vqbet_edge.backends import BackendName
 from vqbet_edge.backends.base import HeadOutputs
+from vqbet_edge.guards import Guards
 from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.model.config import STATE_KEY
 from vqbet_edge.model.network import ActionHead
@@ -77,6 +78,7 @@ class BundleActor:
                     options.backend,
                     temperature=options.temperature,
                     replan_every=options.replan_every,
+                    guards=Guards(action_limits=None),  # a checkpoint to compare with has none
                 )
                 for _ in range(slots)
             ]

@@ -1,0 +1,59 @@
+"""A run's checkpoints without the run."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.model.network import VQBeT
+from vqbet_edge.training.checkpoints import Checkpoints, Progress
+from vqbet_edge.training.config import TrainConfig
+
+PUSHT = Path(__file__).parents[1] / "data" / "pusht"
+_TINY: dict[str, Any] = {
+    "n_obs_steps": 2,
+    "vision_backbone": "resnet10_small",
+    "crop_shape": (48, 48),
+    "gpt_n_layer": 1,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 32,
+    "gpt_input_dim": 32,
+    "gpt_output_dim": 32,
+    "vqvae_embedding_dim": 32,
+    "vqvae_enc_hidden_dim": 32,
+}
+
+
+def config(output: Path, *, resume: bool = False) -> TrainConfig:
+    """Of a tiny run."""
+    return TrainConfig(dataset=str(PUSHT), output=output, resume=resume, **_TINY)
+
+
+@cache
+def dataset() -> LeRobotDataset:
+    """Four episodes of PushT."""
+    return LeRobotDataset.open(PUSHT)
+
+
+def checkpoints(output: Path, *, resume: bool = False) -> Checkpoints:
+    """Those of a tiny run."""
+    return Checkpoints(config(output, resume=resume), dataset())
+
+
+@cache
+def network() -> VQBeT:
+    """An untrained one whose code books count as trained."""
+    torch.manual_seed(0)
+    made = VQBeT(config(Path()).policy(dataset()))
+    state = made.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("discretized"):
+            tensor.fill_(True)
+    return made
+
+
+def progress(step: int) -> Progress:
+    """So far."""
+    return Progress(step=step)

@@ -1,0 +1,168 @@
+"""SIGINT and SIGTERM end every command in two seconds, with 130 or 143 and the terminal as it was."""
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from torture import cases
+from workshop import Workshop
+
+from vqbet_edge import signals
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# A busy machine needs longer than an idle one, on which two seconds hold.
+SECONDS = cases(10, 2)
+
+
+class Terminal:
+    """A command that believes that a person watches it."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._ours, theirs = pty.openpty()
+        self.before = termios.tcgetattr(theirs)
+        self._theirs = theirs
+        code = f"from {module} import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self.text = ""
+
+    def read(self, seconds: float) -> None:
+        """What it prints within that time."""
+        end = time.monotonic() + seconds
+        while select.select([self._ours], [], [], max(0.0, end - time.monotonic()))[0]:
+            with contextlib.suppress(OSError):
+                self.text += os.read(self._ours, 65536).decode(errors="replace")
+
+    def read_until(self, text: str) -> None:
+        """Wait for a text."""
+        while text not in self.text and self.process.poll() is None:
+            self.read(0.05)
+        assert text in self.text, self.text
+
+    def end(self, number: signal.Signals) -> int:
+        """Send the signal; the exit code as a shell would show it."""
+        self.process.send_signal(number)
+        end = time.monotonic() + SECONDS
+        while self.process.poll() is None and time.monotonic() < end:
+            self.read(0.02)
+        late = self.process.poll() is None
+        if late:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        self.read(0.1)
+        assert not late, f"still running: {self.text}"
+        assert termios.tcgetattr(self._theirs) == self.before
+        assert self.text.rfind("\x1b[?25h") >= self.text.rfind("\x1b[?25l"), "the cursor is gone"
+        os.close(self._ours)
+        os.close(self._theirs)
+        return code if code >= 0 else 128 - code
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workshop: Workshop) -> str:
+    return str(workshop.checkpoint(oracle.TINY)[1])
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_export(checkpoint: str, cwd: Path, number: signal.Signals) -> None:
+    command = Terminal("vqbet_export.cli", checkpoint, "--verify-steps", "5000")
+    command.read_until("verifying")
+    assert command.end(number) == CODES[number]
+    assert list(cwd.iterdir()) == []
+
+
+def test_export_at_random_moments(checkpoint: str, cwd: Path) -> None:
+    random = np.random.default_rng(14)
+    for case in range(cases(2, 30)):
+        number = list(CODES)[case % 2]
+        command = Terminal("vqbet_export.cli", checkpoint, "--verify-steps", "5000")
+        command.read(random.uniform(0.5, 8))
+        assert command.end(number) == CODES[number], command.text
+        assert not any(path.suffix == ".bundle" for path in cwd.iterdir())
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_train(tmp_path: Path, number: signal.Signals) -> None:
+    dataset = Path(__file__).parents[1] / "data" / "pusht"
+    small = {
+        "steps": 100_000, "n_vqvae_training_steps": 99_000, "batch_size": 4, "n_obs_steps": 2,
+        "vision_backbone": "resnet10_small", "gpt_n_layer": 1, "gpt_n_head": 2, "log_every": 1,
+        "gpt_hidden_dim": 32, "gpt_input_dim": 32, "gpt_output_dim": 32,
+        "vqvae_enc_hidden_dim": 32,
+    }  # fmt: skip
+    options = [text for key, value in small.items() for text in (f"--{key}", str(value))]
+    output = tmp_path / "run"
+    command = Terminal(
+        "vqbet_edge.training.cli", "--dataset", str(dataset), "--output", str(output), *options
+    )
+    metrics = output / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and command.process.poll() is None:
+        command.read(0.05)
+    assert command.end(number) == CODES[number], command.text
+    assert "go on with --resume" in command.text
+    assert (output / "checkpoints" / "last" / "training_state").is_dir()
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_eval(mini: Path, number: signal.Signals) -> None:
+    command = Terminal(
+        "vqbet_edge.training.evaluation.cli", str(mini), "--env", "detour", "--episodes", "100000"
+    )
+    command.read(1.5)
+    code = command.end(number)
+    assert code in {CODES[number], 4}, command.text  # 4: the bundle is not of that task
+
+
+STUCK = """
+import signal, sys, time
+from vqbet_edge import commands, signals
+def stuck():
+    print("working", flush=True)
+    while True:
+        try:
+            time.sleep(100)
+        except KeyboardInterrupt:  # as a library might
+            pass
+commands.run(stuck, grace=0.3)
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_library_that_swallows_the_interrupt(number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(number)
+    assert process.wait(timeout=SECONDS) == CODES[number]
+    process.stdout.close()
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in CODES]
+    with signals.ending_in_time(), pytest.raises(signals.TerminatedError):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in CODES] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_forked_child_has_the_default_handlers() -> None:
+    with signals.ending_in_time():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM

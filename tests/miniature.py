@@ -1,0 +1,72 @@
+"""The smallest bundle that has everything: for tests that load or run one many times."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from vqbet_export import exporter
+from vqbet_export.exporter import ExportConfig
+
+from vqbet_edge.model.checkpoint import Checkpoint
+from vqbet_edge.model.config import Feature, FeatureType, NormalizationMode, VQBeTConfig
+from vqbet_edge.model.eras import Era
+from vqbet_edge.model.network import VQBeT
+from vqbet_edge.model.scaling import Epsilon, identity, normalizing, unnormalizing
+
+STATE, IMAGE, SIZE = "observation.state", "observation.image", 24
+# Smallest and largest action and state of its imagined training data, in the robot's units.
+LOW = np.array([-2.0, 10.0], np.float32)
+HIGH = np.array([2.0, 50.0], np.float32)
+
+_FIELDS: dict[str, Any] = {
+    "vision_backbone": "resnet10_small",
+    "crop_shape": (20, 20),
+    "gpt_n_layer": 1,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 32,
+    "gpt_input_dim": 32,
+    "gpt_output_dim": 32,
+    "vqvae_n_embed": 8,
+    "vqvae_embedding_dim": 32,
+    "vqvae_enc_hidden_dim": 32,
+    "spatial_softmax_num_keypoints": 4,
+    "pretrained_backbone_weights": None,
+    "use_group_norm": False,
+}
+
+
+def checkpoint(**fields: Any) -> Checkpoint:
+    """An untrained policy of 24x24 pixels, two states and two actions."""
+    torch.manual_seed(0)
+    config = VQBeTConfig(
+        input_features={
+            IMAGE: Feature(FeatureType.VISUAL, (3, SIZE, SIZE)),
+            STATE: Feature(FeatureType.STATE, (2,)),
+        },
+        output_features={"action": Feature(FeatureType.ACTION, (2,))},
+        **(_FIELDS | fields),
+    )
+    network = VQBeT(config).eval().requires_grad_(False)
+    mode, stats = NormalizationMode.MIN_MAX, {"min": LOW, "max": HIGH}
+    epsilon = Epsilon(1e-8, always=False)
+    scalings = {IMAGE: identity(3), STATE: normalizing(mode, stats, epsilon)}
+    action = unnormalizing(mode, stats, epsilon)
+    return Checkpoint(network, scalings, action, {}, Era.C, "miniature", "0" * 64)
+
+
+def write(path: Path, **fields: Any) -> Path:
+    """Export it."""
+    policy = checkpoint(**fields)
+    with mock.patch.object(exporter, "load_checkpoint", return_value=policy):
+        exporter.export(ExportConfig("miniature", path, verify_steps=1))
+    return path
+
+
+def observation(random: np.random.Generator) -> dict[str, np.ndarray]:
+    """A random one."""
+    return {
+        IMAGE: random.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
+        STATE: random.uniform(LOW, HIGH).astype(np.float32),
+    }
