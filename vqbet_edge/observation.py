@@ -26,6 +26,10 @@ from vqbet_edge.normalization import Affine
 
 Observation = Mapping[str, Any]
 
+# Instances: comparing with a type makes one every time.
+_UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+_STATE_DTYPES = (_FLOAT32, np.dtype(np.float64))
+
 
 class ObservationReader:
     """Checks observations and writes them, normalised, into the runtime's arrays."""
@@ -60,9 +64,9 @@ class ObservationReader:
 
     def _read_image(self, key: str, image: NDArray[Any], out: NDArray[np.uint8]) -> None:
         height, width, channels = self._image_shape
-        if image.dtype == np.uint8 and self._matches(image, (height, width, channels)):
+        if image.dtype == _UINT8 and self._matches(image, (height, width, channels)):
             np.copyto(out, image[..., self._rows, self._columns, :])
-        elif image.dtype == np.float32 and self._matches(image, (channels, height, width)):
+        elif image.dtype == _FLOAT32 and self._matches(image, (channels, height, width)):
             low, high = image.min(), image.max()
             # Written so that NaN fails too.
             if not (low >= 0 and high <= 1):
@@ -80,8 +84,7 @@ class ObservationReader:
             )
 
     def _read_state(self, state: NDArray[Any], out: Floats) -> None:
-        is_float = state.dtype in (np.float32, np.float64)
-        if not is_float or not self._matches(state, (self._state_dim,)):
+        if state.dtype not in _STATE_DTYPES or not self._matches(state, (self._state_dim,)):
             raise ObservationError(
                 f"'{self._state_key}': expected float32 {self._shape((self._state_dim,))}, "
                 f"got {state.dtype} {state.shape}"

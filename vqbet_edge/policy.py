@@ -303,12 +303,14 @@ class EdgePolicy:
                 "an earlier call failed after its observation had entered the history, so the "
                 "window no longer shows what happened; stop the robot and call reset()"
             )
-        with self._history():
+        try:
             self._worker.check()
+        except BaseException:
+            self._broken = True
+            raise
 
     def _step(self, slot: Slot) -> _Step:
         """Take an observation into the history and the next action from the queue."""
-        self._check_history()
         if self._queue:
             step = self._queue.popleft()
             # Otherwise the frame will have left the window before the next prediction.
@@ -324,8 +326,13 @@ class EdgePolicy:
 
     def _in_time(self, slot: Slot, start: float) -> _Step:
         """The next action, or what stands for it when the backend is late."""
+
+        def checked() -> _Step:
+            self._check_history()
+            return self._step(slot)
+
         assert self._deadline is not None  # noqa: S101 - for the type checker
-        step = self._deadline.run(lambda: self._step(slot), start)
+        step = self._deadline.run(checked, start)
         if step is not None:
             return step
         self._late += 1
