@@ -130,7 +130,7 @@ def mutated_graph(data: bytes, random: np.random.Generator) -> bytes:
             lambda: node.input.__setitem__(0, tensor.name),  # noqa: B023
             lambda: node.output.__setitem__(0, other.output[0]),  # noqa: B023
             lambda: graph.node.remove(node),  # noqa: B023
-            lambda: node.attribute.extend(other.attribute),  # noqa: B023
+            lambda: node.attribute.extend(list(other.attribute)),  # noqa: B023
             lambda: [setattr(a, "i", number) for a in node.attribute],  # noqa: B023
             lambda: [a.ints.append(number) for a in node.attribute],  # noqa: B023
             lambda: tensor.dims.append(number),  # noqa: B023
