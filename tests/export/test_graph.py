@@ -92,4 +92,4 @@ def test_unknown_operators_are_refused() -> None:
             return x.topk(2).values
 
     with pytest.raises(VerificationError, match="operators that no backend was tested with"):
-        export_graph(Sorting(), {"x": torch.zeros(1, 4)}, ["y"])
+        export_graph(Sorting(), {"x": torch.zeros(1, 4)}, ["y"], {})
