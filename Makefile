@@ -10,8 +10,9 @@ demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
 
 # One thread per worker: workers that each spin on all cores slow each other several times.
+# A worker that dies fails the run at once: its tests are lost, and pytest would wait for them.
 test: $(VENV)/.judge
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0 $(PYTEST_ARGS)
 
 # On a machine that does nothing else; bench/README.md says more.
 bench: $(VENV)/.judge

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -30,7 +30,8 @@ def ending_in_time(grace: float | None = GRACE) -> Iterator[None]:
     """Raise KeyboardInterrupt or TerminatedError on a signal, and exit if that does not help.
 
     Python delivers a signal between two of its instructions, so a long call into a library, or a
-    library that swallows exceptions, would hold it back. A thread ends the process then.
+    library that swallows exceptions, would hold it back. A thread ends the process then, unless
+    this block has ended by itself; one that the signal ended still has the interpreter's end ahead.
 
     Args:
         grace: seconds from the signal until then; None leaves all to the main thread.
@@ -41,15 +42,20 @@ def ending_in_time(grace: float | None = GRACE) -> Iterator[None]:
     if own:
         signal.signal(signal.SIGTERM, _terminate)
         os.register_at_fork(after_in_child=_forget)
-    if main and grace is not None:
-        _watch(grace)
+    stop_watching = _watch(grace) if main and grace is not None else lambda: None
+    interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
         if main:
             signal.set_wakeup_fd(-1)
         if own:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not interrupted:
+            stop_watching()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -63,17 +69,32 @@ def _forget() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _watch(grace: float) -> None:
+def _watch(grace: float) -> Callable[[], None]:
+    """Start the thread; the result ends it."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_wait, args=(reading, grace), name="signals", daemon=True).start()
+    over = threading.Event()
+    arguments = reading, over, grace
+    threading.Thread(target=_wait, args=arguments, name="signals", daemon=True).start()
+
+    def stop() -> None:
+        over.set()
+        os.close(writing)
+
+    return stop
 
 
-def _wait(reading: int, grace: float) -> None:
-    while (number := os.read(reading, 1)[0]) not in EXIT_CODES:
-        pass
-    threading.Event().wait(grace)
+def _wait(reading: int, over: threading.Event, grace: float) -> None:
+    number = None
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        while number not in EXIT_CODES:
+            byte = pipe.read(1)
+            if not byte:
+                return
+            number = byte[0]
+    if over.wait(grace):
+        return
     if sys.stderr.isatty():
         os.write(sys.stderr.fileno(), _SHOW_CURSOR)
     os._exit(EXIT_CODES[signal.Signals(number)])

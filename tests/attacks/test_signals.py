@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -156,6 +157,17 @@ def test_handlers_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in CODES] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_block_that_ended_by_itself_ends_no_process() -> None:
+    with signals.ending_in_time(grace=0.05), pytest.raises(signals.TerminatedError):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with signals.ending_in_time(grace=0.05):
+        pass
+    threads = [thread for thread in threading.enumerate() if thread.name == "signals"]
+    for thread in threads:
+        thread.join(timeout=SECONDS)
+        assert not thread.is_alive()
 
 
 def test_a_forked_child_has_the_default_handlers() -> None:
