@@ -6,6 +6,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from sizes import SMALL
 from vqbet_export import exporter
 from vqbet_export.exporter import ExportConfig
 
@@ -21,13 +22,8 @@ LOW = np.array([-2.0, 10.0], np.float32)
 HIGH = np.array([2.0, 50.0], np.float32)
 
 _FIELDS: dict[str, Any] = {
-    "vision_backbone": "resnet10_small",
+    **SMALL,
     "crop_shape": (20, 20),
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
     "vqvae_n_embed": 8,
     "vqvae_embedding_dim": 32,
     "vqvae_enc_hidden_dim": 32,

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
 from vqbet_edge.errors import BundleError
 
@@ -72,6 +74,20 @@ class CropSpec(_Strict, frozen=True):
     left: Annotated[int, Meta(ge=0, le=1 << 31)]
     height: Positive
     width: Positive
+
+    @property
+    def rows(self) -> slice:
+        """Of a frame (..., H, W, C)."""
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        """Of a frame (..., H, W, C)."""
+        return slice(self.left, self.left + self.width)
+
+    def cut(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The rectangle of frames (..., H, W, C), as a view."""
+        return frames[..., self.rows, self.columns, :]
 
 
 class PolicySpec(_Strict, frozen=True):

@@ -39,9 +39,7 @@ class ObservationReader:
         self._batch = manifest.batch_size
         self._image_shape = manifest.image_shape
         self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
-        crop = manifest.crop
-        self._rows = slice(crop.top, crop.top + crop.height)
-        self._columns = slice(crop.left, crop.left + crop.width)
+        self._rows, self._columns = manifest.crop.rows, manifest.crop.columns
         self._scaling = state_scaling
 
     def read(self, observation: Observation, frames: Frames, states: Floats) -> None:

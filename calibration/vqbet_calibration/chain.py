@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from vqbet_calibration.graphs import Session
 from vqbet_calibration.ranges import Feed
-from vqbet_calibration.samples import Piece
+from vqbet_calibration.samples import Piece, batches
 from vqbet_edge.bundle import SECONDARY_COLUMNS, Bundle
-from vqbet_edge.manifest import Manifest, StageName
+from vqbet_edge.manifest import StageName
 from vqbet_edge.normalization import Affine
 
 Array = NDArray[Any]
@@ -64,9 +64,9 @@ class Chain:
         self._manifest = bundle.manifest
         self._columns = bundle.arrays.get(SECONDARY_COLUMNS)
         scaling = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
-        batches = _batches(pieces, bundle.manifest.batch_size)
-        self._frames = [np.stack([_crop(bundle.manifest, p.frames) for p in b], 1) for b in batches]
-        states = [np.stack([_scaled(scaling, p.states) for p in b], 1) for b in batches]
+        crop, groups = bundle.manifest.crop, batches(pieces, bundle.manifest.batch_size)
+        self._frames = [np.stack([crop.cut(p.frames) for p in g], 1) for g in groups]
+        states = [np.stack([_scaled(scaling, p.states) for p in g], 1) for g in groups]
         self._states = [window for s in states for window in self._windows(s)]  # (B, N, S) each
         self._sessions = {name: Session(bundle.graph(name)) for name in _CHAIN}
         self._reference = self._run({})
@@ -156,20 +156,6 @@ class Chain:
             return logits
         columns = self._columns[primary]  # (T, B, C)
         return np.stack([logits[:, :, 0], logits[:, :, 1] + columns], axis=2)
-
-
-def _batches(pieces: Sequence[Piece], size: int) -> list[Sequence[Piece]]:
-    """Groups of `size`; pieces are used again where the last group lacks some."""
-    return [
-        [pieces[i % len(pieces)] for i in range(start, start + size)]
-        for start in range(0, len(pieces), size)
-    ]
-
-
-def _crop(manifest: Manifest, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    crop = manifest.crop
-    rows = slice(crop.top, crop.top + crop.height)
-    return frames[:, :, rows, crop.left : crop.left + crop.width]
 
 
 def _scaled(scaling: Affine, states: NDArray[np.float32]) -> NDArray[np.float32]:

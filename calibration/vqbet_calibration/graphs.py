@@ -91,17 +91,24 @@ def with_outputs(graph: bytes, tensors: Sequence[str]) -> bytes:
 
 
 class Session:
-    """A float32 graph, quantised or not, in ONNX Runtime on the CPU.
+    """A graph in ONNX Runtime on the CPU.
 
     Args:
         graph: ONNX.
         outputs: which outputs to compute; None is all.
+        optimize: let ONNX Runtime rewrite the graph first.
     """
 
-    def __init__(self, graph: bytes, outputs: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, graph: bytes, outputs: Sequence[str] | None = None, *, optimize: bool = True
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Others compute in between, PyTorch among them; spinning threads would take their cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimize:
+            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = level
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )

@@ -49,6 +49,14 @@ class Piece:
     states: NDArray[np.float32]
 
 
+def batches(pieces: Sequence[Piece], size: int) -> list[Sequence[Piece]]:
+    """Groups of `size`; pieces are used again where the last group lacks some."""
+    return [
+        [pieces[i % len(pieces)] for i in range(start, start + size)]
+        for start in range(0, len(pieces), size)
+    ]
+
+
 @dataclass(frozen=True)
 class Samples:
     """What to calibrate on.

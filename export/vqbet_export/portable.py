@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
+from vqbet_calibration.graphs import Session
 from vqbet_calibration.targets import Target
 
 from vqbet_edge.backends.base import Backend, Floats, Frames, HeadOutputs
@@ -28,26 +28,14 @@ class StageSession:
         self._names = [tensor.name for tensor in spec.inputs]
         # The CPU's GPT can continue behind tokens that it has seen; here it never has.
         self._rest = _nothing_seen(bundle, spec.inputs[-1].shape) if "past" in self._names else []
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # PyTorch computes the reference in between; spinning threads would take its cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if spec.precision == "int8" and target != "cpu":
-            # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
-            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.graph_optimization_level = level
-        self._session = onnxruntime.InferenceSession(
-            bundle.contents[spec.file],
-            options,
-            providers=["CPUExecutionProvider"],
-            enable_fallback=0,
-        )
+        # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
+        exact = spec.precision == "int8" and target != "cpu"
+        self._session = Session(bundle.contents[spec.file], optimize=not exact)
 
     def run(self, *inputs: Array) -> list[Array]:
         """The outputs; inputs in the graph's order."""
-        values = map(np.ascontiguousarray, [*inputs, *self._rest])
-        outputs: list[Array] = self._session.run(None, dict(zip(self._names, values, strict=True)))
-        return outputs
+        values = [*inputs, *self._rest]
+        return self._session.run(dict(zip(self._names, values, strict=True)))
 
 
 def _nothing_seen(bundle: Bundle, past: tuple[int, ...]) -> list[Array]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 from vqbet_calibration.quantize import STAGES, Quantization, quantize
-from vqbet_calibration.samples import Piece, Samples
+from vqbet_calibration.samples import Piece, Samples, batches
 from vqbet_calibration.targets import Target
 
 from vqbet_edge.bundle import Bundle
@@ -99,12 +99,7 @@ def _with(spec: StageSpec, precision: Precision) -> StageSpec:
 
 def verification_segments(samples: Samples, batch: int) -> list[Segment]:
     """The pieces that nothing was chosen by, as a batch of robots sees them."""
-    pieces = samples.verification
-    groups = [
-        [pieces[i % len(pieces)] for i in range(start, start + batch)]
-        for start in range(0, len(pieces), batch)
-    ]
-    return [_segment(group) for group in groups]
+    return [_segment(group) for group in batches(samples.verification, batch)]
 
 
 def _segment(pieces: Sequence[Piece]) -> Segment:

@@ -66,7 +66,7 @@ def _verify_stages(
     encoder, gpt = (StageSession(bundle, name, target) for name in ("vision_encoder", "gpt"))
     tokens, features = [], []
     for segment, run in zip(segments, runs, strict=True):
-        tokens += [encoder.run(_cropped(bundle, frames))[0] for frames in segment.frames]
+        tokens += [encoder.run(bundle.manifest.crop.cut(frames))[0] for frames in segment.frames]
         windows = zip(run.image_tokens, run.states, strict=True)
         features += [gpt.run(images, states)[0] for images, states in windows]
     return {
@@ -75,12 +75,6 @@ def _verify_stages(
         "code_heads": _verify_heads(bundle, runs, target),
         "rvq_decoder": _verify_decoder(bundle, checkpoint),
     }
-
-
-def _cropped(bundle: Bundle, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    crop = bundle.manifest.crop
-    rows = slice(crop.top, crop.top + crop.height)
-    return frames[:, :, rows, crop.left : crop.left + crop.width]
 
 
 def _compare(outputs: list[Array], references: list[Array]) -> StageResult:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sizes import SMALL
 
 from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.model.network import VQBeT
@@ -13,14 +14,9 @@ from vqbet_edge.training.config import TrainConfig
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 _TINY: dict[str, Any] = {
+    **SMALL,
     "n_obs_steps": 2,
-    "vision_backbone": "resnet10_small",
     "crop_shape": (48, 48),
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
     "vqvae_embedding_dim": 32,
     "vqvae_enc_hidden_dim": 32,
 }

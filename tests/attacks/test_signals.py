@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+from sizes import SMALL
 from torture import cases
 from workshop import Workshop
 
@@ -98,11 +99,9 @@ def test_export_at_random_moments(checkpoint: str, cwd: Path) -> None:
 @pytest.mark.parametrize("number", CODES)
 def test_train(tmp_path: Path, number: signal.Signals) -> None:
     dataset = Path(__file__).parents[1] / "data" / "pusht"
-    small = {
+    small = SMALL | {
         "steps": 100_000, "n_vqvae_training_steps": 99_000, "batch_size": 4, "n_obs_steps": 2,
-        "vision_backbone": "resnet10_small", "gpt_n_layer": 1, "gpt_n_head": 2, "log_every": 1,
-        "gpt_hidden_dim": 32, "gpt_input_dim": 32, "gpt_output_dim": 32,
-        "vqvae_enc_hidden_dim": 32,
+        "log_every": 1, "vqvae_enc_hidden_dim": 32,
     }  # fmt: skip
     options = [text for key, value in small.items() for text in (f"--{key}", str(value))]
     output = tmp_path / "run"

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
+from silent_cuda import SilentCuda
+from sizes import SMALL
 
 from vqbet_edge.backends import onnxruntime_cuda
-from vqbet_edge.backends.cuda import Cuda, Device, HostMemory, Launch
 from vqbet_edge.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from vqbet_edge.backends.tensorrt import _check_borders
 from vqbet_edge.bundle import Bundle
@@ -16,40 +16,6 @@ from vqbet_edge.errors import BackendError, BundleError
 from vqbet_edge.manifest import StageSpec, TensorSpec
 
 onnxruntime = pytest.importorskip("onnxruntime")
-
-SMALL = {
-    "vision_backbone": "resnet10_small",
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
-}
-
-
-class SilentCuda(Cuda):
-    """Hands out addresses and does nothing."""
-
-    stream = 7
-    device = Device("Orin", "8.7", "12.6", integrated=True)
-
-    def __init__(self) -> None:
-        self.allocations = 0
-
-    def make_current(self) -> None: ...
-
-    def device_memory(self, size: int) -> int:
-        self.allocations += 1
-        return size << 10
-
-    def host_memory(self, size: int) -> HostMemory:
-        return HostMemory(np.zeros(size, np.uint8), self.device_memory(size))
-
-    def to_device(self, address: int, source: Any) -> None: ...
-    def to_host(self, target: Any, address: int) -> None: ...
-    def copy(self, target: int, source: int, size: int) -> None: ...
-    def synchronize(self) -> None: ...
-    def capture(self, enqueue: Launch) -> Launch: ...  # type: ignore[empty-body]
 
 
 class Session:

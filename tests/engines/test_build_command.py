@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sizes import SMALL
 from vqbet_engines.builder import build_plan
 from vqbet_engines.engines import EngineBuilder
 from vqbet_engines.layers import parse_layers
@@ -20,15 +21,6 @@ from vqbet_edge.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx")
-
-SMALL = {
-    "vision_backbone": "resnet10_small",
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
-}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sizes import SMALL
 
 from vqbet_edge.backends.base import Backend
 from vqbet_edge.backends.cuda import (
@@ -30,15 +31,7 @@ from vqbet_edge.window import ObservationWindow
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
-SMALL = {
-    "vision_backbone": "resnet10_small",
-    "gpt_n_layer": 2,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
-    "n_obs_steps": 3,
-}
+WINDOWED = SMALL | {"gpt_n_layer": 2, "n_obs_steps": 3}
 
 
 class HostCuda(Cuda):
@@ -115,7 +108,7 @@ class HostStagesBackend(CudaBackend):
 
 @pytest.fixture(params=[1, 2], ids=["batch1", "batch2"])
 def bundle(make_bundle: Any, request: pytest.FixtureRequest) -> Bundle:
-    return make_bundle("fp32", request.param, **SMALL)
+    return make_bundle("fp32", request.param, **WINDOWED)
 
 
 def drive(backend: Backend, bundle: Bundle) -> list[Any]:

@@ -2,19 +2,11 @@ from typing import Any
 
 import onnx
 import pytest
+from sizes import SMALL
 from vqbet_engines.boards import board_names, load_board
 from vqbet_engines.suitability import check_graphs
 
 pytest.importorskip("tensorrt_rtx")
-
-SMALL = {
-    "vision_backbone": "resnet10_small",
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
-}
 
 
 @pytest.fixture

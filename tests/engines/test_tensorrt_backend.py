@@ -8,54 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from silent_cuda import SilentCuda
+from sizes import SMALL
 
 from vqbet_edge import backends
 from vqbet_edge.backends import create_backend
 from vqbet_edge.backends.child import module_command
-from vqbet_edge.backends.cuda import Cuda, Device, HostMemory, Launch
 from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
 from vqbet_edge.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
 from vqbet_edge.backends.tensorrt_module import TensorRT, import_tensorrt
 from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import BackendError, UsageError
-
-SMALL = {
-    "vision_backbone": "resnet10_small",
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
-}
-
-
-class SilentCuda(Cuda):
-    """Hands out addresses and does nothing."""
-
-    stream = 7
-    device = Device("Orin", "8.7", "12.6", integrated=True)
-
-    def __init__(self) -> None:
-        self.next = 1 << 20
-
-    def make_current(self) -> None: ...
-
-    def device_memory(self, size: int) -> int:
-        self.next += size
-        return self.next - size
-
-    def host_memory(self, size: int) -> HostMemory:
-        return HostMemory(np.zeros(size, np.uint8), self.device_memory(size))
-
-    def to_device(self, address: int, source: Any) -> None: ...
-    def to_host(self, target: Any, address: int) -> None: ...
-    def copy(self, target: int, source: int, size: int) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def capture(self, enqueue: Launch) -> Launch:
-        enqueue()
-        return lambda: None
 
 
 class Module(SimpleNamespace):

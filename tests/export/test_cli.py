@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from command import run
 from safetensors.torch import load_file, save_file
 from vqbet_export import cli, metrics
 from workshop import Workshop
@@ -18,16 +19,6 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.data import LeRobotDataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command's exit code."""
-    monkeypatch.setattr(sys, "argv", ["vqbet-export", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    code = stopped.value.code
-    assert isinstance(code, int)
-    return code
 
 
 @pytest.fixture(scope="module")

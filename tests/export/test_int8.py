@@ -1,7 +1,6 @@
 """`vqbet-export --int8` as a person runs it."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import int8
 import numpy as np
 import onnx
 import pytest
+from command import run
 from vqbet_calibration.quantize import Goal, Quantization, quantize
 from vqbet_calibration.ranges import METHODS
-from vqbet_export import cli
 from vqbet_export.portable import PortableBackend
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.sensitivity import CHART_NAME
@@ -23,16 +22,6 @@ from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import VerificationError
 
 STEPS = 128
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command's exit code."""
-    monkeypatch.setattr(sys, "argv", ["vqbet-export", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    code = stopped.value.code
-    assert isinstance(code, int)
-    return code
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sizes import SMALL
 
 from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.data.writer import write_dataset
@@ -30,14 +31,9 @@ TINY: dict[str, Any] = {
     "steps": 16,
     "n_vqvae_training_steps": 8,
     "batch_size": 4,
+    **SMALL,
     "n_obs_steps": 2,
-    "vision_backbone": "resnet10_small",
     "crop_shape": (48, 48),
-    "gpt_n_layer": 1,
-    "gpt_n_head": 2,
-    "gpt_hidden_dim": 32,
-    "gpt_input_dim": 32,
-    "gpt_output_dim": 32,
     "vqvae_embedding_dim": 32,
     "vqvae_enc_hidden_dim": 32,
     "scheduler_warmup_steps": 2,
