@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,10 @@ class Bundle:
                 "make one with: vqbet-export model.safetensors -o NAME.bundle"
             )
         manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES))
-        contents = {name: _read_checked(root / name, spec) for name, spec in manifest.files.items()}
+        paths, specs = [root / name for name in manifest.files], manifest.files.values()
+        # Digests of hundreds of megabytes take as long as loading the graphs.
+        with ThreadPoolExecutor() as pool:
+            contents = dict(zip(manifest.files, pool.map(_read_checked, paths, specs), strict=True))
         for stage in (*manifest.stages.values(), *manifest.cpu_stages.values()):
             _check_graph(stage.file, contents[stage.file])
         arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)

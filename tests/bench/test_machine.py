@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vqbet_bench.machine import cpu_clocks, gpu_clocks, unlocked
+from vqbet_bench.machine import cpu_clocks, cpu_field, gpu_clocks, unlocked, vector_units
 from vqbet_bench.memory import peak_resident
 from vqbet_bench.power import PowerMeter, read_rails, total_rail
 
@@ -51,6 +51,20 @@ def test_the_total_is_the_rail_that_carries_the_board(orin: Path) -> None:
 def test_a_monitor_of_power_itself(tmp_path: Path) -> None:
     write(tmp_path, {"hwmon3/name": "ina238", "hwmon3/power1_input": 12_500_000})
     assert read_rails(tmp_path) == {"VIN": 12.5}
+
+
+def test_vector_units_of_x86_and_arm(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "x86": "model name\t: EPYC\nflags\t\t: sse fma avx2 avx512_vnni\n\nflags\t\t: none",
+            "arm": "processor\t: 0\nFeatures\t: fp asimd atomics asimddp",
+        },
+    )
+    assert vector_units(tmp_path / "x86") == ["avx2", "avx512_vnni"]
+    assert cpu_field(tmp_path / "x86", "model name") == "EPYC"
+    assert vector_units(tmp_path / "arm") == ["asimd", "asimddp"]
+    assert vector_units(tmp_path / "missing") == []
 
 
 def test_no_board_reports_nothing(tmp_path: Path) -> None:
