@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -345,6 +347,30 @@ def test_use_after_fork_is_told(mini: Path, observations: Observations) -> None:
         assert len(told) == 2
         assert all("load the policy in the new process" in text for text in told)
     policy.act(observations[1])
+
+
+FORKED = """
+import gc, os, sys
+from vqbet_edge import EdgePolicy
+policy = EdgePolicy.load(sys.argv[1], sys.argv[2])
+circle = [EdgePolicy.load(sys.argv[1], sys.argv[2])]
+circle.append(circle)
+del circle
+child = os.fork()
+if child == 0:
+    del policy
+    gc.collect()
+    os._exit(7)  # as multiprocessing ends its children; ONNX Runtime's own exit handler waits too
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_forked_process_frees_nothing_and_ends(mini: Path, backend: str) -> None:
+    """ONNX Runtime's sessions wait for their threads when they are freed."""
+    command = [sys.executable, "-c", FORKED, mini, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_eight_threads_act_as_one(mini: Path, observations: Observations) -> None:

@@ -10,6 +10,8 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vqbet_edge.backends.forks import never_free_in_forks
+
 Frames = NDArray[np.uint8]  # (B, K, H, W, 3)
 Floats = NDArray[np.float32]
 Idle: TypeAlias = Literal["thread", "inline", "off"]
@@ -42,6 +44,7 @@ class Backend(ABC):
     def __init__(self) -> None:
         #: Stage name -> seconds of its latest run.
         self.seconds: dict[str, float] = {}
+        never_free_in_forks(self)
 
     @abstractmethod
     def advance(self) -> None:

@@ -46,12 +46,15 @@ class _Model:
             self._compiled = core.compile_model(core.read_model(data), "CPU", _OPTIONS)
         except Exception as error:
             raise BackendError(f"OpenVINO refuses {spec.file}: {error}") from error
+        # It drops inputs that nothing depends on, such as the mask of a GPT of one block.
+        self._inputs = {name for port in self._compiled.inputs for name in port.names}
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Run:
         """Tie a request to fixed arrays."""
         try:
             request = self._compiled.create_infer_request()
-            for name, array in {**inputs, **outputs}.items():
+            used = {name: array for name, array in inputs.items() if name in self._inputs}
+            for name, array in {**used, **outputs}.items():
                 request.set_tensor(name, self._tensor(array, shared_memory=True))
         except Exception as error:
             raise BackendError(f"OpenVINO refuses {self._stage}: {error}") from error
