@@ -4,6 +4,7 @@ Letters in shapes: B batch, N window, K cameras, H and W image height and width,
 D feature width, C codes per layer.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
@@ -28,6 +29,7 @@ Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(max_length=4096, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Shape = Annotated[tuple[Positive, ...], Meta(max_length=8)]
 StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
+_UNSEALED = "0" * 64
 Precision = Literal["fp32", "fp16", "int8"]
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
 
@@ -130,7 +132,8 @@ class Manifest(_Strict, frozen=True):
     """The whole manifest.
 
     `stages` has the four portable graphs, `cpu_stages` those that CPU backends take in their place,
-    `files` every file but the manifest.
+    `files` every file but the manifest. `manifest_sha256` is the digest of the manifest's text with
+    zeros in its place; `encode_manifest` fills it in.
     """
 
     format_version: Literal[1]
@@ -146,6 +149,7 @@ class Manifest(_Strict, frozen=True):
     calibration: CalibrationSpec | None
     source: SourceSpec
     tools: dict[Text, Text]
+    manifest_sha256: Sha256 = _UNSEALED
 
     @property
     def image_keys(self) -> tuple[str, ...]:
@@ -175,7 +179,13 @@ class Manifest(_Strict, frozen=True):
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The one canonical text of a manifest: indented JSON, fields in their order."""
+    """The one canonical text of a manifest: indented JSON, fields in their order, sealed."""
+    digest = hashlib.sha256(_spelled(manifest, _UNSEALED)).hexdigest()
+    return _spelled(manifest, digest)
+
+
+def _spelled(manifest: Manifest, digest: str) -> bytes:
+    manifest = msgspec.structs.replace(manifest, manifest_sha256=digest)
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
@@ -197,10 +207,13 @@ def decode_manifest(data: bytes) -> Manifest:
             f"{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}: {error}; "
             "export the checkpoint again with this version of vqbet_edge"
         ) from error
-    # Comparing the text rules out what JSON parsers disagree on: repeated keys, byte order marks,
-    # other spellings of one number.
+    # Comparing the text compares the digest, and rules out what JSON parsers disagree on: repeated
+    # keys, byte order marks, other spellings of one number.
     if encode_manifest(manifest) != data:
-        raise BundleError(f"{MANIFEST_NAME} was edited after the export; export again")
+        raise BundleError(
+            f"{MANIFEST_NAME} was damaged or edited after the export; copy the bundle again or "
+            "export again"
+        )
     _check_consistency(manifest)
     return manifest
 

@@ -1,7 +1,9 @@
 """Mutations of a manifest: of its bytes, and of its values under the canonical spelling."""
 
 import copy
+import hashlib
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -21,9 +23,22 @@ _VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+_SEAL = re.compile(rb'"manifest_sha256": "[0-9a-f]{64}"\n}\n\Z')
+
+
+def sealed(text: bytes) -> bytes:
+    """A manifest's text with the digest that fits it, as somebody who forges it would write."""
+
+    def seal(digest: str) -> bytes:
+        return _SEAL.sub(b'"manifest_sha256": "%s"\n}\n' % digest.encode(), text)
+
+    return seal(hashlib.sha256(seal("0" * 64)).hexdigest())
+
+
 def spelled(value: object) -> bytes:
     """A value as the exporter would spell it."""
-    return msgspec.json.format(json.dumps(value, ensure_ascii=False).encode(), indent=2) + b"\n"
+    text = json.dumps(value, ensure_ascii=False).encode()
+    return sealed(msgspec.json.format(text, indent=2) + b"\n")
 
 
 def mutated_bytes(data: bytes, random: np.random.Generator) -> bytes:

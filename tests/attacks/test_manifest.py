@@ -11,7 +11,7 @@ from types import FrameType
 import miniature
 import numpy as np
 import pytest
-from attacks.manifests import mutated_bytes, mutated_values, spelled
+from attacks.manifests import mutated_bytes, mutated_values, sealed, spelled
 from torture import cases
 
 from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
@@ -60,7 +60,9 @@ def decoded(data: bytes) -> Manifest | None:
 def test_mutated_texts(manifest: bytes) -> None:
     random = np.random.default_rng(1)
     for _ in range(cases(3_000, 50_000)):
-        decoded(mutated_bytes(manifest, random))
+        changed = mutated_bytes(manifest, random)
+        assert changed == manifest or decoded(changed) is None
+        decoded(sealed(changed))
 
 
 def test_mutated_values_that_are_accepted_act_or_are_refused_later(
@@ -129,7 +131,7 @@ CORPUS: dict[str, bytes | tuple[bytes, bytes]] = {
 @pytest.mark.parametrize("name", CORPUS)
 def test_corpus(manifest: bytes, name: str) -> None:
     entry = CORPUS[name]
-    data = entry if isinstance(entry, bytes) else manifest.replace(*entry)
+    data = entry if isinstance(entry, bytes) else sealed(manifest.replace(*entry))
     assert data != manifest
     assert decoded(data) is None
 

@@ -26,6 +26,10 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SECONDS = cases(10, 2)
 
 
+# A shell's background jobs, which tests may be, ignore interrupts, and so would their children.
+HEED_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 class Terminal:
     """A command that believes that a person watches it."""
 
@@ -33,7 +37,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         self.before = termios.tcgetattr(theirs)
         self._theirs = theirs
-        code = f"from {module} import main; main()"
+        code = f"{HEED_INTERRUPTS}from {module} import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
@@ -142,7 +146,8 @@ commands.run(stuck, grace=0.3)
 
 @pytest.mark.parametrize("number", CODES)
 def test_a_library_that_swallows_the_interrupt(number: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HEED_INTERRUPTS + STUCK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(number)
