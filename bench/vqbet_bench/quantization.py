@@ -57,7 +57,7 @@ class Config:
     # Seed of the first episode.
     seed: int = 100_000
     # Observations to sample; the same number as at the export gives the same ones.
-    steps: int = 512
+    steps: int = 1024
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Arguments:
     # `policy.record` wrote on the robot.
     calibration_data: str | None = None
     # Observations to take from it.
-    calibration_steps: int = 512
+    calibration_steps: int = 1024
     # Whom to quantise for; by default both, side by side in one bundle.
     target: Target | None = None
     # The bundle to write; by default named after the checkpoint and the precision, here.

@@ -99,7 +99,7 @@ class ExportConfig:
     board: str | None = None
     force: bool = False
     calibration_data: str | None = None
-    calibration_steps: int = 512
+    calibration_steps: int = 1024
     targets: tuple[Target, ...] = TARGETS
 
 
