@@ -209,8 +209,8 @@ def _check_amount(samples: Samples) -> None:
     if samples.observations < MIN_OBSERVATIONS or not samples.verification:
         raise DatasetError(
             f"'{samples.source}' has {samples.observations} usable observations (pieces of "
-            f"{PIECE_STEPS} steps), calibration needs at least {MIN_OBSERVATIONS}, better 1024 from "
-            "many episodes; record more with policy.record(path)"
+            f"{PIECE_STEPS} steps), calibration needs at least {MIN_OBSERVATIONS}, better 1024 "
+            "from many episodes; record more with policy.record(path)"
         )
 
 

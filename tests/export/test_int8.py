@@ -186,9 +186,13 @@ def test_the_fewest_layers_are_left_out(floating: Bundle, exported: Path) -> Non
     """A stricter goal keeps the head of the ranking, and one layer fewer misses it."""
     assert exported.exists()  # the sensitivity is cached
     samples = int8.samples_for(floating, int8.PUSHT, STEPS)
-    loose = quantize(floating, samples, "cpu", goal=Goal(cosine=0.5, code_agreement=0))
+    loose = quantize(
+        floating, samples, "cpu", goal=Goal(cosine=0.5, code_agreement=0, total_variation=1)
+    )
     assert loose.kept == ("gpt.lm_head",)
-    strict = Goal(cosine=1 - (1 - min(loose.outcome.cosine.values())) / 2, code_agreement=0)
+    strict = Goal(
+        cosine=1 - (1 - min(loose.outcome.cosine.values())) / 2, code_agreement=0, total_variation=1
+    )
     assert not strict.reached(loose.outcome)
     found: Quantization = quantize(floating, samples, "cpu", goal=strict)
     assert strict.reached(found.outcome)
