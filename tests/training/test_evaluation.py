@@ -135,6 +135,7 @@ def test_intervals_are_scipys() -> None:
         expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
         got = wilson(successes, trials)
         assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert got.low <= got.mean <= got.high  # plots take the differences
     values = np.random.default_rng(1).normal(size=60)
     expected = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
     got = bootstrap(values.tolist())

@@ -78,7 +78,8 @@ def wilson(successes: int, trials: int) -> Estimate:
     spread = 1 + Z**2 / trials
     middle = (share + Z**2 / (2 * trials)) / spread
     half = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2)) / spread
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    # Rounding must not put the share itself outside.
+    return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
 
 
 def bootstrap(values: Sequence[float]) -> Estimate:
