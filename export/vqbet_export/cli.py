@@ -44,7 +44,7 @@ class Arguments:
     # A LeRobot data set (folder or Hub id) to verify on, besides random observations.
     verify_data: str | None = None
     # Observations of each kind to verify on.
-    verify_steps: int = 128
+    verify_steps: int = 512
     # Robots that the bundle serves at once.
     batch_size: int = 1
     # Check that the graphs suit this board's TensorRT (engines/boards), such as orin-nano.

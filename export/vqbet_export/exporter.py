@@ -82,7 +82,8 @@ class ExportConfig:
         precision: of convolutions and matrix products; INT8 needs `calibration_data`.
         batch_size: robots that one bundle serves at once.
         verify_data: a LeRobot data set to verify on, besides random observations.
-        verify_steps: observations of each kind to verify on.
+        verify_steps: observations of each kind to verify on; of few, one near tie between codes
+            is already a share above the limit.
         board: name of a board profile whose TensorRT the graphs must suit.
         force: replace an existing bundle.
         calibration_data: a LeRobot data set or a folder of recordings, for INT8.
@@ -95,7 +96,7 @@ class ExportConfig:
     precision: Precision = "fp32"
     batch_size: int = 1
     verify_data: str | None = None
-    verify_steps: int = 128
+    verify_steps: int = 512
     board: str | None = None
     force: bool = False
     calibration_data: str | None = None

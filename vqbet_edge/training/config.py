@@ -38,12 +38,17 @@ class TrainConfig(Hyperparameters):
     # Go on from the run's last checkpoint.
     resume: bool = False
 
+    # Learning rate of stage 2.
     optimizer_lr: float = 1e-4
+    # Adam's moving averages, both stages.
     optimizer_betas: tuple[float, float] = (0.95, 0.999)
+    # Adam's, both stages.
     optimizer_eps: float = 1e-8
+    # Weight decay of stage 2.
     optimizer_weight_decay: float = 1e-6
     # Learning rate of stage 1.
     optimizer_vqvae_lr: float = 1e-3
+    # Weight decay of stage 1.
     optimizer_vqvae_weight_decay: float = 1e-4
     # Gradients longer than this are shortened to it.
     optimizer_grad_clip_norm: float = 10.0
@@ -54,6 +59,7 @@ class TrainConfig(Hyperparameters):
     vqvae_early_stop: bool = False
     # Decay of the moving average of stage 2's weights that checkpoints then hold; 0 keeps none.
     ema_decay: float = 0.0
+    # Precision that stage 2 computes in, beside the float32 weights.
     mixed_precision: Literal["no", "bf16"] = "no"
     # Compile stage 2 with torch.compile.
     compile: bool = False
