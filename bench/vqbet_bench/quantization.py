@@ -50,7 +50,7 @@ class Config:
     data: str
     # Where the report goes.
     output: Path
-    # The environment to drive in: pusht, pusht_pose, metaworld_push or detour.
+    # The environment to drive in: pusht, pusht_pose, pusht_contact, metaworld_push or detour.
     env: str | None = None
     # Episodes to drive.
     episodes: int = 50

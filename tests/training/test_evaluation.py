@@ -22,12 +22,18 @@ from vqbet_edge.training.evaluation.actors import (
     TorchActor,
     load_actor,
 )
+from vqbet_edge.training.evaluation.pusht import PushTWithContact
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet
 from vqbet_edge.training.evaluation.summary import bootstrap, compare, summarize, wilson
 from vqbet_edge.training.evaluation.tasks import TASKS, make_task
 
-PACKAGES = {"pusht": "gym_pusht", "pusht_pose": "gym_pusht", "metaworld_push": "metaworld"}
+PACKAGES = {
+    "pusht": "gym_pusht",
+    "pusht_pose": "gym_pusht",
+    "pusht_contact": "gym_pusht",
+    "metaworld_push": "metaworld",
+}
 
 
 @pytest.fixture(params=sorted(TASKS))
@@ -71,6 +77,19 @@ def test_environments_repeat_and_fit_their_spaces(
         assert before[1:4] == again[1:4]
     first.close()
     second.close()
+
+
+def test_the_contact_state_sees_the_pusher_from_the_block_as_the_simulator_does() -> None:
+    pytest.importorskip("gym_pusht")
+    env = make_task("pusht_contact")()
+    assert isinstance(env, PushTWithContact)
+    for seed in range(3):
+        observation, _ = env.reset(seed=seed)
+        simulator = env.simulator
+        expected = simulator.block.world_to_local(simulator.agent.position)
+        np.testing.assert_allclose(observation["observation.state"][6:], expected, atol=1e-3)
+        turn = np.arctan2(*observation["observation.state"][[5, 4]])
+        np.testing.assert_allclose(np.exp(1j * turn), np.exp(1j * simulator.block.angle), atol=1e-6)
 
 
 def test_results_do_not_depend_on_how_many_run_at_once() -> None:

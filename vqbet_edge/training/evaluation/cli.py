@@ -30,7 +30,7 @@ class EvalConfig:
 
     # A checkpoint's directory or a bundle.
     policy: Annotated[str, tyro.conf.Positional]
-    # The environment: pusht, pusht_pose, metaworld_push or detour.
+    # The environment: pusht, pusht_pose, pusht_contact, metaworld_push or detour.
     env: str
     # Episodes to run.
     episodes: int = 50

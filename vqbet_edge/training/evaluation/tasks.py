@@ -13,7 +13,7 @@ import gymnasium
 from vqbet_edge.errors import UsageError
 from vqbet_edge.training.demo.task import DetourEnv
 from vqbet_edge.training.evaluation.metaworld import MetaWorldPush
-from vqbet_edge.training.evaluation.pusht import PushT, PushTWithPose
+from vqbet_edge.training.evaluation.pusht import PushT, PushTWithContact, PushTWithPose
 
 Environment: TypeAlias = gymnasium.Env[dict[str, Any], Any]
 
@@ -21,6 +21,7 @@ TASKS: dict[str, Callable[[], Environment]] = {
     "detour": DetourEnv,
     "metaworld_push": MetaWorldPush,
     "pusht": PushT,
+    "pusht_contact": PushTWithContact,
     "pusht_pose": PushTWithPose,
 }
 
