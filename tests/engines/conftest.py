@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,15 +85,27 @@ def old_release(request: pytest.FixtureRequest) -> Bindings:
 
 
 def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
-    """Fetched once and kept in pytest's cache."""
-    root = Path(request.config.cache.mkdir("tensorrt-bindings")) / name
-    if not (root / "stubs").exists():
+    """Fetched once and kept in pytest's cache; what lies there is always complete."""
+    cache = Path(request.config.cache.mkdir("tensorrt-releases"))
+    root = cache / name
+    if not root.exists():
         if shutil.which("gcc") is None or shutil.which("nm") is None:
             _unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
-        shutil.rmtree(root, ignore_errors=True)
-        _fetch((RELEASES | BEST_EFFORT)[name], root)
-        _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            work = Path(folder) / name
+            _fetch((RELEASES | BEST_EFFORT)[name], work)
+            _generate_stubs(work / "tensorrt_bindings" / "tensorrt.so", work / "stubs")
+            _publish(work, root)
     return Bindings(root)
+
+
+def _publish(work: Path, root: Path) -> None:
+    try:
+        work.rename(root)
+    except OSError:
+        # Another worker of the same run was faster.
+        if not root.is_dir():
+            raise
 
 
 def _unavailable(reason: str) -> None:
@@ -120,14 +133,12 @@ def _generate_stubs(module: Path, folder: Path) -> None:
         for line in _output("readelf", "-d", str(module)).splitlines()
         if "NEEDED" in line and "libnv" in line
     ]
-    work = folder.with_suffix(".work")
-    work.mkdir()
-    source = work / "stubs.c"
+    folder.mkdir()
+    source = folder / "stubs.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in sorted(ours)))
     for library in needed:
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}"]
-        _output("gcc", *flags, "-o", str(work / library), str(source))
-    work.rename(folder)
+        _output("gcc", *flags, "-o", str(folder / library), str(source))
 
 
 def _output(*command: str) -> str:
