@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,40 +71,33 @@ class Bindings:
         return json.loads(done.stdout)
 
 
-@pytest.fixture(params=RELEASES)
+def _each(releases: dict[str, str]) -> list[Any]:
+    """One worker per release: two would fetch into the same folder."""
+    return [pytest.param(n, id=n, marks=pytest.mark.xdist_group(n)) for n in releases]
+
+
+@pytest.fixture(params=_each(RELEASES))
 def release(request: pytest.FixtureRequest) -> Bindings:
     """Bindings of a release that is supported."""
     return _bindings(request, request.param)
 
 
-@pytest.fixture(params=BEST_EFFORT)
+@pytest.fixture(params=_each(BEST_EFFORT))
 def old_release(request: pytest.FixtureRequest) -> Bindings:
     """Bindings of a release that works as well as it can."""
     return _bindings(request, request.param)
 
 
 def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
-    """Fetched once and kept in pytest's cache; what lies there is always complete."""
-    cache = Path(request.config.cache.mkdir("tensorrt-releases"))
-    root = cache / name
-    if not root.exists():
+    """Fetched once and kept in pytest's cache."""
+    root = Path(request.config.cache.mkdir("tensorrt-bindings")) / name
+    if not (root / "stubs").exists():
         if shutil.which("gcc") is None or shutil.which("nm") is None:
             _unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            work = Path(folder) / name
-            _fetch((RELEASES | BEST_EFFORT)[name], work)
-            _generate_stubs(work / "tensorrt_bindings" / "tensorrt.so", work / "stubs")
-            _publish(work, root)
+        shutil.rmtree(root, ignore_errors=True)
+        _fetch((RELEASES | BEST_EFFORT)[name], root)
+        _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
-
-
-def _publish(work: Path, root: Path) -> None:
-    try:
-        work.rename(root)
-    except OSError:
-        # Another worker of the same run was faster.
-        if not root.is_dir():
-            raise
 
 
 def _unavailable(reason: str) -> None:
@@ -133,12 +125,14 @@ def _generate_stubs(module: Path, folder: Path) -> None:
         for line in _output("readelf", "-d", str(module)).splitlines()
         if "NEEDED" in line and "libnv" in line
     ]
-    folder.mkdir()
-    source = folder / "stubs.c"
+    work = folder.with_suffix(".work")
+    work.mkdir()
+    source = work / "stubs.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in sorted(ours)))
     for library in needed:
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}"]
-        _output("gcc", *flags, "-o", str(folder / library), str(source))
+        _output("gcc", *flags, "-o", str(work / library), str(source))
+    work.rename(folder)
 
 
 def _output(*command: str) -> str:
