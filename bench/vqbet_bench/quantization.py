@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ from vqbet_edge.normalization import Affine
 from vqbet_edge.training.evaluation.actors import BundleActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
-from vqbet_edge.training.evaluation.tasks import make_task
+from vqbet_edge.training.evaluation.tasks import ENV_HELP, make_task
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Config:
     data: str
     # Where the report goes.
     output: Path
-    # The environment to drive in: pusht, pusht_pose, pusht_contact, metaworld_push or detour.
-    env: str | None = None
+    env: Annotated[str | None, tyro.conf.arg(help=ENV_HELP)] = None
     # Episodes to drive.
     episodes: int = 50
     # Seed of the first episode.

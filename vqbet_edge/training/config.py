@@ -40,9 +40,9 @@ class TrainConfig(Hyperparameters):
 
     # Learning rate of stage 2.
     optimizer_lr: float = 1e-4
-    # Adam's moving averages, both stages.
+    # Decay of Adam's moving averages, both stages.
     optimizer_betas: tuple[float, float] = (0.95, 0.999)
-    # Adam's, both stages.
+    # Adam's epsilon, both stages.
     optimizer_eps: float = 1e-8
     # Weight decay of stage 2.
     optimizer_weight_decay: float = 1e-6

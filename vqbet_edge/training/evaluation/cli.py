@@ -17,7 +17,7 @@ from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
-from vqbet_edge.training.evaluation.tasks import make_task
+from vqbet_edge.training.evaluation.tasks import ENV_HELP, make_task
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class EvalConfig:
 
     # A checkpoint's directory or a bundle.
     policy: Annotated[str, tyro.conf.Positional]
-    # The environment: pusht, pusht_pose, pusht_contact, metaworld_push or detour.
-    env: str
+    env: Annotated[str, tyro.conf.arg(help=ENV_HELP)]
     # Episodes to run.
     episodes: int = 50
     # A second policy to compare with, on the same seeds.

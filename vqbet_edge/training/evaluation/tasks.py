@@ -25,6 +25,9 @@ TASKS: dict[str, Callable[[], Environment]] = {
     "pusht_pose": PushTWithPose,
 }
 
+# What commands say of their --env.
+ENV_HELP = f"The environment to drive in: {', '.join(TASKS)}."
+
 
 def make_task(name: str) -> Callable[[], Environment]:
     """The environment's constructor, after one trial that its package is installed.
