@@ -28,8 +28,8 @@ from vqbet_bench.results import MODES, Report, Result
 from vqbet_export.exporter import ExportConfig, export
 from workshop import Workshop
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import Precision
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Precision
 
 ROUNDS = 5
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.training.dataset import LeRobotDataset
 
 
 def main(bundle: str, dataset: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import oracle
 from vqbet_calibration.samples import Samples, load_samples
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.normalization import Affine
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.normalization import Affine
 
 PUSHT = Path(__file__).parent / "data" / "pusht"
 # An untrained policy with PushT's features.

@@ -10,11 +10,11 @@ from sizes import SMALL
 from vqbet_export import exporter
 from vqbet_export.exporter import ExportConfig
 
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import Feature, FeatureType, NormalizationMode, VQBeTConfig
-from vqbet_edge.model.eras import Era
-from vqbet_edge.model.network import VQBeT
-from vqbet_edge.model.scaling import Epsilon, identity, normalizing, unnormalizing
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import Feature, FeatureType, NormalizationMode, VQBeTConfig
+from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Epsilon, identity, normalizing, unnormalizing
 
 STATE, IMAGE, SIZE = "observation.state", "observation.image", 24
 # Smallest and largest action and state of its imagined training data, in the robot's units.

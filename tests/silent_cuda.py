@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from vqbet_edge.backends.cuda import Cuda, Device, HostMemory, Launch
+from vqbet_edge.runtime.backends.cuda import Cuda, Device, HostMemory, Launch
 
 
 class SilentCuda(Cuda):

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 from vqbet_export.exporter import ExportConfig, export
 
-from vqbet_edge.manifest import Precision
+from vqbet_edge.runtime.manifest import Precision
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from vqbet_edge.commands import run
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.data.writer import write_dataset
+from vqbet_edge.cli import run
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.model.config import ACTION_KEY, STATE_KEY
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.evaluation.pusht import contact_state
 
 

@@ -14,7 +14,7 @@ import av
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.training.dataset import LeRobotDataset
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from vqbet_edge.errors import (
     VerificationError,
     VQBeTEdgeError,
 )
-from vqbet_edge.guards import Guards
-from vqbet_edge.policy import EdgePolicy
-from vqbet_edge.sampling import Decision
+from vqbet_edge.runtime.guards import Guards
+from vqbet_edge.runtime.policy import EdgePolicy
+from vqbet_edge.runtime.sampling import Decision
 
 __version__ = "0.1.0"
 

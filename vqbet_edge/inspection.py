@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqbet_edge import commands
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import Manifest, encode_manifest
+from vqbet_edge import cli
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Manifest, encode_manifest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,7 @@ class Arguments:
 
 def main() -> None:
     """Entry point."""
-    commands.run(_main)
+    cli.run(_main)
 
 
 def _main() -> None:

@@ -18,12 +18,12 @@ from vqbet_bench.messages import Job, PeerName
 from vqbet_bench.observations import create_pool
 from vqbet_bench.results import FORMAT_VERSION, Ceilings, Report, Result, Settings, Sizes
 from vqbet_bench.session import Plan, Progress, Session, open_session
-from vqbet_edge.backends.child import module_command
-from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
+from vqbet_edge.runtime.backends.child import module_command
+from vqbet_edge.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
-    from vqbet_edge.backends.base import Idle
+    from vqbet_edge.runtime.backends.base import Idle
 
 _PEER_NAMES: dict[PeerName, str] = {
     "lerobot": "LeRobot eager",

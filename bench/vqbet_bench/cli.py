@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vqbet_bench.messages import PEERS, EdgeBackend, PeerName
-from vqbet_edge import commands
-from vqbet_edge.backends.base import Idle
+from vqbet_edge import cli
 from vqbet_edge.errors import UsageError
+from vqbet_edge.runtime.backends.base import Idle
 
 if TYPE_CHECKING:
     from vqbet_bench.report import Grid
@@ -60,7 +60,7 @@ class Arguments:
 def main() -> None:
     """Entry point."""
     arguments = tyro.cli(Arguments, prog="vqbet-bench")
-    commands.run(lambda: _run(arguments))
+    cli.run(lambda: _run(arguments))
 
 
 def _run(arguments: Arguments) -> None:

@@ -9,8 +9,8 @@ from vqbet_bench.messages import ContenderKind, EdgeBackend, Job
 from vqbet_bench.observations import Pool
 
 if TYPE_CHECKING:
-    from vqbet_edge.backends.base import Backend
-    from vqbet_edge.bundle import Bundle
+    from vqbet_edge.runtime.backends.base import Backend
+    from vqbet_edge.runtime.bundle import Bundle
 
 
 class Contender(Protocol):
@@ -54,8 +54,8 @@ class Edge:
         }
 
     def _load(self, *, every: bool) -> None:
-        from vqbet_edge.bundle import Bundle  # noqa: PLC0415 - part of what start-up takes
-        from vqbet_edge.policy import EdgePolicy  # noqa: PLC0415
+        from vqbet_edge.runtime.bundle import Bundle  # noqa: PLC0415 - part of what start-up takes
+        from vqbet_edge.runtime.policy import EdgePolicy  # noqa: PLC0415
 
         bundle = Bundle.open(self._job.path)
         self._backend = create_edge_backend(self._job.backend, bundle)
@@ -93,11 +93,11 @@ class Edge:
 def create_edge_backend(name: EdgeBackend, bundle: "Bundle") -> "Backend":
     """As `vqbet_edge` does, and TensorRT for RTX, which it takes no name for."""
     if name == "tensorrt_rtx":
-        from vqbet_edge.backends.tensorrt import TensorRTBackend  # noqa: PLC0415
-        from vqbet_edge.backends.tensorrt_module import import_tensorrt  # noqa: PLC0415
+        from vqbet_edge.runtime.backends.tensorrt import TensorRTBackend  # noqa: PLC0415
+        from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt  # noqa: PLC0415
 
         return TensorRTBackend(bundle, tensorrt=import_tensorrt("tensorrt_rtx"))
-    from vqbet_edge.backends import create_backend  # noqa: PLC0415
+    from vqbet_edge.runtime.backends import create_backend  # noqa: PLC0415
 
     return create_backend(name, bundle)
 

@@ -18,10 +18,10 @@ from vqbet_bench.machine import describe_machine
 from vqbet_bench.messages import EdgeBackend
 from vqbet_bench.observations import Pool, create_pool
 from vqbet_bench.results import Machine
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.commands import run
+from vqbet_edge.cli import run
 from vqbet_edge.errors import VQBeTEdgeError
-from vqbet_edge.policy import EdgePolicy
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.policy import EdgePolicy
 
 
 @dataclass(frozen=True)

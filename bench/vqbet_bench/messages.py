@@ -5,8 +5,8 @@ from typing import Literal
 from msgspec import Struct
 
 from vqbet_bench.results import Allocations, Memory, Mode, Round
-from vqbet_edge.backends import BackendName
-from vqbet_edge.backends.base import Idle
+from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.runtime.backends.base import Idle
 
 PeerName = Literal["lerobot", "lerobot-compile", "network", "single-graph"]
 PEERS: tuple[PeerName, ...] = ("lerobot", "lerobot-compile", "network", "single-graph")

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import DatasetError, UsageError
-from vqbet_edge.manifest import Manifest
-from vqbet_edge.normalization import Affine
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.normalization import Affine
 
 MAX_OBSERVATIONS = 200
 # They are part of every contender's memory.
@@ -95,7 +95,7 @@ def _recorded(
     manifest: Manifest, source: str, count: int
 ) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
     try:
-        from vqbet_edge.data import LeRobotDataset  # noqa: PLC0415 - robots lack it
+        from vqbet_edge.training.dataset import LeRobotDataset  # noqa: PLC0415 - robots lack it
     except ModuleNotFoundError as error:
         raise UsageError(
             f"reading a data set needs '{error.name}'; type: pip install 'vqbet-edge[data]', "

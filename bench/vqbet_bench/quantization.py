@@ -25,13 +25,13 @@ from vqbet_export.quantization import verification_segments
 from vqbet_export.verification import verify
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.backends import create_backend
-from vqbet_edge.backends.base import Backend
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.commands import run
-from vqbet_edge.manifest import STAGES
-from vqbet_edge.model.checkpoint import load_checkpoint
-from vqbet_edge.normalization import Affine
+from vqbet_edge.cli import run
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends.base import Backend
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import STAGES
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.evaluation.actors import BundleActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize

@@ -240,7 +240,7 @@ def insert(text: str, tables: str) -> str:
 
 def main() -> None:
     """Arguments: result.json, and a Markdown file to put the tables into."""
-    from vqbet_edge.commands import run  # noqa: PLC0415
+    from vqbet_edge.cli import run  # noqa: PLC0415
 
     run(_main)
 

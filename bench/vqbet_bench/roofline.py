@@ -13,8 +13,8 @@ import onnx
 from onnx import numpy_helper
 
 from vqbet_bench.results import Ceilings, Result, StageBound
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import StageSpec
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import StageSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from vqbet_engines.builder import build_plan
 from vqbet_engines.messages import Job
 
-from vqbet_edge.backends.cuda import create_cuda
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.backends.tensorrt_module import create_logger, import_tensorrt
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.commands import run
+from vqbet_edge.cli import run
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.cuda import create_cuda
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt
+from vqbet_edge.runtime.bundle import Bundle
 
 
 def probe(bundle: Bundle, target: str) -> str:

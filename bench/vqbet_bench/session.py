@@ -35,8 +35,8 @@ from vqbet_bench.messages import (
 from vqbet_bench.power import PowerMeter
 from vqbet_bench.results import MODES, Mode, Result, Round
 from vqbet_bench.samples import SAMPLES_NEEDED
-from vqbet_edge.backends.child import module_command
 from vqbet_edge.errors import VQBeTEdgeError
+from vqbet_edge.runtime.backends.child import module_command
 
 # Enough re-plans over all rounds to name the 90th percentile.
 _MIN_REPLANS = SAMPLES_NEEDED[90.0]

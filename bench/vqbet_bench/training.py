@@ -26,12 +26,12 @@ from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from lerobot.policies.vqbet.modeling_vqbet import VQBeTPolicy
 from lerobot.policies.vqbet.processor_vqbet import make_vqbet_pre_post_processors
 
-from vqbet_edge.commands import run
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.data.writer import write_dataset
-from vqbet_edge.model.network import VQBeT
+from vqbet_edge.cli import run
 from vqbet_edge.training.config import TrainConfig
-from vqbet_edge.training.scalings import Scalings
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.stages import PolicyStage, Stage, VqVaeStage
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 

@@ -5,9 +5,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
-from vqbet_edge.model.config import STATE_KEY
-from vqbet_edge.model.scaling import Scaling
+from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
+from vqbet_edge.training.config import STATE_KEY
+from vqbet_edge.training.normalization import Scaling
 
 # The exporter's: the newest that all the runtimes here take.
 OPSET = 20

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from vqbet_calibration.graphs import Session
 from vqbet_calibration.ranges import Feed
 from vqbet_calibration.samples import Piece, batches
-from vqbet_edge.bundle import SECONDARY_COLUMNS, Bundle
-from vqbet_edge.manifest import StageName
-from vqbet_edge.normalization import Affine
+from vqbet_edge.runtime.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.normalization import Affine
 
 Array = NDArray[Any]
 

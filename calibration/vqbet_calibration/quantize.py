@@ -12,10 +12,10 @@ from vqbet_calibration.chain import Chain, Outcome
 from vqbet_calibration.quantizers import Dynamic, Quantizer, Static
 from vqbet_calibration.samples import Samples
 from vqbet_calibration.targets import Target
-from vqbet_edge.backends.private_files import private_user_cache
-from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import VerificationError, VQBeTEdgeError
-from vqbet_edge.manifest import StageName
+from vqbet_edge.runtime.backends.private_files import private_user_cache
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import StageName
 
 Progress = Callable[[str], None]
 

@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.recording import EPISODE, FILE_PATTERN
+from vqbet_edge.runtime.recording import EPISODE, FILE_PATTERN
 
 Array = NDArray[Any]
 
 
 class Recordings:
-    """Recorded episodes; see `vqbet_edge.recording` for the files.
+    """Recorded episodes; see `vqbet_edge.runtime.recording` for the files.
 
     Of a batch of robots, every robot's observations are an episode of their own.
     """

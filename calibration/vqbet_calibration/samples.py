@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_calibration.recordings import Recordings
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.manifest import Manifest
-from vqbet_edge.normalization import Affine
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.training.dataset import LeRobotDataset
 
 Array = NDArray[Any]
 

@@ -11,10 +11,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vqbet_edge.backends.cuda import create_cuda
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.backends.tensorrt_module import Flavour, import_tensorrt
-from vqbet_edge.bundle import Bundle
+from vqbet_edge.runtime.backends.cuda import create_cuda
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt_module import Flavour, import_tensorrt
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_engines.boards import detect_board, load_board
 from vqbet_engines.engines import EngineBuilder, EngineReport, encode_reports
 from vqbet_engines.progress import build_progress

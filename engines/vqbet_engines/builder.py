@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from vqbet_edge.backends.child import module_command
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.child import module_command
 from vqbet_engines.messages import Failed, Finished, Job, Notice, Progress, receive, send
 
 OnEvent = Callable[[Progress | Notice], None]

@@ -1,6 +1,6 @@
 """Entry point of `vqbet-build`; `run` says what to install where its libraries are missing."""
 
-from vqbet_edge.commands import run
+from vqbet_edge.cli import run
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from vqbet_edge.backends.cuda import create_cuda
-from vqbet_edge.backends.private_files import user_cache
-from vqbet_edge.backends.tensorrt_module import import_tensorrt
-from vqbet_edge.commands import run
+from vqbet_edge.cli import run
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.cuda import create_cuda
+from vqbet_edge.runtime.backends.private_files import user_cache
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 from vqbet_engines.boards import JetPack, jetpack_releases, match_board
 
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them

@@ -7,18 +7,18 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
-from vqbet_edge.backends.private_files import (
+from vqbet_edge.runtime.backends.cuda import Device
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.runtime.backends.private_files import (
     RejectedError,
     private_user_cache,
     read_private,
     write_private,
 )
-from vqbet_edge.backends.tensorrt import engine_key
-from vqbet_edge.backends.tensorrt_module import TensorRT
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import Precision, StageName
+from vqbet_edge.runtime.backends.tensorrt import engine_key
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Precision, StageName
 from vqbet_engines.builder import OnEvent, build_plan
 from vqbet_engines.layers import Layer, parse_layers
 from vqbet_engines.messages import Finished, Job, Notice

@@ -9,8 +9,8 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct
 
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.backends.tensorrt_module import Flavour
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt_module import Flavour
 
 _LENGTH = struct.Struct("<Q")
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import onnx
 
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.backends.tensorrt_module import FLAVOURS, import_tensorrt
 from vqbet_edge.errors import BackendError
-from vqbet_edge.manifest import StageName
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt_module import FLAVOURS, import_tensorrt
+from vqbet_edge.runtime.manifest import StageName
 from vqbet_engines.boards import Board, jetpack_releases
 from vqbet_engines.builder import build_plan
 from vqbet_engines.messages import Job

@@ -6,8 +6,8 @@ import time
 import warnings
 from typing import Any, BinaryIO
 
-from vqbet_edge.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
 from vqbet_edge.errors import BackendError, VQBeTEdgeError
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
 from vqbet_engines.messages import Failed, Finished, Job, Notice, Progress, receive, send
 
 # TensorRT logs this before each node, and the final layers under the other heading.

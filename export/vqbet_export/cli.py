@@ -12,9 +12,9 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from vqbet_calibration.targets import TARGETS, Target
 
-from vqbet_edge import commands
+from vqbet_edge import cli
 from vqbet_edge.errors import UsageError
-from vqbet_edge.manifest import Precision
+from vqbet_edge.runtime.manifest import Precision
 
 WEIGHTS_NAME = "model.safetensors"
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -57,7 +57,7 @@ class Arguments:
 
 def main() -> None:
     """Entry point."""
-    commands.run(_export)
+    cli.run(_export)
 
 
 def _export() -> None:

@@ -18,7 +18,8 @@ from vqbet_calibration.targets import TARGETS, Target
 from vqbet_engines.boards import Board, load_board
 from vqbet_engines.suitability import check_graphs
 
-from vqbet_edge.bundle import (
+from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
+from vqbet_edge.runtime.bundle import (
     CAUSAL_MASK,
     DECODE_TABLE,
     RUNTIME_NAME,
@@ -26,8 +27,7 @@ from vqbet_edge.bundle import (
     TOKEN_CONSTANTS,
     Bundle,
 )
-from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
-from vqbet_edge.manifest import (
+from vqbet_edge.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     STAGES,
@@ -42,10 +42,10 @@ from vqbet_edge.manifest import (
     StageSpec,
     TensorSpec,
 )
-from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
-from vqbet_edge.model.config import ACTION_KEY, STATE_KEY, Feature
-from vqbet_edge.normalization import Affine
-from vqbet_edge.safetensors import read_safetensors
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.safetensors import read_safetensors
+from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
 from vqbet_export.graph import export_graph
 from vqbet_export.metrics import LIMITS, Verification, summarize
 from vqbet_export.observations import Segment, dataset_segments, random_segments

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.manifest import Precision, StageName, VerificationSpec
+from vqbet_edge.runtime.manifest import Precision, StageName, VerificationSpec
 
 Array = NDArray[Any]
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import STATE_KEY
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import STATE_KEY
+from vqbet_edge.training.dataset import LeRobotDataset
 
 # Long enough for the window to fill and move on; episodes are spread over the data set.
 SEGMENT_STEPS = 16

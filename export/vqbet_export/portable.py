@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 from vqbet_calibration.graphs import Session
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.backends.base import Backend, Floats, Frames, HeadOutputs
-from vqbet_edge.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
-from vqbet_edge.manifest import StageName
+from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs
+from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
+from vqbet_edge.runtime.manifest import StageName
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vqbet_edge.errors import DiskError, UsageError
-from vqbet_edge.manifest import MANIFEST_NAME, Manifest, encode_manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, Manifest, encode_manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

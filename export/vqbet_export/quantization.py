@@ -9,8 +9,8 @@ from vqbet_calibration.quantize import STAGES, Quantization, quantize
 from vqbet_calibration.samples import Piece, Samples, batches
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import CalibrationSpec, Precision, StageName, StageSpec
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import CalibrationSpec, Precision, StageName, StageSpec
 from vqbet_export.observations import Segment
 
 

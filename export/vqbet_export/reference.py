@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import STATE_KEY
-from vqbet_edge.model.scaling import Scaling
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import STATE_KEY
+from vqbet_edge.training.normalization import Scaling
 from vqbet_export.observations import Segment
 
 Floats = NDArray[np.float32]

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.manifest import Manifest, Precision, StageName
+from vqbet_edge.runtime.manifest import Manifest, Precision, StageName
 from vqbet_export.metrics import Limits, Verification
 from vqbet_export.sensitivity import quantization_markdown
 

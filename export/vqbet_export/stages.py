@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import NUM_CODE_LAYERS, VQBeTConfig
-from vqbet_edge.model.gpt import Block
-from vqbet_edge.model.vision import shrink
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import NUM_CODE_LAYERS, VQBeTConfig
+from vqbet_edge.training.network import Block, shrink
 from vqbet_export.folding import AffineMap, fold_batch_norms
 
 # Finite, so that no row of the softmax can become NaN; below any score; within float16.

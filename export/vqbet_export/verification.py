@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.backends import create_backend
-from vqbet_edge.bundle import SECONDARY_COLUMNS, Bundle
-from vqbet_edge.guards import Guards
-from vqbet_edge.manifest import StageName
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import STATE_KEY
-from vqbet_edge.policy import EdgePolicy
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.guards import Guards
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.policy import EdgePolicy
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import STATE_KEY
 from vqbet_export.metrics import PolicyResult, StageResult, Verification
 from vqbet_export.observations import Segment
 from vqbet_export.portable import PortableBackend, StageSession

@@ -23,9 +23,9 @@ import numpy as np
 import onnx
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
-from vqbet_edge.backends import create_backend
-from vqbet_edge.bundle import RUNTIME_NAME, Bundle, _check_graph
-from vqbet_edge.safetensors import read_safetensors
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.bundle import RUNTIME_NAME, Bundle, _check_graph
+from vqbet_edge.runtime.safetensors import read_safetensors
 
 ACTED, REFUSED, OTHER = 0, 10, 11
 SECONDS = 10

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from sizes import SMALL
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.model.network import VQBeT
 from vqbet_edge.training.checkpoints import Checkpoints, Progress
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.network import VQBeT
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 _TINY: dict[str, Any] = {

@@ -17,8 +17,8 @@ from vqbet_export.exporter import _file_specs
 from vqbet_export.publishing import publish
 
 from vqbet_edge import DiskError
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.training.checkpoint import load_checkpoint
 
 NOBODY = 65534
 OPTIMIZER: dict[str, object] = {"state": {}, "param_groups": []}

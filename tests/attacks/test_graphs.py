@@ -14,8 +14,8 @@ from attacks.fuzzer import mutated_bytes, mutated_graph
 from torture import cases
 
 from vqbet_edge import BundleError
-from vqbet_edge import bundle as reading
-from vqbet_edge.bundle import Bundle
+from vqbet_edge.runtime import bundle as reading
+from vqbet_edge.runtime.bundle import Bundle
 
 FUZZER = Path(__file__).with_name("fuzzer.py")
 # Cases in every run, cases with `make torture`: 10,000 graphs and 10,000 files of arrays.

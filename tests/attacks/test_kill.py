@@ -13,8 +13,8 @@ from torture import cases
 from vqbet_export.exporter import _file_specs
 from vqbet_export.publishing import publish
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.training.checkpoint import load_checkpoint
 
 OPTIMIZER = {"state": {}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
 

@@ -15,8 +15,8 @@ from attacks.manifests import mutated_bytes, mutated_values, sealed, spelled
 from torture import cases
 
 from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import (
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     Manifest,

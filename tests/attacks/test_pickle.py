@@ -20,10 +20,10 @@ from vqbet_export.exporter import _file_specs
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.data.cache import cached_frames
-from vqbet_edge.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
-from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
+from vqbet_edge.training.checkpoint import load_checkpoint
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.cache import cached_frames
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"

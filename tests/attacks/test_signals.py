@@ -132,7 +132,7 @@ def test_eval(mini: Path, number: signal.Signals) -> None:
 
 STUCK = """
 import signal, sys, time
-from vqbet_edge import commands, signals
+from vqbet_edge import cli, signals
 def stuck():
     print("working", flush=True)
     while True:

@@ -16,8 +16,8 @@ from vqbet_bench.worker import count_allocations
 from workshop import Exported
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import DatasetError
+from vqbet_edge.runtime.bundle import Bundle
 
 STEPS = 12
 

@@ -22,8 +22,8 @@ from vqbet_engines.boards import board_names, load_board
 from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
 from workshop import Exported
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.model.checkpoint import load_checkpoint
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.training.checkpoint import load_checkpoint
 
 STAGES = {
     "vision_encoder": VisionEncoderStage,

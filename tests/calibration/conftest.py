@@ -4,7 +4,7 @@ import int8
 import pytest
 from workshop import Workshop
 
-from vqbet_edge.bundle import Bundle
+from vqbet_edge.runtime.bundle import Bundle
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,9 @@ from vqbet_engines.builder import build_plan
 from vqbet_engines.layers import Layer, parse_layers
 from vqbet_engines.messages import Job
 
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import StageName
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import StageName
 
 QUANTIZED: tuple[StageName, ...] = ("vision_encoder", "gpt")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from int8 import PUSHT, samples_for
 
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.recording import Recorder
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.recording import Recorder
+from vqbet_edge.training.dataset import LeRobotDataset
 
 IMAGE, STATE = "observation.image", "observation.state"
 

@@ -24,13 +24,13 @@ from vqbet_export import exporter
 from vqbet_export.exporter import ExportConfig
 from vqbet_export.publishing import publish
 
-from vqbet_edge.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
-from vqbet_edge.manifest import VerificationSpec
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import Feature, FeatureType, VQBeTConfig
-from vqbet_edge.model.eras import Era
-from vqbet_edge.model.network import VQBeT
-from vqbet_edge.model.scaling import identity
+from vqbet_edge.runtime.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
+from vqbet_edge.runtime.manifest import VerificationSpec
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
+from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import identity
 
 RELEASES = {
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",

@@ -94,7 +94,7 @@ print(json.dumps(missing))
 
 def test_the_module_is_accepted(release: Any) -> None:
     code = """
-from vqbet_edge.backends.tensorrt_module import import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 trt = import_tensorrt("tensorrt")
 flag = 1 << int(trt.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 print(json.dumps([trt.version, trt.strongly_typed, flag]))
@@ -111,7 +111,7 @@ def test_our_subclasses_are_taken(release: Any) -> None:
     code = """
 from io import BytesIO
 from types import SimpleNamespace
-from vqbet_edge.backends.tensorrt_module import create_logger, import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt
 from vqbet_engines.messages import receive
 from vqbet_engines.worker import _monitor
 trt, seen, out = import_tensorrt("tensorrt"), [], BytesIO()
@@ -131,7 +131,7 @@ print(json.dumps([seen, go_on, receive(out).done]))
 def test_building_ahead_of_time_is_refused(release: Any) -> None:
     """Only TensorRT for RTX can; the bindings lack the class that says so."""
     code = """
-from vqbet_edge.backends.tensorrt_module import import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.errors import BackendError
 from vqbet_engines.worker import _set_capability
 try: _set_capability(import_tensorrt("tensorrt"), None, "sm86")
@@ -144,7 +144,7 @@ def test_tensorrt_8_is_recognised(old_release: Any, paths: list[str]) -> None:
     """Not strongly typed; what the code needs then is there, and what it asks for may not be."""
     code = f"""
 from operator import attrgetter
-from vqbet_edge.backends.tensorrt_module import import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 trt, missing = import_tensorrt("tensorrt"), []
 for path in {json.dumps([*paths, "NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.FP16"])}:
     try: attrgetter(path)(trt.module)

@@ -8,12 +8,12 @@ import pytest
 from silent_cuda import SilentCuda
 from sizes import SMALL
 
-from vqbet_edge.backends import onnxruntime_cuda
-from vqbet_edge.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from vqbet_edge.backends.tensorrt import _check_borders
-from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import BackendError, BundleError
-from vqbet_edge.manifest import StageSpec, TensorSpec
+from vqbet_edge.runtime.backends import onnxruntime_cuda
+from vqbet_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from vqbet_edge.runtime.backends.tensorrt import _check_borders
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import StageSpec, TensorSpec
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

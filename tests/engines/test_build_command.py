@@ -13,12 +13,12 @@ from vqbet_engines.engines import EngineBuilder
 from vqbet_engines.layers import parse_layers
 from vqbet_engines.messages import Job, Notice
 
-from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
-from vqbet_edge.backends.private_files import CACHE_VARIABLE
-from vqbet_edge.backends.tensorrt import engine_key
-from vqbet_edge.backends.tensorrt_module import import_tensorrt
-from vqbet_edge.bundle import Bundle
+from vqbet_edge.runtime.backends.cuda import Device
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.runtime.backends.tensorrt import engine_key
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
+from vqbet_edge.runtime.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx")
 

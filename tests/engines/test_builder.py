@@ -15,9 +15,9 @@ from vqbet_engines.builder import build_plan
 from vqbet_engines.layers import parse_layers
 from vqbet_engines.messages import Finished, Job, Progress
 
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 
 pytest.importorskip("tensorrt_rtx")
 

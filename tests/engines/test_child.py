@@ -10,9 +10,9 @@ import pytest
 from vqbet_engines.builder import build_plan
 from vqbet_engines.messages import Job
 
-from vqbet_edge.backends.engine_cache import BuildOptions
-from vqbet_edge.backends.tensorrt import _build
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt import _build
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_builders_process(proof: Path) -> None:
 @pytest.mark.parametrize("safe", ["", "1"])
 def test_pythonpath_counts(tmp_path: Path, safe: str) -> None:
     """With Python's own switch too, where no current directory has to be removed."""
-    from vqbet_edge.backends.child import module_command
+    from vqbet_edge.runtime.backends.child import module_command
 
     folder = tmp_path / "modules"
     folder.mkdir()

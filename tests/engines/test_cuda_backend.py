@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from sizes import SMALL
 
-from vqbet_edge.backends.base import Backend
-from vqbet_edge.backends.cuda import (
+from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.base import Backend
+from vqbet_edge.runtime.backends.cuda import (
     GRAPH_VARIABLE,
     MAPPED_VARIABLE,
     Bytes,
@@ -22,12 +23,11 @@ from vqbet_edge.backends.cuda import (
     HostMemory,
     Launch,
 )
-from vqbet_edge.backends.cuda_backend import CudaBackend
-from vqbet_edge.backends.onnxruntime import OnnxRuntimeBackend
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.errors import BackendError
-from vqbet_edge.manifest import StageName
-from vqbet_edge.window import ObservationWindow
+from vqbet_edge.runtime.backends.cuda_backend import CudaBackend
+from vqbet_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.window import ObservationWindow
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

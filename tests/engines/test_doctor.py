@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from vqbet_engines.doctor import Finding, Machine, examine
 
-from vqbet_edge.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
 
 
 def write(root: Path, **files: str) -> Machine:

@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vqbet_edge.backends import engine_cache, private_files
-from vqbet_edge.backends.engine_cache import (
+from vqbet_edge.errors import DiskError
+from vqbet_edge.runtime.backends import engine_cache, private_files
+from vqbet_edge.runtime.backends.engine_cache import (
     BuildOptions,
     EngineCache,
     EngineKey,
 )
-from vqbet_edge.backends.private_files import CACHE_VARIABLE, user_cache
-from vqbet_edge.errors import DiskError
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE, user_cache
 
 KEY = EngineKey(
     stage="gpt",
@@ -245,7 +245,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import tests_key
-from vqbet_edge.backends.engine_cache import EngineCache
+from vqbet_edge.runtime.backends.engine_cache import EngineCache
 replace, left = Path.replace, [int(sys.argv[2])]
 def dying(self, target):
     left[0] -= 1
@@ -263,7 +263,7 @@ def test_killed_while_writing(bundle: Path, tmp_path: Path, rename: int, before:
     if before:
         EngineCache(bundle).store(KEY, PLAN, 1.0)
     (tmp_path / "tests_key.py").write_text(
-        "import msgspec\nfrom vqbet_edge.backends.engine_cache import EngineKey\n"
+        "import msgspec\nfrom vqbet_edge.runtime.backends.engine_cache import EngineKey\n"
         f"KEY = msgspec.json.decode({msgspec.json.encode(KEY)!r}, type=EngineKey)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}

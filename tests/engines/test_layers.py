@@ -9,7 +9,7 @@ from vqbet_engines.builder import build_plan
 from vqbet_engines.layers import Layer, parse_layers
 from vqbet_engines.messages import Job
 
-from vqbet_edge.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 
 pytest.importorskip("tensorrt_rtx")
 

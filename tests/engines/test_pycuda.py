@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vqbet_edge.backends import cuda_pycuda
-from vqbet_edge.backends.cuda_pycuda import PyCuda
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends import cuda_pycuda
+from vqbet_edge.runtime.backends.cuda_pycuda import PyCuda
 
 HANDLE = 0xC0DE
 

@@ -11,15 +11,15 @@ import pytest
 from silent_cuda import SilentCuda
 from sizes import SMALL
 
-from vqbet_edge import backends
-from vqbet_edge.backends import create_backend
-from vqbet_edge.backends.child import module_command
-from vqbet_edge.backends.engine_cache import BuildOptions, EngineCache
-from vqbet_edge.backends.private_files import CACHE_VARIABLE
-from vqbet_edge.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
-from vqbet_edge.backends.tensorrt_module import TensorRT, import_tensorrt
-from vqbet_edge.bundle import Bundle
 from vqbet_edge.errors import BackendError, UsageError
+from vqbet_edge.runtime import backends
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends.child import module_command
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.runtime.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, import_tensorrt
+from vqbet_edge.runtime.bundle import Bundle
 
 
 class Module(SimpleNamespace):
@@ -156,7 +156,7 @@ def test_missing_engines_are_built_by_the_command(
         store(bundle, trt)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr("vqbet_edge.backends.tensorrt.subprocess.run", build)
+    monkeypatch.setattr("vqbet_edge.runtime.backends.tensorrt.subprocess.run", build)
     TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
     wanted = ["vqbet_engines.cli", str(bundle.path), "--flavour", "tensorrt"]
     assert commands == [module_command(*wanted)]
@@ -164,7 +164,7 @@ def test_missing_engines_are_built_by_the_command(
 
 def test_a_failed_build(bundle: Bundle, trt: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "vqbet_edge.backends.tensorrt.subprocess.run",
+        "vqbet_edge.runtime.backends.tensorrt.subprocess.run",
         lambda *_command, **_options: SimpleNamespace(returncode=5),
     )
     with pytest.raises(BackendError, match=r"exit code 5.*vqbet-build"):

@@ -7,10 +7,10 @@ import pytest
 from vqbet_engines import engines
 from vqbet_engines.engines import _TimingCache
 
-from vqbet_edge.backends.cuda import Device
-from vqbet_edge.backends.private_files import CACHE_VARIABLE
-from vqbet_edge.backends.tensorrt_module import TensorRT
 from vqbet_edge.errors import DiskError
+from vqbet_edge.runtime.backends.cuda import Device
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT
 
 DEVICE = Device("Orin", "8.7", "12.6", integrated=True)
 

@@ -6,8 +6,8 @@ import pytest
 from workshop import Exported, Workshop
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import STAGES, Precision
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import STAGES, Precision
 
 CASES = [
     pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))

@@ -16,7 +16,7 @@ from vqbet_export import cli, metrics
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.data import LeRobotDataset
+from vqbet_edge.training.dataset import LeRobotDataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 

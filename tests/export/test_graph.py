@@ -11,8 +11,8 @@ from vqbet_export.stages import MASKED_SCORE
 from workshop import Exported, Workshop
 
 from vqbet_edge import VerificationError
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import STAGES, Precision
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import STAGES, Precision
 
 
 def graphs(exported: Exported) -> dict[str, onnx.ModelProto]:

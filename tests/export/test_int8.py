@@ -17,9 +17,9 @@ from vqbet_export.sensitivity import CHART_NAME
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import VerificationError
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.training.dataset import LeRobotDataset
 
 STEPS = 128
 

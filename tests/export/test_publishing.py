@@ -16,8 +16,8 @@ from vqbet_export.publishing import publish
 from workshop import Exported
 
 from vqbet_edge import DiskError, UsageError
-from vqbet_edge.bundle import Bundle
-from vqbet_edge.manifest import Manifest
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Manifest
 
 Contents = dict[str, bytes]
 
@@ -68,7 +68,7 @@ def test_a_planted_link_is_not_emptied(tmp_path: Path, source: tuple) -> None:
 KILLED = """
 import sys, pathlib
 sys.path[:0] = {path!r}
-from vqbet_edge.bundle import Bundle
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_export.publishing import publish
 bundle = Bundle.open({bundle!r})
 print("ready", flush=True)

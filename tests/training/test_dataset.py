@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.data.writer import write_dataset
 from vqbet_edge.errors import DatasetError, DiskError
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 CAMERA = "observation.image"

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqbet_edge.model.checkpoint import Checkpoint
-from vqbet_edge.model.config import Feature, FeatureType, VQBeTConfig
-from vqbet_edge.model.eras import Era
-from vqbet_edge.model.network import VQBeT
-from vqbet_edge.model.scaling import identity
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
+from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings, identity
 from vqbet_edge.training.objectives import Stage1, Stage2
-from vqbet_edge.training.scalings import Scalings
 
 SIZES: dict[str, Any] = {
     "n_obs_steps": 3,

@@ -18,12 +18,11 @@ import pytest
 import torch
 from sizes import SMALL
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.data.writer import write_dataset
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
-from vqbet_edge.model.checkpoint import load_checkpoint
-from vqbet_edge.model.config import NormalizationMode
-from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.checkpoint import load_checkpoint
+from vqbet_edge.training.config import NormalizationMode, TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.metrics import read_metrics
 from vqbet_edge.training.trainer import train
 
@@ -215,7 +214,7 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
     judge = lerobot("policies.vqbet.modeling_vqbet")
     import torchvision
 
-    from vqbet_edge.model.vision import _small_backbone
+    from vqbet_edge.training.network import _small_backbone
 
     # LeRobot looks backbones up in torchvision, which has no ResNet as small as the test's.
     torchvision.models.resnet10_small = lambda weights: torch.nn.Sequential(  # noqa: ARG005

@@ -15,11 +15,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import CheckpointError, UsageError
-from vqbet_edge.model.network import VQBeT
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import new_directory, point_to, sweep, write_bytes
+from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.pretrained import save_pretrained
 
 # What may differ between a run and its continuation, because no loss depends on it.

@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from vqbet_edge.commands import run
+from vqbet_edge.cli import run
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.trainer import train
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqbet_edge.model.rvq import Codebook, ResidualQuantizer, VqVae
+from vqbet_edge.training.network import Codebook, ResidualQuantizer, VqVae
 
 EMA_DECAY = 0.8
 EMA_EPSILON = 1e-5

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqbet_edge.model.rvq import VqVae
+from vqbet_edge.training.network import VqVae
 
 
 @dataclass(frozen=True)

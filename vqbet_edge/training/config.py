@@ -1,20 +1,257 @@
-"""Configuration of a training run: every field is a flag of `vqbet-train` under its own name."""
+"""Configuration of the network, under LeRobot's field names and defaults."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.errors import DatasetError, UsageError
-from vqbet_edge.model.config import (
-    ACTION_KEY,
-    STATE_KEY,
-    Feature,
-    FeatureType,
-    Hyperparameters,
-    VQBeTConfig,
-)
+from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
+from vqbet_edge.training.dataset import LeRobotDataset
+
+STATE_KEY = "observation.state"
+ACTION_KEY = "action"
+
+# Channels of the last feature map.
+BACKBONE_CHANNELS = {
+    "resnet10_small": 64,
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "resnet101": 2048,
+    "resnet152": 2048,
+}
+NUM_CODE_LAYERS = 2
+
+
+class FeatureType(str, Enum):
+    """What a feature is, as LeRobot names it."""
+
+    VISUAL = "VISUAL"
+    STATE = "STATE"
+    ACTION = "ACTION"
+
+
+class NormalizationMode(str, Enum):
+    """How a feature is scaled, as LeRobot names it."""
+
+    IDENTITY = "IDENTITY"
+    MIN_MAX = "MIN_MAX"
+    MEAN_STD = "MEAN_STD"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input or output: its type and its shape without batch and time axes.
+
+    Images are (3, height, width), states and actions are (dim,).
+    """
+
+    type: FeatureType
+    shape: tuple[int, ...]
+
+
+def _default_normalization() -> dict[str, NormalizationMode]:
+    return {
+        "VISUAL": NormalizationMode.IDENTITY,
+        "STATE": NormalizationMode.MIN_MAX,
+        "ACTION": NormalizationMode.MIN_MAX,
+    }
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a person chooses about a VQ-BeT policy, under LeRobot's names and defaults."""
+
+    # By type of feature: IDENTITY, MIN_MAX or MEAN_STD.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=_default_normalization
+    )
+
+    # Observations in the window.
+    n_obs_steps: int = 5
+    # Action queries from the current step on.
+    n_action_pred_token: int = 3
+    # Actions that one code pair stands for, executed before the next prediction.
+    action_chunk_size: int = 5
+
+    # A torchvision ResNet, or resnet10_small, a narrow one for small images and processors.
+    vision_backbone: str = "resnet18"
+    # (height, width) to shrink camera images to, before the crop; LeRobot never resizes.
+    resize_shape: tuple[int, int] | None = None
+    # (height, width) of the crop that the backbone sees.
+    crop_shape: tuple[int, int] | None = (84, 84)
+    # Crop at random places while training; always the centre at evaluation.
+    crop_is_random: bool = True
+    # Name of torchvision's pretrained weights; None trains from scratch.
+    pretrained_backbone_weights: str | None = None
+    # GroupNorm instead of BatchNorm in the backbone.
+    use_group_norm: bool = True
+    # Keypoints of the spatial softmax behind the backbone.
+    spatial_softmax_num_keypoints: int = 32
+
+    # Optimisation steps of stage 1, the residual VQ-VAE.
+    n_vqvae_training_steps: int = 20000
+    # Codes in each of the two layers.
+    vqvae_n_embed: int = 16
+    # Width of a code vector.
+    vqvae_embedding_dim: int = 256
+    # Width of the VQ-VAE's hidden layers.
+    vqvae_enc_hidden_dim: int = 128
+
+    # Most tokens that the transformer can see.
+    gpt_block_size: int = 500
+    # Width of the tokens.
+    gpt_input_dim: int = 512
+    # Width of the features that the heads see.
+    gpt_output_dim: int = 512
+    # Transformer blocks.
+    gpt_n_layer: int = 8
+    # Attention heads.
+    gpt_n_head: int = 8
+    # Width inside the transformer.
+    gpt_hidden_dim: int = 512
+    # Dropout in the transformer.
+    dropout: float = 0.1
+
+    # Weight of the offsets' L1 loss.
+    offset_loss_weight: float = 10000.0
+    # Weight of the primary code's focal loss.
+    primary_code_loss_weight: float = 5.0
+    # Weight of the secondary code's focal loss.
+    secondary_code_loss_weight: float = 0.5
+    # Temperature that codes are sampled with.
+    bet_softmax_temperature: float = 0.1
+    # Choose the secondary code knowing the primary one, instead of both at once.
+    sequentially_select: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQBeTConfig(Hyperparameters):
+    """A policy's architecture ("Behavior Generation with Latent Actions", section 3).
+
+    Raises:
+        CheckpointError: the fields contradict each other or are not VQ-BeT's.
+    """
+
+    # Features by LeRobot's keys; several cameras of one shape are allowed, in this order.
+    input_features: dict[str, Feature]
+    output_features: dict[str, Feature]
+
+    def __post_init__(self) -> None:
+        _check_features(self)
+        _check_vision(self)
+        _check_sizes(self)
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """Keys of the cameras, in token order."""
+        return tuple(k for k, f in self.input_features.items() if f.type is FeatureType.VISUAL)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, height, width) of every camera before resize and crop."""
+        channels, height, width = self.input_features[self.image_keys[0]].shape
+        return channels, height, width
+
+    @property
+    def encoder_shape(self) -> tuple[int, int]:
+        """(height, width) that the backbone sees, after resize and crop."""
+        return self.crop_shape or self.resize_shape or self.image_shape[1:]
+
+    @property
+    def state_dim(self) -> int:
+        """Width of `observation.state`."""
+        return self.input_features[STATE_KEY].shape[0]
+
+    @property
+    def action_dim(self) -> int:
+        """Width of one action."""
+        return self.output_features[ACTION_KEY].shape[0]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one observation: a token per camera, the state, the action query."""
+        return len(self.image_keys) + 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole training sequence, future action queries included."""
+        return self.n_obs_steps * self.tokens_per_step + self.n_action_pred_token - 1
+
+
+def _check_features(config: VQBeTConfig) -> None:
+    for key, feature in config.input_features.items():
+        if feature.type is FeatureType.STATE and key != STATE_KEY:
+            raise CheckpointError(
+                f"input feature '{key}' is a state; VQ-BeT reads one state, named '{STATE_KEY}'"
+            )
+    if STATE_KEY not in config.input_features:
+        raise CheckpointError(
+            f"no '{STATE_KEY}' among the input features {sorted(config.input_features)}; "
+            "VQ-BeT needs the robot's state"
+        )
+    if set(config.output_features) != {ACTION_KEY}:
+        raise CheckpointError(
+            f"expected the one output feature '{ACTION_KEY}', got {sorted(config.output_features)}"
+        )
+    for key in (STATE_KEY,):
+        _check_vector(key, config.input_features[key])
+    _check_vector(ACTION_KEY, config.output_features[ACTION_KEY])
+    if not config.image_keys:
+        raise CheckpointError(
+            "no camera among the input features; VQ-BeT needs at least one feature of type VISUAL"
+        )
+    shapes = {config.input_features[key].shape for key in config.image_keys}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3 or next(iter(shapes))[0] != 3:
+        raise CheckpointError(
+            f"expected cameras of one shape (3, height, width), got {sorted(shapes)}"
+        )
+
+
+def _check_vector(key: str, feature: Feature) -> None:
+    if len(feature.shape) != 1 or feature.shape[0] < 1:
+        raise CheckpointError(f"expected '{key}' of shape (dim,), got {feature.shape}")
+
+
+def _check_vision(config: VQBeTConfig) -> None:
+    if config.vision_backbone not in BACKBONE_CHANNELS:
+        raise CheckpointError(
+            f"vision_backbone '{config.vision_backbone}' is unknown; "
+            f"use one of {', '.join(BACKBONE_CHANNELS)}"
+        )
+    resize, crop = config.resize_shape, config.crop_shape
+    height, width = config.image_shape[1:]
+    if resize is not None:
+        if not (0 < resize[0] <= height and 0 < resize[1] <= width):
+            raise CheckpointError(f"resize_shape {resize} does not shrink {height}x{width} images")
+        height, width = resize
+    if crop is not None and not (0 < crop[0] <= height and 0 < crop[1] <= width):
+        raise CheckpointError(f"crop_shape {crop} does not fit into images of {height}x{width}")
+
+
+def _check_sizes(config: VQBeTConfig) -> None:
+    for name in (
+        "n_obs_steps", "n_action_pred_token", "action_chunk_size", "spatial_softmax_num_keypoints",
+        "vqvae_n_embed", "vqvae_embedding_dim", "vqvae_enc_hidden_dim", "gpt_block_size",
+        "gpt_input_dim", "gpt_output_dim", "gpt_n_layer", "gpt_n_head", "gpt_hidden_dim",
+    ):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise CheckpointError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.gpt_hidden_dim % config.gpt_n_head:
+        raise CheckpointError(
+            f"gpt_hidden_dim {config.gpt_hidden_dim} is not a multiple of "
+            f"gpt_n_head {config.gpt_n_head}"
+        )
+    if config.num_tokens > config.gpt_block_size:
+        raise CheckpointError(
+            f"{config.num_tokens} tokens do not fit into gpt_block_size {config.gpt_block_size}; "
+            "raise gpt_block_size or lower n_obs_steps"
+        )
+    if not config.bet_softmax_temperature > 0:
+        raise CheckpointError(
+            f"bet_softmax_temperature must be positive, got {config.bet_softmax_temperature}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

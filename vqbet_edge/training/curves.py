@@ -8,11 +8,11 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from vqbet_edge.model.config import ACTION_KEY
-from vqbet_edge.model.network import VQBeT
+from vqbet_edge.training.config import ACTION_KEY
 from vqbet_edge.training.files import writing
 from vqbet_edge.training.metrics import read_metrics
-from vqbet_edge.training.scalings import Scalings
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

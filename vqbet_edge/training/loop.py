@@ -14,7 +14,7 @@ from vqbet_edge.training.stages import Stage, VqVaeStage
 from vqbet_edge.training.watch import look_at_codes
 
 if TYPE_CHECKING:
-    from vqbet_edge.model.network import VQBeT
+    from vqbet_edge.training.network import VQBeT
 
 
 def start_stage(stage: Stage, resumed: Resumed | None, run: Run) -> None:

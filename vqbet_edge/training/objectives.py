@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqbet_edge.model.config import VQBeTConfig
-from vqbet_edge.model.network import ActionHead, VQBeT
-from vqbet_edge.model.rvq import VqVae
 from vqbet_edge.training.codebooks import Reduce, quantize
-from vqbet_edge.training.scalings import Scalings
+from vqbet_edge.training.config import VQBeTConfig
+from vqbet_edge.training.network import ActionHead, VQBeT, VqVae
+from vqbet_edge.training.normalization import Scalings
 
 COMMITMENT_WEIGHT = 5.0
 FOCAL_GAMMA = 2.0

@@ -17,12 +17,11 @@ import numpy as np
 import safetensors.numpy
 import safetensors.torch
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.model.config import Feature, Hyperparameters
-from vqbet_edge.model.network import VQBeT
-from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.config import Feature, Hyperparameters, TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import write_bytes
-from vqbet_edge.training.scalings import EPSILON
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import EPSILON
 
 # The fields of our configuration that LeRobot's does not have: it refuses those it does not know.
 _OWN_FIELDS = {"optimizer_grad_clip_norm"}

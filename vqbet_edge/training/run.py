@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from accelerate import Accelerator
 
-from vqbet_edge.model.network import VQBeT
 from vqbet_edge.training.checkpoints import Checkpoints, Progress
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.metrics import Reporter
-from vqbet_edge.training.scalings import Scalings
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset
 
 # Windows that k-means, revival and the reports on codes look at.

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vqbet_edge.model.network import VQBeT
 from vqbet_edge.training.codebooks import initialize
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import Stage1, Stage2
-from vqbet_edge.training.scalings import Scalings
 from vqbet_edge.training.windows import Indices, WindowedDataset
 
 

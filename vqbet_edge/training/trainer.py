@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import UsageError
-from vqbet_edge.model.network import VQBeT
 from vqbet_edge.signals import TerminatedError
 from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.curves import draw_code_book, draw_curves
+from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.loop import run_stage, start_stage
 from vqbet_edge.training.metrics import Reporter
+from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.run import Run
-from vqbet_edge.training.scalings import Scalings
 from vqbet_edge.training.stages import (
     PolicyStage,
     VqVaeStage,

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from vqbet_edge.model.config import ACTION_KEY
 from vqbet_edge.training.codebooks import revive
 from vqbet_edge.training.codes import CodeReport, report_codes
+from vqbet_edge.training.config import ACTION_KEY
 from vqbet_edge.training.run import Run
 
 # Stage 1 is looked at so often, and has converged when so many looks did not win this share.

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqbet_edge.data import LeRobotDataset
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.model.config import ACTION_KEY, STATE_KEY, VQBeTConfig
-from vqbet_edge.training.scalings import Scalings
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, VQBeTConfig
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.normalization import Scalings
 
 Indices = npt.NDArray[np.int64]
 

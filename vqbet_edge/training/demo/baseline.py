@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.model.checkpoint import Checkpoint
+from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.evaluation.actors import ActorOptions, Floats, TorchActor
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import Stage2
-from vqbet_edge.training.scalings import Scalings
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 LEARNING_RATE = 5e-4

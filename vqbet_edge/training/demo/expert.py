@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqbet_edge.data.writer import Demonstration
+from vqbet_edge.training.dataset.writer import Demonstration
 from vqbet_edge.training.demo.task import DetourEnv, Scene, Vector
 
 SPEED = 0.045

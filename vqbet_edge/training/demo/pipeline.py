@@ -12,12 +12,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from vqbet_edge.data import LeRobotDataset
-from vqbet_edge.data.writer import write_dataset
 from vqbet_edge.errors import VerificationError
-from vqbet_edge.model.checkpoint import load_checkpoint
-from vqbet_edge.model.config import NormalizationMode
-from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.checkpoint import load_checkpoint
+from vqbet_edge.training.config import NormalizationMode, TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.demo.baseline import RegressionActor
 from vqbet_edge.training.demo.expert import collect
 from vqbet_edge.training.demo.picture import draw_paths, passes_left

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.backends import BackendName
-from vqbet_edge.backends.base import HeadOutputs
-from vqbet_edge.guards import Guards
-from vqbet_edge.model.checkpoint import Checkpoint, load_checkpoint
-from vqbet_edge.model.config import STATE_KEY
-from vqbet_edge.model.network import ActionHead
-from vqbet_edge.model.scaling import Scaling
-from vqbet_edge.sampling import CodeSampler
+from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.runtime.backends.base import HeadOutputs
+from vqbet_edge.runtime.guards import Guards
+from vqbet_edge.runtime.sampling import CodeSampler
+from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
+from vqbet_edge.training.config import STATE_KEY
+from vqbet_edge.training.network import ActionHead
+from vqbet_edge.training.normalization import Scaling
 
 Floats = npt.NDArray[np.float32]
 Observations = Mapping[str, npt.NDArray[Any]]  # a leading axis of slots

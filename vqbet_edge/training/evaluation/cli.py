@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from vqbet_edge.backends import BackendName
-from vqbet_edge.commands import run
+from vqbet_edge.cli import run
 from vqbet_edge.errors import UsageError
+from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet

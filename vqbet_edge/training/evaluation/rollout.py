@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from vqbet_edge.model.config import STATE_KEY
+from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.evaluation.actors import Actor
 from vqbet_edge.training.evaluation.tasks import Environment
 

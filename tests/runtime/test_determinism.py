@@ -1,0 +1,82 @@
+"""The same seed gives the same actions, in every process; backends agree about the codes."""
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import miniature
+import numpy as np
+import oracle
+import pytest
+import torch
+from torture import cases
+from workshop import Workshop
+
+from vqbet_edge import EdgePolicy, Guards
+from vqbet_edge.training.checkpoint import load_checkpoint
+
+ACTING = """
+import hashlib, sys
+import numpy as np
+from vqbet_edge import EdgePolicy
+policy = EdgePolicy.load(sys.argv[1], backend="onnxruntime", seed=11, temperature=1.0)
+random, digest = np.random.default_rng(12), hashlib.sha256()
+for step in range(int(sys.argv[2])):
+    image = random.integers(0, 256, (24, 24, 3), np.uint8)
+    state = random.uniform((-2, 10), (2, 50)).astype(np.float32)
+    digest.update(policy.act({"observation.image": image, "observation.state": state}).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_three_processes_act_bitwise_the_same(mini: Path) -> None:
+    steps = str(cases(200, 1000))
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", ACTING, mini, steps], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(3)
+    }
+    assert len(digests) == 1
+    assert len(digests.pop().strip()) == 2 * hashlib.sha256().digest_size
+
+
+def test_how_long_the_robot_waits_does_not_change_a_bit(mini: Path) -> None:
+    """What is done while the robot moves may be done in time or not."""
+    random = np.random.default_rng(13)
+    hasty, patient = (
+        EdgePolicy.load(mini, backend="onnxruntime", seed=1, temperature=1.0, idle="thread")
+        for _ in range(2)
+    )
+    for _ in range(cases(100, 1000)):
+        observation = miniature.observation(random)
+        time.sleep(random.choice([0, 1e-4, 2e-3]))
+        expected = patient.act(observation)
+        np.testing.assert_array_equal(hasty.act(observation), expected)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.999), ("fp16", 0.99)])
+def test_codes_agree_with_pytorch(workshop: Workshop, precision: str, share: float) -> None:
+    """PyTorch is the other backend that every machine has."""
+    from vqbet_export.observations import random_segments
+    from vqbet_export.reference import run_reference
+
+    exported = workshop.bundle(oracle.TINY, precision)  # type: ignore[arg-type]
+    checkpoint = load_checkpoint(str(exported.checkpoint))
+    policy = EdgePolicy.load(
+        exported.bundle, "onnxruntime", temperature=0, guards=Guards(action_limits=None)
+    )
+    equal = []
+    for segment in random_segments(checkpoint, cases(100, 1000), 1):
+        with torch.no_grad():
+            run = run_reference(checkpoint, segment)
+        policy.reset()
+        for frames, states, expected in zip(segment.frames, segment.states, run.codes, strict=True):
+            keys = policy.manifest.image_keys
+            images = {key: frames[0, camera] for camera, key in enumerate(keys)}
+            policy.act_chunk({**images, policy.manifest.state_key: states[0]})
+            assert policy.last is not None
+            equal += (policy.last.codes == expected[0]).tolist()
+    assert np.mean(equal) >= share

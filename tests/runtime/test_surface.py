@@ -1,0 +1,106 @@
+"""What others script against: commands, their options, error texts, the wheel's contents.
+
+After a change that is meant, write the frozen texts anew:
+
+    VQBET_EDGE_FREEZE=1 python -m pytest tests/runtime/test_surface.py
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+FROZEN = Path(__file__).with_name("frozen")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+COMMANDS: dict[str, str] = PROJECT["project"]["scripts"]
+# Rooms of the repository -> packages of the wheel.
+PACKAGES = [
+    ROOT / path for path in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+]
+ROBOT = sorted((ROOT / "vqbet_edge" / "runtime").rglob("*.py"))
+
+
+def compare(name: str, found: object) -> None:
+    """Compare with what is frozen, or freeze it."""
+    path = FROZEN / f"{name}.json"
+    if os.environ.get("VQBET_EDGE_FREEZE"):
+        FROZEN.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    assert found == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_a_command(command: str) -> None:
+    module, _, function = COMMANDS[command].partition(":")
+    code = f"from {module} import {function}; {function}()"
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    # Names and what they take; the words that explain them may change.
+    rows = re.findall(r"^│ (\S.*?)(?:  |\s*│$)", done.stdout, re.MULTILINE)
+    assert len(rows) >= 2
+    compare(command, sorted(" ".join(row.split()) for row in set(rows)))
+
+
+def _template(node: ast.expr) -> str | None:
+    """The text that an error is raised with, {} where a value stands."""
+    match node:
+        case ast.Constant(str() as text):
+            return text
+        case ast.JoinedStr(values):
+            return "".join(_template(v) if isinstance(v, ast.Constant) else "{}" for v in values)  # type: ignore[misc]
+    return None
+
+
+def test_error_texts_of_the_robot_side() -> None:
+    found: dict[str, list[str]] = {}
+    for path in ROBOT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(ast.Name(name), [argument, *_]) if name.endswith("Error"):
+                    text = _template(argument)
+                    if text is not None:
+                        found.setdefault(name, []).append(text)
+    assert sum(map(len, found.values())) > 50
+    compare("errors", {name: sorted(set(found[name])) for name in sorted(found)})
+
+
+def test_exit_codes() -> None:
+    from vqbet_edge import errors
+
+    kinds = [errors.VQBeTEdgeError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    compare("exit_codes", {kind.__name__: kind.exit_code for kind in sorted(kinds, key=str)})
+
+
+def test_the_wheel_has_what_it_should_and_nothing_else(tmp_path: Path) -> None:
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder
+    (wheel,) = builder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    expected = {
+        str(path.relative_to(package.parent))
+        for package in PACKAGES
+        for path in package.rglob("*.py")
+    }
+    expected |= {"vqbet_edge/py.typed", "vqbet_engines/jetpack.toml"}
+    boards = (ROOT / "engines" / "boards").glob("*.toml")
+    expected |= {f"vqbet_engines/boards/{path.name}" for path in boards}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    described = {name for name in names if ".dist-info/" in name}
+    assert names - described == expected
+    kinds = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+    assert {name.partition(".dist-info/")[2] for name in described} == kinds

@@ -1,0 +1,438 @@
+"""The loader: three eras, every rule about them, and everything it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import TINY
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vqbet_export.exporter import ExportConfig, export
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.errors import CheckpointError, UsageError
+from vqbet_edge.training import checkpoint as loader
+from vqbet_edge.training.checkpoint import load_checkpoint
+from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.normalization import Scaling
+
+FIXTURE = Path(__file__).parents[1] / "data" / "lerobot_0_3_3"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+Tensors = dict[str, Tensor]
+
+
+def apply(scaling: Scaling, x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = (x - scaling.subtract) * scaling.multiply + scaling.add
+    return result
+
+
+@pytest.fixture
+def era_c(workshop: Any, tmp_path: Path) -> Path:
+    """A copy of what LeRobot 0.4.4 wrote."""
+    return Path(shutil.copytree(workshop.checkpoint(TINY)[1], tmp_path / "policy"))
+
+
+@pytest.fixture
+def era_b(workshop: Any, tmp_path: Path) -> Path:
+    """LeRobot 0.3.3's config and tensor names, as that version wrote them."""
+    fixture = json.loads((FIXTURE / "fixture.json").read_text())
+    config = json.loads((FIXTURE / CONFIG).read_text())
+    case = oracle.small(
+        "era_b", image=(40, 48), crop_shape=(36, 40), gpt_n_layer=1, gpt_block_size=32
+    )
+    tensors = load_file(workshop.checkpoint(case)[1] / WEIGHTS)
+    owners = {"normalize_inputs": oracle.STATE, "normalize_targets": oracle.ACTION}
+    owners["unnormalize_outputs"] = oracle.ACTION
+    for owner, key in owners.items():
+        for name in ("min", "max"):
+            value = torch.tensor(fixture["statistics"][key][name])
+            tensors[f"{owner}.buffer_{key.replace('.', '_')}.{name}"] = value
+    assert {name: list(t.shape) for name, t in tensors.items()} == fixture["tensors"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def era_a(era_b: Path) -> Path:
+    """The same weights with the flat config of v0.1, whose cameras had statistics too."""
+    config = json.loads((era_b / CONFIG).read_text())
+    for name in ("type", "input_features", "output_features", "normalization_mapping"):
+        del config[name]
+    config["input_shapes"] = {"observation.image": [3, 40, 48], oracle.STATE: [2]}
+    config["output_shapes"] = {oracle.ACTION: [2]}
+    config["input_normalization_modes"] = {"observation.image": "mean_std", oracle.STATE: "min_max"}
+    config["output_normalization_modes"] = {oracle.ACTION: "min_max"}
+    (era_b / CONFIG).write_text(json.dumps(config))
+    prefix = "normalize_inputs.buffer_observation_image."
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+    change_weights(
+        era_b,
+        lambda t: t.update(
+            {f"{prefix}mean": mean.view(3, 1, 1), f"{prefix}std": std.view(3, 1, 1)}
+        ),
+    )
+    return era_b
+
+
+def change_weights(directory: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / WEIGHTS)
+
+
+def change_json(path: Path, change: Callable[[Any], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def step(processor: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(s for s in processor["steps"] if s["registry_name"] == name)
+    return found
+
+
+def test_era_c_normalises_as_lerobots_processors(era_c: Path) -> None:
+    checkpoint = load_checkpoint(str(era_c / WEIGHTS))
+    assert checkpoint.era is Era.C
+    before, after = oracle.make_processors(oracle.make_policy(TINY), TINY)
+    x = np.array([[3.0, -7.0], [250.5, 99.0]], np.float32)
+    for row in x:
+        image = torch.zeros(3, 40, 48)
+        batch = before({oracle.STATE: torch.from_numpy(row), "observation.image": image})
+        expected = batch[oracle.STATE][0].numpy()
+        np.testing.assert_allclose(apply(checkpoint.inputs[oracle.STATE], row), expected, rtol=2e-6)
+    expected = after(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(apply(checkpoint.action, x), expected, rtol=2e-6)
+
+
+def test_era_c_guards_a_constant_feature_with_its_eps(era_c: Path) -> None:
+    for path in era_c.glob("*normalizer_processor.safetensors"):
+        stats = load_file(path)
+        for key in (oracle.STATE, oracle.ACTION):
+            stats[f"{key}.max"] = stats[f"{key}.min"].clone()
+        save_file(stats, path)
+    for name, kind in (("pre", "normalizer"), ("post", "unnormalizer")):
+        change_json(
+            era_c / f"policy_{name}processor.json",
+            lambda p, kind=kind: step(p, f"{kind}_processor")["config"].update(eps=0.5),
+        )
+    checkpoint = load_checkpoint(str(era_c))
+    low = checkpoint.inputs[oracle.STATE].subtract
+    np.testing.assert_allclose(apply(checkpoint.inputs[oracle.STATE], low), [-1, -1])
+    np.testing.assert_allclose(
+        apply(checkpoint.inputs[oracle.STATE], low + 0.25), [0, 0], atol=1e-3
+    )
+    # LeRobot's inverse uses the guarded range too: y = 1 is half a unit above the minimum.
+    np.testing.assert_allclose(checkpoint.action.multiply, [0.25, 0.25])
+
+
+def test_era_c_finds_the_state_file_by_its_step_not_by_its_index(era_c: Path) -> None:
+    expected = load_checkpoint(str(era_c)).inputs[oracle.STATE]
+    old = next(era_c.glob("policy_preprocessor_step_*.safetensors"))
+    old.rename(era_c / "policy_preprocessor_step_9_other.safetensors")
+
+    def move(processor: dict[str, Any]) -> None:
+        found = step(processor, "normalizer_processor")
+        found["state_file"] = "policy_preprocessor_step_9_other.safetensors"
+        processor["steps"].remove(found)
+        processor["steps"].insert(0, found)
+
+    change_json(era_c / "policy_preprocessor.json", move)
+    got = load_checkpoint(str(era_c)).inputs[oracle.STATE]
+    np.testing.assert_array_equal(got.multiply, expected.multiply)
+
+
+def test_era_c_honours_norm_map_and_rename_map(era_c: Path) -> None:
+    def change(processor: dict[str, Any]) -> None:
+        step(processor, "normalizer_processor")["config"]["norm_map"]["STATE"] = "MEAN_STD"
+        rename = step(processor, "rename_observations_processor")["config"]
+        rename["rename_map"] = {"robot.qpos": oracle.STATE}
+
+    change_json(era_c / "policy_preprocessor.json", change)
+    checkpoint = load_checkpoint(str(era_c))
+    stats = oracle.make_statistics(TINY)[oracle.STATE]
+    x = (stats["mean"] + 2 * stats["std"]).numpy()
+    np.testing.assert_allclose(apply(checkpoint.inputs[oracle.STATE], x), [2, 2], rtol=1e-5)
+    assert checkpoint.renamed == {oracle.STATE: "robot.qpos"}
+
+
+def test_era_b_normalises_as_lerobot_0_3_3_did(era_b: Path) -> None:
+    checkpoint = load_checkpoint(str(era_b))
+    assert checkpoint.era is Era.B
+    recorded = json.loads((FIXTURE / "fixture.json").read_text())
+    for scaling, name in (
+        (checkpoint.inputs[oracle.STATE], "normalized"),
+        (checkpoint.action, "unnormalized"),
+    ):
+        x = np.array(recorded[name]["input"], np.float32)
+        expected = recorded[name]["output"]
+        np.testing.assert_allclose(apply(scaling, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_era_a_reads_flat_shapes_and_modes_per_feature(era_a: Path) -> None:
+    checkpoint = load_checkpoint(str(era_a))
+    assert checkpoint.era is Era.A
+    image = checkpoint.inputs["observation.image"]
+    np.testing.assert_allclose(image.subtract, [0.4, 0.5, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(image.multiply, [5, 4, 1 / 0.3], rtol=1e-6)
+    recorded = json.loads((FIXTURE / "fixture.json").read_text())["unnormalized"]
+    x = np.array(recorded["input"], np.float32)
+    np.testing.assert_allclose(apply(checkpoint.action, x), recorded["output"], rtol=1e-6)
+
+
+def test_old_state_projector_has_the_width_that_its_tensor_says(era_a: Path) -> None:
+    change_json(era_a / CONFIG, lambda c: c["input_shapes"].update({oracle.STATE: [5]}))
+    assert load_checkpoint(str(era_a)).config.state_dim == 2
+
+
+def test_buffers_are_matched_from_key_to_name(era_b: Path) -> None:
+    """`observation.state_x` would read as `observation.state.x` the other way round."""
+    name = "normalize_inputs.buffer_observation_state_extra.min"
+    change_weights(era_b, lambda t: t.update({name: torch.zeros(9)}))
+    recorded = json.loads((FIXTURE / "fixture.json").read_text())["statistics"]
+    got = load_checkpoint(str(era_b)).inputs[oracle.STATE]
+    np.testing.assert_array_equal(got.subtract, recorded[oracle.STATE]["min"])
+
+
+def test_dimensions_come_from_the_tensors(era_c: Path) -> None:
+    wrong = {"gpt_hidden_dim": 999, "vqvae_n_embed": 3, "gpt_n_layer": 77, "use_group_norm": True}
+    change_json(era_c / CONFIG, lambda c: c.update(wrong, gpt_n_head=4))
+    config = load_checkpoint(str(era_c)).config
+    assert (config.gpt_hidden_dim, config.vqvae_n_embed, config.gpt_n_layer) == (64, 16, 2)
+    assert not config.use_group_norm
+
+
+def test_unknown_config_fields_and_action_indices_are_ignored(era_c: Path) -> None:
+    change_json(era_c / CONFIG, lambda c: c.update(mlp_hidden_dim=1024, from_the_future=[1]))
+    name = "vqbet.select_target_actions_indices"
+    change_weights(era_c, lambda t: t.update({name: torch.zeros(3, 3, dtype=torch.int64)}))
+    network = load_checkpoint(str(era_c)).network
+    assert network.vqbet.select_target_actions_indices.shape == (7, 5)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_wrappers_names_are_stripped(era_c: Path, prefix: str) -> None:
+    expected = load_file(era_c / WEIGHTS)
+    save_file({f"{prefix}{name}": t for name, t in expected.items()}, era_c / WEIGHTS)
+    got = load_checkpoint(str(era_c)).network.state_dict()
+    assert torch.equal(got["vqbet.action_token"], expected["vqbet.action_token"])
+
+
+def test_half_precision_weights_are_widened(era_c: Path) -> None:
+    change_weights(
+        era_c,
+        lambda t: t.update({k: v.half() for k, v in t.items() if v.is_floating_point()}),
+    )
+    assert load_checkpoint(str(era_c)).network.vqbet.action_token.dtype == torch.float32
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "other policy": (
+        lambda d: change_json(d / CONFIG, lambda c: c.update(type="act")),
+        r"type 'act', expected 'vqbet'",
+    ),
+    "not discretised": (
+        lambda d: change_weights(
+            d, lambda t: t["vqbet.action_head.vqvae_model.discretized"].fill_(False)
+        ),
+        r"not trained yet .*saved after n_vqvae_training_steps",
+    ),
+    "tensor missing": (
+        lambda d: change_weights(d, lambda t: t.pop("vqbet.policy.lm_head.weight")),
+        r"lacks 'vqbet.policy.lm_head.weight'",
+    ),
+    "bias missing": (
+        lambda d: change_weights(d, lambda t: t.pop("vqbet.policy.transformer.ln_f.bias")),
+        r"does not fit config.json.*ln_f.bias",
+    ),
+    "tensor unknown": (
+        lambda d: change_weights(d, lambda t: t.update({"vqbet.extra": torch.zeros(1)})),
+        r"does not fit config.json.*vqbet.extra",
+    ),
+    "not finite": (
+        lambda d: change_weights(d, lambda t: t["vqbet.action_token"].fill_(torch.nan)),
+        r"'vqbet.action_token' is not finite; the training diverged",
+    ),
+    "truncated": (
+        lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]),
+        r"no safetensors file or is truncated",
+    ),
+    "pickle inside": (
+        lambda d: torch.save({"a": torch.zeros(2)}, d / WEIGHTS),
+        r"no safetensors file or is truncated",
+    ),
+    "config missing": (lambda d: (d / CONFIG).unlink(), r"config.json' is missing"),
+    "config broken": (lambda d: (d / CONFIG).write_text("{"), r"no valid JSON"),
+    "config without features": (
+        lambda d: change_json(d / CONFIG, lambda c: c.pop("input_features")),
+        r"lack or misuse 'input_features'",
+    ),
+    "backbone unknown": (
+        lambda d: change_json(d / CONFIG, lambda c: c.update(vision_backbone="vit_b_16")),
+        r"vision_backbone 'vit_b_16' is unknown",
+    ),
+    "environment state": (
+        lambda d: change_json(
+            d / CONFIG,
+            lambda c: c["input_features"].update(env={"type": "ENV", "shape": [3]}),
+        ),
+        r"feature 'env' is of type 'ENV'",
+    ),
+    "statistics missing": (
+        lambda d: [
+            save_file({"other.min": torch.zeros(1)}, path)
+            for path in d.glob("policy_preprocessor_step_*.safetensors")
+        ],
+        r"'observation.state' is normalised by MIN_MAX, but the checkpoint has no 'min'",
+    ),
+    "state file missing": (
+        lambda d: [path.unlink() for path in d.glob("policy_postprocessor_step_*.safetensors")],
+        r"the processor's statistics belong into it",
+    ),
+    "state file broken": (
+        lambda d: [
+            path.write_bytes(b"x" * 40) for path in d.glob("policy_preprocessor_step_*.safetensors")
+        ],
+        r"is no safetensors file",
+    ),
+    "step twice": (
+        lambda d: change_json(
+            d / "policy_preprocessor.json", lambda p: p["steps"].append(p["steps"][-1])
+        ),
+        r"has two steps 'normalizer_processor'",
+    ),
+    "no way back for the action": (
+        lambda d: change_json(
+            d / "policy_postprocessor.json",
+            lambda p: p["steps"].remove(step(p, "unnormalizer_processor")),
+        ),
+        r"has no 'unnormalizer_processor' to turn it back",
+    ),
+    "eps no number": (
+        lambda d: change_json(
+            d / "policy_preprocessor.json",
+            lambda p: step(p, "normalizer_processor")["config"].update(eps="tiny"),
+        ),
+        r"lack or misuse",
+    ),
+    "tensor of another rank": (
+        lambda d: change_weights(
+            d, lambda t: t.update({"vqbet.policy.transformer.wte.weight": torch.zeros(4)})
+        ),
+        r"lack or misuse|does not fit",
+    ),
+    "step unknown": (
+        lambda d: change_json(
+            d / "policy_preprocessor.json",
+            lambda p: p["steps"].append({"registry_name": "my_filter", "config": {}}),
+        ),
+        r"has the step 'my_filter', which is unknown here",
+    ),
+    "mode unknown": (
+        lambda d: change_json(
+            d / "policy_preprocessor.json",
+            lambda p: step(p, "normalizer_processor")["config"]["norm_map"].update(
+                STATE="QUANTILES"
+            ),
+        ),
+        r"normalisation mode 'QUANTILES' is unknown",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(era_c: Path, name: str) -> None:
+    spoil, message = REFUSED[name]
+    spoil(era_c)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(str(era_c))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "it is sharded"),
+        (["pytorch_model_fsdp_0", "__0_0.distcp"], "it is sharded"),
+        (["pytorch_model.bin"], "pickled weights are never loaded"),
+        (["readme.txt"], "it holds"),
+        (["pretrained_model/model.safetensors"], "pass '.*pretrained_model'"),
+    ],
+)
+def test_names_what_is_wrong_with_a_directory(
+    tmp_path: Path, files: list[str], message: str
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["policy.pt", "policy.pth", "policy.ckpt", "policy.bin", "a.pkl"])
+def test_never_opens_a_pickle(tmp_path: Path, name: str) -> None:
+    torch.save({}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="pickled file, which can run code"):
+        load_checkpoint(str(tmp_path / name))
+
+
+def test_missing_path_says_what_to_pass() -> None:
+    with pytest.raises(CheckpointError, match=r"pass a model.safetensors, its directory, or a Hub"):
+        load_checkpoint("nowhere/at/all")
+
+
+def test_hub_id_is_downloaded(era_c: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def snapshot_download(repo_id: str, **_: object) -> str:
+        asked.append(repo_id)
+        return str(era_c)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert load_checkpoint("someone/vqbet_pusht").name == "someone/vqbet_pusht"
+    assert asked == ["someone/vqbet_pusht"]
+
+
+def test_hub_id_without_the_client_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match="pip install huggingface_hub"):
+        loader.load_checkpoint("someone/vqbet_pusht")
+
+
+def export_and_act(checkpoint: Path, output: Path, state_key: str) -> EdgePolicy:
+    """A verified bundle of the checkpoint, after one action."""
+    export(ExportConfig(str(checkpoint), output, verify_steps=4))
+    policy = EdgePolicy.load(output)
+    image = np.full((40, 48, 3), 90, np.uint8)
+    action = policy.act({"observation.image": image, state_key: np.full(2, 20, np.float32)})
+    assert np.isfinite(action).all()
+    return policy
+
+
+def test_cameras_of_era_a_are_normalised_inside_the_graph(era_a: Path, tmp_path: Path) -> None:
+    policy = export_and_act(era_a, tmp_path / "a.bundle", oracle.STATE)
+    # Changing the statistics changes what the same frames are encoded to.
+    mean = "normalize_inputs.buffer_observation_image.mean"
+    change_weights(era_a, lambda t: t[mean].add_(0.2))
+    other = export_and_act(era_a, tmp_path / "b.bundle", oracle.STATE)
+    tokens = [p._backend._window.copy() for p in (policy, other)]  # type: ignore[attr-defined]
+    assert np.abs(tokens[0] - tokens[1]).max() > 1e-4
+    assert policy.manifest.source.era == "A"
+
+
+def test_robot_passes_the_keys_that_the_processor_renames(era_c: Path, tmp_path: Path) -> None:
+    change_json(
+        era_c / "policy_preprocessor.json",
+        lambda p: step(p, "rename_observations_processor")["config"].update(
+            rename_map={"robot.qpos": oracle.STATE}
+        ),
+    )
+    policy = export_and_act(era_c, tmp_path / "c.bundle", "robot.qpos")
+    assert policy.manifest.state_key == "robot.qpos"

@@ -1,6 +1,0 @@
-"""LeRobot data sets as NumPy arrays: training, calibration and verification read them here."""
-
-from vqbet_edge.data.dataset import LeRobotDataset, Split
-from vqbet_edge.data.metadata import Clip, DatasetFeature, DatasetInfo, EpisodeInfo
-
-__all__ = ["Clip", "DatasetFeature", "DatasetInfo", "EpisodeInfo", "LeRobotDataset", "Split"]

@@ -1,1 +1,0 @@
-"""The network in PyTorch and the loader of checkpoints; the robot never imports this."""

@@ -1,0 +1,1 @@
+"""The robot's side: NumPy, msgspec, safetensors and one backend, nothing else."""

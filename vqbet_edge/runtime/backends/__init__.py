@@ -1,0 +1,73 @@
+"""Inference backends: who runs the bundle's graphs."""
+
+import logging
+from functools import cache
+from typing import Literal, get_args
+
+from vqbet_edge.errors import UsageError, VQBeTEdgeError
+from vqbet_edge.runtime.backends.base import Backend
+from vqbet_edge.runtime.bundle import Bundle
+
+BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt"]
+
+_LOG = logging.getLogger(__name__)
+_FASTEST_FIRST: tuple[BackendName, ...] = ("tensorrt", "onnxruntime-cuda")
+
+
+def create_backend(name: BackendName, bundle: Bundle) -> Backend:
+    """Load a bundle into a backend.
+
+    `auto` takes TensorRT where its engines have been built, else ONNX Runtime's CUDA provider,
+    else ONNX Runtime on the CPU, and logs why not the better ones; `tensorrt` builds engines that
+    are missing.
+
+    Raises:
+        UsageError: the name is unknown.
+        BackendError: the backend's library is missing or refuses the bundle.
+    """
+    if name not in get_args(BackendName):
+        raise UsageError(f"unknown backend '{name}'; use one of {', '.join(get_args(BackendName))}")
+    return _fastest(bundle) if name == "auto" else _load(name, bundle, build=True)
+
+
+def _fastest(bundle: Bundle) -> Backend:
+    reasons = []
+    for name in _FASTEST_FIRST:
+        try:
+            backend = _load(name, bundle, build=False)
+        except VQBeTEdgeError as error:  # noqa: PERF203 - three at most
+            reasons.append(f"not {name}: {error}")
+        else:
+            break
+    else:
+        backend = _load("onnxruntime", bundle, build=False)
+    _say_once("; ".join([backend.name, *reasons]))
+    return backend
+
+
+@cache
+def _say_once(choice: str) -> None:
+    # A warning, because without configured logging nothing less is seen, and a robot that runs on
+    # the slower backend unnoticed is what this is for.
+    _LOG.warning("backend: %s", choice)
+
+
+def _load(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
+    # Each backend imports a library that others need not have.
+    match name:
+        case "tensorrt":
+            from vqbet_edge.runtime.backends.tensorrt import TensorRTBackend  # noqa: PLC0415
+
+            return TensorRTBackend(bundle, build=build)
+        case "onnxruntime-cuda":
+            from vqbet_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend  # noqa: PLC0415
+
+            return OnnxRuntimeCudaBackend(bundle)
+        case "openvino":
+            from vqbet_edge.runtime.backends.openvino import OpenVinoBackend  # noqa: PLC0415
+
+            return OpenVinoBackend(bundle)
+        case _:
+            from vqbet_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
+
+            return OnnxRuntimeBackend(bundle)

@@ -1,0 +1,140 @@
+"""Reading a bundle: every byte is checked against the manifest before anything parses it."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import BundleError, DiskError
+from vqbet_edge.runtime.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    STAGES,
+    FileSpec,
+    Manifest,
+    StageName,
+    StageSpec,
+    decode_manifest,
+)
+from vqbet_edge.runtime.safetensors import read_safetensors
+
+RUNTIME_NAME = "runtime.safetensors"
+# Arrays of runtime.safetensors; docs/bundle.md gives their shapes.
+DECODE_TABLE = "decode_table"
+SECONDARY_COLUMNS = "secondary_columns"
+TOKEN_CONSTANTS, CAUSAL_MASK = "token_constants", "causal_mask"
+# A graph with external data must spell this key somewhere; protobuf stores strings verbatim.
+_EXTERNAL_DATA_KEY = b"location"
+# ONNX Runtime recognises its own format by these bytes, and checks it less than it checks ONNX.
+_ORT_FORMAT = slice(4, 8), b"ORTM"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle in memory.
+
+    Attributes:
+        path: the bundle's directory.
+        manifest: the decoded manifest.
+        contents: file name -> bytes, as many and with the digests that the manifest names.
+        arrays: float32 arrays of runtime.safetensors, by name.
+    """
+
+    path: Path
+    manifest: Manifest
+    contents: Mapping[str, bytes]
+    arrays: Mapping[str, NDArray[np.float32]]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+        """Read and verify a bundle.
+
+        Raises:
+            BundleError: it is no bundle, or a file differs from what the manifest says.
+            DiskError: a file cannot be read.
+        """
+        root = Path(path)
+        if not os.path.lexists(root / MANIFEST_NAME):
+            raise BundleError(
+                f"'{root}' is not a bundle: expected a directory with {MANIFEST_NAME}; "
+                "make one with: vqbet-export model.safetensors -o NAME.bundle"
+            )
+        manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        paths, specs = [root / name for name in manifest.files], manifest.files.values()
+        # Digests of hundreds of megabytes take as long as loading the graphs.
+        with ThreadPoolExecutor() as pool:
+            contents = dict(zip(manifest.files, pool.map(_read_checked, paths, specs), strict=True))
+        for stage in (*manifest.stages.values(), *manifest.cpu_stages.values()):
+            _check_graph(stage.file, contents[stage.file])
+        arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)
+        return cls(path=root, manifest=manifest, contents=contents, arrays=arrays)
+
+    @property
+    def stages_to_load(self) -> tuple[StageName, ...]:
+        """The stages that acting needs: the RVQ decoder only when it is not tabulated."""
+        tabulated = DECODE_TABLE in self.arrays
+        return tuple(name for name in STAGES if not (tabulated and name == "rvq_decoder"))
+
+    def graph(self, stage: StageName) -> bytes:
+        """The portable ONNX file of a stage."""
+        return self.contents[self.manifest.stages[stage].file]
+
+    def cpu_stage(self, stage: StageName) -> StageSpec:
+        """The graph of a stage that CPU backends take."""
+        return self.manifest.cpu_stages.get(stage) or self.manifest.stages[stage]
+
+    def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """An array of runtime.safetensors.
+
+        Raises:
+            BundleError: it is missing, has another shape or is not finite.
+        """
+        array = self.arrays.get(name)
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise BundleError(
+                f"the bundle lacks the array '{name}' of shape {shape} with finite values; "
+                "export again"
+            )
+        return array
+
+
+def _check_graph(name: str, graph: bytes) -> None:
+    if _EXTERNAL_DATA_KEY in graph:
+        raise BundleError(f"{name} refers to external data, which is never loaded; export again")
+    place, mark = _ORT_FORMAT
+    if graph[place] == mark:
+        raise BundleError(f"{name} has ONNX Runtime's own format, expected ONNX; export again")
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; links are not followed."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"'{path}' is not a regular file; export again")
+            if status.st_size > limit:
+                raise BundleError(f"'{path.name}' is not the file that was exported: too large")
+            # Not to the end: a file may grow while it is read.
+            return file.read(status.st_size + 1)
+    except OSError as error:
+        if path.is_symlink():
+            raise BundleError(f"'{path}' is a link; a bundle holds its files itself") from error
+        raise DiskError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def _read_checked(path: Path, spec: FileSpec) -> bytes:
+    data = _read_file(path, spec.size)
+    if len(data) != spec.size or hashlib.sha256(data).hexdigest() != spec.sha256:
+        raise BundleError(
+            f"'{path.name}' is not the file that was exported (expected {spec.size} bytes with "
+            f"SHA-256 {spec.sha256[:12]}...); copy the bundle again or export again"
+        )
+    return data

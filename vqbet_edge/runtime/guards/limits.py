@@ -1,0 +1,123 @@
+"""Limits on actions and on their change from step to step."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import NonFiniteError, UsageError
+from vqbet_edge.runtime.guards.config import Guards, PerDimension
+from vqbet_edge.runtime.normalization import Affine
+
+Floats = NDArray[np.float32]
+
+
+class ActionLimits:
+    """Clamps actions to a range.
+
+    Attributes:
+        low, high: float32 (A,); the range includes both.
+    """
+
+    def __init__(self, low: Floats, high: Floats) -> None:
+        self.low, self.high = low, high
+
+    def clamp(self, actions: Floats) -> NDArray[np.bool_]:
+        """Clamp actions (..., A) in place; says which values were outside.
+
+        Raises:
+            NonFiniteError: one is NaN, which no clamp changes.
+        """
+        # Written so that NaN counts as outside.
+        outside = ~((actions >= self.low) & (actions <= self.high))
+        np.clip(actions, self.low, self.high, out=actions)
+        if np.isnan(actions).any():
+            raise NonFiniteError("an action is not a number; none is executed")
+        return outside
+
+
+class ChangeLimit:
+    """Keeps every action within `step` (A,) of the one before."""
+
+    def __init__(self, step: Floats) -> None:
+        self._step = step
+        self._before: Floats | None = None
+
+    def clear(self) -> None:
+        """The next action follows none."""
+        self._before = None
+
+    def apply(self, action: Floats) -> bool:
+        """Limit an action (A,) or (B, A) in place; says whether it was changed."""
+        changed = False
+        if self._before is not None:
+            near = np.clip(action, self._before - self._step, self._before + self._step)
+            changed = bool((near != action).any())
+            action[...] = near
+        self._before = action.copy()
+        return changed
+
+
+def action_limits(guards: Guards, unnormalize: Affine, dim: int) -> ActionLimits | None:
+    """The limits that the guards ask for; None where there are none.
+
+    Raises:
+        UsageError: they do not fit actions of `dim` values.
+    """
+    match guards.action_limits:
+        case None:
+            return None
+        case "data":
+            return _data_limits(unnormalize, guards.margin)
+        case (low, high):
+            lowest = _per_dimension("action_limits", low, dim)
+            highest = _per_dimension("action_limits", high, dim)
+            if not (lowest <= highest).all():
+                raise UsageError(f"expected action_limits (lowest, highest), got {low}, {high}")
+            return ActionLimits(_rounded(lowest, "up"), _rounded(highest, "down"))
+        case other:
+            raise UsageError(
+                f"expected action_limits of 'data', (lowest, highest) or None, got {other!r}"
+            )
+
+
+def change_limit(guards: Guards, dim: int) -> ChangeLimit | None:
+    """The limit that the guards ask for; None where there is none.
+
+    Raises:
+        UsageError: it does not fit actions of `dim` values.
+    """
+    if guards.max_change is None:
+        return None
+    step = _per_dimension("max_change", guards.max_change, dim)
+    if not (step >= 0).all():
+        raise UsageError(f"expected max_change of 0 or more, got {guards.max_change}")
+    return ChangeLimit(_rounded(step, "down"))
+
+
+def _data_limits(unnormalize: Affine, margin: float) -> ActionLimits | None:
+    # Un-normalising by MIN_MAX maps [-1, 1] to the data's range: (y + 1) * range / 2 + minimum.
+    if not (unnormalize.subtract == -1).all():
+        return None
+    low, span = unnormalize.add, 2 * unnormalize.multiply
+    slack = np.float32(margin) * span
+    return ActionLimits(low - slack, low + span + slack)
+
+
+def _per_dimension(name: str, values: PerDimension, dim: int) -> NDArray[np.float64]:
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        array = np.full(1, np.nan)
+    if array.shape not in {(), (dim,)} or np.isnan(array).any():
+        raise UsageError(f"expected {name} of one number or {dim}, got {values!r}")
+    return np.broadcast_to(array, (dim,))
+
+
+def _rounded(values: NDArray[np.float64], way: Literal["up", "down"]) -> Floats:
+    """To float32, never beyond the given value."""
+    near = values.astype(np.float32)
+    beyond = near < values if way == "up" else near > values
+    inwards = np.nextafter(near, np.float32(np.inf if way == "up" else -np.inf))
+    result: Floats = np.where(beyond, inwards, near)
+    return result

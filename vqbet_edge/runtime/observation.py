@@ -1,0 +1,124 @@
+"""The border where observations enter: every one is checked before it touches the history.
+
+The data contract:
+
+    {
+        "observation.image": uint8   (H, W, 3)                    a camera frame, RGB
+                        or   float32 (3, H, W), values in [0, 1]  as LeRobot passes it
+        ... one per camera, under the checkpoint's keys ...
+        "observation.state": float32 or float64 (S,), finite, in the robot's units
+    }
+
+A leading batch axis of 1 is accepted (of B, and required, when the bundle was exported for a
+batch of B). Other keys are ignored. A float32 frame is rounded to the 256 levels it came from.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import ObservationError
+from vqbet_edge.runtime.backends.base import Floats, Frames
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.normalization import Affine
+
+Observation = Mapping[str, Any]
+
+# Instances: comparing with a type makes one every time.
+_UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+_STATE_DTYPES = (_FLOAT32, np.dtype(np.float64))
+
+
+class ObservationReader:
+    """Checks observations and writes them, normalised, into the runtime's arrays."""
+
+    def __init__(self, manifest: Manifest, state_scaling: Affine) -> None:
+        self._image_keys = manifest.image_keys
+        self._batch = manifest.batch_size
+        self._image_shape = manifest.image_shape
+        self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
+        self._rows, self._columns = manifest.crop.rows, manifest.crop.columns
+        self._scaling = state_scaling
+
+    def read(self, observation: Observation, frames: Frames, states: Floats) -> None:
+        """Write an observation into `frames` (B, K, H, W, 3), cropped, and `states` (B, S).
+
+        Raises:
+            ObservationError: a feature is missing or not as the policy expects it; what was
+                written until then is meaningless.
+        """
+        if not isinstance(observation, Mapping):
+            raise ObservationError(
+                f"expected a mapping with {self._keys()}, got {type(observation).__name__}"
+            )
+        for camera, key in enumerate(self._image_keys):
+            self._read_image(key, _array(observation, key, self._keys()), frames[:, camera])
+        self._read_state(_array(observation, self._state_key, self._keys()), states)
+
+    def _keys(self) -> list[str]:
+        return [*self._image_keys, self._state_key]
+
+    def _read_image(self, key: str, image: NDArray[Any], out: NDArray[np.uint8]) -> None:
+        height, width, channels = self._image_shape
+        if image.dtype == _UINT8 and self._matches(image, (height, width, channels)):
+            np.copyto(out, image[..., self._rows, self._columns, :])
+        elif image.dtype == _FLOAT32 and self._matches(image, (channels, height, width)):
+            low, high = image.min(), image.max()
+            # Written so that NaN fails too.
+            if not (low >= 0 and high <= 1):
+                raise ObservationError(
+                    f"'{key}': expected float32 values in [0, 1], got {low} to {high}; "
+                    "divide by 255, or pass uint8 (H, W, 3)"
+                )
+            levels = np.rint(image[..., self._rows, self._columns] * np.float32(255))
+            np.copyto(out, np.moveaxis(levels, -3, -1), casting="unsafe")
+        else:
+            raise ObservationError(
+                f"'{key}': expected uint8 {self._shape((height, width, channels))} or float32 "
+                f"{self._shape((channels, height, width))} in [0, 1], "
+                f"got {image.dtype} {image.shape}"
+            )
+
+    def _read_state(self, state: NDArray[Any], out: Floats) -> None:
+        if state.dtype not in _STATE_DTYPES or not self._matches(state, (self._state_dim,)):
+            raise ObservationError(
+                f"'{self._state_key}': expected float32 {self._shape((self._state_dim,))}, "
+                f"got {state.dtype} {state.shape}"
+            )
+        with np.errstate(over="ignore"):
+            np.copyto(out, state, casting="same_kind")
+        self._scaling.apply(out, out)
+        if not np.isfinite(out).all():
+            raise ObservationError(
+                f"'{self._state_key}': expected finite values, got {np.array2string(state)}"
+            )
+
+    def _matches(self, array: NDArray[Any], shape: tuple[int, ...]) -> bool:
+        return array.shape == (self._batch, *shape) or (self._batch == 1 and array.shape == shape)
+
+    def _shape(self, shape: tuple[int, ...]) -> str:
+        return str(shape if self._batch == 1 else (self._batch, *shape))
+
+
+def _array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:
+    value = observation.get(key)
+    if value is None:
+        raise ObservationError(
+            f"'{key}' is missing: expected {keys}, got {sorted(map(str, observation))}"
+        )
+    # `__array__` lets tensors in without importing their library.
+    if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
+        raise ObservationError(f"'{key}': expected a NumPy array, got {type(value).__name__}")
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ObservationError(
+            f"'{key}': expected an array of valid values, got one with masked values"
+        )
+    try:
+        return np.asarray(value)
+    except Exception as error:  # any: it is the array's own code
+        raise ObservationError(
+            f"'{key}' cannot be read as an array ({error}); "
+            "of a tensor, pass tensor.detach().cpu().numpy()"
+        ) from error

@@ -1,0 +1,484 @@
+"""`EdgePolicy`: observations in, actions out."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import (
+    ConcurrentUseError,
+    DeadlineError,
+    ForkError,
+    HistoryError,
+    NonFiniteError,
+    UsageError,
+)
+from vqbet_edge.runtime.backends import BackendName, create_backend
+from vqbet_edge.runtime.backends.base import Backend, Floats, Idle
+from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
+from vqbet_edge.runtime.guards.clock import ObservationClock
+from vqbet_edge.runtime.guards.config import Guards
+from vqbet_edge.runtime.guards.deadline import Deadline
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.observation import Observation, ObservationReader
+from vqbet_edge.runtime.recording import Recorder
+from vqbet_edge.runtime.sampling import Choice, Codes, CodeSampler, Decision
+from vqbet_edge.runtime.window import ObservationWindow, Slot
+from vqbet_edge.runtime.worker import IdleWorker
+
+
+class _Step(NamedTuple):
+    """An action, and the chunk that it is part of."""
+
+    chunk: Floats  # (W, A), or (W, B, A) for a batch
+    position: int
+
+    @property
+    def action(self) -> Floats:
+        action: Floats = self.chunk[self.position]
+        return action
+
+
+class EdgePolicy:
+    """A VQ-BeT policy that acts without PyTorch.
+
+    It does what LeRobot's `VQBeTPolicy.select_action` does, normalisation included. One object is
+    used by one thread at a time. Actions have the robot's units; for a bundle exported for a batch
+    of B > 1, every action and chunk has a leading axis of B.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        seed: int = 0,
+        temperature: float | None = None,
+        replan_every: int | None = None,
+        idle: Idle | None = None,
+        guards: Guards | None = None,
+    ) -> None:
+        """Use `EdgePolicy.load`, which also creates the backend."""
+        manifest, arrays = bundle.manifest, bundle.arrays
+        policy = manifest.policy
+        self._manifest, self._backend = manifest, backend
+        self._replan_every = _checked_replan(replan_every, policy.action_chunk_size)
+        self._sampler = CodeSampler(
+            policy.bet_softmax_temperature if temperature is None else _checked(temperature),
+            _secondary_columns(bundle),
+            _checked_seed(seed),
+        )
+        self._table = _decode_table(bundle)
+        self._reader = ObservationReader(
+            manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
+        )
+        self._unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
+        self._guards = guards or Guards()
+        self._actions = ActionGuard(self._guards, self._unnormalize, manifest.action_dim)
+        self._clock = ObservationClock(self._guards.max_age_s)
+        waiting, most = self._replan_every, policy.action_chunk_size
+        self._deadline: Deadline[_Step] | None = None
+        if self._guards.deadline_s is not None:
+            self._deadline, waiting = Deadline(self._guards.deadline_s, most), waiting + most
+        self._handed: _Step | None = None
+        self._late = 0
+        self._window = ObservationWindow(manifest, backend, waiting)
+        self._idle = _checked_idle(idle or backend.default_idle)
+        self._worker = IdleWorker()
+        self._recorder: Recorder | None = None
+        self._queue: deque[_Step] = deque()
+        self._last: Decision | None = None
+        self._lock = threading.Lock()
+        self._broken = False
+        self._process = os.getpid()
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        backend: BackendName = "auto",
+        *,
+        seed: int = 0,
+        temperature: float | None = None,
+        replan_every: int | None = None,
+        idle: Idle | None = None,
+        guards: Guards | None = None,
+    ) -> "EdgePolicy":
+        """Load a bundle that `vqbet-export` wrote.
+
+        Args:
+            bundle: the bundle's directory.
+            backend: who runs the graphs; `auto` takes the fastest that is there.
+            seed: start of the random sequence that codes are drawn with.
+            temperature: of the code distribution; None takes the checkpoint's, 0 is greedy.
+            replan_every: predict a new chunk after so many actions, 1 to `action_chunk_size`;
+                None executes whole chunks.
+            idle: where the work is done that the next prediction needs and that can be done before
+                its observation comes (frames on queued steps, the transformer's past): `thread`
+                after `act` has returned, `inline` inside `act` on queued steps, `off` not before
+                the prediction. None takes what was measured to be best for the backend. The
+                actions are the same to rounding.
+            guards: limits on actions, the age of observations and the time that `act` takes; None
+                takes `Guards()`, which clamps actions to the training data's range and a margin.
+
+        Raises:
+            BundleError: the bundle is missing, incomplete or altered.
+            BackendError: the backend is missing or refuses the bundle.
+            UsageError: an argument is out of range.
+        """
+        opened = Bundle.open(bundle)
+        return cls(
+            opened,
+            create_backend(backend, opened),
+            seed=seed,
+            temperature=temperature,
+            replan_every=replan_every,
+            idle=idle,
+            guards=guards,
+        )
+
+    @property
+    def last(self) -> Decision | None:
+        """The latest decision, None before the first."""
+        return self._last
+
+    @property
+    def guard_counts(self) -> GuardCounts:
+        """How often guards stepped in since the policy was loaded."""
+        return GuardCounts(self._actions.clamped, self._actions.slowed, self._late)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says about the policy."""
+        return self._manifest
+
+    @property
+    def backend_name(self) -> str:
+        """The backend that runs the graphs."""
+        return self._backend.name
+
+    def reset(self, seed: int | None = None) -> None:
+        """Forget history and queued actions; call it at the start of every episode.
+
+        Args:
+            seed: a new start of the random sequence; None lets it run on.
+
+        Raises:
+            DeadlineError: the backend still works on a call that was late.
+        """
+        with self._exclusive():
+            start = None if seed is None else _checked_seed(seed)
+            if self._deadline is not None:
+                self._deadline.forget()
+            if start is not None:
+                self._sampler.reseed(start)
+            self._worker.forget()
+            if self._recorder is not None:
+                self._recorder.begin_episode()
+            self._actions.clear()
+            self._clock.clear()
+            self._handed = None
+            self._window.clear()
+            self._queue.clear()
+            self._last = None
+            self._broken = False
+
+    def act(self, observation: Observation, observation_time: float | None = None) -> Floats:
+        """The action for this observation.
+
+        The observation enters the history on every call; a new chunk is predicted only when the
+        queue of actions is empty. `vqbet_edge.runtime.observation` draws what an observation looks
+        like.
+
+        Args:
+            observation: what the robot sees and feels.
+            observation_time: when it was taken, in seconds of `time.monotonic()`; None where that
+                is not known. Too old, repeated or out of order, it is refused.
+
+        Returns:
+            float32 (action_dim,).
+
+        Raises:
+            ObservationError: the observation does not fit; the history is as before the call.
+            StaleObservationError: its time does not; likewise.
+            DeadlineError: the backend was too slow, and there is nothing else to return. The
+                observation is in the history, and later calls go on from it.
+            ForkError: the policy was loaded before this process was forked.
+            NonFiniteError: the network produced NaN or infinity.
+            HistoryError: an earlier call failed after its observation had entered the history.
+            ConcurrentUseError: another call on this object is running.
+        """
+        start = time.monotonic()
+        with self._exclusive():
+            slot = self._read(observation, observation_time)
+            step = self._step(slot) if self._deadline is None else self._in_time(slot, start)
+            self._handed = step
+            return self._actions.handed_out(step.action)
+
+    def act_chunk(
+        self,
+        observation: Observation,
+        codes: Sequence[int] | Codes | None = None,
+        observation_time: float | None = None,
+    ) -> Floats:
+        """Append the observation and predict a chunk at once; queued actions are dropped.
+
+        A deadline does not hold here, and a limit on change takes the chunk as executed whole.
+
+        Args:
+            observation: as for `act`.
+            codes: (primary, secondary) to force instead of drawing them, (B, 2) for a batch.
+            observation_time: as for `act`.
+
+        Returns:
+            float32 (action_chunk_size, action_dim).
+
+        Raises:
+            UsageError: a forced code is not in the code book.
+        """
+        with self._exclusive():
+            forced = None if codes is None else self._checked_codes(codes)
+            slot = self._read(observation, observation_time)
+
+            def predict() -> _Step:
+                self._check_history()
+                with self._history():
+                    self._queue.clear()
+                    chunk = self._plan(slot, forced)
+                self._prepare_next()
+                return _Step(chunk, 0)
+
+            step = predict() if self._deadline is None else self._deadline.finish(predict)
+            chunk = np.stack([self._actions.handed_out(action) for action in step.chunk])
+            return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
+
+    @contextmanager
+    def record(self, folder: str | os.PathLike[str], *, max_bytes: int = 1 << 30) -> Iterator[None]:
+        """Write every observation, as it came, to a folder: `with policy.record("seen"): ...`.
+
+        `vqbet-export --int8 --calibration-data` takes the folder; `vqbet_edge.runtime.recording`
+        says what is in it. Acting does not wait for the disk.
+
+        Args:
+            folder: where to; one recording per folder.
+            max_bytes: recording ends, with a warning, before there is more than this.
+
+        Raises:
+            UsageError: the folder holds a recording already, or the limit is below one observation.
+            DiskError: the folder cannot be written; raised at the block's end if it failed later.
+        """
+        recorder = Recorder(self._manifest, Path(folder), max_bytes)
+        self._recorder = recorder
+        try:
+            yield
+        finally:
+            self._recorder = None
+            recorder.close()
+
+    def _read(self, observation: Observation, stamp: float | None) -> Slot:
+        """Check an observation and keep it; only what fails after this breaks the history."""
+        if self._deadline is None:
+            self._check_history()
+        else:  # otherwise checked where earlier calls may still be running
+            self._deadline.admit()
+        self._clock.check(stamp)
+        slot = self._window.next_slot()
+        self._reader.read(observation, slot.frames, slot.states)
+        self._clock.accept(stamp)
+        if self._recorder is not None:
+            self._recorder.append(observation)
+        return self._window.take_slot()
+
+    def _check_history(self) -> None:
+        if self._broken:
+            raise HistoryError(
+                "an earlier call failed after its observation had entered the history, so the "
+                "window no longer shows what happened; stop the robot and call reset()"
+            )
+        try:
+            self._worker.check()
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _step(self, slot: Slot) -> _Step:
+        """Take an observation into the history and the next action from the queue."""
+        if self._queue:
+            step = self._queue.popleft()
+            # Otherwise the frame will have left the window before the next prediction.
+            seen = len(self._queue) + 1 < self._manifest.policy.n_obs_steps
+            self._append_idly(slot, encode=seen)
+            return step
+        with self._history():
+            chunk = self._plan(slot, None)
+            self._queue.extend(_Step(chunk, position) for position in range(self._replan_every))
+            step = self._queue.popleft()
+        self._prepare_next()
+        return step
+
+    def _in_time(self, slot: Slot, start: float) -> _Step:
+        """The next action, or what stands for it when the backend is late."""
+
+        def checked() -> _Step:
+            self._check_history()
+            return self._step(slot)
+
+        assert self._deadline is not None  # noqa: S101 - for the type checker
+        step = self._deadline.run(checked, start)
+        if step is not None:
+            return step
+        self._late += 1
+        match self._guards.on_late, self._handed:
+            case "hold", _Step() as before:
+                return before
+            case "continue", _Step(chunk, position) if position + 1 < len(chunk):
+                return _Step(chunk, position + 1)
+        raise DeadlineError(
+            f"no action within {self._guards.deadline_s} s; stop the robot, allow more time, or "
+            "choose what to return then with Guards(on_late=...)"
+        )
+
+    @contextmanager
+    def _history(self) -> Iterator[None]:
+        """What fails in here leaves the window unusable."""
+        self._broken = True
+        yield
+        self._broken = False
+
+    def _append_idly(self, slot: Slot, *, encode: bool) -> None:
+        """Take a queued step's observation into the window, now or while the robot moves."""
+        last = not self._queue
+
+        def work() -> None:
+            self._window.append(slot)
+            if encode and self._idle != "off":
+                self._window.encode_newest()
+            if last and self._idle != "off":
+                self._window.prefill()
+
+        if self._idle == "thread":
+            self._worker.submit(work)
+        else:
+            with self._history():
+                work()
+
+    def _prepare_next(self) -> None:
+        """After a prediction: if the next call predicts too, get ready for it."""
+        if self._idle == "thread" and not self._queue:
+            self._worker.submit(self._window.prefill)
+
+    def _plan(self, slot: Slot, forced: Codes | None) -> Floats:
+        """Predict, decide, un-normalise: (W, A), or (W, B, A) for a batch."""
+        self._worker.wait()
+        self._window.append(slot)
+        outputs = self._window.predict()
+        choice = self._sampler.choose(outputs, forced)
+        rows = np.arange(len(choice.codes))
+        primary, secondary = choice.codes.T
+        offsets = outputs.offsets[rows, 0, primary] + outputs.offsets[rows, 1, secondary]
+        decoded = self._decode(choice.codes)
+        chunk = decoded + offsets  # (B, W, A)
+        chunk = self._unnormalize.apply(chunk, chunk).swapaxes(0, 1)
+        if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
+            raise NonFiniteError("the predicted actions are not finite; none is executed")
+        clamped = self._actions.planned(chunk)
+        self._last = self._decision(choice, decoded, offsets, clamped.swapaxes(0, 1))
+        return chunk[:, 0] if self._manifest.batch_size == 1 else chunk
+
+    def _decode(self, codes: Codes) -> Floats:
+        """Code pairs (B, 2) -> chunks (B, W, A), normalised."""
+        if self._table is None:
+            return self._backend.decode(codes)
+        return self._table[codes[:, 0], codes[:, 1]]
+
+    def _decision(
+        self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
+    ) -> Decision:
+        keep = 0 if self._manifest.batch_size == 1 else slice(None)
+        return Decision(
+            codes=choice.codes[keep],
+            code_probabilities=choice.probabilities[keep],
+            decoded_chunk=decoded[keep].copy(),
+            offset_chunk=offsets[keep],
+            clamped=clamped[keep],
+            seconds=dict(self._backend.seconds),
+        )
+
+    def _checked_codes(self, codes: Sequence[int] | Codes) -> Codes:
+        batch, size = self._manifest.batch_size, self._manifest.policy.vqvae_n_embed
+        try:
+            array = np.asarray(codes)
+        except ValueError:  # ragged
+            array = np.zeros(0)
+        if array.shape == (2,) and batch == 1:
+            array = array[None]
+        valid = array.shape == (batch, 2) and np.issubdtype(array.dtype, np.integer)
+        if not valid or array.min() < 0 or array.max() >= size:
+            raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
+        return array.astype(np.int64)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if os.getpid() != self._process:
+            raise ForkError(
+                "this process was forked after the policy had been loaded, and the backend's "
+                "threads and memory stayed behind; load the policy in the new process"
+            )
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(
+                "another call on this policy is still running; load one policy per thread"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _checked(temperature: float) -> float:
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+        raise UsageError(f"expected a temperature of 0 (greedy) or more, got {temperature!r}")
+    return temperature
+
+
+def _checked_seed(seed: int) -> int:
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"expected a seed of 0 or more, got {seed!r}")
+    return int(seed)
+
+
+def _checked_replan(replan_every: int | None, chunk_size: int) -> int:
+    if replan_every is None:
+        return chunk_size
+    if not isinstance(replan_every, (int, np.integer)) or not 1 <= replan_every <= chunk_size:
+        raise UsageError(f"expected replan_every in 1..{chunk_size}, got {replan_every!r}")
+    return int(replan_every)
+
+
+def _checked_idle(idle: Idle) -> Idle:
+    if idle not in get_args(Idle):
+        raise UsageError(f"expected idle to be one of {get_args(Idle)}, got {idle!r}")
+    return idle
+
+
+def _secondary_columns(bundle: Bundle) -> Floats | None:
+    if not bundle.manifest.policy.sequentially_select:
+        return None
+    size = bundle.manifest.policy.vqvae_n_embed
+    return bundle.array(SECONDARY_COLUMNS, (size, size))
+
+
+def _decode_table(bundle: Bundle) -> Floats | None:
+    if DECODE_TABLE not in bundle.arrays:
+        return None
+    policy, action_dim = bundle.manifest.policy, bundle.manifest.action_dim
+    codes = policy.vqvae_n_embed
+    return bundle.array(DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))

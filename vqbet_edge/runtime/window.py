@@ -1,0 +1,112 @@
+"""The observation window: the newest N observations, each frame encoded once."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs
+from vqbet_edge.runtime.manifest import Manifest
+
+
+class Slot(NamedTuple):
+    """Where one observation is kept."""
+
+    frames: Frames  # uint8 (B, K, H, W, 3), cropped
+    states: Floats  # float32 (B, S), normalised
+
+
+class ObservationWindow:
+    """Frames and states of the last `n_obs_steps` observations.
+
+    The first observation fills the window. A frame is encoded when it is asked for, or when a
+    prediction needs it; encoded rows move with the window and are never encoded again.
+
+    Observations are checked and written into a slot first and appended later, possibly by another
+    thread: `next_slot` is for the thread that acts, everything else for one thread at a time.
+
+    Args:
+        manifest: of the bundle.
+        backend: runs the graphs.
+        waiting: observations that may wait to be appended at the same time.
+    """
+
+    def __init__(self, manifest: Manifest, backend: Backend, waiting: int) -> None:
+        self._backend = backend
+        self._length = manifest.policy.n_obs_steps
+        crop, batch = manifest.crop, manifest.batch_size
+        frame = (batch, len(manifest.image_keys), crop.height, crop.width, 3)
+        # The window's rows, what waits, and one that is being written.
+        self._slots = [
+            Slot(np.zeros(frame, np.uint8), np.zeros((batch, manifest.state_dim), np.float32))
+            for _ in range(self._length + waiting + 1)
+        ]
+        self._next = 0
+        self._rows = self._slots[: self._length]
+        self._encoded = [False] * self._length
+        self._states: Floats = np.zeros((batch, self._length, manifest.state_dim), np.float32)
+        self._empty = True
+        # Whether the backend knows the keys and values of this window's tail, of its past.
+        self._tail_known = self._past_known = False
+
+    def next_slot(self) -> Slot:
+        """A slot that nothing uses, the same until `take_slot`."""
+        return self._slots[self._next]
+
+    def take_slot(self) -> Slot:
+        """Keep what was written to the next slot; it must then be appended."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        return slot
+
+    def clear(self) -> None:
+        """Forget everything; the next observation fills the window."""
+        self._empty = True
+
+    def append(self, slot: Slot) -> None:
+        """Take a slot as the newest observation."""
+        self._past_known, self._tail_known = self._tail_known, False
+        if self._empty:
+            self._rows = [slot] * self._length
+            self._states[:] = slot.states[:, None]
+            self._backend.encode(slot.frames, self._length - 1)
+            self._backend.fill()
+            self._encoded = [True] * self._length
+            self._empty = self._past_known = False
+            return
+        self._backend.advance()
+        self._rows.append(slot)
+        self._rows.pop(0)
+        self._states[:, :-1] = self._states[:, 1:]
+        self._states[:, -1] = slot.states
+        self._encoded.append(False)
+        self._encoded.pop(0)
+
+    def encode_newest(self) -> None:
+        """Encode the newest observation now, ahead of the prediction that will need it."""
+        self._encode(self._length - 1)
+
+    def prefill(self) -> None:
+        """Compute what the next prediction will need of the observations that are here."""
+        if self._length == 1 or not self._backend.can_prefill:
+            return
+        for row in range(1, self._length):
+            self._encode(row)
+        self._backend.prefill(self._states)
+        self._tail_known = True
+
+    def predict(self) -> HeadOutputs:
+        """Code logits and offsets for the current step."""
+        for row in range(self._length - 1):
+            self._encode(row)
+        if self._encoded[-1]:
+            return self._backend.predict(self._states)
+        outputs = self._backend.replan(
+            self._rows[-1].frames, self._states, prefilled=self._past_known
+        )
+        self._encoded[-1] = True
+        return outputs
+
+    def _encode(self, row: int) -> None:
+        if not self._encoded[row]:
+            self._backend.encode(self._rows[row].frames, row)
+            self._encoded[row] = True
