@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from vqbet_edge.errors import (
     UsageError,
 )
 from vqbet_edge.runtime.backends import BackendName, create_backend
-from vqbet_edge.runtime.backends.base import Backend, Floats, Idle
+from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
 from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
@@ -33,13 +33,13 @@ from vqbet_edge.runtime.observation import Observation, ObservationReader
 from vqbet_edge.runtime.recording import Recorder
 from vqbet_edge.runtime.sampling import Choice, Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow, Slot
-from vqbet_edge.runtime.worker import IdleWorker
+from vqbet_edge.runtime.worker import Backlog, Worker
 
 
 class _Step(NamedTuple):
     """An action, and the chunk that it is part of."""
 
-    chunk: Floats  # (W, A), or (W, B, A) for a batch
+    chunk: Floats  # (W, A)
     position: int
 
     @property
@@ -51,9 +51,9 @@ class _Step(NamedTuple):
 class EdgePolicy:
     """A VQ-BeT policy that acts without PyTorch.
 
-    It does what LeRobot's `VQBeTPolicy.select_action` does, normalisation included. One object is
-    used by one thread at a time. Actions have the robot's units; for a bundle exported for a batch
-    of B > 1, every action and chunk has a leading axis of B.
+    It does what LeRobot's `VQBeTPolicy.select_action` does, normalisation included. One object
+    drives one robot and is used by one thread at a time; `sibling` makes others on the same
+    weights, which other threads may use meanwhile. Actions have the robot's units.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class EdgePolicy:
         seed: int = 0,
         temperature: float | None = None,
         replan_every: int | None = None,
-        idle: Idle | None = None,
+        prefetch: Prefetch | None = None,
         guards: Guards | None = None,
     ) -> None:
         """Use `EdgePolicy.load`, which also creates the backend."""
         manifest, arrays = bundle.manifest, bundle.arrays
         policy = manifest.policy
-        self._manifest, self._backend = manifest, backend
+        # The graphs' bytes are as large as the weights, and the backend has those.
+        self._bundle, self._manifest, self._backend = bundle.without_graphs(), manifest, backend
         self._replan_every = _checked_replan(replan_every, policy.action_chunk_size)
-        self._sampler = CodeSampler(
-            policy.bet_softmax_temperature if temperature is None else _checked(temperature),
-            _secondary_columns(bundle),
-            _checked_seed(seed),
-        )
+        trained = policy.bet_softmax_temperature
+        self._temperature = trained if temperature is None else _checked(temperature)
+        columns = _secondary_columns(bundle)
+        self._sampler = CodeSampler(self._temperature, trained, columns, _checked_seed(seed))
         self._table = _decode_table(bundle)
         self._reader = ObservationReader(
             manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
@@ -91,9 +91,10 @@ class EdgePolicy:
             self._deadline, waiting = Deadline(self._guards.deadline_s, most), waiting + most
         self._handed: _Step | None = None
         self._late = 0
-        self._window = ObservationWindow(manifest, backend, waiting)
-        self._idle = _checked_idle(idle or backend.default_idle)
-        self._worker = IdleWorker()
+        self._window = ObservationWindow(manifest, backend.create_window(), waiting)
+        self._prefetch = _checked_prefetch(prefetch or backend.default_prefetch)
+        self._worker = Worker("vqbet-prefetch", finish=True)
+        self._prefetching: Backlog[None] = Backlog()
         self._recorder: Recorder | None = None
         self._queue: deque[_Step] = deque()
         self._last: Decision | None = None
@@ -110,7 +111,7 @@ class EdgePolicy:
         seed: int = 0,
         temperature: float | None = None,
         replan_every: int | None = None,
-        idle: Idle | None = None,
+        prefetch: Prefetch | None = None,
         guards: Guards | None = None,
     ) -> "EdgePolicy":
         """Load a bundle that `vqbet-export` wrote.
@@ -122,11 +123,11 @@ class EdgePolicy:
             temperature: of the code distribution; None takes the checkpoint's, 0 is greedy.
             replan_every: predict a new chunk after so many actions, 1 to `action_chunk_size`;
                 None executes whole chunks.
-            idle: where the work is done that the next prediction needs and that can be done before
-                its observation comes (frames on queued steps, the transformer's past): `thread`
-                after `act` has returned, `inline` inside `act` on queued steps, `off` not before
-                the prediction. None takes what was measured to be best for the backend. The
-                actions are the same to rounding.
+            prefetch: when the work is done that the next prediction needs and that can be done
+                before its observation comes (frames on queued steps, the transformer's past):
+                `thread` after `act` has returned, `inline` inside `act` on queued steps, `off` not
+                before the prediction. None takes what was measured to be best for the backend.
+                The actions are the same to rounding.
             guards: limits on actions, the age of observations and the time that `act` takes; None
                 takes `Guards()`, which clamps actions to the training data's range and a margin.
 
@@ -142,8 +143,40 @@ class EdgePolicy:
             seed=seed,
             temperature=temperature,
             replan_every=replan_every,
-            idle=idle,
+            prefetch=prefetch,
             guards=guards,
+        )
+
+    def sibling(self, *, seed: int = 0) -> "EdgePolicy":
+        """A policy for another robot, on the same weights and with the same options.
+
+        It has a history, a queue, a random sequence and guards of its own, and acts bitwise as a
+        policy that was loaded alone with this seed. Siblings may act at the same time, each in a
+        thread of its own.
+
+        Args:
+            seed: start of its random sequence.
+
+        Raises:
+            ForkError: the policy was loaded before this process was forked.
+            UsageError: the seed is negative.
+        """
+        self._check_process()
+        return EdgePolicy(
+            self._bundle,
+            self._backend,
+            seed=seed,
+            temperature=self._temperature,
+            replan_every=self._replan_every,
+            prefetch=self._prefetch,
+            guards=self._guards,
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """A backend cannot be pickled."""
+        raise UsageError(
+            "a policy cannot be copied or sent to another process; call EdgePolicy.load there, or "
+            "sibling() for another robot in this process"
         )
 
     @property
@@ -181,7 +214,7 @@ class EdgePolicy:
                 self._deadline.forget()
             if start is not None:
                 self._sampler.reseed(start)
-            self._worker.forget()
+            self._prefetching.forget()
             if self._recorder is not None:
                 self._recorder.begin_episode()
             self._actions.clear()
@@ -236,7 +269,7 @@ class EdgePolicy:
 
         Args:
             observation: as for `act`.
-            codes: (primary, secondary) to force instead of drawing them, (B, 2) for a batch.
+            codes: (primary, secondary) to force instead of drawing them.
             observation_time: as for `act`.
 
         Returns:
@@ -258,8 +291,7 @@ class EdgePolicy:
                 return _Step(chunk, 0)
 
             step = predict() if self._deadline is None else self._deadline.finish(predict)
-            chunk = np.stack([self._actions.handed_out(action) for action in step.chunk])
-            return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
+            return np.stack([self._actions.handed_out(action) for action in step.chunk])
 
     @contextmanager
     def record(self, folder: str | os.PathLike[str], *, max_bytes: int = 1 << 30) -> Iterator[None]:
@@ -292,7 +324,7 @@ class EdgePolicy:
             self._deadline.admit()
         self._clock.check(stamp)
         slot = self._window.next_slot()
-        self._reader.read(observation, slot.frames, slot.states)
+        self._reader.read(observation, slot.frames, slot.state)
         self._clock.accept(stamp)
         if self._recorder is not None:
             self._recorder.append(observation)
@@ -305,7 +337,7 @@ class EdgePolicy:
                 "window no longer shows what happened; stop the robot and call reset()"
             )
         try:
-            self._worker.check()
+            self._prefetching.check()
         except BaseException:
             self._broken = True
             raise
@@ -316,7 +348,7 @@ class EdgePolicy:
             step = self._queue.popleft()
             # Otherwise the frame will have left the window before the next prediction.
             seen = len(self._queue) + 1 < self._manifest.policy.n_obs_steps
-            self._append_idly(slot, encode=seen)
+            self._append_queued(slot, encode=seen)
             return step
         with self._history():
             chunk = self._plan(slot, None)
@@ -354,88 +386,88 @@ class EdgePolicy:
         yield
         self._broken = False
 
-    def _append_idly(self, slot: Slot, *, encode: bool) -> None:
+    def _append_queued(self, slot: Slot, *, encode: bool) -> None:
         """Take a queued step's observation into the window, now or while the robot moves."""
         last = not self._queue
 
         def work() -> None:
             self._window.append(slot)
-            if encode and self._idle != "off":
+            if encode and self._prefetch != "off":
                 self._window.encode_newest()
-            if last and self._idle != "off":
+            if last and self._prefetch != "off":
                 self._window.prefill()
 
-        if self._idle == "thread":
-            self._worker.submit(work)
+        if self._prefetch == "thread":
+            self._prefetching.add(self._worker.submit(work))
         else:
             with self._history():
                 work()
 
     def _prepare_next(self) -> None:
         """After a prediction: if the next call predicts too, get ready for it."""
-        if self._idle == "thread" and not self._queue:
-            self._worker.submit(self._window.prefill)
+        if self._prefetch == "thread" and not self._queue:
+            self._prefetching.add(self._worker.submit(self._window.prefill))
 
     def _plan(self, slot: Slot, forced: Codes | None) -> Floats:
-        """Predict, decide, un-normalise: (W, A), or (W, B, A) for a batch."""
-        self._worker.wait()
+        """Predict, decide, un-normalise: (W, A)."""
+        self._prefetching.wait()
         self._window.append(slot)
         outputs = self._window.predict()
         choice = self._sampler.choose(outputs, forced)
-        rows = np.arange(len(choice.codes))
-        primary, secondary = choice.codes.T
-        offsets = outputs.offsets[rows, 0, primary] + outputs.offsets[rows, 1, secondary]
+        primary, secondary = choice.codes
+        offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
         decoded = self._decode(choice.codes)
-        chunk = decoded + offsets  # (B, W, A)
-        chunk = self._unnormalize.apply(chunk, chunk).swapaxes(0, 1)
+        chunk: Floats = decoded + offsets  # (W, A)
+        self._unnormalize.apply(chunk, chunk)
         if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
             raise NonFiniteError("the predicted actions are not finite; none is executed")
         clamped = self._actions.planned(chunk)
-        self._last = self._decision(choice, decoded, offsets, clamped.swapaxes(0, 1))
-        return chunk[:, 0] if self._manifest.batch_size == 1 else chunk
+        self._last = self._decision(choice, decoded, offsets, clamped)
+        return chunk
 
     def _decode(self, codes: Codes) -> Floats:
-        """Code pairs (B, 2) -> chunks (B, W, A), normalised."""
+        """A code pair (2,) -> a chunk (W, A), normalised."""
         if self._table is None:
-            return self._backend.decode(codes)
-        return self._table[codes[:, 0], codes[:, 1]]
+            return self._window.graphs.decode(codes)
+        chunk: Floats = self._table[codes[0], codes[1]]
+        return chunk
 
     def _decision(
         self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
     ) -> Decision:
-        keep = 0 if self._manifest.batch_size == 1 else slice(None)
         return Decision(
-            codes=choice.codes[keep],
-            code_probabilities=choice.probabilities[keep],
-            decoded_chunk=decoded[keep].copy(),
-            offset_chunk=offsets[keep],
-            clamped=clamped[keep],
-            seconds=dict(self._backend.seconds),
+            codes=choice.codes,
+            code_probabilities=choice.probabilities,
+            decoded_chunk=decoded.copy(),
+            offset_chunk=offsets,
+            clamped=clamped,
+            seconds=dict(self._window.graphs.seconds),
         )
 
     def _checked_codes(self, codes: Sequence[int] | Codes) -> Codes:
-        batch, size = self._manifest.batch_size, self._manifest.policy.vqvae_n_embed
+        size = self._manifest.policy.vqvae_n_embed
         try:
             array = np.asarray(codes)
         except ValueError:  # ragged
             array = np.zeros(0)
-        if array.shape == (2,) and batch == 1:
-            array = array[None]
-        valid = array.shape == (batch, 2) and np.issubdtype(array.dtype, np.integer)
+        valid = array.shape == (2,) and np.issubdtype(array.dtype, np.integer)
         if not valid or array.min() < 0 or array.max() >= size:
             raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
         return array.astype(np.int64)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise ForkError(
                 "this process was forked after the policy had been loaded, and the backend's "
                 "threads and memory stayed behind; load the policy in the new process"
             )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._check_process()
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
-                "another call on this policy is still running; load one policy per thread"
+                "another call on this policy is still running; use one sibling() per thread"
             )
         try:
             yield
@@ -463,10 +495,10 @@ def _checked_replan(replan_every: int | None, chunk_size: int) -> int:
     return int(replan_every)
 
 
-def _checked_idle(idle: Idle) -> Idle:
-    if idle not in get_args(Idle):
-        raise UsageError(f"expected idle to be one of {get_args(Idle)}, got {idle!r}")
-    return idle
+def _checked_prefetch(prefetch: Prefetch) -> Prefetch:
+    if prefetch not in get_args(Prefetch):
+        raise UsageError(f"expected prefetch to be one of {get_args(Prefetch)}, got {prefetch!r}")
+    return prefetch
 
 
 def _secondary_columns(bundle: Bundle) -> Floats | None:

@@ -8,7 +8,7 @@ from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.base import Backend
 from vqbet_edge.runtime.bundle import Bundle
 
-BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt"]
+BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
 
 _LOG = logging.getLogger(__name__)
 _FASTEST_FIRST: tuple[BackendName, ...] = ("tensorrt", "onnxruntime-cuda")
@@ -63,10 +63,6 @@ def _load(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
             from vqbet_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend  # noqa: PLC0415
 
             return OnnxRuntimeCudaBackend(bundle)
-        case "openvino":
-            from vqbet_edge.runtime.backends.openvino import OpenVinoBackend  # noqa: PLC0415
-
-            return OpenVinoBackend(bundle)
         case _:
             from vqbet_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
 
