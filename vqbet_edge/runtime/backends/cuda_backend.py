@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_edge.errors import BackendError, BundleError
-from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs
+from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs, Window
 from vqbet_edge.runtime.backends.cuda import GRAPH_VARIABLE, Buffer, Cuda, Launch, switch
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import StageName, StageSpec, TensorSpec
+from vqbet_edge.runtime.manifest import StageName, StageSpec
+from vqbet_edge.runtime.signatures import TensorSpec
 
 #: Tensor name -> (NumPy's name of its type, shape).
 Borders = dict[str, tuple[str, tuple[int | str, ...]]]
@@ -57,6 +58,10 @@ class CudaBackend(Backend):
         self._scratch = cuda.buffer(max(1, self._row_size * (self._length - 1)), host=False)
         self._stages = {stage: self._create_stage(bundle, stage) for stage in bundle.stages_to_load}
         self._launches = self._prepare(capture and self._graph_wanted)
+
+    def create_window(self) -> Window:
+        """Not divided into weights and windows yet."""
+        raise BackendError("the CUDA backends are being divided into weights and windows")
 
     @abstractmethod
     def _create_stage(self, bundle: Bundle, stage: StageName) -> Launch:
