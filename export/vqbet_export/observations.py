@@ -1,5 +1,6 @@
 """Observations to verify an export on: random ones, and real ones from a data set."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,59 +12,52 @@ from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.dataset import LeRobotDataset
 
 # Long enough for the window to fill and move on; episodes are spread over the data set.
-SEGMENT_STEPS = 16
+PIECE_STEPS = 16
 
 
-class Segment(NamedTuple):
-    """Consecutive observations, as one batch of robots would see them, from an empty history.
+class Piece(NamedTuple):
+    """Consecutive observations of one episode, from an empty history.
 
-    Letters: M steps, B batch, K cameras, H and W image height and width, S state width.
+    Letters: M steps, K cameras, H and W image height and width, S state width.
     """
 
-    frames: NDArray[np.uint8]  # (M, B, K, H, W, 3), whole frames
-    states: NDArray[np.float32]  # (M, B, S), in the robot's units
+    frames: NDArray[np.uint8]  # (M, K, H, W, 3), whole frames
+    states: NDArray[np.float32]  # (M, S), in the robot's units
 
 
-def random_segments(checkpoint: Checkpoint, steps: int, batch: int) -> list[Segment]:
-    """Frames of noise and states spread over the range that normalisation maps to [-1, 1]."""
+def random_pieces(checkpoint: Checkpoint, steps: int) -> Iterator[Piece]:
+    """Frames of noise, states spread over the range that normalisation maps to [-1, 1]."""
     config, random = checkpoint.config, np.random.default_rng(0)
     _, height, width = config.image_shape
-    frames_shape = (steps, batch, len(config.image_keys), height, width, 3)
     scaling = checkpoint.inputs[STATE_KEY]
-    normalized = random.uniform(-1, 1, (steps, batch, config.state_dim))
-    states = (normalized - scaling.add) / scaling.multiply + scaling.subtract
-    frames = random.integers(0, 256, frames_shape, np.uint8)
-    return [Segment(frames, states.astype(np.float32))]
+    for start in range(0, steps, PIECE_STEPS):
+        length = min(PIECE_STEPS, steps - start)
+        shape = (length, len(config.image_keys), height, width, 3)
+        normalized = random.uniform(-1, 1, (length, config.state_dim))
+        states = (normalized - scaling.add) / scaling.multiply + scaling.subtract
+        yield Piece(random.integers(0, 256, shape, np.uint8), states.astype(np.float32))
 
 
-def dataset_segments(checkpoint: Checkpoint, source: str, steps: int, batch: int) -> list[Segment]:
-    """Pieces of real episodes, `steps` observations in all, spread over the data set.
+def dataset_pieces(checkpoint: Checkpoint, source: str, steps: int) -> Iterator[Piece]:
+    """Pieces of real episodes, at least `steps` observations in all, spread over the data set.
 
     Args:
         checkpoint: the policy, whose features the data set must have.
         source: a folder in LeRobot's format or the id of a data set on the Hub.
         steps: how many observations.
-        batch: how many pieces run side by side.
 
     Raises:
         DatasetError: a feature is missing or has another shape.
     """
     dataset = LeRobotDataset.open(source)
-    count = -(-steps // SEGMENT_STEPS)
-    positions = np.linspace(0, dataset.num_episodes - 1, count * batch).round().astype(int)
-    pieces = [_piece(checkpoint, dataset, int(position)) for position in positions]
-    shortest = min(len(piece.states) for piece in pieces)
-    return [
-        Segment(
-            np.concatenate([p.frames[:shortest] for p in pieces[i : i + batch]], axis=1),
-            np.concatenate([p.states[:shortest] for p in pieces[i : i + batch]], axis=1),
-        )
-        for i in range(0, len(pieces), batch)
-    ]
+    count = -(-steps // PIECE_STEPS)
+    positions = np.linspace(0, dataset.num_episodes - 1, count).round().astype(int).tolist()
+    for position in positions:
+        yield _piece(checkpoint, dataset, position)
 
 
-def _piece(checkpoint: Checkpoint, dataset: LeRobotDataset, position: int) -> Segment:
-    """The middle of one episode, with a batch axis of 1."""
+def _piece(checkpoint: Checkpoint, dataset: LeRobotDataset, position: int) -> Piece:
+    """The middle of one episode."""
     config = checkpoint.config
     names = {key: checkpoint.renamed.get(key, key) for key in (*config.image_keys, STATE_KEY)}
     missing = [name for name in names.values() if name not in dataset.features]
@@ -73,12 +67,12 @@ def _piece(checkpoint: Checkpoint, dataset: LeRobotDataset, position: int) -> Se
             f"{sorted(dataset.features)}"
         )
     arrays = dataset.episode(position, list(names.values()))
-    start = max(0, (len(arrays[names[STATE_KEY]]) - SEGMENT_STEPS) // 2)
-    rows = slice(start, start + SEGMENT_STEPS)
+    start = max(0, (len(arrays[names[STATE_KEY]]) - PIECE_STEPS) // 2)
+    rows = slice(start, start + PIECE_STEPS)
     frames = np.stack([arrays[names[key]][rows] for key in config.image_keys], axis=1)
     states = arrays[names[STATE_KEY]][rows].astype(np.float32)
     _check_shapes(checkpoint, frames, states)
-    return Segment(frames[:, None], states[:, None])
+    return Piece(frames, states)
 
 
 def _check_shapes(

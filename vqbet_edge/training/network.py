@@ -464,8 +464,12 @@ class VQBeT(nn.Module):
         Returns:
             (B, Q, D). Index N - 1 is the current step, the only one used at rollout.
         """
+        return self.features(self.encode_images(images), states)
+
+    def features(self, image_tokens: Tensor, states: Tensor) -> Tensor:
+        """The same for images that are encoded already, (B, N, K, gpt_input_dim)."""
         batch, window = states.shape[:2]
-        tokens = self.vqbet.policy(self._tokens(images, states))  # (B, T, D)
+        tokens = self.vqbet.policy(self._tokens(image_tokens, states))  # (B, T, D)
         per_step = self.config.tokens_per_step
         past = tokens[:, per_step - 1 : window * per_step : per_step]
         return torch.cat([past, tokens[:, window * per_step :]], dim=1).view(
@@ -478,13 +482,13 @@ class VQBeT(nn.Module):
         out: Tensor = self.vqbet.rgb_feature_projector(features)
         return out.view(*images.shape[:3], -1)
 
-    def _tokens(self, images: Tensor, states: Tensor) -> Tensor:
+    def _tokens(self, image_tokens: Tensor, states: Tensor) -> Tensor:
         """Interleave cameras, state and action query step by step, then the future queries."""
         batch, window = states.shape[:2]
         query = self.vqbet.action_token
         steps = torch.cat(
             [
-                self.encode_images(images),
+                image_tokens,
                 self.vqbet.state_projector(states)[:, :, None],
                 query[:, :, None].expand(batch, window, 1, -1),
             ],
