@@ -5,9 +5,10 @@
 Both train the same network on the same demonstrations, image columns in a new data set, on the
 same machine, one after the other and then once more in turn. A step is what a training loop does:
 get a batch, forward, backward, clip, optimise. LeRobot gets its batches from its own data set and
-a DataLoader in this process; it also reads and decodes images in stage 1, because its loop does.
+a DataLoader in this process; it also reads and decodes images in phase 1, because its loop does.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -32,7 +33,7 @@ from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
-from vqbet_edge.training.stages import PolicyStage, Stage, VqVaeStage
+from vqbet_edge.training.phases import Phase, PolicyPhase, VqVaePhase
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 Step = Callable[[], None]
@@ -47,8 +48,8 @@ class Options:
     episodes: int = 4
     batch_size: int = 16
     # Steps that are timed, per turn.
-    stage1_steps: int = 10
-    stage2_steps: int = 3
+    phase1_steps: int = 10
+    phase2_steps: int = 3
     # How often both take turns.
     turns: int = 3
     threads: int = 2
@@ -63,17 +64,17 @@ class Throughput:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Both stages, ours and LeRobot's, and their ratios."""
+    """Both phases, ours and LeRobot's, and their ratios."""
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as folder:
         root = _with_image_columns(options, Path(folder) / "dataset")
         config = TrainConfig(dataset=str(root), output=Path(folder), batch_size=options.batch_size)
         result: dict[str, Any] = {"options": asdict(options), "torch": torch.__version__}
-        for stage, steps in ((1, options.stage1_steps), (2, options.stage2_steps)):
-            ours, theirs = _ours(config, stage), _lerobots(config, stage)
+        for number, steps in ((1, options.phase1_steps), (2, options.phase2_steps)):
+            ours, theirs = _ours(config, number), _lerobots(config, number)
             found = _take_turns(options, steps, {"vqbet_edge": ours, "lerobot": theirs})
             ratio = found["vqbet_edge"].samples_per_second / found["lerobot"].samples_per_second
-            result[f"stage {stage}"] = {k: asdict(v) for k, v in found.items()} | {"ratio": ratio}
+            result[f"phase {number}"] = {k: asdict(v) for k, v in found.items()} | {"ratio": ratio}
     return result
 
 
@@ -106,20 +107,17 @@ def _ours(config: TrainConfig, number: int) -> Step:
     accelerator, network = Accelerator(cpu=True), VQBeT(policy)
     data = WindowedDataset(dataset, policy, scalings, accelerator.device)
     frames = current_frames(dataset, tuple(range(dataset.num_episodes)))
-    batches = map(Shuffle(frames, config.batch_size, 0).batch, range(1_000_000))
-    stage: Stage = (
-        VqVaeStage(config, accelerator, network, data)
+    shuffle = Shuffle(frames, config.batch_size, 0)
+    steps = itertools.count(0 if number == 1 else config.n_vqvae_training_steps)
+    phase: Phase = (
+        VqVaePhase(config, accelerator, network, data)
         if number == 1
-        else PolicyStage(config, accelerator, network, data, scalings)
+        else PolicyPhase(config, accelerator, network, data, scalings)
     )
-    stage.objective.train()
 
     def step() -> None:
-        loss = stage.losses(next(batches)).loss
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(stage.objective.parameters(), 10.0)
-        stage.optimizer.step()
-        stage.optimizer.zero_grad()
+        number = next(steps)
+        phase.update(number, shuffle.batch(number))
 
     return step
 
@@ -170,7 +168,7 @@ def _lerobots_batches(config: TrainConfig, settings: Any, fps: float) -> Iterato
 
 
 def _main() -> None:
-    options = tyro.cli(Options, prog="python -m vqbet_bench.training", use_underscores=True)
+    options = tyro.cli(Options, prog="python -m vqbet_bench.training")
     sys.stdout.write(json.dumps(measure(options), indent=2) + "\n")
 
 

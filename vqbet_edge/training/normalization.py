@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import NormalizationMode, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 
@@ -20,17 +21,7 @@ Floats = NDArray[np.float32]
 Statistics = Mapping[str, Floats]  # by name: min, max, mean, std
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """`y = (x - subtract) * multiply + add`, element by element.
-
-    Attributes:
-        subtract, multiply, add: float32 (dim,) for vectors, (3,) per channel for images.
-    """
-
-    subtract: Floats
-    multiply: Floats
-    add: Floats
+Scaling = Affine
 
 
 @dataclass(frozen=True)
