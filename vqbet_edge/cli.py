@@ -1,10 +1,11 @@
 """What every command of this package does around its work: errors, exit codes, interrupts."""
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
+from vqbet_edge.errors import DiskError, HubError, UsageError, VQBeTEdgeError
 from vqbet_edge.signals import GRACE, ending_in_time, exit_code
 
 
@@ -31,11 +32,17 @@ def run(main: Callable[[], None], grace: float | None = GRACE) -> NoReturn:
         code = _fail(UsageError(message), UsageError.exit_code)
     except OSError as error:
         # The parts that know a better explanation raise it themselves.
-        code = _fail(error, DiskError.exit_code)
+        code = _fail(error, (DiskError if _of_a_file(error) else HubError).exit_code)
     except KeyboardInterrupt as interrupt:
         sys.stderr.write("interrupted\n")
         code = exit_code(interrupt)
     sys.exit(code)
+
+
+def _of_a_file(error: OSError) -> bool:
+    """Whether it is about the disk; errors of the network are OSErrors too."""
+    network = isinstance(error, (ConnectionError, TimeoutError))
+    return error.filename is not None or (not network and error.errno in errno.errorcode)
 
 
 def _fail(error: Exception, code: int) -> int:

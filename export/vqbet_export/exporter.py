@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -46,6 +46,7 @@ from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.safetensors import read_safetensors
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
+from vqbet_edge.training.layouts import Layout
 from vqbet_export.graph import export_graph
 from vqbet_export.metrics import LIMITS, Verification, summarize
 from vqbet_export.observations import Segment, dataset_segments, random_segments
@@ -68,6 +69,11 @@ from vqbet_export.stages import (
 from vqbet_export.verification import verify
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_ERAS: dict[Layout, Literal["A", "B", "C"]] = {
+    Layout.V0_1: "A",
+    Layout.V0_2: "B",
+    Layout.V0_4: "C",
+}
 # Larger code books are decoded by their graph.
 MAX_TABLE_BYTES = 64 << 20
 
@@ -338,7 +344,9 @@ def _manifest(
         files={},
         verification=None,
         calibration=None,
-        source=SourceSpec(name=checkpoint.name, sha256=checkpoint.sha256, era=checkpoint.era.value),
+        source=SourceSpec(
+            name=checkpoint.name, sha256=checkpoint.sha256, era=_ERAS[checkpoint.layout]
+        ),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("vqbet-edge", "torch", "onnx", "onnxruntime")},
