@@ -19,7 +19,7 @@ from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
-CAMERA = "observation.image"
+CAMERA, STATE = "observation.image", "observation.state"
 VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
 TABLE = "data/chunk-000/file-000.parquet"
 
@@ -101,9 +101,21 @@ def test_reads_vectors_and_frames_of_format_v30() -> None:
 def test_statistics_are_those_of_the_data_sets_writer() -> None:
     written = json.loads((PUSHT / "meta/stats.json").read_text())
     dataset = LeRobotDataset.open(PUSHT)
-    for key in ("action", "observation.state", CAMERA):
-        for name in ("min", "max", "mean", "std"):
-            np.testing.assert_allclose(dataset.statistics(key)[name], written[key][name], rtol=1e-6)
+    basic = ("min", "max", "mean")
+    for key, names in {"action": (*basic, "std"), STATE: (*basic, "std"), CAMERA: basic}.items():
+        for name, values in dataset.statistics(key, names).items():
+            np.testing.assert_allclose(values, written[key][name], rtol=1e-6)
+
+
+def test_a_deviation_that_cannot_be_is_computed_from_the_frames() -> None:
+    """LeRobot 0.4.4 converted this data set, and squares pixels as uint8."""
+    written = json.loads((PUSHT / "meta/stats.json").read_text())[CAMERA]
+    dataset = LeRobotDataset.open(PUSHT)
+    got = dataset.statistics(CAMERA, ("mean", "std"))
+    pixels = dataset.frames(CAMERA) / 255
+    np.testing.assert_allclose(got["std"].ravel(), pixels.std((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(got["mean"].ravel(), pixels.mean((0, 1, 2)), rtol=1e-6)
+    assert (np.ravel(written["std"]) < pixels.std((0, 1, 2)) / 50).all()
 
 
 def test_format_v21_reads_the_same(tmp_path: Path) -> None:

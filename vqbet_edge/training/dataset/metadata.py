@@ -271,9 +271,23 @@ def _usable(raw: Any, names: Sequence[str], width: int) -> _Wide | None:  # noqa
     with suppress(KeyError, TypeError, ValueError):
         found = {name: np.asarray(raw[name], np.float64).reshape(-1) for name in names}
         sizes = {len(value) for name, value in found.items() if name != "count"}
-        if sizes == {width} and all(np.isfinite(value).all() for value in found.values()):
+        finite = all(np.isfinite(value).all() for value in found.values())
+        if sizes == {width} and finite and ("std" not in names or _plausible(raw)):
             return found
     return None
+
+
+def _plausible(raw: Mapping[str, Any]) -> bool:
+    """Whether a deviation can belong to its quantiles, a tenth of the values being beyond each.
+
+    LeRobot 0.4's writer squares pixels as uint8, and its deviations come out near zero.
+    """
+    if "q10" not in raw or "q90" not in raw:
+        return True
+    std, mean, low, high = (np.asarray(raw[n], np.float64) for n in ("std", "mean", "q10", "q90"))
+    least = np.sqrt(0.1 * ((mean - low) ** 2 + (high - mean) ** 2))
+    # Half of it, because the quantiles of many episodes are averages.
+    return bool((std >= least / 2).all())
 
 
 def _per_episode(info: DatasetInfo, key: str) -> Iterator[Any]:
