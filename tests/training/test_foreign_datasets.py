@@ -368,11 +368,13 @@ def test_vectors_have_the_quantiles_of_the_data(pusht: Path, lerobot: Lerobot) -
     values = dataset.column("action")
     judge = lerobot("datasets.compute_stats").get_feature_stats(values, axis=0, keepdims=False)
     got = dataset.statistics("action", NAMES)
-    width = np.ptp(values, axis=0)
-    for name in NAMES:
-        # LeRobot adds up in float32, and takes quantiles from a histogram of 5,000 bins.
-        limit = 5e-3 if name.startswith("q") else 1e-5
-        assert (np.abs(got[name] - judge[name]) / width <= limit).all(), name
+    for name in ("min", "max", "mean", "std"):
+        # LeRobot adds up in float32.
+        np.testing.assert_allclose(got[name], judge[name], rtol=1e-4)
+    for name in ("q01", "q10", "q90", "q99"):
+        # LeRobot takes them from a histogram: they may be a value or two of the data apart.
+        apart = np.abs((values < got[name]).mean(0) - (values < judge[name]).mean(0))
+        assert (apart <= 2 / len(values)).all(), name
 
 
 def test_a_deviation_that_cannot_be_is_not_believed(tmp_path: Path, lerobot: Lerobot) -> None:
