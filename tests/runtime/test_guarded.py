@@ -123,8 +123,8 @@ def test_not_a_number_is_always_raised(
         return outputs
 
     if where == "table":
-        assert policy._table is not None
-        policy._table = np.full_like(policy._table, value)
+        assert policy._planner._table is not None
+        policy._planner._table = np.full_like(policy._planner._table, value)
     else:
         policy._window.graphs.predict = lambda states: spoil(predict(states))  # type: ignore[method-assign]
         policy._window.graphs.replan = lambda *a, **k: spoil(replan(*a, **k))  # type: ignore[method-assign]

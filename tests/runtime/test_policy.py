@@ -168,8 +168,8 @@ def test_large_code_books_are_decoded_by_their_graph(
     monkeypatch.setattr(exporter, "MAX_TABLE_BYTES", 0)
     case = oracle.small("untabulated", image=(40, 48), crop_shape=(36, 40))
     graph, table = load(workshop.bundle(case)), load(tiny)
-    assert graph._table is None
-    assert table._table is not None
+    assert graph._planner._table is None
+    assert table._planner._table is not None
     for observation in observations[:3]:
         np.testing.assert_allclose(
             graph.act_chunk(observation, codes=(2, 9)),
@@ -198,9 +198,9 @@ def test_non_finite_outputs_raise(
 
 def test_non_finite_actions_raise_even_from_finite_parts(tiny: Exported, observations: Any) -> None:
     policy = load(tiny)
-    policy._unnormalize.multiply.setflags(write=False)
-    huge = np.full_like(policy._unnormalize.multiply, 3e38)
-    object.__setattr__(policy._unnormalize, "multiply", huge)
+    policy._planner._unnormalize.multiply.setflags(write=False)
+    huge = np.full_like(policy._planner._unnormalize.multiply, 3e38)
+    object.__setattr__(policy._planner._unnormalize, "multiply", huge)
     predict = policy._window.graphs.predict
 
     def large(states: Any) -> Any:
