@@ -277,7 +277,7 @@ class EdgePolicy:
             float32 (action_chunk_size, action_dim).
 
         Raises:
-            UsageError: a forced code is not in the code book.
+            UsageError: a forced code is not in the codebook.
         """
         with self._exclusive():
             forced = None if codes is None else checked_codes(codes, self._manifest)
