@@ -142,7 +142,7 @@ def _lerobots(config: TrainConfig, number: int) -> Step:
         policy.vqbet.action_head.vqvae_model.vq_layer.freeze_codebook.fill_(True)
     stats = {
         key: {name: torch.from_numpy(value) for name, value in values.items()}
-        for key, values in dataset.stats.items()
+        for key, values in ((key, dataset.statistics(key)) for key in features)
     }
     preprocess, _ = make_vqbet_pre_post_processors(settings, stats)
     optimizer = settings.get_optimizer_preset().build(policy.get_optim_params())

@@ -5,9 +5,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
-from vqbet_edge.training.normalization import Scaling
 
 # The exporter's: the newest that all the runtimes here take.
 OPSET = 20
@@ -16,7 +16,7 @@ OPSET = 20
 class _Affine(nn.Module):
     """Scaling as a module."""
 
-    def __init__(self, scaling: Scaling, shape: tuple[int, ...]) -> None:
+    def __init__(self, scaling: Affine, shape: tuple[int, ...]) -> None:
         super().__init__()
         for name in ("subtract", "multiply", "add"):
             term = torch.from_numpy(getattr(scaling, name).copy()).view(shape)
