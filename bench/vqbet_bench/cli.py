@@ -103,7 +103,7 @@ def _show(grids: list["Grid"]) -> None:
     for grid in grids:
         table = Table(title=grid.title, title_justify="left")
         for index, column in enumerate(grid.columns):
-            table.add_column(column, justify="right" if index else "left")
+            table.add_column(column, justify="right" if index else "left", no_wrap=not index)
         for row in grid.rows:
             table.add_row(*row)
         console.print(table)

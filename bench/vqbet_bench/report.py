@@ -52,7 +52,7 @@ def grids(report: Report) -> list[Grid]:
         table("Step that returns a queued action, us", _queued),
         table(f"From tick to action, {at_rate}, ms", lambda result: _responses(result, 1 / rate)),
         table("Start-up, memory, size", _costs),
-        *(_bounds(r, r.roofline, at_rate) for r in report.results if r.roofline),
+        *(_bounds(r, r.roofline) for r in report.results if r.roofline),
     ]
     return [grid for grid in found if grid.rows]
 
@@ -166,7 +166,7 @@ def _costs(result: Result) -> Figures:
     }
 
 
-def _bounds(result: Result, roofline: Roofline, at_rate: str) -> Grid:
+def _bounds(result: Result, roofline: Roofline) -> Grid:
     ceilings = roofline.ceilings
     where = f" ({ceilings.source}, {ceilings.bytes_per_second / 1e9:.1f} GB/s)" if ceilings else ""
     columns = ("stage", "weights MB", "million multiply-adds", "memory bound ms",
@@ -187,7 +187,7 @@ def _bounds(result: Result, roofline: Roofline, at_rate: str) -> Grid:
     if rows and step:
         ratio = _digits(step / roofline.step_bound)
         nothing = (_NOTHING,) * 4
-        rows.append((f"the whole step {at_rate}", *nothing, _scaled(step, 1e3), ratio))
+        rows.append(("whole step, paced", *nothing, _scaled(step, 1e3), ratio))
     shown = [tuple(value or _NOTHING for value in row) for row in rows]
     return Grid(f"{result.name} against the hardware{where}", columns, shown)
 

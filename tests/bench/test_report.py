@@ -125,7 +125,7 @@ def test_a_stage_is_shown_beside_its_bound(measured: Report) -> None:
         ("gpt", "100.00", "100.0", "10.0", "5.00", "20.0", "2.00"),
         ("prefill", "100.00", "100.0", "20.0", "5.00", "30.0", "1.50"),
         # The prefill is over before the step begins.
-        ("the whole step at 30 steps a second", "-", "-", "-", "-", "10.0", "1.00"),
+        ("whole step, paced", "-", "-", "-", "-", "10.0", "1.00"),
     ]
 
 
