@@ -44,7 +44,7 @@ def describe_machine() -> Machine:
             "nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"
         ),
         "hottest": hottest(),
-        "garbage collector": f"{_on_off(gc.isenabled())}, thresholds {gc.get_threshold()}",
+        "garbage collector": f"thresholds {gc.get_threshold()}" if gc.isenabled() else "off",
         **{name: _version(name) for name in _PACKAGES},
     }
     return Machine(
@@ -99,10 +99,6 @@ def _warnings(clocks: dict[str, str], load: float) -> list[str]:
     if load > _MAX_LOAD:
         warnings.append(f"{load:.0%} of the processor was busy before anything was measured")
     return warnings
-
-
-def _on_off(value: bool) -> str:
-    return "on" if value else "off"
 
 
 def cpu_field(cpuinfo: Path, name: str) -> str:

@@ -44,12 +44,6 @@ class Observations:
         images = {key: frames[row] for key, frames in self.images.items()}
         return {**images, self.state_key: self.states[row]}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        frames = sum(frames.nbytes for frames in self.images.values())
-        return frames + self.states.nbytes + self.normalized_states.nbytes
-
 
 def create_observations(bundle: Bundle, dataset: str | None) -> Observations:
     """Observations that fit a bundle.

@@ -24,7 +24,6 @@ class Round(Struct, frozen=True):
         responses: paced only: from the tick to the action, lateness of earlier steps included.
         stages: of each re-planning step, seconds by stage where the backend tells.
         began, ended: on the system's monotonic clock.
-        collections: runs of the garbage collector meanwhile.
         disturbance: share of the processor that other processes took.
         watts: mean of every power rail that the board reports.
     """
@@ -35,7 +34,6 @@ class Round(Struct, frozen=True):
     stages: dict[str, list[float]]
     began: float
     ended: float
-    collections: int
     disturbance: float
     watts: dict[str, float] = {}
 
@@ -51,7 +49,6 @@ class Memory(Struct, frozen=True):
     Attributes:
         resident: now.
         peak: the most since its start.
-        observations: of that, the observations that the benchmark hands out.
         gpu: taken from the GPU since the process started; None without NVML.
         system: drop of the system's available memory since the process started. On a Jetson this
             is where the GPU's share shows.
@@ -61,7 +58,6 @@ class Memory(Struct, frozen=True):
 
     resident: int
     peak: int
-    observations: int
     system: int
     gpu: int | None = None
     sibling: int | None = None
@@ -133,12 +129,10 @@ class Agreement(Struct, frozen=True):
     """A bundle's predictions beside those of the first bundle, on the same codes.
 
     Attributes:
-        observations: how many were compared.
         max_action_error: the largest difference of an action, as a share of the normalised range.
         code_agreement: share of observations whose most probable codes are the same.
     """
 
-    observations: int
     max_action_error: float
     code_agreement: float
 

@@ -183,7 +183,6 @@ def compare(predictions: dict[str, Predictions | None]) -> dict[str, Agreement]:
         return {}
     return {
         name: Agreement(
-            observations=len(each.codes),
             # Normalised actions are in -1..1.
             max_action_error=float(abs(each.actions - reference.actions).max() / 2),
             code_agreement=float((each.codes == reference.codes).all(axis=1).mean()),

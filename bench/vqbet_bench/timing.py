@@ -1,8 +1,7 @@
 """The one way in which steps are timed: a single stream of calls, as MLPerf Inference has it."""
 
-import gc
 import time
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import psutil
 
@@ -29,23 +28,13 @@ class RoundPlan(NamedTuple):
     rate: float
 
 
-class Clock(Protocol):
-    """Time as the loop sees it."""
-
-    def now(self) -> float:
-        """Seconds, never going back."""
-
-    def sleep_until(self, moment: float) -> None:
-        """Return at `moment` or later; at once when it has passed."""
-
-
-class SystemClock:
+class Clock:
     """The system's monotonic clock, which all processes share."""
 
     now = staticmethod(time.monotonic)
 
     def sleep_until(self, moment: float) -> None:
-        """Sleep as a control loop does, without spinning."""
+        """Sleep as a control loop does, without spinning; return at once when it has passed."""
         remaining = moment - self.now()
         if remaining > 0:
             time.sleep(remaining)
@@ -83,7 +72,7 @@ def run_round(policy: Policy, plan: RoundPlan, clock: Clock) -> Round:
     step = _warm_up(policy, chunk, clock)
     # Before the first paced chunk nobody waited, so that one is not counted.
     settled = step + (chunk if paced else 0)
-    collections, load = _collections(), _Load()
+    load = _Load()
     replan: list[float] = []
     queue: list[float] = []
     responses: list[float] = []
@@ -118,7 +107,6 @@ def run_round(policy: Policy, plan: RoundPlan, clock: Clock) -> Round:
         stages=stages,
         began=began,
         ended=ended,
-        collections=_collections() - collections,
         disturbance=load.others(ended - began),
     )
 
@@ -134,7 +122,3 @@ def _warm_up(policy: Policy, chunk: int, clock: Clock) -> int:
         policy.act(policy.prepare(step))
         step += 1
     return step
-
-
-def _collections() -> int:
-    return sum(generation["collections"] for generation in gc.get_stats())

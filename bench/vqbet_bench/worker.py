@@ -13,7 +13,7 @@ from vqbet_bench.machine import limit_processors
 from vqbet_bench.memory import Baseline
 from vqbet_bench.policies import BundlePolicy, Job, load_policy
 from vqbet_bench.results import Memory, Round
-from vqbet_bench.timing import RoundPlan, SystemClock, run_round
+from vqbet_bench.timing import Clock, RoundPlan, run_round
 from vqbet_edge.runtime.backends.base import Floats
 
 # What one sibling adds is less than what a process gains and loses by itself.
@@ -61,11 +61,11 @@ class Measured:
 
     def play(self, plan: RoundPlan) -> Round:
         """Act for one round."""
-        return run_round(self._policy, plan, SystemClock())
+        return run_round(self._policy, plan, Clock())
 
     def memory(self) -> Memory:
         """What has been taken so far, and what one more robot on the same weights takes."""
-        held = self._before.now(self._job.observations.nbytes)
+        held = self._before.now()
         if not isinstance(self._policy, BundlePolicy):
             return held
         # Kept until the end: what is freed would be taken again by the next.
@@ -73,7 +73,7 @@ class Measured:
         for sibling in siblings:
             for step in range(2 * self._job.chunk):
                 sibling.act(self._job.observations[step])
-        more = self._before.now(0)
+        more = self._before.now()
         gpu = None if held.gpu is None or more.gpu is None else more.gpu - held.gpu
         return replace(
             held,

@@ -35,7 +35,6 @@ def make_round(
         stages={"gpt": [s / 2 for s in replan]},
         began=10.0,
         ended=12.0,
-        collections=0,
         disturbance=disturbance,
         watts=watts or {},
     )
@@ -52,9 +51,7 @@ def make_result(name: Any, kind: Any, milliseconds: Any, **changes: Any) -> Any:
         start_up=0.5,
         load=0.25,
         rounds={"back_to_back": rounds, "paced": paced},
-        memory=Memory(
-            resident=200_000_000, peak=300_000_000, observations=1, system=1, sibling=250_000
-        ),
+        memory=Memory(resident=200_000_000, peak=300_000_000, system=1, sibling=250_000),
         **changes,
     )
 
@@ -65,7 +62,7 @@ def measured() -> Any:
         "ours",
         "bundle",
         [9, 10, 11, 12, 50],
-        agreement=Agreement(200, 1.2e-5, 0.995),
+        agreement=Agreement(1.2e-5, 0.995),
         bundle_bytes=150_000_000,
         roofline=Roofline(
             149_000_000,
