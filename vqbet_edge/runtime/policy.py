@@ -195,7 +195,7 @@ class EdgePolicy:
             self._prefetching.forget()
             self._window.graphs.close()
 
-    def __enter__(self) -> "EdgePolicy":
+    def __enter__(self) -> "EdgePolicy":  # noqa: PYI034 - Self needs Python 3.11
         """The policy itself."""
         return self
 
