@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vqbet_edge import cli
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import Manifest, encode_manifest
+from vqbet_edge.runtime.signatures import signature
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,8 +61,7 @@ def _summary(manifest: Manifest) -> "Table":
     selection = "sequentially" if policy.sequentially_select else "jointly"
     table.add_row("codes", f"2 x {policy.vqvae_n_embed}, selected {selection}")
     table.add_row("temperature", f"{policy.bet_softmax_temperature:g}")
-    table.add_row("batch", str(manifest.batch_size))
-    table.add_row("checkpoint", f"{source.name} (era {source.era}, {source.sha256[:12]})")
+    table.add_row("checkpoint", f"{source.name} (LeRobot {source.layout}, {source.sha256[:12]})")
     checked = manifest.verification
     if checked is not None:
         table.add_row(
@@ -80,7 +80,7 @@ def _stages(manifest: Manifest) -> "Table":
         size = manifest.files[stage.file].size / 1e6
         inputs, outputs = (
             "\n".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
-            for tensors in (stage.inputs, stage.outputs)
+            for tensors in signature(manifest, name)
         )
         table.add_row(name, stage.precision, f"{size:.1f}", inputs, outputs)
     return table

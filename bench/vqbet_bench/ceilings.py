@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import numpy as np
 
+from vqbet_bench.machine import limit_processors
 from vqbet_bench.results import Ceilings
-from vqbet_bench.worker import limit_processors
 
 _REPEATS = 15
 _GEMM_SIZE = 1024

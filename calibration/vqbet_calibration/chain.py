@@ -64,7 +64,7 @@ class Chain:
         self._manifest = bundle.manifest
         self._columns = bundle.arrays.get(SECONDARY_COLUMNS)
         scaling = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
-        crop, groups = bundle.manifest.crop, batches(pieces, bundle.manifest.batch_size)
+        crop, groups = bundle.manifest.crop, batches(pieces, 1)
         self._frames = [np.stack([crop.cut(p.frames) for p in g], 1) for g in groups]
         states = [np.stack([_scaled(scaling, p.states) for p in g], 1) for g in groups]
         self._states = [window for s in states for window in self._windows(s)]  # (B, N, S) each

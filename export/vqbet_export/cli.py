@@ -45,8 +45,6 @@ class Arguments:
     verify_data: str | None = None
     # Observations of each kind to verify on.
     verify_steps: int = 512
-    # Robots that the bundle serves at once.
-    batch_size: int = 1
     # Check that the graphs suit this board's TensorRT (engines/boards), such as orin-nano.
     board: str | None = None
     # Replace an existing bundle.
@@ -66,7 +64,7 @@ def _export() -> None:
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
 
     precision = _precision(arguments)
-    for name in ("verify_steps", "batch_size", "calibration_steps"):
+    for name in ("verify_steps", "calibration_steps"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     console = Console(stderr=True)
@@ -76,7 +74,6 @@ def _export() -> None:
                 checkpoint=arguments.path,
                 output=arguments.output or default_output(arguments.path, precision),
                 precision=precision,
-                batch_size=arguments.batch_size,
                 verify_data=arguments.verify_data,
                 verify_steps=arguments.verify_steps,
                 board=arguments.board,

@@ -3,15 +3,15 @@
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
 from safetensors.numpy import save
-from torch import Tensor, nn
+from torch import nn
 from vqbet_calibration.quantize import Quantization
 from vqbet_calibration.samples import Samples, load_samples
 from vqbet_calibration.targets import TARGETS, Target
@@ -40,13 +40,11 @@ from vqbet_edge.runtime.manifest import (
     SourceSpec,
     StageName,
     StageSpec,
-    TensorSpec,
 )
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.runtime.safetensors import read_safetensors
+from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
-from vqbet_edge.training.layouts import Layout
 from vqbet_export.graph import export_graph
 from vqbet_export.metrics import LIMITS, Verification, summarize
 from vqbet_export.observations import Segment, dataset_segments, random_segments
@@ -55,6 +53,7 @@ from vqbet_export.quantization import quantize_bundle, verification_segments
 from vqbet_export.report import report_data, report_markdown
 from vqbet_export.sensitivity import CHART_NAME, sensitivity_chart
 from vqbet_export.stages import (
+    CACHED_GPT_FREE_AXES,
     CachedGptStage,
     CodeHeadsStage,
     GptStage,
@@ -69,11 +68,6 @@ from vqbet_export.stages import (
 from vqbet_export.verification import verify
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-_ERAS: dict[Layout, Literal["A", "B", "C"]] = {
-    Layout.V0_1: "A",
-    Layout.V0_2: "B",
-    Layout.V0_4: "C",
-}
 # Larger code books are decoded by their graph.
 MAX_TABLE_BYTES = 64 << 20
 
@@ -86,7 +80,6 @@ class ExportConfig:
         checkpoint: a model.safetensors, its directory, or a Hub repository id.
         output: the bundle's directory.
         precision: of convolutions and matrix products; INT8 needs `calibration_data`.
-        batch_size: robots that one bundle serves at once.
         verify_data: a LeRobot data set to verify on, besides random observations.
         verify_steps: observations of each kind to verify on; of few, one near tie between codes
             is already a share above the limit.
@@ -100,7 +93,6 @@ class ExportConfig:
     checkpoint: str
     output: Path
     precision: Precision = "fp32"
-    batch_size: int = 1
     verify_data: str | None = None
     verify_steps: int = 512
     board: str | None = None
@@ -182,24 +174,23 @@ def _floating(
     checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
 ) -> Bundle:
     """All graphs in one floating-point precision."""
-    precision = config.precision
+    precision, manifest = config.precision, _manifest(checkpoint, config)
     contents: dict[str, bytes] = {RUNTIME_NAME: save(_runtime_arrays(checkpoint))}
-    stages: dict[StageName, StageSpec] = {}
-    for name, stage in _stages(checkpoint, config).items():
+    for name, stage in _stages(checkpoint, DTYPES[precision]).items():
         progress(f"exporting {name} in {precision}")
-        graph, spec = stage.export(name, precision)
-        contents[spec.file], stages[name] = graph, spec
+        graph = export_graph(stage, signature(manifest, name))
+        contents[manifest.stages[name].file] = graph
     progress(f"exporting gpt for the CPU in {precision}")
-    graph, cpu_gpt = _cached_gpt(checkpoint, config).export("gpt_cached", precision)
-    contents[cpu_gpt.file] = graph
-    manifest = _manifest(checkpoint, config, stages, {"gpt": cpu_gpt})
-    return _bundle(manifest, contents, config.output)
+    cached = CachedGptStage(checkpoint, DTYPES[precision])
+    graph = export_graph(cached, cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES)
+    contents[manifest.cpu_stages["gpt"].file] = graph
+    return Bundle.of(config.output, manifest, contents)
 
 
 def _sizes(bundle: Bundle) -> dict[Target | None, dict[StageName, int]]:
     """Bytes of every graph, for reports on the portable and on the CPU's ones."""
     portable = {name: len(bundle.graph(name)) for name in STAGES}
-    cpu = {name: len(bundle.contents[bundle.cpu_stage(name).file]) for name in STAGES}
+    cpu = {name: len(bundle.cpu_graph(name)) for name in STAGES}
     return {None: portable, "tensorrt": portable, "cpu": cpu}
 
 
@@ -225,78 +216,13 @@ def _check_output(config: ExportConfig) -> None:
         raise UsageError(f"'{config.output}' exists; replace it with --force, or choose another -o")
 
 
-@dataclass(frozen=True)
-class _StageExport:
-    """A stage ready to be traced: example inputs and names fix the graph's borders."""
-
-    module: nn.Module
-    inputs: dict[str, Tensor]
-    outputs: list[str]
-    # Axes of inputs that may be shorter than in the example.
-    free: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def export(self, name: str, precision: Precision) -> tuple[bytes, StageSpec]:
-        graph = export_graph(self.module, self.inputs, self.outputs, self.free)
-        with torch.no_grad():
-            values = self.module(*self.inputs.values())
-        results = values if isinstance(values, tuple) else (values,)
-        spec = StageSpec(
-            file=f"{name}.onnx",
-            precision=precision,
-            inputs=_tensor_specs(self.inputs),
-            outputs=_tensor_specs(dict(zip(self.outputs, results, strict=True))),
-        )
-        return graph, spec
-
-
-def _tensor_specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))  # type: ignore[arg-type]
-        for name, t in tensors.items()
-    )
-
-
-def _stages(checkpoint: Checkpoint, config: ExportConfig) -> dict[StageName, _StageExport]:
-    policy, dtype, batch = checkpoint.config, DTYPES[config.precision], config.batch_size
-    cameras, window = len(policy.image_keys), policy.n_obs_steps
-    crop, width = runtime_crop(policy), policy.gpt_hidden_dim
-    frames = torch.zeros(batch, cameras, crop.height, crop.width, 3, dtype=torch.uint8)
-    image_tokens = torch.zeros(batch, window, cameras, width)
-    states = torch.zeros(batch, window, policy.state_dim)
-    feature = torch.zeros(batch, policy.gpt_output_dim)
-    codes = torch.zeros(batch, 2, dtype=torch.int64)
+def _stages(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[StageName, nn.Module]:
     return {
-        "vision_encoder": _StageExport(
-            VisionEncoderStage(checkpoint, dtype), {"frames": frames}, ["frame_tokens"]
-        ),
-        "gpt": _StageExport(
-            GptStage(checkpoint, dtype),
-            {"image_tokens": image_tokens, "states": states},
-            ["feature"],
-        ),
-        "code_heads": _StageExport(
-            CodeHeadsStage(checkpoint, dtype), {"feature": feature}, ["logits", "offsets"]
-        ),
-        "rvq_decoder": _StageExport(
-            RvqDecoderStage(checkpoint, dtype), {"codes": codes}, ["decoded"]
-        ),
+        "vision_encoder": VisionEncoderStage(checkpoint, dtype),
+        "gpt": GptStage(checkpoint, dtype),
+        "code_heads": CodeHeadsStage(checkpoint, dtype),
+        "rvq_decoder": RvqDecoderStage(checkpoint, dtype),
     }
-
-
-def _cached_gpt(checkpoint: Checkpoint, config: ExportConfig) -> _StageExport:
-    policy, batch = checkpoint.config, config.batch_size
-    cameras, window, width = len(policy.image_keys), policy.n_obs_steps, policy.gpt_hidden_dim
-    tokens, heads = window * policy.tokens_per_step, policy.gpt_n_head
-    inputs = {
-        "image_tokens": torch.zeros(batch, window, cameras, width),
-        "states": torch.zeros(batch, window, policy.state_dim),
-        "constants": torch.zeros(window, policy.tokens_per_step, width),
-        "mask": torch.zeros(tokens, 2 * tokens),
-        "past": torch.zeros(2 * policy.gpt_n_layer, batch, heads, tokens, width // heads),
-    }
-    free = {"image_tokens": (1,), "states": (1,), "constants": (0,), "mask": (0, 1), "past": (3,)}
-    module = CachedGptStage(checkpoint, DTYPES[config.precision])
-    return _StageExport(module, inputs, ["feature", "present"], free)
 
 
 def _runtime_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -318,35 +244,31 @@ def _runtime_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
     return arrays
 
 
-def _manifest(
-    checkpoint: Checkpoint,
-    config: ExportConfig,
-    stages: dict[StageName, StageSpec],
-    cpu_stages: dict[StageName, StageSpec],
-) -> Manifest:
+def _manifest(checkpoint: Checkpoint, config: ExportConfig) -> Manifest:
     policy = checkpoint.config
     inputs = {checkpoint.renamed.get(k, k): _feature(f) for k, f in policy.input_features.items()}
     return Manifest(
         format_version=FORMAT_VERSION,
-        batch_size=config.batch_size,
         policy=PolicySpec(
             n_obs_steps=policy.n_obs_steps,
             action_chunk_size=policy.action_chunk_size,
             vqvae_n_embed=policy.vqvae_n_embed,
+            gpt_hidden_dim=policy.gpt_hidden_dim,
+            gpt_output_dim=policy.gpt_output_dim,
+            gpt_n_layer=policy.gpt_n_layer,
+            gpt_n_head=policy.gpt_n_head,
             bet_softmax_temperature=policy.bet_softmax_temperature,
             sequentially_select=policy.sequentially_select,
         ),
         input_features=inputs,
         output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
         crop=CropSpec(**runtime_crop(policy)._asdict()),
-        stages=stages,
-        cpu_stages=cpu_stages,
+        stages={name: StageSpec(f"{name}.onnx", config.precision) for name in STAGES},
+        cpu_stages={"gpt": StageSpec("gpt_cached.onnx", config.precision)},
         files={},
         verification=None,
         calibration=None,
-        source=SourceSpec(
-            name=checkpoint.name, sha256=checkpoint.sha256, era=_ERAS[checkpoint.layout]
-        ),
+        source=SourceSpec(checkpoint.name, checkpoint.sha256, checkpoint.layout.value),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("vqbet-edge", "torch", "onnx", "onnxruntime")},
@@ -380,15 +302,10 @@ def _check_board(board: Board, graphs: Mapping[StageName, bytes]) -> tuple[str, 
     return suitability.notes
 
 
-def _bundle(manifest: Manifest, contents: dict[str, bytes], path: Path) -> Bundle:
-    arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)
-    return Bundle(path=path, manifest=manifest, contents=contents, arrays=arrays)
-
-
 def _verify(
     draft: _Draft, checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
 ) -> list[Verification]:
-    steps, batch = config.verify_steps, config.batch_size
+    steps, batch = config.verify_steps, 1
     sets: dict[str, list[Segment]] = {}
     if draft.samples is None:
         sets["random"] = random_segments(checkpoint, steps, batch)

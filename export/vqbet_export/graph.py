@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqbet_edge.errors import VerificationError
+from vqbet_edge.runtime.signatures import Signature
 
 # The newest that TensorRT 10.3 (JetPack 6.2) parses, and the first with Gelu.
 OPSET = 20
@@ -25,18 +26,14 @@ ALLOWED_OPERATORS = frozenset(
 
 
 def export_graph(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor],
-    outputs: list[str],
-    free: Mapping[str, tuple[int, ...]],
+    module: nn.Module, signature: Signature, free: Mapping[str, tuple[int, ...]] | None = None
 ) -> bytes:
     """Trace a module into ONNX.
 
     Args:
         module: the stage, its `forward` taking the inputs in order.
-        inputs: example inputs by name; their shapes and types become the graph's.
-        outputs: names of the outputs.
-        free: axes of inputs whose length is left open.
+        signature: names, types and shapes of inputs and outputs.
+        free: axes of inputs whose length is left open, up to the signature's.
 
     Returns:
         The serialised graph: constants folded, weights inside, no trace of the machine it was
@@ -45,11 +42,12 @@ def export_graph(
     Raises:
         VerificationError: the graph is not valid ONNX or has an operator outside the known set.
     """
+    inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in signature.inputs}
     program = torch.onnx.export(
         module.eval(),
         tuple(inputs.values()),
         input_names=list(inputs),
-        output_names=outputs,
+        output_names=[tensor.name for tensor in signature.outputs],
         dynamic_shapes=_dynamic(inputs, free) if free else None,
         opset_version=OPSET,
         dynamo=True,

@@ -1,5 +1,6 @@
 """A bundle's graphs in ONNX Runtime, whichever target they are for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,10 @@ from numpy.typing import NDArray
 from vqbet_calibration.graphs import Session
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs
+from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs, Window
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
-from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.manifest import Manifest, StageName
+from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 
 Array = NDArray[Any]
 
@@ -24,13 +26,16 @@ class StageSession:
     """
 
     def __init__(self, bundle: Bundle, stage: StageName, target: Target | None = None) -> None:
-        spec = bundle.cpu_stage(stage) if target == "cpu" else bundle.manifest.stages[stage]
-        self._names = [tensor.name for tensor in spec.inputs]
+        cached = target == "cpu" and stage == "gpt"
+        manifest, for_cpu = bundle.manifest, target == "cpu"
+        borders = cached_gpt_signature(manifest) if cached else signature(manifest, stage)
+        self._names = [tensor.name for tensor in borders.inputs]
         # The CPU's GPT can continue behind tokens that it has seen; here it never has.
-        self._rest = _nothing_seen(bundle, spec.inputs[-1].shape) if "past" in self._names else []
+        self._rest = _nothing_seen(bundle, borders.inputs[-1].shape) if cached else []
         # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
-        exact = spec.precision == "int8" and target != "cpu"
-        self._session = Session(bundle.contents[spec.file], optimize=not exact)
+        exact = manifest.stages[stage].precision == "int8" and not for_cpu
+        graph = bundle.cpu_graph(stage) if for_cpu else bundle.graph(stage)
+        self._session = Session(graph, optimize=not exact)
 
     def run(self, *inputs: Array) -> list[Array]:
         """The outputs; inputs in the graph's order."""
@@ -45,34 +50,50 @@ def _nothing_seen(bundle: Bundle, past: tuple[int, ...]) -> list[Array]:
 
 
 class PortableBackend(Backend):
-    """The portable graphs, which no CPU backend takes, end to end: for verification only."""
+    """The graphs for TensorRT, which no CPU backend takes, end to end: for verification only."""
 
     name = "portable"
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
+        self._manifest = bundle.manifest
         self._sessions = {stage: StageSession(bundle, stage) for stage in bundle.stages_to_load}
-        shape = bundle.manifest.stages["gpt"].inputs[0].shape
-        self._window: Floats = np.zeros(shape, np.float32)  # (B, N, K, D)
+
+    def create_window(self) -> "PortableWindow":
+        """See `Backend`."""
+        return PortableWindow(self, self._manifest, self._sessions)
+
+
+class PortableWindow(Window):
+    """A window of the graphs for TensorRT."""
+
+    def __init__(
+        self, backend: Backend, manifest: Manifest, sessions: Mapping[StageName, StageSession]
+    ) -> None:
+        super().__init__(backend)
+        self._sessions = sessions
+        shape = signature(manifest, "gpt").inputs[0].shape
+        self._window: Floats = np.zeros(shape, np.float32)  # (1, N, K, D)
 
     def advance(self) -> None:
-        """See `Backend`."""
+        """See `Window`."""
         self._window[:, :-1] = self._window[:, 1:]
 
     def encode(self, frames: Frames, row: int) -> None:
-        """See `Backend`."""
-        self._window[:, row] = self._sessions["vision_encoder"].run(frames)[0]
+        """See `Window`."""
+        self._window[:, row] = self._sessions["vision_encoder"].run(frames[None])[0]
 
     def fill(self) -> None:
-        """See `Backend`."""
+        """See `Window`."""
         self._window[:, :-1] = self._window[:, -1:]
 
     def predict(self, states: Floats) -> HeadOutputs:
-        """See `Backend`."""
-        feature = self._sessions["gpt"].run(self._window, states)[0]
-        return HeadOutputs(*self._sessions["code_heads"].run(feature))
+        """See `Window`."""
+        feature = self._sessions["gpt"].run(self._window, states[None])[0]
+        logits, offsets = self._sessions["code_heads"].run(feature)
+        return HeadOutputs(logits[0], offsets[0])
 
     def decode(self, codes: NDArray[np.int64]) -> Floats:
-        """See `Backend`."""
-        decoded: Floats = self._sessions["rvq_decoder"].run(codes)[0]
+        """See `Window`."""
+        decoded: Floats = self._sessions["rvq_decoder"].run(codes[None])[0][0]
         return decoded

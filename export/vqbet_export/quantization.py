@@ -54,8 +54,7 @@ def quantize_bundle(
             graph = found["tensorrt"].twin(stage, half.graph(stage))
             draft.set_portable(stage, graph)
         if "cpu" in found:
-            graph = floating.contents[floating.cpu_stage(stage).file]
-            draft.set_cpu(stage, found["cpu"].twin(stage, graph), "int8")
+            draft.set_cpu(stage, found["cpu"].twin(stage, floating.cpu_graph(stage)), "int8")
     if "cpu" in found:
         draft.set_cpu("code_heads", floating.graph("code_heads"), "fp32")
     calibration = CalibrationSpec(

@@ -34,7 +34,7 @@ def report_markdown(
         f"# Verification of {source['name']}",
         "",
         f"Precision {data['precision']}, compared with the network in PyTorch (float32).",
-        f"The checkpoint is of era {source['era']} and has SHA-256 `{source['sha256']}`.",
+        f"The checkpoint has LeRobot's {source['layout']} layout and SHA-256 `{source['sha256']}`.",
     ]
     for result in data["results"]:
         target = result["target"]

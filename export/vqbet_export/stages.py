@@ -247,6 +247,16 @@ class GptStage(_Transformer):
         return self.feature(x)
 
 
+# Axes of its inputs that are steps or tokens: a graph serves any number of them.
+CACHED_GPT_FREE_AXES = {
+    "image_tokens": (1,),
+    "states": (1,),
+    "constants": (0,),
+    "mask": (0, 1),
+    "past": (3,),
+}
+
+
 class CachedGptStage(_Transformer):
     """The same for any number of steps behind P tokens whose keys and values are known.
 

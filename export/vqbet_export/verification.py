@@ -103,7 +103,7 @@ def _verify_heads(bundle: Bundle, runs: list[ReferenceRun], target: Target | Non
 
 
 def _verify_decoder(bundle: Bundle, checkpoint: Checkpoint) -> StageResult:
-    decoder, batch = StageSession(bundle, "rvq_decoder"), bundle.manifest.batch_size
+    decoder, batch = StageSession(bundle, "rvq_decoder"), 1
     size = checkpoint.config.vqvae_n_embed
     pairs = np.linspace(0, size**2 - 1, min(size**2, MAX_DECODED_PAIRS)).astype(np.int64)
     codes = np.stack(np.divmod(np.resize(pairs, -(-len(pairs) // batch) * batch), size), axis=1)
@@ -127,7 +127,7 @@ def _verify_policy(
     for segment, run in zip(segments, runs, strict=True):
         policy.reset()
         for frames, states, codes in zip(segment.frames, segment.states, run.codes, strict=True):
-            policy.act_chunk(_observation(checkpoint, frames, states), codes=codes)
+            policy.act_chunk(_observation(checkpoint, frames, states), codes=codes[0])
             decision = policy.last
             assert decision is not None  # noqa: S101 - a chunk was just predicted
             chunks.append(decision.decoded_chunk + decision.offset_chunk)

@@ -517,9 +517,9 @@ def test_cameras_of_layout_0_1_are_normalised_inside_the_graph(
     mean = "normalize_inputs.buffer_observation_image.mean"
     change_weights(layout_0_1, lambda t: t[mean].add_(0.2))
     other = export_and_act(layout_0_1, tmp_path / "b.bundle", oracle.STATE)
-    tokens = [p._backend._window.copy() for p in (policy, other)]  # type: ignore[attr-defined]
+    tokens = [p._window.graphs._window.copy() for p in (policy, other)]  # type: ignore[attr-defined]
     assert np.abs(tokens[0] - tokens[1]).max() > 1e-4
-    assert policy.manifest.source.era == "A"
+    assert policy.manifest.source.layout == "0.1"
 
 
 def test_robot_passes_the_keys_that_the_processor_renames(layout_0_4: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import os
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load
 
 from vqbet_edge.errors import BundleError, DiskError
 from vqbet_edge.runtime.manifest import (
@@ -19,10 +20,9 @@ from vqbet_edge.runtime.manifest import (
     FileSpec,
     Manifest,
     StageName,
-    StageSpec,
     decode_manifest,
 )
-from vqbet_edge.runtime.safetensors import read_safetensors
+from vqbet_edge.runtime.signatures import check_sizes
 
 RUNTIME_NAME = "runtime.safetensors"
 # Arrays of runtime.safetensors; docs/bundle.md gives their shapes.
@@ -66,14 +66,27 @@ class Bundle:
                 "make one with: vqbet-export model.safetensors -o NAME.bundle"
             )
         manifest = decode_manifest(_read_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        check_sizes(manifest)
         paths, specs = [root / name for name in manifest.files], manifest.files.values()
         # Digests of hundreds of megabytes take as long as loading the graphs.
         with ThreadPoolExecutor() as pool:
             contents = dict(zip(manifest.files, pool.map(_read_checked, paths, specs), strict=True))
         for stage in (*manifest.stages.values(), *manifest.cpu_stages.values()):
             _check_graph(stage.file, contents[stage.file])
-        arrays = read_safetensors(contents[RUNTIME_NAME], RUNTIME_NAME)
-        return cls(path=root, manifest=manifest, contents=contents, arrays=arrays)
+        return cls.of(root, manifest, contents)
+
+    @classmethod
+    def of(cls, path: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> "Bundle":
+        """A bundle whose files have been checked, or were just made.
+
+        Raises:
+            BundleError: the runtime's arrays are not float32 safetensors.
+        """
+        return cls(path, manifest, contents, _arrays(contents[RUNTIME_NAME]))
+
+    def without_graphs(self) -> "Bundle":
+        """What acting needs once a backend holds the graphs."""
+        return replace(self, contents={})
 
     @property
     def stages_to_load(self) -> tuple[StageName, ...]:
@@ -82,12 +95,13 @@ class Bundle:
         return tuple(name for name in STAGES if not (tabulated and name == "rvq_decoder"))
 
     def graph(self, stage: StageName) -> bytes:
-        """The portable ONNX file of a stage."""
+        """The ONNX graph of a stage for TensorRT."""
         return self.contents[self.manifest.stages[stage].file]
 
-    def cpu_stage(self, stage: StageName) -> StageSpec:
-        """The graph of a stage that CPU backends take."""
-        return self.manifest.cpu_stages.get(stage) or self.manifest.stages[stage]
+    def cpu_graph(self, stage: StageName) -> bytes:
+        """The ONNX graph of a stage for CPUs."""
+        spec = self.manifest.cpu_stages.get(stage) or self.manifest.stages[stage]
+        return self.contents[spec.file]
 
     def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """An array of runtime.safetensors.
@@ -102,6 +116,16 @@ class Bundle:
                 "export again"
             )
         return array
+
+
+def _arrays(data: bytes) -> dict[str, NDArray[np.float32]]:
+    try:
+        arrays = load(data)
+    except Exception as error:  # its own class, and what NumPy makes of an impossible shape
+        raise BundleError(f"{RUNTIME_NAME} is damaged: {error}; export again") from error
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise BundleError(f"{RUNTIME_NAME} has arrays that are not float32; export again")
+    return arrays
 
 
 def _check_graph(name: str, graph: bytes) -> None:

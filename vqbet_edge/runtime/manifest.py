@@ -1,13 +1,7 @@
-"""`manifest.json`: what a bundle holds. Every field is explained in docs/bundle.md.
-
-Letters in shapes: B batch, N window, K cameras, H and W image height and width, S state width,
-D feature width, C codes per layer.
-"""
+"""`manifest.json`: what a bundle holds. Every field is explained in docs/bundle.md."""
 
 import hashlib
-import math
-from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -16,10 +10,9 @@ from numpy.typing import NDArray
 
 from vqbet_edge.errors import BundleError
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
-MAX_TENSOR_VALUES = 1 << 30
 
 Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
 # One path component of plain characters: a manifest cannot name anything outside its bundle.
@@ -31,11 +24,19 @@ Shape = Annotated[tuple[Positive, ...], Meta(max_length=8)]
 StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
 _UNSEALED = "0" * 64
 Precision = Literal["fp32", "fp16", "int8"]
+# Releases of LeRobot that lay a checkpoint out alike.
+Layout = Literal["0.1", "0.2-0.3", "0.4+"]
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
 
 
 class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every part of the manifest: immutable, no unknown fields."""
+
+
+class _Versioned(Struct):
+    """The one field that every format has."""
+
+    format_version: int
 
 
 class FileSpec(_Strict, frozen=True):
@@ -45,21 +46,14 @@ class FileSpec(_Strict, frozen=True):
     size: Annotated[int, Meta(ge=0, le=1 << 32)]
 
 
-class TensorSpec(_Strict, frozen=True):
-    """Name, element type and fixed shape of a graph's input or output."""
-
-    name: Text
-    dtype: Literal["uint8", "int64", "float32"]
-    shape: Shape
-
-
 class StageSpec(_Strict, frozen=True):
-    """One graph: its file, the precision of its arithmetic, its borders."""
+    """One graph: its file and the precision of its arithmetic.
+
+    Its inputs and outputs follow from the policy's sizes: see `vqbet_edge.runtime.signatures`.
+    """
 
     file: FileName
     precision: Precision
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
 
 class FeatureSpec(_Strict, frozen=True):
@@ -98,6 +92,10 @@ class PolicySpec(_Strict, frozen=True):
     n_obs_steps: Positive
     action_chunk_size: Positive
     vqvae_n_embed: Positive
+    gpt_hidden_dim: Positive
+    gpt_output_dim: Positive
+    gpt_n_layer: Positive
+    gpt_n_head: Positive
     bet_softmax_temperature: Annotated[float, Meta(gt=0)]
     sequentially_select: bool
 
@@ -117,7 +115,7 @@ class SourceSpec(_Strict, frozen=True):
 
     name: Text
     sha256: Sha256
-    era: Literal["A", "B", "C"]
+    layout: Layout
 
 
 class CalibrationSpec(_Strict, frozen=True):
@@ -131,13 +129,12 @@ class CalibrationSpec(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole manifest.
 
-    `stages` has the four portable graphs, `cpu_stages` those that CPU backends take in their place,
+    `stages` has the four graphs for TensorRT, `cpu_stages` those that CPUs take in their place,
     `files` every file but the manifest. `manifest_sha256` is the digest of the manifest's text with
     zeros in its place; `encode_manifest` fills it in.
     """
 
-    format_version: Literal[1]
-    batch_size: Positive
+    format_version: Literal[2]
     policy: PolicySpec
     input_features: dict[Text, FeatureSpec]
     output_features: dict[Text, FeatureSpec]
@@ -201,6 +198,12 @@ def decode_manifest(data: bytes) -> Manifest:
             "export the checkpoint again"
         )
     try:
+        version = msgspec.json.decode(data, type=_Versioned).format_version
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"the bundle has format {version}, expected {FORMAT_VERSION}; export its "
+                "checkpoint again: vqbet-export model.safetensors --force"
+            )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(
@@ -234,7 +237,7 @@ def _check_consistency(manifest: Manifest) -> None:
     if manifest.verification is None:
         raise BundleError("the bundle was never verified against its checkpoint; export again")
     _check_features(manifest)
-    _check_borders(manifest)
+    _check_policy(manifest.policy)
 
 
 def _check_features(manifest: Manifest) -> None:
@@ -258,85 +261,9 @@ def _check_features(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: the crop {crop} leaves the image {height}x{width}")
 
 
-def _check_borders(manifest: Manifest) -> None:
-    """Graphs that do not fit together would read and write past each other's buffers."""
-    portable = _expected_borders(manifest)
-    cached = _expected_cached_gpt(manifest)
-    _check_stages(manifest.stages, portable)
-    _check_stages(manifest.cpu_stages, {**portable, "gpt": cached})
-    graphs = [*manifest.stages.values(), *manifest.cpu_stages.values()]
-    tensors = [tensor for stage in graphs for tensor in (*stage.inputs, *stage.outputs)]
-    largest = max(math.prod(tensor.shape) for tensor in tensors) * manifest.policy.n_obs_steps
-    if largest > MAX_TENSOR_VALUES:
+def _check_policy(policy: PolicySpec) -> None:
+    if policy.gpt_hidden_dim % policy.gpt_n_head:
         raise BundleError(
-            f"{MANIFEST_NAME}: a window of {largest} values is more than any robot's; export again"
+            f"{MANIFEST_NAME}: gpt_hidden_dim {policy.gpt_hidden_dim} is no multiple of gpt_n_head "
+            f"{policy.gpt_n_head}; export again"
         )
-
-
-class Borders(NamedTuple):
-    """Inputs and outputs of a stage."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-def _check_stages(
-    stages: Mapping[StageName, StageSpec], expected: Mapping[StageName, Borders]
-) -> None:
-    for name, stage in stages.items():
-        have, need = Borders(stage.inputs, stage.outputs), expected[name]
-        if have != need:
-            raise BundleError(
-                f"{MANIFEST_NAME}: expected {name} with {need.inputs} -> {need.outputs}, got "
-                f"{have.inputs} -> {have.outputs}; export again"
-            )
-
-
-def _width(stage: StageSpec) -> int:
-    """A width that is the graphs' own affair, as long as they agree about it."""
-    return next((tensor.shape[-1] for tensor in stage.outputs if tensor.shape), 0)
-
-
-def _expected_borders(manifest: Manifest) -> dict[StageName, Borders]:
-    """Inputs and outputs of every stage, as docs/bundle.md gives them."""
-    policy, crop, batch = manifest.policy, manifest.crop, manifest.batch_size
-    cameras, window = len(manifest.image_keys), policy.n_obs_steps
-    codes, chunk = policy.vqvae_n_embed, (policy.action_chunk_size, manifest.action_dim)
-    width, feature = (_width(manifest.stages[name]) for name in ("vision_encoder", "gpt"))
-
-    def floats(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name, "float32", (batch, *shape))
-
-    frames = TensorSpec("frames", "uint8", (batch, cameras, crop.height, crop.width, 3))
-    frame_tokens = floats("frame_tokens", cameras, width)
-    image_tokens = floats("image_tokens", window, cameras, width)
-    states = floats("states", window, manifest.state_dim)
-    features = floats("feature", feature)
-    logits, offsets = floats("logits", 2, codes), floats("offsets", 2, codes, *chunk)
-    pairs = TensorSpec("codes", "int64", (batch, 2))
-    return {
-        "vision_encoder": Borders((frames,), (frame_tokens,)),
-        "gpt": Borders((image_tokens, states), (features,)),
-        "code_heads": Borders((features,), (logits, offsets)),
-        "rvq_decoder": Borders((pairs,), (floats("decoded", *chunk),)),
-    }
-
-
-def _expected_cached_gpt(manifest: Manifest) -> Borders:
-    """The CPU's GPT; every axis of steps or tokens is given at its longest."""
-    window, per_step = manifest.policy.n_obs_steps, len(manifest.image_keys) + 2
-    plain = _expected_borders(manifest)["gpt"]
-    width, tokens = plain.inputs[0].shape[-1], window * per_step
-    declared = manifest.cpu_stages["gpt"].outputs[-1].shape if manifest.cpu_stages else ()
-    # How many blocks and heads there are is the graph's own affair.
-    blocks, heads = (declared[0], declared[2]) if len(declared) == 5 else (0, 1)
-    known = (blocks, manifest.batch_size, heads, tokens, width // heads)
-    return Borders(
-        (
-            *plain.inputs,
-            TensorSpec("constants", "float32", (window, per_step, width)),
-            TensorSpec("mask", "float32", (tokens, 2 * tokens)),
-            TensorSpec("past", "float32", known),
-        ),
-        (*plain.outputs, TensorSpec("present", "float32", known)),
-    )

@@ -1,4 +1,4 @@
-"""The border where observations enter: every one is checked before it touches the history.
+"""Where observations enter: every one is checked before it touches the history.
 
 The data contract:
 
@@ -9,8 +9,8 @@ The data contract:
         "observation.state": float32 or float64 (S,), finite, in the robot's units
     }
 
-A leading batch axis of 1 is accepted (of B, and required, when the bundle was exported for a
-batch of B). Other keys are ignored. A float32 frame is rounded to the 256 levels it came from.
+A leading batch axis of 1 is accepted. Other keys are ignored. A float32 frame is rounded to the 256
+levels it came from.
 """
 
 from collections.abc import Mapping
@@ -36,14 +36,13 @@ class ObservationReader:
 
     def __init__(self, manifest: Manifest, state_scaling: Affine) -> None:
         self._image_keys = manifest.image_keys
-        self._batch = manifest.batch_size
         self._image_shape = manifest.image_shape
         self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
         self._rows, self._columns = manifest.crop.rows, manifest.crop.columns
         self._scaling = state_scaling
 
-    def read(self, observation: Observation, frames: Frames, states: Floats) -> None:
-        """Write an observation into `frames` (B, K, H, W, 3), cropped, and `states` (B, S).
+    def read(self, observation: Observation, frames: Frames, state: Floats) -> None:
+        """Write an observation into `frames` (K, H, W, 3), cropped, and `state` (S,).
 
         Raises:
             ObservationError: a feature is missing or not as the policy expects it; what was
@@ -54,17 +53,17 @@ class ObservationReader:
                 f"expected a mapping with {self._keys()}, got {type(observation).__name__}"
             )
         for camera, key in enumerate(self._image_keys):
-            self._read_image(key, _array(observation, key, self._keys()), frames[:, camera])
-        self._read_state(_array(observation, self._state_key, self._keys()), states)
+            self._read_image(key, _array(observation, key, self._keys()), frames[camera])
+        self._read_state(_array(observation, self._state_key, self._keys()), state)
 
     def _keys(self) -> list[str]:
         return [*self._image_keys, self._state_key]
 
     def _read_image(self, key: str, image: NDArray[Any], out: NDArray[np.uint8]) -> None:
         height, width, channels = self._image_shape
-        if image.dtype == _UINT8 and self._matches(image, (height, width, channels)):
+        if image.dtype == _UINT8 and _matches(image, (height, width, channels)):
             np.copyto(out, image[..., self._rows, self._columns, :])
-        elif image.dtype == _FLOAT32 and self._matches(image, (channels, height, width)):
+        elif image.dtype == _FLOAT32 and _matches(image, (channels, height, width)):
             low, high = image.min(), image.max()
             # Written so that NaN fails too.
             if not (low >= 0 and high <= 1):
@@ -76,15 +75,14 @@ class ObservationReader:
             np.copyto(out, np.moveaxis(levels, -3, -1), casting="unsafe")
         else:
             raise ObservationError(
-                f"'{key}': expected uint8 {self._shape((height, width, channels))} or float32 "
-                f"{self._shape((channels, height, width))} in [0, 1], "
-                f"got {image.dtype} {image.shape}"
+                f"'{key}': expected uint8 {(height, width, channels)} or float32 "
+                f"{(channels, height, width)} in [0, 1], got {image.dtype} {image.shape}"
             )
 
     def _read_state(self, state: NDArray[Any], out: Floats) -> None:
-        if state.dtype not in _STATE_DTYPES or not self._matches(state, (self._state_dim,)):
+        if state.dtype not in _STATE_DTYPES or not _matches(state, (self._state_dim,)):
             raise ObservationError(
-                f"'{self._state_key}': expected float32 {self._shape((self._state_dim,))}, "
+                f"'{self._state_key}': expected float32 {(self._state_dim,)}, "
                 f"got {state.dtype} {state.shape}"
             )
         with np.errstate(over="ignore"):
@@ -95,15 +93,17 @@ class ObservationReader:
                 f"'{self._state_key}': expected finite values, got {np.array2string(state)}"
             )
 
-    def _matches(self, array: NDArray[Any], shape: tuple[int, ...]) -> bool:
-        return array.shape == (self._batch, *shape) or (self._batch == 1 and array.shape == shape)
 
-    def _shape(self, shape: tuple[int, ...]) -> str:
-        return str(shape if self._batch == 1 else (self._batch, *shape))
+def _matches(array: NDArray[Any], shape: tuple[int, ...]) -> bool:
+    return array.shape in (shape, (1, *shape))
 
 
 def _array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:
     value = observation.get(key)
+    if value is None and key in observation:
+        raise ObservationError(
+            f"'{key}' is None, expected an array; look at the driver that it comes from"
+        )
     if value is None:
         raise ObservationError(
             f"'{key}' is missing: expected {keys}, got {sorted(map(str, observation))}"

@@ -7,22 +7,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, NoReturn, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vqbet_edge.errors import (
     ConcurrentUseError,
     DeadlineError,
     ForkError,
     HistoryError,
-    NonFiniteError,
     UsageError,
 )
 from vqbet_edge.runtime.backends import BackendName, create_backend
-from vqbet_edge.runtime.backends.base import Backend, Floats, Idle
-from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
@@ -30,16 +28,17 @@ from vqbet_edge.runtime.guards.deadline import Deadline
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
+from vqbet_edge.runtime.planning import Planner, checked_codes, decode_table, secondary_columns
 from vqbet_edge.runtime.recording import Recorder
-from vqbet_edge.runtime.sampling import Choice, Codes, CodeSampler, Decision
+from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow, Slot
-from vqbet_edge.runtime.worker import IdleWorker
+from vqbet_edge.runtime.worker import Backlog, Worker
 
 
 class _Step(NamedTuple):
     """An action, and the chunk that it is part of."""
 
-    chunk: Floats  # (W, A), or (W, B, A) for a batch
+    chunk: Floats  # (W, A)
     position: int
 
     @property
@@ -51,9 +50,9 @@ class _Step(NamedTuple):
 class EdgePolicy:
     """A VQ-BeT policy that acts without PyTorch.
 
-    It does what LeRobot's `VQBeTPolicy.select_action` does, normalisation included. One object is
-    used by one thread at a time. Actions have the robot's units; for a bundle exported for a batch
-    of B > 1, every action and chunk has a leading axis of B.
+    It does what LeRobot's `VQBeTPolicy.select_action` does, normalisation included. One object
+    drives one robot and is used by one thread at a time; `sibling` makes others on the same
+    weights, which other threads may use meanwhile. Actions have the robot's units.
     """
 
     def __init__(
@@ -64,26 +63,23 @@ class EdgePolicy:
         seed: int = 0,
         temperature: float | None = None,
         replan_every: int | None = None,
-        idle: Idle | None = None,
+        prefetch: Prefetch | None = None,
         guards: Guards | None = None,
     ) -> None:
         """Use `EdgePolicy.load`, which also creates the backend."""
         manifest, arrays = bundle.manifest, bundle.arrays
         policy = manifest.policy
-        self._manifest, self._backend = manifest, backend
+        # The graphs' bytes are as large as the weights, and the backend has those.
+        self._bundle, self._manifest, self._backend = bundle.without_graphs(), manifest, backend
         self._replan_every = _checked_replan(replan_every, policy.action_chunk_size)
-        self._sampler = CodeSampler(
-            policy.bet_softmax_temperature if temperature is None else _checked(temperature),
-            _secondary_columns(bundle),
-            _checked_seed(seed),
-        )
-        self._table = _decode_table(bundle)
+        trained = policy.bet_softmax_temperature
+        self._temperature = trained if temperature is None else _checked(temperature)
         self._reader = ObservationReader(
             manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
         )
-        self._unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
+        unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
         self._guards = guards or Guards()
-        self._actions = ActionGuard(self._guards, self._unnormalize, manifest.action_dim)
+        self._actions = ActionGuard(self._guards, unnormalize, manifest.action_dim)
         self._clock = ObservationClock(self._guards.max_age_s)
         waiting, most = self._replan_every, policy.action_chunk_size
         self._deadline: Deadline[_Step] | None = None
@@ -91,9 +87,15 @@ class EdgePolicy:
             self._deadline, waiting = Deadline(self._guards.deadline_s, most), waiting + most
         self._handed: _Step | None = None
         self._late = 0
-        self._window = ObservationWindow(manifest, backend, waiting)
-        self._idle = _checked_idle(idle or backend.default_idle)
-        self._worker = IdleWorker()
+        self._window = ObservationWindow(manifest, backend.create_window(), waiting)
+        sampler = CodeSampler(
+            self._temperature, trained, secondary_columns(bundle), _checked_seed(seed)
+        )
+        table = decode_table(bundle)
+        self._planner = Planner(self._window, sampler, table, unnormalize, self._actions)
+        self._prefetch = _checked_prefetch(prefetch or backend.default_prefetch)
+        self._worker = Worker("vqbet-prefetch", finish=True)
+        self._prefetching: Backlog[None] = Backlog()
         self._recorder: Recorder | None = None
         self._queue: deque[_Step] = deque()
         self._last: Decision | None = None
@@ -110,7 +112,7 @@ class EdgePolicy:
         seed: int = 0,
         temperature: float | None = None,
         replan_every: int | None = None,
-        idle: Idle | None = None,
+        prefetch: Prefetch | None = None,
         guards: Guards | None = None,
     ) -> "EdgePolicy":
         """Load a bundle that `vqbet-export` wrote.
@@ -122,11 +124,11 @@ class EdgePolicy:
             temperature: of the code distribution; None takes the checkpoint's, 0 is greedy.
             replan_every: predict a new chunk after so many actions, 1 to `action_chunk_size`;
                 None executes whole chunks.
-            idle: where the work is done that the next prediction needs and that can be done before
-                its observation comes (frames on queued steps, the transformer's past): `thread`
-                after `act` has returned, `inline` inside `act` on queued steps, `off` not before
-                the prediction. None takes what was measured to be best for the backend. The
-                actions are the same to rounding.
+            prefetch: when the work is done that the next prediction needs and that can be done
+                before its observation comes (frames on queued steps, the transformer's past):
+                `thread` after `act` has returned, `inline` inside `act` on queued steps, `off` not
+                before the prediction. None takes what was measured to be best for the backend.
+                The actions are the same to rounding.
             guards: limits on actions, the age of observations and the time that `act` takes; None
                 takes `Guards()`, which clamps actions to the training data's range and a margin.
 
@@ -136,14 +138,76 @@ class EdgePolicy:
             UsageError: an argument is out of range.
         """
         opened = Bundle.open(bundle)
-        return cls(
-            opened,
-            create_backend(backend, opened),
+        loaded = create_backend(backend, opened)
+        try:
+            return cls(
+                opened,
+                loaded,
+                seed=seed,
+                temperature=temperature,
+                replan_every=replan_every,
+                prefetch=prefetch,
+                guards=guards,
+            )
+        except BaseException:
+            loaded.close()  # a device's memory is not Python's to collect
+            raise
+
+    def sibling(self, *, seed: int = 0) -> "EdgePolicy":
+        """A policy for another robot, on the same weights and with the same options.
+
+        It has a history, a queue, a random sequence and guards of its own, and acts bitwise as a
+        policy that was loaded alone with this seed. Siblings may act at the same time, each in a
+        thread of its own.
+
+        Args:
+            seed: start of its random sequence.
+
+        Raises:
+            BackendError: the policy is closed.
+            ForkError: the policy was loaded before this process was forked.
+            UsageError: the seed is negative.
+        """
+        self._check_usable()
+        return EdgePolicy(
+            self._bundle,
+            self._backend,
             seed=seed,
-            temperature=temperature,
-            replan_every=replan_every,
-            idle=idle,
-            guards=guards,
+            temperature=self._temperature,
+            replan_every=self._replan_every,
+            prefetch=self._prefetch,
+            guards=self._guards,
+        )
+
+    def close(self) -> None:
+        """Free this robot's memory, and the weights with the last sibling; then nothing acts.
+
+        A policy is also a context manager that closes at the end of its block.
+
+        Raises:
+            DeadlineError: the backend still works on a call that was late.
+        """
+        if self._window.graphs.closed:
+            return
+        with self._exclusive():
+            if self._deadline is not None:
+                self._deadline.forget()
+            self._prefetching.forget()
+            self._window.graphs.close()
+
+    def __enter__(self) -> "EdgePolicy":  # noqa: PYI034 - Self needs Python 3.11
+        """The policy itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """A backend cannot be pickled."""
+        raise UsageError(
+            "a policy cannot be copied or sent to another process; call EdgePolicy.load there, or "
+            "sibling() for another robot in this process"
         )
 
     @property
@@ -180,8 +244,8 @@ class EdgePolicy:
             if self._deadline is not None:
                 self._deadline.forget()
             if start is not None:
-                self._sampler.reseed(start)
-            self._worker.forget()
+                self._planner.sampler.reseed(start)
+            self._prefetching.forget()
             if self._recorder is not None:
                 self._recorder.begin_episode()
             self._actions.clear()
@@ -236,17 +300,17 @@ class EdgePolicy:
 
         Args:
             observation: as for `act`.
-            codes: (primary, secondary) to force instead of drawing them, (B, 2) for a batch.
+            codes: (primary, secondary) to force instead of drawing them.
             observation_time: as for `act`.
 
         Returns:
             float32 (action_chunk_size, action_dim).
 
         Raises:
-            UsageError: a forced code is not in the code book.
+            UsageError: a forced code is not in the codebook.
         """
         with self._exclusive():
-            forced = None if codes is None else self._checked_codes(codes)
+            forced = None if codes is None else checked_codes(codes, self._manifest)
             slot = self._read(observation, observation_time)
 
             def predict() -> _Step:
@@ -258,8 +322,7 @@ class EdgePolicy:
                 return _Step(chunk, 0)
 
             step = predict() if self._deadline is None else self._deadline.finish(predict)
-            chunk = np.stack([self._actions.handed_out(action) for action in step.chunk])
-            return chunk.swapaxes(0, 1) if self._manifest.batch_size > 1 else chunk
+            return np.stack([self._actions.handed_out(action) for action in step.chunk])
 
     @contextmanager
     def record(self, folder: str | os.PathLike[str], *, max_bytes: int = 1 << 30) -> Iterator[None]:
@@ -292,7 +355,7 @@ class EdgePolicy:
             self._deadline.admit()
         self._clock.check(stamp)
         slot = self._window.next_slot()
-        self._reader.read(observation, slot.frames, slot.states)
+        self._reader.read(observation, slot.frames, slot.state)
         self._clock.accept(stamp)
         if self._recorder is not None:
             self._recorder.append(observation)
@@ -305,7 +368,7 @@ class EdgePolicy:
                 "window no longer shows what happened; stop the robot and call reset()"
             )
         try:
-            self._worker.check()
+            self._prefetching.check()
         except BaseException:
             self._broken = True
             raise
@@ -316,7 +379,7 @@ class EdgePolicy:
             step = self._queue.popleft()
             # Otherwise the frame will have left the window before the next prediction.
             seen = len(self._queue) + 1 < self._manifest.policy.n_obs_steps
-            self._append_idly(slot, encode=seen)
+            self._append_queued(slot, encode=seen)
             return step
         with self._history():
             chunk = self._plan(slot, None)
@@ -354,88 +417,50 @@ class EdgePolicy:
         yield
         self._broken = False
 
-    def _append_idly(self, slot: Slot, *, encode: bool) -> None:
+    def _append_queued(self, slot: Slot, *, encode: bool) -> None:
         """Take a queued step's observation into the window, now or while the robot moves."""
         last = not self._queue
 
         def work() -> None:
             self._window.append(slot)
-            if encode and self._idle != "off":
+            if encode and self._prefetch != "off":
                 self._window.encode_newest()
-            if last and self._idle != "off":
+            if last and self._prefetch != "off":
                 self._window.prefill()
 
-        if self._idle == "thread":
-            self._worker.submit(work)
+        if self._prefetch == "thread":
+            self._prefetching.add(self._worker.submit(work))
         else:
             with self._history():
                 work()
 
     def _prepare_next(self) -> None:
         """After a prediction: if the next call predicts too, get ready for it."""
-        if self._idle == "thread" and not self._queue:
-            self._worker.submit(self._window.prefill)
+        if self._prefetch == "thread" and not self._queue:
+            self._prefetching.add(self._worker.submit(self._window.prefill))
 
     def _plan(self, slot: Slot, forced: Codes | None) -> Floats:
-        """Predict, decide, un-normalise: (W, A), or (W, B, A) for a batch."""
-        self._worker.wait()
+        """Take the newest observation and predict: a chunk (W, A)."""
+        self._prefetching.wait()
         self._window.append(slot)
-        outputs = self._window.predict()
-        choice = self._sampler.choose(outputs, forced)
-        rows = np.arange(len(choice.codes))
-        primary, secondary = choice.codes.T
-        offsets = outputs.offsets[rows, 0, primary] + outputs.offsets[rows, 1, secondary]
-        decoded = self._decode(choice.codes)
-        chunk = decoded + offsets  # (B, W, A)
-        chunk = self._unnormalize.apply(chunk, chunk).swapaxes(0, 1)
-        if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
-            raise NonFiniteError("the predicted actions are not finite; none is executed")
-        clamped = self._actions.planned(chunk)
-        self._last = self._decision(choice, decoded, offsets, clamped.swapaxes(0, 1))
-        return chunk[:, 0] if self._manifest.batch_size == 1 else chunk
+        plan = self._planner.plan(forced)
+        self._last = plan.decision
+        return plan.chunk
 
-    def _decode(self, codes: Codes) -> Floats:
-        """Code pairs (B, 2) -> chunks (B, W, A), normalised."""
-        if self._table is None:
-            return self._backend.decode(codes)
-        return self._table[codes[:, 0], codes[:, 1]]
-
-    def _decision(
-        self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
-    ) -> Decision:
-        keep = 0 if self._manifest.batch_size == 1 else slice(None)
-        return Decision(
-            codes=choice.codes[keep],
-            code_probabilities=choice.probabilities[keep],
-            decoded_chunk=decoded[keep].copy(),
-            offset_chunk=offsets[keep],
-            clamped=clamped[keep],
-            seconds=dict(self._backend.seconds),
-        )
-
-    def _checked_codes(self, codes: Sequence[int] | Codes) -> Codes:
-        batch, size = self._manifest.batch_size, self._manifest.policy.vqvae_n_embed
-        try:
-            array = np.asarray(codes)
-        except ValueError:  # ragged
-            array = np.zeros(0)
-        if array.shape == (2,) and batch == 1:
-            array = array[None]
-        valid = array.shape == (batch, 2) and np.issubdtype(array.dtype, np.integer)
-        if not valid or array.min() < 0 or array.max() >= size:
-            raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
-        return array.astype(np.int64)
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _check_usable(self) -> None:
         if os.getpid() != self._process:
             raise ForkError(
                 "this process was forked after the policy had been loaded, and the backend's "
                 "threads and memory stayed behind; load the policy in the new process"
             )
+        self._window.graphs.check_open()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._check_usable()
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
-                "another call on this policy is still running; load one policy per thread"
+                "another call on this policy is still running; use one sibling() per thread"
             )
         try:
             yield
@@ -463,22 +488,7 @@ def _checked_replan(replan_every: int | None, chunk_size: int) -> int:
     return int(replan_every)
 
 
-def _checked_idle(idle: Idle) -> Idle:
-    if idle not in get_args(Idle):
-        raise UsageError(f"expected idle to be one of {get_args(Idle)}, got {idle!r}")
-    return idle
-
-
-def _secondary_columns(bundle: Bundle) -> Floats | None:
-    if not bundle.manifest.policy.sequentially_select:
-        return None
-    size = bundle.manifest.policy.vqvae_n_embed
-    return bundle.array(SECONDARY_COLUMNS, (size, size))
-
-
-def _decode_table(bundle: Bundle) -> Floats | None:
-    if DECODE_TABLE not in bundle.arrays:
-        return None
-    policy, action_dim = bundle.manifest.policy, bundle.manifest.action_dim
-    codes = policy.vqvae_n_embed
-    return bundle.array(DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))
+def _checked_prefetch(prefetch: Prefetch) -> Prefetch:
+    if prefetch not in get_args(Prefetch):
+        raise UsageError(f"expected prefetch to be one of {get_args(Prefetch)}, got {prefetch!r}")
+    return prefetch

@@ -4,8 +4,8 @@ A recording is a folder of safetensors files, `observations_000000.safetensors` 
 consecutive observations:
 
     episode                  int64   (T,)            grows by one at every reset
-    <camera key>             uint8   (T, B, H, W, 3)
-    <state key>              float32 (T, B, S)       in the robot's units
+    <camera key>             uint8   (T, H, W, 3)
+    <state key>              float32 (T, S)          in the robot's units
 
 Every file is complete when it gets its name, so a robot that is switched off loses the newest few
 observations only.
@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from vqbet_edge.errors import DiskError, UsageError
 from vqbet_edge.runtime.manifest import Manifest
@@ -28,7 +28,6 @@ from vqbet_edge.runtime.manifest import Manifest
 EPISODE = "episode"
 FILE_PATTERN = "observations_*.safetensors"
 _FILE_BYTES = 8 << 20
-_TYPES = {"uint8": "U8", "float32": "F32", "int64": "I64"}
 _LOG = logging.getLogger(__name__)
 
 Array = NDArray[Any]
@@ -44,8 +43,8 @@ class Recorder:
     def __init__(self, manifest: Manifest, folder: Path, max_bytes: int) -> None:
         """See `EdgePolicy.record`."""
         self._manifest, self._folder = manifest, folder
-        frame, batch = math.prod(manifest.image_shape), manifest.batch_size
-        self._row_bytes = batch * (frame * len(manifest.image_keys) + manifest.state_dim * 4)
+        frames = math.prod(manifest.image_shape) * len(manifest.image_keys)
+        self._row_bytes = frames + manifest.state_dim * 4
         self._rows_left = max_bytes // self._row_bytes
         if self._rows_left < 1:
             raise UsageError(
@@ -70,11 +69,11 @@ class Recorder:
         """Take a copy of an observation that has been checked; nothing once the limit is met."""
         if self._rows_left == 0:
             return
-        manifest, batch = self._manifest, self._manifest.batch_size
+        manifest = self._manifest
         row: dict[str, Array] = {
-            key: _frames(np.asarray(observation[key]), batch) for key in manifest.image_keys
+            key: _frame(np.asarray(observation[key])) for key in manifest.image_keys
         }
-        state = np.array(observation[manifest.state_key], np.float32).reshape(batch, -1)
+        state = np.array(observation[manifest.state_key], np.float32).reshape(-1)
         row |= {manifest.state_key: state, EPISODE: np.array(self._episode)}
         self._rows.append(row)
         self._rows_left -= 1
@@ -106,7 +105,7 @@ class Recorder:
         arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         partial = path.with_suffix(".partial")
         try:
-            partial.write_bytes(_safetensors(arrays))
+            partial.write_bytes(save(arrays))
             partial.rename(path)
         except OSError as error:
             self._error = DiskError(f"cannot write '{path}': {error.strerror}; recording has ended")
@@ -114,23 +113,9 @@ class Recorder:
             _LOG.warning("%s", self._error)
 
 
-def _frames(images: Array, batch: int) -> NDArray[np.uint8]:
-    """A copy as uint8 (B, H, W, 3)."""
-    images = images.reshape(batch, *images.shape[-3:])
-    if images.dtype == np.uint8:
-        return images.copy()
-    return np.rint(np.moveaxis(images, -3, -1) * np.float32(255)).astype(np.uint8)
-
-
-def _safetensors(arrays: Mapping[str, Array]) -> bytes:
-    """The bytes of a safetensors file; `vqbet_edge.runtime.safetensors` tells of the format."""
-    header, end = {}, 0
-    for name, array in arrays.items():
-        start, end = end, end + array.nbytes
-        entry = {"dtype": _TYPES[array.dtype.name], "shape": array.shape}
-        header[name] = entry | {"data_offsets": (start, end)}
-    text = msgspec.json.encode(header)
-    text += b" " * (-len(text) % 8)
-    return b"".join(
-        [len(text).to_bytes(8, "little"), text, *(a.tobytes() for a in arrays.values())]
-    )
+def _frame(image: Array) -> NDArray[np.uint8]:
+    """A copy as uint8 (H, W, 3)."""
+    image = image.reshape(image.shape[-3:])
+    if image.dtype == np.uint8:
+        return image.copy()
+    return np.rint(np.moveaxis(image, -3, -1) * np.float32(255)).astype(np.uint8)

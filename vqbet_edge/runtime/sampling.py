@@ -1,6 +1,7 @@
 """The discrete decision: which code pair, and which action chunk it stands for."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +11,17 @@ from vqbet_edge.runtime.backends.base import Floats, HeadOutputs
 
 Codes = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
+Scalar = TypeVar("Scalar", bound=np.floating)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the policy decided at its latest re-planning step, without the batch axis of 1.
+    """What the policy decided at its latest re-planning step.
 
     Attributes:
         codes: int64 (2,), primary and secondary code.
-        code_probabilities: float64 (2, C), what they were drawn from.
+        code_probabilities: float64 (2, C), what they were drawn from; of a greedy policy, what a
+            policy at the checkpoint's temperature would have drawn them from.
         decoded_chunk: float32 (W, A), normalised, what the RVQ decoder makes of the codes.
         offset_chunk: float32 (W, A), normalised, what the offset head adds to it.
         clamped: bool (W, A), where the chunk left the action limits and was clamped.
@@ -35,10 +38,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class Choice:
-    """Code pairs (B, 2) and the probabilities (B, 2, C) they were drawn from."""
+    """A code pair (2,) and the probabilities (2, C) it was drawn from."""
 
     codes: Codes
     probabilities: Probabilities
+
+
+def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Probabilities:
+    """float64 (..., C): the distribution over codes (paper, section 3.3)."""
+    scores = logits.astype(np.float64)
+    weights = np.exp((scores - scores.max(axis=-1, keepdims=True)) / temperature)
+    normalized: Probabilities = weights / weights.sum(axis=-1, keepdims=True)
+    return normalized
 
 
 class CodeSampler:
@@ -46,13 +57,21 @@ class CodeSampler:
 
     Args:
         temperature: the softmax's temperature; 0 takes the most probable code.
+        trained_temperature: the checkpoint's, for the probabilities of a greedy choice.
         secondary_columns: float32 (C, C) when codes are selected sequentially: row p is what the
             primary code p adds to the secondary logits.
         seed: start of the random sequence (PCG64, the same on every platform).
     """
 
-    def __init__(self, temperature: float, secondary_columns: Floats | None, seed: int) -> None:
-        self._temperature = temperature
+    def __init__(
+        self,
+        temperature: float,
+        trained_temperature: float,
+        secondary_columns: Floats | None,
+        seed: int,
+    ) -> None:
+        self._greedy = temperature == 0
+        self._temperature = trained_temperature if self._greedy else temperature
         self._columns = secondary_columns
         self.reseed(seed)
 
@@ -61,42 +80,38 @@ class CodeSampler:
         self._random = np.random.Generator(np.random.PCG64(seed))
 
     def choose(self, outputs: HeadOutputs, forced: Codes | None = None) -> Choice:
-        """Draw a code pair for every row, or take the `forced` ones (B, 2).
+        """Draw a code pair, or take the `forced` one (2,).
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
         """
-        logits = _finite(outputs.logits.astype(np.float64))  # (B, 2, C)
         # Two numbers per decision, used or not: what was forced or greedy once does not shift
         # the rest of the sequence.
-        uniforms = self._random.random((2, len(logits)))
-        primary, secondary = (None, None) if forced is None else forced.T
-        first = self._probabilities(logits[:, 0])
-        codes = self._draw(first, uniforms[0]) if primary is None else primary
-        conditioned = logits[:, 1] + (0 if self._columns is None else self._columns[codes])
-        second = self._probabilities(_finite(conditioned))
-        seconds = self._draw(second, uniforms[1]) if secondary is None else secondary
-        return Choice(np.stack([codes, seconds], axis=1), np.stack([first, second], axis=1))
+        uniforms = self._random.random(2)
+        # Both layers before the first code: neither is chosen from a bad prediction.
+        primary_logits, secondary_logits = _finite(outputs.logits).astype(np.float64)
+        first = softmax(primary_logits, self._temperature)
+        primary = (
+            self._draw(primary_logits, first, uniforms[0]) if forced is None else int(forced[0])
+        )
+        if self._columns is not None:
+            secondary_logits = secondary_logits + self._columns[primary]
+        second = softmax(_finite(secondary_logits), self._temperature)
+        secondary = (
+            self._draw(secondary_logits, second, uniforms[1]) if forced is None else int(forced[1])
+        )
+        return Choice(np.array([primary, secondary], np.int64), np.stack([first, second]))
 
-    def _probabilities(self, logits: Probabilities) -> Probabilities:
-        """Softmax over (B, C); one-hot at the largest logit when greedy."""
-        if self._temperature == 0:
-            greedy: Probabilities = np.eye(logits.shape[1])[logits.argmax(axis=1)]
-            return greedy
-        scaled = (logits - logits.max(axis=1, keepdims=True)) / self._temperature
-        weights = np.exp(scaled)
-        result: Probabilities = weights / weights.sum(axis=1, keepdims=True)
-        return result
-
-    def _draw(self, probabilities: Probabilities, uniform: Probabilities) -> Codes:
-        """Invert the cumulative distribution of every row (B, C) at `uniform` (B,) in [0, 1)."""
-        cumulative = probabilities.cumsum(axis=1)
+    def _draw(self, logits: Probabilities, probabilities: Probabilities, uniform: float) -> int:
+        """Invert the cumulative distribution (C,) at `uniform` in [0, 1)."""
+        if self._greedy:
+            return int(logits.argmax())
+        cumulative = probabilities.cumsum()
         # The sum may round to below 1: scaling keeps every draw inside the last code.
-        codes: Codes = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(axis=1)
-        return codes
+        return int((cumulative <= uniform * cumulative[-1]).sum())
 
 
-def _finite(logits: Probabilities) -> Probabilities:
+def _finite(logits: NDArray[Scalar]) -> NDArray[Scalar]:
     # An arg-max or a search in NaN finds code 0, which is a perfectly valid one.
     if not np.isfinite(logits).all():
         raise NonFiniteError(

@@ -1,18 +1,35 @@
 """The observation window: the newest N observations, each frame encoded once."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs
+from vqbet_edge.runtime.backends.base import Floats, Frames, HeadOutputs, Window
 from vqbet_edge.runtime.manifest import Manifest
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def sliding_windows(rows: NDArray[Scalar], length: int) -> NDArray[Scalar]:
+    """The window behind every observation of an episode; the first observation fills the window.
+
+    Args:
+        rows: (M, ...), one row per observation.
+        length: observations in a window.
+
+    Returns:
+        (M, length, ...), oldest row first: a read-only view.
+    """
+    padded = np.concatenate([np.repeat(rows[:1], length - 1, axis=0), rows])
+    return np.moveaxis(np.lib.stride_tricks.sliding_window_view(padded, length, axis=0), -1, 1)
 
 
 class Slot(NamedTuple):
     """Where one observation is kept."""
 
-    frames: Frames  # uint8 (B, K, H, W, 3), cropped
-    states: Floats  # float32 (B, S), normalised
+    frames: Frames  # uint8 (K, H, W, 3), cropped
+    state: Floats  # float32 (S,), normalised
 
 
 class ObservationWindow:
@@ -26,26 +43,26 @@ class ObservationWindow:
 
     Args:
         manifest: of the bundle.
-        backend: runs the graphs.
+        graphs: runs the graphs and keeps what they made of the window.
         waiting: observations that may wait to be appended at the same time.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, waiting: int) -> None:
-        self._backend = backend
+    def __init__(self, manifest: Manifest, graphs: Window, waiting: int) -> None:
+        self.graphs = graphs
         self._length = manifest.policy.n_obs_steps
-        crop, batch = manifest.crop, manifest.batch_size
-        frame = (batch, len(manifest.image_keys), crop.height, crop.width, 3)
+        crop, state_dim = manifest.crop, manifest.state_dim
+        frames = len(manifest.image_keys), crop.height, crop.width, 3
         # The window's rows, what waits, and one that is being written.
         self._slots = [
-            Slot(np.zeros(frame, np.uint8), np.zeros((batch, manifest.state_dim), np.float32))
+            Slot(np.zeros(frames, np.uint8), np.zeros(state_dim, np.float32))
             for _ in range(self._length + waiting + 1)
         ]
         self._next = 0
         self._rows = self._slots[: self._length]
         self._encoded = [False] * self._length
-        self._states: Floats = np.zeros((batch, self._length, manifest.state_dim), np.float32)
+        self._states: Floats = np.zeros((self._length, state_dim), np.float32)
         self._empty = True
-        # Whether the backend knows the keys and values of this window's tail, of its past.
+        # Whether the graphs know the keys and values of this window's tail, of its past.
         self._tail_known = self._past_known = False
 
     def next_slot(self) -> Slot:
@@ -67,17 +84,17 @@ class ObservationWindow:
         self._past_known, self._tail_known = self._tail_known, False
         if self._empty:
             self._rows = [slot] * self._length
-            self._states[:] = slot.states[:, None]
-            self._backend.encode(slot.frames, self._length - 1)
-            self._backend.fill()
+            self._states[:] = slot.state
+            self.graphs.encode(slot.frames, self._length - 1)
+            self.graphs.fill()
             self._encoded = [True] * self._length
             self._empty = self._past_known = False
             return
-        self._backend.advance()
+        self.graphs.advance()
         self._rows.append(slot)
         self._rows.pop(0)
-        self._states[:, :-1] = self._states[:, 1:]
-        self._states[:, -1] = slot.states
+        self._states[:-1] = self._states[1:]
+        self._states[-1] = slot.state
         self._encoded.append(False)
         self._encoded.pop(0)
 
@@ -87,11 +104,11 @@ class ObservationWindow:
 
     def prefill(self) -> None:
         """Compute what the next prediction will need of the observations that are here."""
-        if self._length == 1 or not self._backend.can_prefill:
+        if self._length == 1 or not self.graphs.can_prefill:
             return
         for row in range(1, self._length):
             self._encode(row)
-        self._backend.prefill(self._states)
+        self.graphs.prefill(self._states)
         self._tail_known = True
 
     def predict(self) -> HeadOutputs:
@@ -99,8 +116,8 @@ class ObservationWindow:
         for row in range(self._length - 1):
             self._encode(row)
         if self._encoded[-1]:
-            return self._backend.predict(self._states)
-        outputs = self._backend.replan(
+            return self.graphs.predict(self._states)
+        outputs = self.graphs.replan(
             self._rows[-1].frames, self._states, prefilled=self._past_known
         )
         self._encoded[-1] = True
@@ -108,5 +125,5 @@ class ObservationWindow:
 
     def _encode(self, row: int) -> None:
         if not self._encoded[row]:
-            self._backend.encode(self._rows[row].frames, row)
+            self.graphs.encode(self._rows[row].frames, row)
             self._encoded[row] = True

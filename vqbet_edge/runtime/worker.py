@@ -1,80 +1,134 @@
-"""Work that is done while the robot moves."""
+"""Work on a thread of its own: what is prefetched while the robot moves, what has a deadline."""
 
 import contextlib
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
-_Jobs: TypeAlias = SimpleQueue[Callable[[], object] | None]
-_Outcomes: TypeAlias = SimpleQueue[Exception | None]
+Result = TypeVar("Result")
 
 
-class IdleWorker:
-    """Runs jobs one after the other on a thread of its own.
+class Job(Generic[Result]):
+    """One piece of work and, later, its outcome.
 
-    The thread starts with the first job and ends with this object, or with Python. An executor of
-    the standard library does the same, but to hand it a job takes it three times as long.
+    `concurrent.futures` has the same, but to hand over a job takes it three times as long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work: Callable[[], Result] | None = work
+        self._error: BaseException | None = None
+        self._value: Result
+        # Held until the work is done.
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def run(self) -> None:
+        """Do the work; whatever it raises, SystemExit included, is kept for who waits."""
+        # Kept, it would keep alive the policy that it belongs to.
+        work, self._work = self._work, None
+        assert work is not None  # noqa: S101 - jobs run once
+        try:
+            self._value = work()
+        except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
+            self._error = error
+        finally:
+            self._running.release()
+
+    def done(self, timeout: float = 0.0) -> bool:
+        """Whether the work ends within so many seconds; negative waits for ever."""
+        ended = self._running.acquire(timeout=timeout)
+        if ended:
+            self._running.release()
+        return ended
+
+    def result(self) -> Result:
+        """Wait for the end; return what the work returned or raise what it raised."""
+        self.done(-1.0)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+_Jobs: TypeAlias = "SimpleQueue[Job[Any] | None]"
+
+
+class Worker:
+    """Runs jobs one after the other on a thread, which starts with the first job.
+
+    The thread ends with this object, or with Python.
+
+    Args:
+        name: the thread's.
+        finish: Python waits at its end for the job that runs. A daemon that is still in a library
+            then can crash there; but a backend that never returns would keep the program.
+    """
+
+    def __init__(self, name: str, *, finish: bool) -> None:
+        self._name, self._finish = name, finish
         self._jobs: _Jobs = SimpleQueue()
-        self._outcomes: _Outcomes = SimpleQueue()
-        self._pending = 0
         self._started = False
 
-    def submit(self, job: Callable[[], object]) -> None:
-        """Run a job after all earlier ones."""
+    def submit(self, work: Callable[[], Result]) -> Job[Result]:
+        """Run `work` after all that was submitted before."""
         if not self._started:
             self._start()
-        self._pending += 1
+        job = Job(work)
         self._jobs.put(job)
-
-    def check(self) -> None:
-        """Raise what an ended job raised, without waiting for others."""
-        while self._pending and not self._outcomes.empty():
-            self._take()
-
-    def wait(self) -> None:
-        """Wait until no job is left; raise what one of them raised."""
-        while self._pending:
-            self._take()
-
-    def forget(self) -> None:
-        """Wait until no job is left, whatever they raised."""
-        while self._pending:
-            with contextlib.suppress(Exception):
-                self._take()
-
-    def _take(self) -> None:
-        outcome = self._outcomes.get()
-        self._pending -= 1
-        if outcome is not None:
-            raise outcome
+        return job
 
     def _start(self) -> None:
-        arguments = self._jobs, self._outcomes
-        thread = threading.Thread(target=_work, args=arguments, name="vqbet-idle", daemon=True)
+        thread = threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True)
         thread.start()
-        # A daemon that is still in a library when Python ends can crash there.
-        weakref.finalize(self, _stop, self._jobs, thread)
+        weakref.finalize(self, _stop, self._jobs, thread if self._finish else None)
         self._started = True
 
 
-def _work(jobs: _Jobs, outcomes: _Outcomes) -> None:
+class Backlog(Generic[Result]):
+    """Jobs whose outcome has not been asked for yet, the oldest first."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job[Result]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Job[Result]) -> None:
+        """Keep a job."""
+        self._jobs.append(job)
+
+    def check(self) -> None:
+        """Raise what an ended job raised, without waiting for others."""
+        while self._jobs and self._jobs[0].done():
+            self._jobs.popleft().result()
+
+    def wait(self) -> None:
+        """Wait until no job is left; raise what one of them raised."""
+        while self._jobs:
+            self._jobs[0].done(-1.0)
+            self._jobs.popleft().result()
+
+    def running(self) -> bool:
+        """Whether a job has not ended."""
+        return not all(job.done() for job in self._jobs)
+
+    def forget(self) -> None:
+        """Wait until no job is left, whatever they raised."""
+        while self._jobs:
+            with contextlib.suppress(Exception):
+                self.wait()
+
+
+def _run(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
-        try:
-            job()
-        except Exception as error:  # noqa: BLE001 - raised where the result is waited for
-            outcomes.put(error)
-        else:
-            outcomes.put(None)
-        # Otherwise the last job, and the policy behind it, lives until the next one.
+        job.run()
+        # Otherwise the last job lives until the next one comes.
         del job
 
 
-def _stop(jobs: _Jobs, thread: threading.Thread) -> None:
+def _stop(jobs: _Jobs, thread: threading.Thread | None) -> None:
     jobs.put(None)
-    if thread is not threading.current_thread():
+    if thread is not None and thread is not threading.current_thread():
         thread.join()

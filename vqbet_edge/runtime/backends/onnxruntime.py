@@ -6,7 +6,7 @@ from typing import Any
 
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.cpu import Arrays, CpuBackend, Run
-from vqbet_edge.runtime.manifest import StageName, StageSpec
+from vqbet_edge.runtime.manifest import StageName
 
 
 def import_onnxruntime() -> ModuleType:
@@ -17,19 +17,49 @@ def import_onnxruntime() -> ModuleType:
     """
     try:
         import onnxruntime  # noqa: PLC0415
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise _broken(error) from error
         raise BackendError(
             "the backend 'onnxruntime' is not installed; "
             "install it with: pip install 'vqbet-edge[cpu]'"
         ) from error
+    # NumPy and ONNX Runtime raise what they like when their compiled parts do not fit together.
+    except Exception as error:
+        raise _broken(error) from error
     module: ModuleType = onnxruntime
     return module
+
+
+def _broken(error: Exception) -> BackendError:
+    """Installed, but it does not load: another wheel beside it would not help."""
+    found = ", ".join(
+        f"{name} {version}"
+        for name in ("onnxruntime", "onnxruntime-gpu", "numpy")
+        if (version := _installed_version(name))
+    )
+    numpy_is_too_new = "NumPy 1.x" in str(error) or "numpy.core.multiarray" in str(error)
+    fix = (
+        "it was built for NumPy 1: pip install 'numpy<2'"
+        if numpy_is_too_new
+        else "reinstall the same package that is there, in the same environment"
+    )
+    return BackendError(f"ONNX Runtime is installed but cannot be loaded ({found}): {error}; {fix}")
+
+
+def _installed_version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow to load
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 class _Session:
     """One graph in ONNX Runtime."""
 
-    def __init__(self, stage: StageName, data: bytes, spec: StageSpec) -> None:
+    def __init__(self, stage: StageName, data: bytes) -> None:
         self._stage, ort = stage, import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -44,7 +74,7 @@ class _Session:
             # It keeps the file for a fallback that is off: as much memory again as the weights.
             self._session._model_bytes = None  # noqa: SLF001
         except Exception as error:
-            raise BackendError(f"ONNX Runtime refuses {spec.file}: {error}") from error
+            raise BackendError(f"ONNX Runtime refuses {self._stage}.onnx: {error}") from error
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Run:
         """Tie the session to fixed arrays, which the result keeps alive."""
@@ -70,5 +100,5 @@ class OnnxRuntimeBackend(CpuBackend):
 
     name = "onnxruntime"
 
-    def _load(self, stage: StageName, data: bytes, spec: StageSpec) -> _Session:
-        return _Session(stage, data, spec)
+    def _load(self, stage: StageName, data: bytes) -> _Session:
+        return _Session(stage, data)

@@ -111,11 +111,10 @@ class TorchActor:
             deque(maxlen=config.n_obs_steps) for _ in range(slots)
         ]
         self._queues: list[deque[Floats]] = [deque() for _ in range(slots)]
-        temperature = options.temperature
-        if temperature is None:
-            temperature = config.bet_softmax_temperature
+        trained = config.bet_softmax_temperature
+        temperature = trained if options.temperature is None else options.temperature
         columns = _secondary_columns(checkpoint)
-        self._samplers = [CodeSampler(temperature, columns, 0) for _ in range(slots)]
+        self._samplers = [CodeSampler(temperature, trained, columns, 0) for _ in range(slots)]
 
     def reset(self, slot: int, seed: int) -> None:
         """See `Actor`."""
@@ -150,11 +149,9 @@ class TorchActor:
         """(M, D) of the current step -> (M, W, A), normalised."""
         head = self._network.head
         logits, offsets = _base_logits(head, features), head.offsets(features).cpu().numpy()
-        codes = np.concatenate(
+        codes = np.stack(
             [
-                self._samplers[slot]
-                .choose(HeadOutputs(logits[i : i + 1], offsets[i : i + 1]))
-                .codes
+                self._samplers[slot].choose(HeadOutputs(logits[i], offsets[i])).codes
                 for i, slot in enumerate(slots)
             ]
         )
