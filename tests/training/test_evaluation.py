@@ -13,15 +13,15 @@ import pytest
 from scipy import stats
 from workshop import Workshop
 
+from examples.detour.expert import collect
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.demo.expert import collect
-from vqbet_edge.training.demo.task import DetourEnv
 from vqbet_edge.training.evaluation.actors import (
     ActorOptions,
     BundleActor,
     TorchActor,
     load_actor,
 )
+from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.pusht import PushTWithContact
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet

@@ -7,7 +7,7 @@ checkpoints/last                        link to the newest
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
-from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.config import TrainConfig, flag
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import new_directory, point_to, sweep, write_bytes
 from vqbet_edge.training.network import VQBeT
@@ -27,6 +27,8 @@ _FREE_FIELDS = {
     "dataset", "output", "resume", "log_every", "validate_every", "save_every", "frame_cache",
     "tensorboard",
 }  # fmt: skip
+# Phase 1 has converged when so many looks did not win this share of its error.
+_PATIENCE, _WORTH_WHILE = 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,25 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        step: steps of both stages that are done.
-        error: stage 1's best reconstruction error so far, normalised.
+        step: steps of both phases that are done.
+        error: phase 1's best reconstruction error so far, normalised.
         stale: how many looks ago that was.
     """
 
     step: int = 0
     error: float = math.inf
     stale: int = 0
+
+    def seen(self, error: float) -> "Progress":
+        """After a look at phase 1's reconstruction error."""
+        if error < self.error * (1 - _WORTH_WHILE):
+            return replace(self, error=error, stale=0)
+        return replace(self, stale=self.stale + 1)
+
+    @property
+    def converged(self) -> bool:
+        """Whether phase 1 has stopped learning."""
+        return self.stale >= _PATIENCE
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class Checkpoints:
         for name in now.keys() - _FREE_FIELDS:
             if name in before and before[name] != now[name]:
                 raise UsageError(
-                    f"the run was started with --{name} {before[name]}, now it is {now[name]}; "
+                    f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "
                     "pass the same, or start a new run in another --output"
                 )
 

@@ -69,7 +69,7 @@ class WindowIndex:
 
 
 class Batch(NamedTuple):
-    """What one step of stage 2 sees."""
+    """What one step of phase 2 sees."""
 
     images: Tensor  # uint8 (B, N, K, H, W, 3)
     states: Tensor  # (B, N, S), normalised
@@ -97,7 +97,7 @@ class WindowedDataset:
         self._frames: list[Tensor] | None = None
 
     def chunks(self, frames: Indices) -> Tensor:
-        """Stage 1's data: every query's action chunk of every window.
+        """Phase 1's data: every query's action chunk of every window.
 
         Args:
             frames: int64 (B,), the windows' current frames.
@@ -111,7 +111,7 @@ class WindowedDataset:
         return actions.unfold(1, width, 1).transpose(2, 3).flatten(0, 1)
 
     def batch(self, frames: Indices) -> Batch:
-        """Stage 2's data; the first call decodes the cameras' frames.
+        """Phase 2's data; the first call decodes the cameras' frames.
 
         Args:
             frames: int64 (B,), the windows' current frames.
@@ -153,7 +153,7 @@ class Shuffle:
 
     def __post_init__(self) -> None:
         if not len(self.frames):
-            raise DatasetError("no frames are left to train on; lower --validation_fraction")
+            raise DatasetError("no frames are left to train on; lower --validation-fraction")
 
     def batch(self, step: int) -> Indices:
         """int64 (batch_size,): the current frames of one step's windows."""
