@@ -206,16 +206,12 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
         fix = Fix(command, _PIP if command.startswith("pip install") else "")
         yield Finding("ONNX Runtime", state, found, fix)
         return
-    providers = [name.removesuffix("ExecutionProvider") for name in _providers(onnxruntime)]
+    names = onnxruntime.get_available_providers()
+    providers = [name.removesuffix("ExecutionProvider") for name in names]
     text = f"{onnxruntime.__version__} ({', '.join(providers)})"
     if machine.l4t and "CUDA" not in providers:
         text += "; PyPI has no onnxruntime-gpu for aarch64"
     yield Finding("ONNX Runtime", "ok", text)
-
-
-def _providers(onnxruntime: object) -> list[str]:
-    names: list[str] = onnxruntime.get_available_providers()  # type: ignore[attr-defined]
-    return names
 
 
 def _power(machine: Machine) -> Iterator[Finding]:
