@@ -19,7 +19,7 @@ _FP32_FLOPS_PER_SM_CLOCK = 256
 
 
 def board_ceilings(name: str) -> Ceilings:
-    """From `engines/boards/<name>.toml`; INT8 has twice FP16's dense rate on tensor cores.
+    """From `engines/boards.toml`; INT8 has twice FP16's dense rate on tensor cores.
 
     Raises:
         UsageError: there is no such board.

@@ -58,9 +58,10 @@ def build(folder: Path) -> None:
     job = msgspec.json.decode((folder / JOB).read_bytes(), type=Job)
     tensorrt, log = import_tensorrt(job.flavour), _Log()
     logger = create_logger(tensorrt, log)
-    builder = tensorrt.module.Builder(logger)
-    if builder is None:
-        raise BackendError(f"TensorRT cannot start its builder: {log.reason()}")
+    try:
+        builder = tensorrt.module.Builder(logger)
+    except TypeError as error:  # the bindings got none
+        raise BackendError(f"TensorRT cannot start its builder: {log.reason()}") from error
     network = _parse(tensorrt, builder, logger, log, (folder / GRAPH).read_bytes())
     config = builder.create_builder_config()
     _configure(tensorrt, config, job)
@@ -77,7 +78,8 @@ def build(folder: Path) -> None:
     here = job.compute_capability is None
     layers = _inspect(tensorrt, logger, plan) if here else log.layers
     (folder / PLAN).write_bytes(plan)
-    (folder / TIMING).write_bytes(_timing_cache(config))
+    timing = config.get_timing_cache()
+    (folder / TIMING).write_bytes(b"" if timing is None else timing.serialize())
     result = Result(tensorrt.version, seconds, layers)
     write_private(folder / RESULT, msgspec.json.encode(result))
 
@@ -87,8 +89,10 @@ def _parse(trt: TensorRT, builder: Any, logger: Any, log: _Log, graph: bytes) ->
     network = builder.create_network(1 << int(flag))  # the flag's bit differs between versions
     parser = trt.module.OnnxParser(network, logger)
     if not parser.parse(graph):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reasons = [f"node '{e.node_name()}' ({e.node_operator()}): {e.desc()}" for e in errors]
+        reasons = [
+            f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
+            for error in (parser.get_error(index) for index in range(parser.num_errors))
+        ]
         raise BackendError("TensorRT cannot parse the graph: " + "; ".join(reasons or log.errors))
     return network
 
@@ -175,11 +179,6 @@ def _inspect(trt: TensorRT, logger: Any, plan: Any) -> str:  # noqa: ANN401
         raise BackendError("TensorRT cannot load the engine that it built; see vqbet-doctor")
     information = engine.create_engine_inspector().get_engine_information
     return str(information(trt.module.LayerInformationFormat.JSON))
-
-
-def _timing_cache(config: Any) -> bytes:  # noqa: ANN401
-    cache = config.get_timing_cache()
-    return b"" if cache is None else bytes(cache.serialize())
 
 
 def main() -> None:

@@ -161,6 +161,19 @@ def test_a_crash_at_the_very_end_loses_nothing(
     assert len(build(graph(product())).plan) > 1000
 
 
+def test_a_builder_that_does_not_start(release: Any, tmp_path: Path) -> None:
+    """As without a driver: the bindings raise where TensorRT's factory returns nothing."""
+    (tmp_path / "job.json").write_text('{"flavour": "tensorrt", "options": {}}')
+    code = f"""
+from pathlib import Path
+from vqbet_edge.errors import BackendError
+from vqbet_engines.worker import build
+try: build(Path({str(tmp_path)!r}))
+except BackendError as error: print(json.dumps(str(error)))
+"""
+    assert release.run(code) == "TensorRT cannot start its builder: it gave no reason"
+
+
 def test_the_monitor_never_cancels_a_build(capfdbinary: Any) -> None:
     """TensorRT cancels where it raises: at a step of a phase that has ended or never began."""
     from vqbet_engines.worker import _create_monitor

@@ -92,6 +92,18 @@ def test_what_is_created_is_trusted(
             assert stat.S_IMODE((tmp_path / path).stat().st_mode) == 0o755 & ~umask
 
 
+def test_engines_in_a_bundle_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downloaded bundle can bring some with correct digests; they are code all the same."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "test.bundle"))
+    EngineCache().store(KEY, b"evil", 1.0)
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "test.bundle")
+    assert EngineCache().find(KEY).plan is None
+
+
 def test_a_cache_that_only_root_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may write anywhere, so the answer of the operating system is given here."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
