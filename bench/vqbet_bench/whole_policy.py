@@ -1,11 +1,11 @@
 """The policy without any of the exporter's savings: what a plain export of it contains."""
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
 
@@ -16,10 +16,10 @@ OPSET = 20
 class _Scale(nn.Module):
     """A checkpoint's affine scaling as a module; `shape` is that of its terms."""
 
-    def __init__(self, terms: Any, *shape: int) -> None:
+    def __init__(self, scaling: Affine, *shape: int) -> None:
         super().__init__()
         for name in ("subtract", "multiply", "add"):
-            term = torch.from_numpy(getattr(terms, name).copy()).view(shape)
+            term = torch.from_numpy(getattr(scaling, name).copy()).view(shape)
             self.register_buffer(name, term)
 
     def forward(self, x: Tensor) -> Tensor:

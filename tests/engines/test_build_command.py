@@ -1,5 +1,6 @@
 """`vqbet-build` as a user runs it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from sizes import SMALL
-from vqbet_engines.builder import build_plan
+from vqbet_engines.builder import Job, build_plan
 from vqbet_engines.engines import EngineBuilder
 from vqbet_engines.layers import parse_layers
-from vqbet_engines.messages import Job, Notice
 
 from vqbet_edge.runtime.backends.cuda import Device
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
@@ -81,31 +82,30 @@ def test_engines_are_built_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     """For a device that is not here: TensorRT builds ahead of time in its place."""
     from vqbet_engines import engines
 
-    def build(job: Job, on_event: Any = None) -> Any:
-        ahead = Job(job.graph, job.flavour, job.options, "sm86", job.timing_cache)
-        return build_plan(ahead, on_event)
+    def build(graph: bytes, job: Job, timing_cache: bytes, on_progress: Any) -> Any:
+        ahead = Job(job.flavour, job.options, "sm86")
+        return build_plan(graph, ahead, timing_cache, on_progress)
 
     monkeypatch.setattr(engines, "build_plan", build)
     device, tensorrt = (
         Device("Orin", "8.7", "12.6", integrated=True),
         import_tensorrt("tensorrt_rtx"),
     )
-    events: list[Any] = []
+    console = Console(file=io.StringIO(), width=1000)
 
     def reports(workspace: int, *, force: bool = False) -> list[Any]:
-        options = BuildOptions(workspace)
-        builder = EngineBuilder(bundle, tensorrt, options, events.append)
+        builder = EngineBuilder(bundle, tensorrt, BuildOptions(workspace), console)
         return list(builder.build_for(device, force=force))
 
     first, second, third = reports(512), reports(512), reports(256)
     assert [bool(r.seconds) for r in first + second + third] == [True] * 4 + [False] * 4 + [
         True
     ] * 4
-    notices = [event.text for event in events if isinstance(event, Notice)]
+    notices = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert sum("no engine has been built" in text for text in notices) == 4
     assert sum("built for options" in text for text in notices) == 4
     for stage, report in zip(bundle.stages_to_load, third, strict=True):
-        found = EngineCache(bundle.path).find(engine_key(bundle, stage, tensorrt, device))
+        found = EngineCache().find(engine_key(bundle, stage, tensorrt, device))
         assert str(found.path) == report.path
         assert len(found.plan or b"") == report.size
     assert all(report.seconds for report in reports(256, force=True))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -98,10 +100,10 @@ def test_reads_vectors_and_frames_of_format_v30() -> None:
 
 def test_statistics_are_those_of_the_data_sets_writer() -> None:
     written = json.loads((PUSHT / "meta/stats.json").read_text())
-    stats = LeRobotDataset.open(PUSHT).stats
+    dataset = LeRobotDataset.open(PUSHT)
     for key in ("action", "observation.state", CAMERA):
         for name in ("min", "max", "mean", "std"):
-            np.testing.assert_allclose(stats[key][name], written[key][name], rtol=1e-6)
+            np.testing.assert_allclose(dataset.statistics(key)[name], written[key][name], rtol=1e-6)
 
 
 def test_format_v21_reads_the_same(tmp_path: Path) -> None:
@@ -291,3 +293,12 @@ def test_lerobot_reads_what_we_write(tmp_path: Path, lerobot: Callable[[str], Mo
         np.testing.assert_array_equal(row[CAMERA].permute(1, 2, 0).numpy() * 255, frame)
         np.testing.assert_array_equal(np.ravel(row["action"]), ours.column("action")[index])
     assert row["task"] == "do it"
+
+
+def test_reading_loads_no_torch() -> None:
+    code = (
+        "import sys; from vqbet_edge.training.dataset import LeRobotDataset;"
+        f"LeRobotDataset.open({str(PUSHT)!r}).episode(0); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

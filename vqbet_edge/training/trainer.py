@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from vqbet_edge.cli import TerminatedError
 from vqbet_edge.errors import UsageError
-from vqbet_edge.signals import TerminatedError
 from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.curves import draw_code_book, draw_curves

@@ -19,7 +19,7 @@ from vqbet_edge.runtime.sampling import CodeSampler
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.network import ActionHead
-from vqbet_edge.training.normalization import Scaling
+from vqbet_edge.training.normalization import scale_images
 
 Floats = npt.NDArray[np.float32]
 Observations = Mapping[str, npt.NDArray[Any]]  # a leading axis of slots
@@ -125,7 +125,7 @@ class TorchActor:
     def act(self, observations: Observations) -> Floats:
         """See `Actor`."""
         images = np.stack([observations[key] for key in self._keys], axis=1)  # (B, K, H, W, 3)
-        states = _scaled(self._state_scaling, observations[self._state_key])
+        states = self._state_scaling.apply(observations[self._state_key].astype(np.float32))
         for slot, window in enumerate(self._windows):
             newest = torch.from_numpy(images[slot]), torch.from_numpy(states[slot])
             # The first observation fills the window, as in LeRobot's `populate_queues`.
@@ -142,7 +142,7 @@ class TorchActor:
         pixels = self._to_network_units(images.to(self._device))
         features = self._network(pixels, states.to(self._device))[:, self._config.n_obs_steps - 1]
         for slot, chunk in zip(slots, self.chunks(features, slots), strict=True):
-            actions = _scaled(self._action_scaling, chunk)
+            actions = self._action_scaling.apply(chunk)
             self._queues[slot].extend(actions[: self._replan_every])
 
     def chunks(self, features: Tensor, slots: Sequence[int]) -> Floats:
@@ -163,13 +163,7 @@ class TorchActor:
     def _to_network_units(self, images: Tensor) -> Tensor:
         """uint8 (B, N, K, H, W, 3) -> float32 (B, N, K, 3, H, W), normalised."""
         pixels = images.movedim(-1, -3).float() / 255
-        parts = []
-        for camera, scaling in enumerate(self._image_scalings):
-            subtract, multiply, add = (
-                torch.from_numpy(term).view(-1, 1, 1).to(self._device)
-                for term in (scaling.subtract, scaling.multiply, scaling.add)
-            )
-            parts.append((pixels[:, :, camera] - subtract) * multiply + add)
+        parts = [scale_images(pixels[:, :, k], s) for k, s in enumerate(self._image_scalings)]
         return torch.stack(parts, dim=2)
 
 
@@ -195,8 +189,3 @@ def _secondary_columns(checkpoint: Checkpoint) -> Floats | None:
     weight: Tensor = head.map_to_cbet_preds_secondary_bin[0].weight  # type: ignore[assignment]
     columns: Floats = weight.detach()[:, checkpoint.config.gpt_output_dim :].T.numpy()
     return columns
-
-
-def _scaled(scaling: Scaling, values: npt.NDArray[Any]) -> Floats:
-    x = np.asarray(values, np.float32)
-    return (x - scaling.subtract) * scaling.multiply + scaling.add
