@@ -1,10 +1,11 @@
 """The policies compared, each behind the same methods."""
 
 import importlib.metadata
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,26 +49,35 @@ class Job:
     device: str = "cpu"
 
 
-class Policy(Protocol):
-    """What the benchmark asks of a policy."""
+class Policy(ABC):
+    """What the benchmark asks of a policy.
+
+    Attributes:
+        chunk: actions between two predictions.
+        details: backend, precision, versions.
+    """
 
     chunk: int
     details: dict[str, str]
 
+    @abstractmethod
     def start(self, *, every: bool) -> None:
         """Forget the history; from now on predict on every step, or once per chunk."""
 
+    @abstractmethod
     def prepare(self, step: int) -> Any:
         """The observation of a step as this policy takes it; not timed."""
 
+    @abstractmethod
     def act(self, observation: Any) -> Any:
         """One step of the control loop; timed. Returns the action."""
 
     def stages(self) -> dict[str, float]:
         """Stage -> seconds in the latest prediction; empty when it does not tell."""
+        return {}
 
 
-class BundlePolicy:
+class BundlePolicy(Policy):
     """`EdgePolicy`: `act` with checks, normalisation and un-normalisation included."""
 
     def __init__(self, job: Job) -> None:
@@ -116,7 +126,7 @@ class BundlePolicy:
         return self._policy.sibling(seed=seed)
 
 
-class LeRobot:
+class LeRobot(Policy):
     """LeRobot's `select_action` in eager PyTorch.
 
     Its processors (normalisation, batch axis, float conversion) are left out of the time, which
@@ -158,12 +168,8 @@ class LeRobot:
             batch = {key: value.to(self._device) for key, value in observation.items()}
             return self._policy.select_action(batch).cpu()
 
-    def stages(self) -> dict[str, float]:
-        """It does not tell."""
-        return {}
 
-
-class SingleGraph:
+class SingleGraph(Policy):
     """What a plain export gives: one ONNX graph, every token, all frames; in ONNX Runtime.
 
     A window of whole observations and a queue of actions around one call per chunk.
@@ -207,10 +213,6 @@ class SingleGraph:
             (chunks,) = self._session.run(None, {"images": images, "states": states})
             self._queue = deque(chunks[self._window - 1])
         return self._queue.popleft()
-
-    def stages(self) -> dict[str, float]:
-        """It is one."""
-        return {}
 
 
 def load_policy(job: Job) -> Policy:
