@@ -12,9 +12,10 @@ from typing import NamedTuple
 import onnx
 from onnx import numpy_helper
 
-from vqbet_bench.results import Ceilings, Result, StageBound
+from vqbet_bench.results import Bound, Ceilings
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import StageSpec
+from vqbet_edge.runtime.manifest import Precision, StageName
+from vqbet_edge.runtime.signatures import Signature, cached_gpt_signature
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,17 +27,17 @@ class Cost(NamedTuple):
     multiply_adds: int
 
 
-class StageRun(NamedTuple):
+class Run(NamedTuple):
     """A run of a graph at given shapes.
 
     Attributes:
-        file: the graph's file; runs of one file share their weights.
+        stage: whose graph it is; runs of one stage share their weights.
         precision: of its arithmetic.
         cost: of the run.
     """
 
-    file: str
-    precision: str
+    stage: StageName
+    precision: Precision
     cost: Cost
 
 
@@ -132,74 +133,64 @@ _COUNTERS: dict[str, Callable[[onnx.NodeProto, Shapes], int]] = {
 }
 
 
-def stage_bound(
-    cost: Cost, precision: str, ceilings: Ceilings, seconds: float | None
-) -> StageBound:
-    """A stage's bound under the hardware's ceilings."""
-    flops = ceilings.flops.get(precision)
-    return StageBound(
-        weight_bytes=cost.weight_bytes,
-        multiply_adds=cost.multiply_adds,
-        seconds=seconds,
-        memory_bound=cost.weight_bytes / ceilings.bytes_per_second,
-        compute_bound=2 * cost.multiply_adds / flops if flops else None,
-    )
+def stage_runs(bundle: Bundle, *, on_processor: bool, prefilled: bool) -> dict[str, Run]:
+    """The runs of graphs that a prediction consists of.
 
-
-def stage_runs(bundle: Bundle, result: Result) -> dict[str, StageRun]:
-    """The runs of graphs that a bundle's re-planning step consists of, as `result` shows them.
-
-    On the processor, `gpt` runs on the newest tokens where `prefill` ran on the others before.
+    Args:
+        bundle: the graphs.
+        on_processor: whether it takes the graphs for processors.
+        prefilled: whether there `gpt` runs on the newest tokens, `prefill` on the others before.
 
     Raises:
         ValueError: see `graph_cost`.
     """
-    runs = {}
+    runs: dict[str, Run] = {}
     for stage in bundle.stages_to_load:
-        spec = bundle.cpu_stage(stage) if result.on_processor else bundle.manifest.stages[stage]
-        data = bundle.contents[spec.file]
-        if stage == "gpt" and result.on_processor:
-            for name, shapes in _gpt_shapes(spec, prefilled="prefill" in result.stage_medians()):
-                runs[name] = StageRun(spec.file, spec.precision, graph_cost(data, shapes))
-        else:
-            runs[stage] = StageRun(spec.file, spec.precision, graph_cost(data))
+        spec = bundle.manifest.stages[stage]
+        if not on_processor:
+            runs[stage] = Run(stage, spec.precision, graph_cost(bundle.graph(stage)))
+            continue
+        spec, graph = bundle.manifest.cpu_stages.get(stage, spec), bundle.cpu_graph(stage)
+        shapes: dict[str, Shapes | None] = {stage: None}
+        if stage == "gpt":
+            shapes = _gpt_shapes(cached_gpt_signature(bundle.manifest), prefilled=prefilled)
+        for name, inputs in shapes.items():
+            runs[name] = Run(stage, spec.precision, graph_cost(graph, inputs))
     return runs
 
 
-def _gpt_shapes(spec: StageSpec, *, prefilled: bool) -> list[tuple[str, Shapes]]:
-    """Inputs of the processor's GPT for each of its runs, whose longest shapes are `spec`'s."""
-    longest = {tensor.name: tensor.shape for tensor in spec.inputs}
-    window, per_step, width = longest["constants"]
+def _gpt_shapes(longest: Signature, *, prefilled: bool) -> dict[str, Shapes | None]:
+    """Inputs of the processor's GPT for each of its runs."""
+    full = {tensor.name: tensor.shape for tensor in longest.inputs}
+    window, per_step, width = full["constants"]
 
     def shapes(steps: int, known: int) -> Shapes:
         rows = steps * per_step
         return {
-            name: (shape[0], steps, *shape[2:]) if name in {"image_tokens", "states"} else shape
-            for name, shape in longest.items()
-        } | {
+            "image_tokens": (1, steps, *full["image_tokens"][2:]),
+            "states": (1, steps, *full["states"][2:]),
             "constants": (steps, per_step, width),
             "mask": (rows, known + rows),
-            "past": (*longest["past"][:3], known, longest["past"][4]),
+            "past": (*full["past"][:3], known, full["past"][4]),
         }
 
     if not prefilled:
-        return [("gpt", shapes(window, 0))]
-    return [
-        ("gpt", shapes(1, (window - 1) * per_step)),
-        ("prefill", shapes(window - 1, 0)),
-    ]
+        return {"gpt": shapes(window, 0)}
+    return {"gpt": shapes(1, (window - 1) * per_step), "prefill": shapes(window - 1, 0)}
 
 
-def total_weights(runs: Mapping[str, StageRun]) -> int:
+def total_weights(runs: Mapping[str, Run]) -> int:
     """Bytes of all the weights, each graph's once."""
-    return sum({run.file: run.cost.weight_bytes for run in runs.values()}.values())
+    return sum({run.stage: run.cost.weight_bytes for run in runs.values()}.values())
 
 
-def stage_bounds(
-    runs: Mapping[str, StageRun], ceilings: Ceilings, seconds: Mapping[str, float]
-) -> dict[str, StageBound]:
-    """Every run against the hardware's bound; `seconds` says what they took."""
-    return {
-        stage: stage_bound(run.cost, run.precision, ceilings, seconds.get(stage))
-        for stage, run in runs.items()
-    }
+def bound(run: Run, ceilings: Ceilings, seconds: float | None) -> Bound:
+    """A run's bound under the hardware's ceilings, and the seconds that it took."""
+    flops = ceilings.flops.get(run.precision)
+    return Bound(
+        weight_bytes=run.cost.weight_bytes,
+        multiply_adds=run.cost.multiply_adds,
+        seconds=seconds,
+        memory_bound=run.cost.weight_bytes / ceilings.bytes_per_second,
+        compute_bound=2 * run.cost.multiply_adds / flops if flops else None,
+    )

@@ -7,13 +7,11 @@ for another GPU may end the process. TARGET is `current` or a compute capability
 import sys
 from pathlib import Path
 
-from vqbet_engines.builder import build_plan
-from vqbet_engines.messages import Job
+from vqbet_engines.builder import Job, build_plan
 
 from vqbet_edge.cli import run
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.cuda import create_cuda
-from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt
 from vqbet_edge.runtime.bundle import Bundle
 
@@ -26,9 +24,8 @@ def probe(bundle: Bundle, target: str) -> str:
     """
     tensorrt, cuda = import_tensorrt("tensorrt_rtx"), create_cuda()
     capability = None if target == "current" else target
-    plan = build_plan(
-        Job(bundle.graph("code_heads"), "tensorrt_rtx", BuildOptions(), capability, b"")
-    ).plan
+    job = Job("tensorrt_rtx", compute_capability=capability)
+    plan = build_plan(bundle.graph("code_heads"), job).plan
     said: list[str] = []
     runtime = tensorrt.module.Runtime(
         create_logger(tensorrt, lambda severity, text: said.append(f"{severity}: {text}"))

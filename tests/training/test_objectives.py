@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
-from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.layouts import Layout
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import Scalings, identity
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import PolicyObjective, VqVaeObjective
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -144,7 +145,7 @@ def test_phase2_losses_and_gradients(
     vqvae.discretized.fill_(True)
     vqvae.vq_layer.freeze_codebook.fill_(True)
     network = build_ours(judge, **options)
-    everything = Scalings({key: identity(3) for key in SHAPES}, {})
+    everything = Scalings({key: Affine.identity(3) for key in SHAPES}, {})
     objective = PolicyObjective(network, everything).double().train()
     batch = random_batch()
     frozen = {k: v.clone() for k, v in network.head.vqvae_model.state_dict().items()}
@@ -177,8 +178,8 @@ def test_a_checkpoint_acts_as_lerobots_select_action(
     judge = build_judge(lerobot).eval()
     judge.vqbet.action_head.vqvae_model.discretized.fill_(True)
     network = build_ours(judge).eval().requires_grad_(False)
-    inputs = {key: identity(3) for key in SHAPES if key != "action"}
-    checkpoint = Checkpoint(network, inputs, identity(2), {}, Era.C, "test", "")
+    inputs = {key: Affine.identity(3) for key in SHAPES if key != "action"}
+    checkpoint = Checkpoint(network, inputs, Affine.identity(2), {}, Layout.V0_4, "test", "")
     actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
     rng = np.random.default_rng(0)
     monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))

@@ -12,7 +12,7 @@ from vqbet_edge.training.trainer import train
 def main() -> None:
     """Entry point."""
     # The step is finished and saved first; a second signal ends it at once.
-    run(_main, grace=None)
+    run(_main)
 
 
 def _main() -> None:

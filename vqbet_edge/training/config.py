@@ -46,6 +46,8 @@ class NormalizationMode(str, Enum):
     IDENTITY = "IDENTITY"
     MIN_MAX = "MIN_MAX"
     MEAN_STD = "MEAN_STD"
+    QUANTILES = "QUANTILES"
+    QUANTILE10 = "QUANTILE10"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _default_normalization() -> dict[str, NormalizationMode]:
 class Hyperparameters:
     """What a person chooses about a VQ-BeT policy, under LeRobot's names and defaults."""
 
-    # By type of feature: IDENTITY, MIN_MAX or MEAN_STD.
+    # By type of feature: IDENTITY, MIN_MAX, MEAN_STD, QUANTILES (1 % and 99 %) or QUANTILE10.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=_default_normalization
     )

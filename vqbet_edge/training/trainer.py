@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from vqbet_edge.cli import TerminatedError
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
-from vqbet_edge.signals import TerminatedError
 from vqbet_edge.training.checkpoints import Checkpoints, Progress
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes import draw_codebook, report_codes
