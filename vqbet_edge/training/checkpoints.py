@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
@@ -27,6 +28,8 @@ _FREE_FIELDS = {
     "dataset", "output", "resume", "log_every", "validate_every", "save_every", "frame_cache",
     "tensorboard",
 }  # fmt: skip
+# What reading half a checkpoint ends in.
+_BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError
 # Phase 1 has converged when so many looks did not win this share of its error.
 _PATIENCE, _WORTH_WHILE = 3, 0.01
 
@@ -105,7 +108,7 @@ class Checkpoints:
             final = averaged or network
             save_pretrained(temporary / "pretrained_model", final, self._config, self._dataset)
             write_bytes(state / "training_step.json", json.dumps(asdict(progress)).encode())
-            _write_optimizer(state, optimizer)
+            _write_optimizer(state / "optimizer.safetensors", optimizer)
             if averaged is not None:
                 weights = safetensors.torch.save(network.state_dict())
                 write_bytes(state / "model.safetensors", weights)
@@ -134,7 +137,7 @@ class Checkpoints:
         try:
             self._check_same()
             return self._load(self.last)
-        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
+        except _BROKEN as e:
             raise CheckpointError(
                 f"{self.last.resolve()} is not whole ({e}); point the link {self.last} to an "
                 "earlier checkpoint"
@@ -148,7 +151,7 @@ class Checkpoints:
             progress=Progress(**json.loads((state / "training_step.json").read_text())),
             weights=safetensors.torch.load_file(own) if own.exists() else final,
             averaged=final if own.exists() else None,
-            optimizer=_read_optimizer(state),
+            optimizer=_read_optimizer(state / "optimizer.safetensors"),
         )
 
     def _check_same(self) -> None:
@@ -162,28 +165,21 @@ class Checkpoints:
                 )
 
 
-_TENSORS, _REST = "optimizer.safetensors", "optimizer.json"
-
-
-def _write_optimizer(directory: Path, state: dict[str, Any]) -> None:
-    """Write `Optimizer.state_dict()` as tensors `<parameter>.<name>` and JSON for the rest."""
-    values = {
-        f"{parameter}.{name}": value
+def _write_optimizer(path: Path, state: dict[str, Any]) -> None:
+    """Write `Optimizer.state_dict()` as tensors `<parameter>.<name>`, the settings as metadata."""
+    tensors = {
+        f"{parameter}.{name}": torch.as_tensor(value).contiguous()
         for parameter, entry in state["state"].items()
         for name, value in entry.items()
     }
-    tensors = {name: v.contiguous() for name, v in values.items() if isinstance(v, Tensor)}
-    rest = {name: v for name, v in values.items() if name not in tensors}
-    write_bytes(directory / _TENSORS, safetensors.torch.save(tensors))
-    text = json.dumps({"param_groups": state["param_groups"], "state": rest})
-    write_bytes(directory / _REST, text.encode())
+    settings = {"param_groups": json.dumps(state["param_groups"])}
+    write_bytes(path, safetensors.torch.save(tensors, settings))
 
 
-def _read_optimizer(directory: Path) -> dict[str, Any]:
-    read = json.loads((directory / _REST).read_text())
-    state: dict[int, dict[str, Any]] = {}
-    tensors = safetensors.torch.load_file(directory / _TENSORS)
-    for name, value in {**tensors, **read["state"]}.items():
-        parameter, _, key = name.partition(".")
-        state.setdefault(int(parameter), {})[key] = value
-    return {"state": state, "param_groups": read["param_groups"]}
+def _read_optimizer(path: Path) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    with safetensors.safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            parameter, _, name = key.partition(".")
+            state.setdefault(int(parameter), {})[name] = file.get_tensor(key)
+        return {"state": state, "param_groups": json.loads(file.metadata()["param_groups"])}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import CenterCrop, RandomCrop
 
-from vqbet_edge.errors import CheckpointError
+from vqbet_edge.errors import CheckpointError, HubError
 from vqbet_edge.training.config import BACKBONES, NUM_CODE_LAYERS, VQBeTConfig
 
 # ---- Image encoder: LeRobot's `VQBeTRgbEncoder`.
@@ -69,7 +69,8 @@ def build_backbone(config: VQBeTConfig) -> nn.Sequential:
     """A torchvision ResNet up to its last feature map, children numbered as in LeRobot.
 
     Raises:
-        CheckpointError: torchvision does not know, or cannot download, the pretrained weights.
+        CheckpointError: torchvision does not know the pretrained weights.
+        HubError: it cannot download them.
     """
     norm = _group_norm if config.use_group_norm else nn.BatchNorm2d
     if config.vision_backbone == "resnet10_small":
@@ -79,11 +80,15 @@ def build_backbone(config: VQBeTConfig) -> nn.Sequential:
         resnet = torchvision.models.get_model(
             config.vision_backbone, weights=weights, norm_layer=norm
         )
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"torchvision has no pretrained_backbone_weights '{weights}' for "
-            f"{config.vision_backbone}, or cannot download them ({error}); name weights that "
-            "`torchvision.models.list_models` knows, connect to the network, or train without"
+            f"{config.vision_backbone}; its DEFAULT are the newest, None trains from scratch"
+        ) from error
+    except OSError as error:
+        raise HubError(
+            f"torchvision's weights '{weights}' are neither in $TORCH_HOME nor to be had from the "
+            f"network: {error}. Check the network, or copy them there"
         ) from error
     return nn.Sequential(*list(resnet.children())[:-2])
 
