@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import Flavour, import_tensorrt
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_engines.boards import detect_board, load_board
-from vqbet_engines.engines import EngineBuilder, EngineReport, encode_reports
+from vqbet_engines.engines import EngineBuilder, EngineReport
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def layer_table(report: EngineReport) -> Table:
 
 def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
     if arguments.json:
-        sys.stdout.write(encode_reports(reports) + "\n")
+        text = msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()
+        sys.stdout.write(text + "\n")
         return
     console = Console(markup=False)  # layers' names are the graph's
     console.print(summary_table(reports))

@@ -44,30 +44,23 @@ class Job(Struct, frozen=True):
     compute_capability: str | None = None
 
 
-class Result(Struct, frozen=True):
-    """What there is to say about an engine.
+@dataclass(frozen=True)
+class Built:
+    """An engine.
 
     Attributes:
+        plan: the serialised engine.
+        timing_cache: for the next build; empty where TensorRT keeps none.
         version: TensorRT's.
         seconds: of parsing and building.
         layers: JSON of the engine inspector, or the layer list of the builder's log.
     """
 
+    plan: bytes
+    timing_cache: bytes
     version: str
     seconds: float
     layers: str
-
-
-@dataclass(frozen=True)
-class Built:
-    """The serialised engine, what there is to say about it, and the next build's timing cache.
-
-    The timing cache is empty where TensorRT keeps none.
-    """
-
-    plan: bytes
-    result: Result
-    timing_cache: bytes
 
 
 def build_plan(
@@ -93,8 +86,8 @@ def build_plan(
         (folder / JOB).write_bytes(msgspec.json.encode(job))
         (folder / TIMING).write_bytes(timing_cache)
         _run(folder, on_progress or (lambda _line: None))
-        result = msgspec.json.decode((folder / RESULT).read_bytes(), type=Result)
-        return Built((folder / PLAN).read_bytes(), result, (folder / TIMING).read_bytes())
+        plan, timing_cache = (folder / PLAN).read_bytes(), (folder / TIMING).read_bytes()
+        return Built(plan, timing_cache, **msgspec.json.decode((folder / RESULT).read_bytes()))
 
 
 def _run(folder: Path, on_progress: Callable[[str], None]) -> None:

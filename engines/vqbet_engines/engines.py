@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 from rich.console import Console
 from rich.text import Text
@@ -85,7 +84,7 @@ class EngineBuilder:
             self.console.print(f"building {stage}: {why}", highlight=False, markup=False)
             built = self._build(stage, None, timing.read())
             timing.write(built.timing_cache)
-            path = cache.store(key, built.plan, built.result.seconds)
+            path = cache.store(key, built.plan, built.seconds)
             yield self._report(stage, device.name, len(built.plan), path, built)
 
     def build_ahead(self, compute_capability: str) -> Iterator[EngineReport]:
@@ -121,10 +120,10 @@ class EngineBuilder:
             precision=self.bundle.manifest.stages[stage].precision,
             target=target,
             tensorrt=f"{self.tensorrt.flavour} {self.tensorrt.version}",
-            seconds=0.0 if built is None else built.result.seconds,
+            seconds=0.0 if built is None else built.seconds,
             size=size,
             path=None if path is None else str(path),
-            layers=() if built is None else parse_layers(built.result.layers),
+            layers=() if built is None else parse_layers(built.layers),
         )
 
 
@@ -147,8 +146,3 @@ class _TimingCache:
     def write(self, data: bytes) -> None:
         if data:
             write_private(private_user_cache("timing") / self._name, data)
-
-
-def encode_reports(reports: list[EngineReport]) -> str:
-    """Reports as JSON for machines."""
-    return msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()

@@ -12,7 +12,7 @@ import msgspec
 from vqbet_edge.errors import BackendError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.private_files import write_private
 from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
-from vqbet_engines.builder import ERROR, GRAPH, JOB, PLAN, PROGRESS, RESULT, TIMING, Job, Result
+from vqbet_engines.builder import ERROR, GRAPH, JOB, PLAN, PROGRESS, RESULT, TIMING, Job
 
 # TensorRT logs this before each node, and the final layers under the other heading.
 _PARSING = "Parsing node: "
@@ -80,7 +80,7 @@ def build(folder: Path) -> None:
     (folder / PLAN).write_bytes(plan)
     timing = config.get_timing_cache()
     (folder / TIMING).write_bytes(b"" if timing is None else timing.serialize())
-    result = Result(tensorrt.version, seconds, layers)
+    result = {"version": tensorrt.version, "seconds": seconds, "layers": layers}
     write_private(folder / RESULT, msgspec.json.encode(result))
 
 

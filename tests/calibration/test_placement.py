@@ -96,7 +96,7 @@ def test_every_layer_can_be_quantised_alone(
 def build(graph: bytes, capability: str) -> tuple[Layer, ...]:
     pytest.importorskip("tensorrt_rtx")
     job = Job("tensorrt_rtx", BuildOptions(optimization_level=1), capability)
-    return parse_layers(build_plan(graph, job).result.layers)
+    return parse_layers(build_plan(graph, job).layers)
 
 
 @pytest.mark.parametrize("capability", ["sm86", "sm120"])

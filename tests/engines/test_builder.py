@@ -42,8 +42,8 @@ def test_builds_with_progress() -> None:
     lines: list[str] = []
     built = build(graph(product()), lines.append)
     assert len(built.plan) > 1000
-    assert built.result.version == import_tensorrt("tensorrt_rtx").version
-    assert parse_layers(built.result.layers)
+    assert built.version == import_tensorrt("tensorrt_rtx").version
+    assert parse_layers(built.layers)
     assert any(line.startswith("Parsing node: product [MatMul]") for line in lines)
     building = [line for line in lines if line.startswith("Building engine: ")]
     steps = int(building[0].removeprefix("Building engine: 0 of "))
@@ -53,7 +53,7 @@ def test_builds_with_progress() -> None:
 
 def test_dynamic_axes_are_built_for_one() -> None:
     built = build(graph(product(), shape=("batch", 4)))
-    assert "OptShape: [1,4]" in built.result.layers
+    assert "OptShape: [1,4]" in built.layers
 
 
 def test_a_parser_error_names_the_node() -> None:

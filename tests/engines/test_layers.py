@@ -37,7 +37,7 @@ def layers(make_bundle: Any, precision: str) -> dict[tuple[str, str], tuple[Laye
 
     def build(key: tuple[str, str]) -> tuple[Layer, ...]:
         job = Job("tensorrt_rtx", compute_capability=key[1])
-        return parse_layers(build_plan(bundle.graph(key[0]), job).result.layers)
+        return parse_layers(build_plan(bundle.graph(key[0]), job).layers)
 
     with ThreadPoolExecutor(2) as pool:  # each build is a process of its own
         return dict(zip(keys, pool.map(build, keys), strict=True))
