@@ -3,6 +3,7 @@
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,11 @@ class BundlePolicy(Policy):
     def stages(self) -> dict[str, float]:
         """What `EdgePolicy.last` says."""
         return {} if self._policy.last is None else self._policy.last.seconds
+
+    def stage_launches(self) -> dict[str, Callable[[], object]]:
+        """Stage -> a call that runs it alone, of backends that run all stages in one launch."""
+        launches = getattr(self._backend.create_window(), "stage_launches", dict)
+        return dict(launches())
 
     def sibling(self, seed: int) -> EdgePolicy:
         """The policy of one more robot on the same weights."""

@@ -148,6 +148,7 @@ class Result(Struct, frozen=True):
         load: of that, from loading the policy on.
         rounds: mode -> one entry per round.
         memory: after acting.
+        stages_alone: stage -> median seconds of runs of it alone, where `Round.stages` lacks it.
         bundle_bytes: on disk.
     """
 
@@ -158,6 +159,7 @@ class Result(Struct, frozen=True):
     load: float
     rounds: dict[Mode, list[Round]]
     memory: Memory
+    stages_alone: dict[str, float] = {}
     agreement: Agreement | None = None
     bundle_bytes: int | None = None
     roofline: Roofline | None = None
@@ -177,12 +179,13 @@ class Result(Struct, frozen=True):
         return float(np.median(found)) if found else None
 
     def stage_medians(self) -> dict[str, float]:
-        """Stage -> median seconds back to back; `prefill` is ahead of the step."""
+        """Stage -> median seconds, back to back or alone; `prefill` is ahead of the step."""
         samples: dict[str, list[float]] = {}
         for entry in self.rounds.get("back_to_back", []):
             for name, seconds in entry.stages.items():
                 samples.setdefault(name, []).extend(seconds)
-        return {name: float(np.median(seconds)) for name, seconds in samples.items()}
+        medians = {name: float(np.median(seconds)) for name, seconds in samples.items()}
+        return self.stages_alone | medians
 
     def joules_per_action(self, rail: str) -> float | None:
         """At the control rate, of one power rail, the board's idle power included."""

@@ -6,7 +6,7 @@ activations of a batch of one fit into caches.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import onnx
@@ -18,6 +18,7 @@ from vqbet_edge.runtime.manifest import Precision, StageName
 from vqbet_edge.runtime.signatures import Signature, cached_gpt_signature
 
 Shapes = Mapping[str, tuple[int, ...]]
+_HIDDEN = {"Attention", "Einsum", "GRU", "LSTM"}
 
 
 class Cost(NamedTuple):
@@ -53,8 +54,6 @@ def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
             counted rather than too little.
     """
     model = onnx.load_from_string(data)
-    for node in model.graph.node:
-        _check_known(node)
     if inputs:
         for value in model.graph.input:
             _fix_shape(value, inputs[value.name])
@@ -88,49 +87,26 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return int(numpy_helper.to_array(tensor).nbytes)
 
 
-def _check_known(node: onnx.NodeProto) -> None:
-    hidden = node.op_type in {"Attention", "Einsum", "GRU", "LSTM"}
-    if hidden or node.domain not in {"", "ai.onnx"}:
-        raise ValueError(f"the arithmetic of {node.op_type} is not known")
-
-
 def _multiply_adds(node: onnx.NodeProto, shapes: Shapes) -> int:
-    counter = _COUNTERS.get(node.op_type)
-    if counter is None:
-        return 0
+    """Of one node: each output value is a sum over so many products."""
+    if node.op_type in _HIDDEN or node.domain not in {"", "ai.onnx"}:
+        raise ValueError(f"the arithmetic of {node.op_type} is not known")
     try:
-        return counter(node, shapes)
+        match node.op_type:
+            case "Conv" | "ConvInteger":  # input channels of the group, and the kernel
+                terms = math.prod(shapes[node.input[1]][1:])
+            case "QLinearConv":
+                terms = math.prod(shapes[node.input[3]][1:])
+            case "MatMul" | "MatMulInteger" | "QLinearMatMul":
+                terms = shapes[node.input[0]][-1]
+            case "Gemm":
+                transposed = any(a.name == "transA" and a.i for a in node.attribute)
+                terms = shapes[node.input[0]][0 if transposed else 1]
+            case _:
+                return 0
+        return math.prod(shapes[node.output[0]]) * terms
     except KeyError as error:
         raise ValueError(f"the shape of {error} is not known") from error
-
-
-def _convolution(weight: int) -> Callable[[onnx.NodeProto, Shapes], int]:
-    """Each output value sums over input channels of its group and the kernel."""
-    return lambda node, shapes: (
-        math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[weight]][1:])
-    )
-
-
-def _product(left: int) -> Callable[[onnx.NodeProto, Shapes], int]:
-    """Each output value sums over the left operand's last axis."""
-    return lambda node, shapes: math.prod(shapes[node.output[0]]) * shapes[node.input[left]][-1]
-
-
-def _gemm(node: onnx.NodeProto, shapes: Shapes) -> int:
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    inner = shapes[node.input[0]][0 if transposed else 1]
-    return math.prod(shapes[node.output[0]]) * inner
-
-
-_COUNTERS: dict[str, Callable[[onnx.NodeProto, Shapes], int]] = {
-    "Conv": _convolution(1),
-    "ConvInteger": _convolution(1),
-    "QLinearConv": _convolution(3),
-    "MatMul": _product(0),
-    "MatMulInteger": _product(0),
-    "QLinearMatMul": _product(0),
-    "Gemm": _gemm,
-}
 
 
 def stage_runs(bundle: Bundle, *, on_processor: bool, prefilled: bool) -> dict[str, Run]:

@@ -140,6 +140,7 @@ class Session:
                     played[name][plan.mode].append(each)
         self._progress("memory and predictions")
         memories = self._each(lambda worker: worker.ask(Measured.memory))
+        stages = self._each(lambda worker: worker.ask(Measured.stages_alone))
         agreements = compare(self._each(lambda worker: worker.ask(Measured.predictions)))
         return [
             Result(
@@ -150,6 +151,7 @@ class Session:
                 load=self._workers[name].start.load,
                 rounds=played[name],
                 memory=memory,
+                stages_alone=stages.get(name, {}),
                 agreement=agreements.get(name),
             )
             for name, memory in memories.items()

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from vqbet_edge.runtime.backends.base import Floats
 
 # What one sibling adds is less than what a process gains and loses by itself.
 _SIBLINGS = 8
+_LAUNCHES = 1000
 
 
 class Start(NamedTuple):
@@ -81,6 +83,15 @@ class Measured:
             sibling_gpu=None if gpu is None else max(0, gpu) // _SIBLINGS,
         )
 
+    def stages_alone(self) -> dict[str, float]:
+        """Stage -> median seconds of runs of it alone; empty where `Round.stages` tells."""
+        found = {}
+        if isinstance(self._policy, BundlePolicy):
+            for name, launch in self._policy.stage_launches().items():
+                seconds = [_seconds(launch) for _ in range(_LAUNCHES)]
+                found[name] = float(np.median(seconds))
+        return found
+
     def predictions(self) -> Predictions | None:
         """From all observations; None of a peer."""
         if not isinstance(self._policy, BundlePolicy):
@@ -97,6 +108,12 @@ class Measured:
             codes.append(last.code_probabilities.argmax(axis=1))
         checkpoint = policy.manifest.source.sha256
         return Predictions(checkpoint, np.stack(actions), np.stack(codes))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Every peer computes the same policy, or comparing times would mean nothing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -105,3 +106,13 @@ def test_a_bundle_predicts_on_every_step_when_asked(
             if not decisions or decisions[-1] is not policy._policy.last:
                 decisions.append(policy._policy.last)
         assert len(decisions) == expected
+
+
+def test_stages_are_launched_alone_where_the_backend_has_that(
+    tiny: Exported, observations: Observations
+) -> None:
+    policy = BundlePolicy(job(tiny, "bundle", tiny.bundle, observations))
+    assert policy.stage_launches() == {}
+    window = SimpleNamespace(stage_launches=lambda: {"gpt": list})
+    with mock.patch.object(policy, "_backend", SimpleNamespace(create_window=lambda: window)):
+        assert policy.stage_launches() == {"gpt": list}
