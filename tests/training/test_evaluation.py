@@ -22,6 +22,7 @@ from vqbet_edge.training.evaluation.actors import (
     TorchActor,
     load_actor,
 )
+from vqbet_edge.training.evaluation.cli import EvalConfig
 from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.pusht import PushTWithContact
 from vqbet_edge.training.evaluation.rollout import run_episodes
@@ -191,6 +192,19 @@ def test_comparison_is_paired_and_a_sheet_shows_episodes(tmp_path: Path) -> None
 def test_an_unknown_environment_is_named() -> None:
     with pytest.raises(UsageError, match="--env chess is unknown; use one of detour"):
         make_task("chess")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_envs": 0}, "--num-envs must be at least 1, got 0"),
+        ({"replan_every": 0}, "--replan-every must be at least 1, got 0"),
+        ({"temperature": -0.5}, "--temperature must not be negative, got -0.5"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvalConfig("policy", "detour", **flags)
 
 
 def test_the_command_prints_json_and_exits_4_without_a_policy(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Phase(ABC):
     """
 
     name: str
+    _averaged: AveragedModel | None = None
 
     def __init__(
         self,
@@ -58,7 +59,6 @@ class Phase(ABC):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self._objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self._averaged: AveragedModel | None = None
 
     @abstractmethod
     def batch(self, frames: Indices) -> tuple[Tensor, ...]:
@@ -172,11 +172,11 @@ class PolicyPhase(Phase):
         objective: nn.Module = PolicyObjective(network, scalings).to(accelerator.device)
         if config.compile:
             objective.compile()
-        groups = parameter_groups(network, config.optimizer_weight_decay)
-        super().__init__(config, accelerator, network, objective, groups)
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self._averaged = AveragedModel(network, multi_avg_fn=average)
+        groups = parameter_groups(network, config.optimizer_weight_decay)
+        super().__init__(config, accelerator, network, objective, groups)
 
     def batch(self, frames: Indices) -> tuple[Tensor, ...]:
         """Images, states and actions."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vqbet_edge.cli import run
+from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.training.config import check_positive
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
@@ -53,7 +54,10 @@ class EvalConfig:
     json: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "episodes", "num_envs")
+        replan = () if self.replan_every is None else ("replan_every",)
+        check_positive(self, "episodes", "num_envs", *replan)
+        if self.temperature is not None and not self.temperature >= 0:
+            raise UsageError(f"--temperature must not be negative, got {self.temperature}")
 
 
 @dataclass(frozen=True)
