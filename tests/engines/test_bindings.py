@@ -112,23 +112,21 @@ print(json.dumps([trt.version, trt.strongly_typed, flag]))
 def test_our_subclasses_are_taken(release: Any) -> None:
     """Logger and progress monitor derive from the bindings' own classes."""
     code = """
-from io import BytesIO
-from types import SimpleNamespace
+import io, sys
 from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt
-from vqbet_engines.messages import receive
-from vqbet_engines.worker import _monitor
-trt, seen, out = import_tensorrt("tensorrt"), [], BytesIO()
+from vqbet_engines.worker import _create_monitor
+trt, seen, stdout = import_tensorrt("tensorrt"), [], sys.stdout
 logger = create_logger(trt, lambda *line: seen.append(line))
 logger.log(trt.module.ILogger.Severity.INTERNAL_ERROR, "text")
-monitor = _monitor(trt, SimpleNamespace(), out)
+monitor, sys.stdout = _create_monitor(trt), io.TextIOWrapper(io.BytesIO())
 monitor.phase_start("Parsing", None, 2)
 go_on = monitor.step_complete("Parsing", 0)
-out.seek(0)
-receive(out)
+said, sys.stdout = sys.stdout.buffer.getvalue().decode().splitlines(), stdout
 assert isinstance(logger, trt.module.ILogger) and isinstance(monitor, trt.module.IProgressMonitor)
-print(json.dumps([seen, go_on, receive(out).done]))
+print(json.dumps([seen, go_on, said[-1]]))
 """
-    assert release.run(code) == [[["INTERNAL_ERROR", "text"]], True, 1]
+    said = "vqbet-build: Parsing: 1 of 2"
+    assert release.run(code) == [[["INTERNAL_ERROR", "text"]], True, said]
 
 
 def test_building_ahead_of_time_is_refused(release: Any) -> None:

@@ -47,7 +47,7 @@ def test_how_long_the_robot_waits_does_not_change_a_bit(mini: Path) -> None:
     """What is done while the robot moves may be done in time or not."""
     random = np.random.default_rng(13)
     hasty, patient = (
-        EdgePolicy.load(mini, backend="onnxruntime", seed=1, temperature=1.0, idle="thread")
+        EdgePolicy.load(mini, backend="onnxruntime", seed=1, temperature=1.0, prefetch="thread")
         for _ in range(2)
     )
     for _ in range(cases(100, 1000)):

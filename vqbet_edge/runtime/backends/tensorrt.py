@@ -137,7 +137,7 @@ def _failure(log: ProcessLog, version: str, what: str) -> BackendError:
 def _plans(
     bundle: Bundle, tensorrt: TensorRT, device: Device, *, build: bool
 ) -> dict[StageName, bytes]:
-    engines = EngineCache(bundle.path)
+    engines = EngineCache()
     keys = {stage: engine_key(bundle, stage, tensorrt, device) for stage in bundle.stages_to_load}
     found = {stage: engines.find(key) for stage, key in keys.items()}
     reasons = {look.reason for look in found.values() if look.plan is None}

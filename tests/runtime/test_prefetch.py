@@ -1,5 +1,6 @@
 """Work done while the robot moves: the same actions, sooner."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ from vqbet_edge import BackendError, EdgePolicy, HistoryError, UsageError
 MODES = ("thread", "inline", "off")
 
 
-def load(exported: Exported, idle: Any, **options: Any) -> EdgePolicy:
-    return EdgePolicy.load(exported.bundle, backend="onnxruntime", idle=idle, seed=3, **options)
+def load(exported: Exported, prefetch: Any, **options: Any) -> EdgePolicy:
+    return EdgePolicy.load(
+        exported.bundle, backend="onnxruntime", prefetch=prefetch, seed=3, **options
+    )
 
 
 @pytest.fixture
@@ -28,23 +31,23 @@ def observations(tiny: Exported) -> list[dict[str, np.ndarray]]:
 def prefilled(policy: EdgePolicy) -> list[bool]:
     """Whether each prediction from now on found its past computed."""
     found: list[bool] = []
-    replan = policy._backend.replan
+    replan = policy._window.graphs.replan
 
     def spy(frames: Any, states: Any, *, prefilled: bool) -> Any:
         found.append(prefilled)
         return replan(frames, states, prefilled=prefilled)
 
-    policy._backend.replan = spy  # type: ignore[method-assign]
+    policy._window.graphs.replan = spy  # type: ignore[method-assign]
     return found
 
 
 @pytest.mark.parametrize("replan_every", [1, 2, 5])
-@pytest.mark.parametrize("idle", ["thread", "inline"])
+@pytest.mark.parametrize("prefetch", ["thread", "inline"])
 def test_actions_are_the_same_to_rounding(
-    tiny: Exported, observations: Any, idle: str, replan_every: int
+    tiny: Exported, observations: Any, prefetch: str, replan_every: int
 ) -> None:
     plain = load(tiny, "off", replan_every=replan_every)
-    policy = load(tiny, idle, replan_every=replan_every)
+    policy = load(tiny, prefetch, replan_every=replan_every)
     for observation in observations:
         np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
         assert policy.last is not None
@@ -52,25 +55,18 @@ def test_actions_are_the_same_to_rounding(
         np.testing.assert_array_equal(policy.last.codes, plain.last.codes)
 
 
-@pytest.mark.parametrize(("cameras", "window", "batch"), [(1, 1, 1), (2, 3, 2)])
-def test_other_shapes(workshop: Workshop, cameras: int, window: int, batch: int) -> None:
-    from vqbet_export.exporter import ExportConfig, export
-
+@pytest.mark.parametrize(("cameras", "window"), [(1, 1), (2, 3)])
+def test_other_shapes(workshop: Workshop, cameras: int, window: int) -> None:
     case = oracle.small(
-        f"idle_{cameras}_{window}",
+        f"prefetch_{cameras}_{window}",
         image=(40, 48),
         crop_shape=(36, 40),
         n_obs_steps=window,
         **({"cameras": cameras} if cameras > 1 else {}),
     )
-    _, directory = workshop.checkpoint(case)
-    output = directory.parent / f"{case.name}-{batch}.bundle"
-    export(ExportConfig(str(directory), output, batch_size=batch, verify_steps=4))
-    policies = [EdgePolicy.load(output, "onnxruntime", idle=mode, seed=1) for mode in MODES]
-    rows = [oracle.observations(case, 24)[k::batch] for k in range(batch)]
-    for step in range(12):
-        seen = {k: np.stack([row[step][k] for row in rows]) for k in rows[0][0]}
-        actions = [policy.act(seen) for policy in policies]
+    policies = [load(workshop.bundle(case), mode) for mode in MODES]
+    for observation in oracle.observations(case, 12):
+        actions = [policy.act(observation) for policy in policies]
         np.testing.assert_allclose(actions[0], actions[2], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(actions[1], actions[2], rtol=1e-5, atol=1e-5)
 
@@ -96,32 +92,34 @@ def test_a_chunk_asked_for_out_of_turn_does_without(tiny: Exported, observations
 
 def test_calls_faster_than_the_encoder(tiny: Exported, observations: Any) -> None:
     policy, plain = load(tiny, "thread"), load(tiny, "off")
-    encode = policy._backend.encode
+    encode = policy._window.graphs.encode
 
     def slow(frames: Any, row: int) -> None:
         time.sleep(0.02)
         encode(frames, row)
 
-    policy._backend.encode = slow  # type: ignore[method-assign]
+    policy._window.graphs.encode = slow  # type: ignore[method-assign]
     for observation in observations:
         np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
 
 
-def test_failed_idle_work_is_raised_and_asks_for_a_reset(tiny: Exported, observations: Any) -> None:
+def test_failed_prefetching_is_raised_and_asks_for_a_reset(
+    tiny: Exported, observations: Any
+) -> None:
     policy, plain = load(tiny, "thread"), load(tiny, "off")
     policy.act(observations[0])
-    encode = policy._backend.encode
+    encode = policy._window.graphs.encode
 
     def failing(*_: Any) -> None:
         raise BackendError("the accelerator fell off")
 
-    policy._backend.encode = failing  # type: ignore[method-assign]
+    policy._window.graphs.encode = failing  # type: ignore[method-assign]
     policy.act(observations[1])
-    while policy._worker._outcomes.empty():
+    while policy._prefetching.running():
         time.sleep(0.01)
     with pytest.raises(BackendError, match="fell off"):
         policy.act(observations[2])
-    policy._backend.encode = encode  # type: ignore[method-assign]
+    policy._window.graphs.encode = encode  # type: ignore[method-assign]
     with pytest.raises(HistoryError, match=r"call reset\(\)"):
         policy.act(observations[7])
     policy.reset(seed=5)
@@ -130,15 +128,34 @@ def test_failed_idle_work_is_raised_and_asks_for_a_reset(tiny: Exported, observa
         np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, BackendError])
+def test_whatever_prefetching_raises_reaches_the_caller(
+    tiny: Exported, observations: Any, kind: type[BaseException]
+) -> None:
+    """A job that ends its thread, or is said to, would leave the next prediction waiting."""
+    policy = load(tiny, "thread")
+    policy.act(observations[0])
+
+    def failing(*_: Any) -> None:
+        raise kind("the driver gave up")
+
+    policy._window.graphs.encode = failing  # type: ignore[method-assign]
+    policy.act(observations[1])
+    with pytest.raises(kind, match="gave up"):
+        policy.act_chunk(observations[2])
+    assert policy._worker.submit(lambda: 7).result() == 7
+
+
 def test_an_unknown_mode_is_refused(tiny: Exported) -> None:
-    with pytest.raises(UsageError, match="expected idle to be one of"):
+    with pytest.raises(UsageError, match="expected prefetch to be one of"):
         load(tiny, "later")
 
 
 def test_the_thread_ends_with_the_policy(tiny: Exported, observations: Any) -> None:
     def count() -> int:
-        return sum(thread.name == "vqbet-idle" for thread in threading.enumerate())
+        return sum(thread.name == "vqbet-prefetch" for thread in threading.enumerate())
 
+    gc.collect()  # policies of other tests, which an exception may still hold
     before = count()
     policy = load(tiny, "thread")
     for observation in observations[:3]:
@@ -153,16 +170,16 @@ def test_the_thread_ends_with_the_policy(tiny: Exported, observations: Any) -> N
     assert count() == before
 
 
-def test_python_ends_while_idle_work_runs(tiny: Exported) -> None:
+def test_python_ends_while_prefetching_runs(tiny: Exported) -> None:
     program = """
 import sys, time, numpy as np
 from vqbet_edge import EdgePolicy
-policy = EdgePolicy.load(sys.argv[1], "onnxruntime", idle="thread")
+policy = EdgePolicy.load(sys.argv[1], "onnxruntime", prefetch="thread")
 observation = {"observation.image": np.zeros((40, 48, 3), np.uint8),
                "observation.state": np.ones(2, np.float32)}
 policy.act(observation)
-encode = policy._backend.encode
-policy._backend.encode = lambda *_: (time.sleep(0.2), encode(*_))
+encode = policy._window.graphs.encode
+policy._window.graphs.encode = lambda *_: (time.sleep(0.2), encode(*_))
 policy.act(observation)
 print("last line")
 """
