@@ -5,7 +5,6 @@ addresses and waiting can be checked by. Calls are counted and fail as the drive
 """
 
 import weakref
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,6 @@ class FakeTensorRT:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.loggers: list[Any] = []
         self.living: weakref.WeakSet[object] = weakref.WeakSet()
-        self.runs: Counter[str] = Counter()
         self.ILogger = type("ILogger", (), {"__init__": lambda _self: None})
 
     def fails(self, name: str) -> bool:
@@ -120,8 +118,16 @@ class Context:
             (*self.inputs, *self.outputs)
         ):
             return False
-        self.module.runs[self.stage] += 1
-        self.module.driver.put(stream, self.run)
+        run, misuses = weakref.WeakMethod(self.run), self.module.driver.misuses
+
+        def work() -> None:
+            living = run()
+            if living is None:
+                misuses.append("running a context that is gone")
+            else:
+                living()
+
+        self.module.driver.put(stream, work)
         return True
 
     def run(self) -> None:
