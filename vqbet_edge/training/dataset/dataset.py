@@ -159,12 +159,15 @@ class LeRobotDataset:
             self._frames[key] = cached_frames(parts, shape, cache)
         return self._frames[key]
 
-    def episode(self, position: int, keys: Sequence[str] | None = None) -> dict[str, Array]:
+    def episode(
+        self, position: int, keys: Sequence[str] | None = None, steps: slice = slice(None)
+    ) -> dict[str, Array]:
         """One demonstration.
 
         Args:
             position: 0 to `num_episodes` - 1.
             keys: the features to return; None is state, action and the cameras.
+            steps: which of its frames; only they are decoded.
 
         Returns:
             Per key (T, dim), for cameras uint8 (T, height, width, 3).
@@ -173,9 +176,9 @@ class LeRobotDataset:
             keys = [*(k for k in _POLICY_VECTORS if k in self.features), *self.image_keys]
         rows = slice(self.bounds[position], self.bounds[position + 1])
         return {
-            key: self._episode_frames(position, key)
+            key: self._episode_frames(position, key, steps)
             if key in self.info.cameras
-            else self.column(key)[rows]
+            else self.column(key)[rows][steps]
             for key in keys
         }
 
@@ -190,21 +193,23 @@ class LeRobotDataset:
         order = np.random.default_rng(seed).permutation(self.num_episodes).tolist()
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
 
-    def _episode_frames(self, position: int, key: str) -> Frames:
+    def _episode_frames(self, position: int, key: str, steps: slice) -> Frames:
         if key in self._frames:
-            return self._frames[key][self.bounds[position] : self.bounds[position + 1]]
+            return self._frames[key][self.bounds[position] : self.bounds[position + 1]][steps]
         _cameras(self.info, [key])
-        return self._decode(position, key)
+        return self._decode(position, key, steps)
 
-    def _decode(self, position: int, key: str) -> Frames:
+    def _decode(self, position: int, key: str, steps: slice = slice(None)) -> Frames:
         episode, feature = self._table.episodes[position], self.features[key]
         if feature.dtype == "video":
             clip = self.info.clip(episode, key)
-            path, frames = clip.path, self._videos.read(clip, self._times(position), episode.index)
+            path, seconds = clip.path, self._times(position)
+            frames = self._videos.read(clip, seconds, episode.index, steps)
         else:
             path = self._table.files(position)[0]
             try:
-                frames = np.stack([decode_image(png) for png in self._table.images(position, key)])
+                images = self._table.images(position, key)[steps]
+                frames = np.stack([decode_image(png) for png in images])
             except IMAGE_ERRORS as e:
                 raise unreadable(path, episode.index, e) from e
         expected = (len(frames), *feature.shape)

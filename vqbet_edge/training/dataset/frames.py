@@ -49,8 +49,13 @@ class Videos:
             self._times[clip.path] = _packet_times(clip.path, episode)
         self._match(self._times[clip.path], clip, seconds, episode)
 
-    def read(self, clip: Clip, seconds: Times, episode: int) -> Frames:
-        """Decode them, uint8 (T, height, width, 3); arguments and errors are those of `check`."""
+    def read(self, clip: Clip, seconds: Times, episode: int, steps: slice = slice(None)) -> Frames:
+        """Decode some of them, uint8 (T, height, width, 3).
+
+        Arguments and errors are those of `check`.
+        """
+        number = steps.indices(len(seconds))[0]
+        seconds = seconds[steps]
         found: list[float] = []
         frames: list[Frames] = []
         first, last = clip.start + seconds[0], clip.start + seconds[-1]
@@ -64,7 +69,7 @@ class Videos:
                 self._ahead = next(self._frames, None)
         except (av.error.FFmpegError, IndexError) as e:
             raise unreadable(clip.path, episode, e) from e
-        nearest = self._match(np.array(found), clip, seconds, episode)
+        nearest = self._match(np.array(found), clip, seconds, episode, number)
         return np.stack(frames)[nearest]
 
     def _seek(self, path: Path, seconds: float) -> None:
@@ -82,9 +87,12 @@ class Videos:
         self._ahead = next(self._frames, None)
 
     def _match(
-        self, found: Times, clip: Clip, seconds: Times, episode: int
+        self, found: Times, clip: Clip, seconds: Times, episode: int, number: int = 0
     ) -> npt.NDArray[np.intp]:
-        """Index of the frame nearest to every wanted time, at most half a frame away."""
+        """Index of the frame nearest to every wanted time, at most half a frame away.
+
+        The first wanted one has the `number` in the episode.
+        """
         wanted = clip.start + seconds
         ends = np.concatenate([[-np.inf], found, [np.inf]])
         right = np.searchsorted(found, wanted) + 1
@@ -92,10 +100,11 @@ class Videos:
         off = np.abs(ends[nearest] - wanted)
         missing = off > self._half
         if missing.any():
-            frame = int(missing.argmax())
+            first = int(missing.argmax())
             raise DatasetError(
-                f"{clip.path}: frame {frame} of episode {episode} (at {wanted[frame]:.3f} s) is "
-                f"not in the video: {self._apart(found, wanted[frame], off[frame])}"
+                f"{clip.path}: frame {number + first} of episode {episode} (at "
+                f"{wanted[first]:.3f} s) is not in the video: "
+                f"{self._apart(found, wanted[first], off[first])}"
             )
         return nearest - 1
 
