@@ -1,26 +1,35 @@
 """What every command of this package does around its work: errors, exit codes, interrupts."""
 
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
-from vqbet_edge.signals import GRACE, ending_in_time, exit_code
+
+# Shells report a program that a signal ended by 128 and the signal's number.
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# What a disk says without naming a file: no space, no quota, too large, read-only, broken.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
-def run(main: Callable[[], None], grace: float | None = GRACE) -> NoReturn:
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, raised where SIGINT would raise KeyboardInterrupt."""
+
+
+def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's body and exit; errors go to stderr.
 
     Exit codes: 0 ok, 2 usage (from the argument parser), 130 after SIGINT, 143 after SIGTERM,
     otherwise the `exit_code` of the error.
-
-    Args:
-        main: the body.
-        grace: seconds that it has to end after a signal; None when it decides that itself.
     """
     code = 0
     try:
-        with ending_in_time(grace):
+        with _raising_on_sigterm():
             main()
     except VQBeTEdgeError as error:
         code = _fail(error, error.exit_code)
@@ -30,12 +39,40 @@ def run(main: Callable[[], None], grace: float | None = GRACE) -> NoReturn:
         message = f"commands need '{error.name}'; type: pip install 'vqbet-edge[cli]'"
         code = _fail(UsageError(message), UsageError.exit_code)
     except OSError as error:
-        # The parts that know a better explanation raise it themselves.
-        code = _fail(error, DiskError.exit_code)
+        # The parts that know a better explanation raise it themselves. Networks fail with errors
+        # of this class too.
+        disk = error.filename is not None or error.errno in _DISK
+        code = _fail(error, DiskError.exit_code if disk else VQBeTEdgeError.exit_code)
     except KeyboardInterrupt as interrupt:
         sys.stderr.write("interrupted\n")
-        code = exit_code(interrupt)
+        code = _TERMINATED if isinstance(interrupt, TerminatedError) else _INTERRUPTED
     sys.exit(code)
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """What is half done is cleaned up after SIGTERM as after SIGINT; an ignored one stays so."""
+    own = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if own:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise TerminatedError
+
+
+def _forget() -> None:
+    """A forked child's signals are its own."""
+    if signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -24,7 +24,6 @@ from vqbet_edge.runtime.manifest import (
     STAGES,
     CropSpec,
     FeatureSpec,
-    Layout,
     Manifest,
     PolicySpec,
     Precision,
@@ -35,7 +34,6 @@ from vqbet_edge.runtime.manifest import (
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
-from vqbet_edge.training.layouts import Era
 from vqbet_export.graph import export_graph
 from vqbet_export.stages import (
     CACHED_GPT_FREE_AXES,
@@ -51,7 +49,6 @@ from vqbet_export.stages import (
     token_constants,
 )
 
-LAYOUTS: dict[Era, Layout] = {Era.A: "0.1", Era.B: "0.2-0.3", Era.C: "0.4+"}
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 # Larger codebooks are decoded by their graph.
 MAX_TABLE_BYTES = 64 << 20
@@ -133,7 +130,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
         files={},
         verification=None,
         calibration=None,
-        source=SourceSpec(checkpoint.name, checkpoint.sha256, LAYOUTS[checkpoint.era]),
+        source=SourceSpec(checkpoint.name, checkpoint.sha256, checkpoint.layout.value),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("vqbet-edge", "torch", "onnx", "onnxruntime")},

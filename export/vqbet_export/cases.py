@@ -13,7 +13,7 @@ from vqbet_edge.runtime.cases import Case, PolicyOutputs, ReferenceCases
 from vqbet_edge.runtime.manifest import CropSpec
 from vqbet_edge.runtime.sampling import softmax
 from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_export.observations import Piece
+from vqbet_edge.training.dataset.samples import Piece
 from vqbet_export.reference import Reference, run_reference
 from vqbet_export.stages import runtime_crop
 

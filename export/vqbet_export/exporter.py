@@ -19,9 +19,9 @@ from vqbet_edge.runtime.comparison import LIMITS
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, STAGES, Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
+from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
 from vqbet_export.assembly import assemble
 from vqbet_export.cases import CaseChooser
-from vqbet_export.observations import Piece, dataset_pieces, random_pieces
 from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.report import report_data, report_markdown
@@ -173,7 +173,7 @@ def _verify(
     verifier = Verifier(draft.bundle, checkpoint, targets)
     results: list[Verification] = []
     try:
-        for name, pieces in _observations(draft, checkpoint, config):
+        for name, pieces in _observations(draft, config):
             progress(f"verifying on {name} observations")
             chooser = CaseChooser(checkpoint)
             results += verifier.verify(pieces, name, chooser.consider)
@@ -191,14 +191,14 @@ def _verify(
     return results, chooser.choose(uncertainty, verifier.proves)
 
 
-def _observations(
-    draft: _Draft, checkpoint: Checkpoint, config: ExportConfig
-) -> Iterator[tuple[str, Iterator[Piece]]]:
-    """What to verify on, with its name in the report."""
+def _observations(draft: _Draft, config: ExportConfig) -> Iterator[tuple[str, Iterator[Piece]]]:
+    """What to verify on, with its name in the report; read a piece at a time."""
+    manifest, steps = draft.bundle.manifest, config.verify_steps
     if draft.samples is None:
-        yield "random", random_pieces(checkpoint, config.verify_steps)
+        scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
+        yield "random", random_pieces(manifest, scaling, steps)
     else:  # noise is outside the calibrated ranges
         held_out = draft.samples.verification
         yield "held-out", (Piece(piece.frames, piece.states) for piece in held_out)
     if config.verify_data is not None:
-        yield "real", dataset_pieces(checkpoint, config.verify_data, config.verify_steps)
+        yield "real", Sampler.open(config.verify_data, manifest).pieces(steps)

@@ -71,14 +71,16 @@ class TensorRTGraphs(Backend):
 
     def create_window(self) -> "TensorRTGraphsWindow":
         """See `Backend`."""
-        return TensorRTGraphsWindow(self._manifest, self._sessions)
+        return TensorRTGraphsWindow(self, self._manifest, self._sessions)
 
 
 class TensorRTGraphsWindow(Window):
     """A window of `TensorRTGraphs`."""
 
-    def __init__(self, manifest: Manifest, sessions: Mapping[StageName, StageSession]) -> None:
-        super().__init__()
+    def __init__(
+        self, backend: Backend, manifest: Manifest, sessions: Mapping[StageName, StageSession]
+    ) -> None:
+        super().__init__(backend)
         self._sessions = sessions
         shape = signature(manifest, "gpt").inputs[0].shape
         self._window: Floats = np.zeros(shape, np.float32)  # (1, N, K, D)

@@ -11,7 +11,8 @@ from vqbet_edge.runtime.cases import PolicyOutputs
 from vqbet_edge.runtime.window import sliding_windows
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import STATE_KEY
-from vqbet_export.observations import Piece
+from vqbet_edge.training.dataset.samples import Piece
+from vqbet_edge.training.normalization import scale_images
 
 Floats = NDArray[np.float32]
 
@@ -38,7 +39,8 @@ def run_reference(checkpoint: Checkpoint, piece: Piece) -> Reference:
     network, config = checkpoint.network, checkpoint.config
     head, length = network.head, config.n_obs_steps
     encoded = _encode(checkpoint, piece)  # (M, K, gpt_input_dim)
-    states = _windows(_scaled(piece.states, checkpoint, STATE_KEY), length)
+    states = torch.from_numpy(checkpoint.inputs[STATE_KEY].apply(piece.states))
+    states = _windows(states, length)
     features = network.features(_windows(encoded, length), states)[:, length - 1]
     primary = head.primary_logits(features).argmax(dim=-1)
     logits = head.code_logits(features, primary)
@@ -75,16 +77,9 @@ def _encode(checkpoint: Checkpoint, piece: Piece) -> Tensor:
 
 def _images(frames: Tensor, checkpoint: Checkpoint) -> Tensor:
     """uint8 (M, K, 3, H, W) -> float32, normalised."""
-    images = (frames / 255).movedim(2, -1).numpy()  # (M, K, H, W, 3)
-    keys = checkpoint.config.image_keys
-    scaled = [_scaled(images[:, k], checkpoint, key) for k, key in enumerate(keys)]
-    return torch.stack(scaled, dim=1).movedim(-1, 2)
-
-
-def _scaled(x: Floats, checkpoint: Checkpoint, key: str) -> Tensor:
-    """(..., dim), normalised."""
-    scaling = checkpoint.inputs[key]
-    return torch.from_numpy((x - scaling.subtract) * scaling.multiply + scaling.add)
+    images, keys = frames / 255, checkpoint.config.image_keys
+    scaled = [scale_images(images[:, k], checkpoint.inputs[key]) for k, key in enumerate(keys)]
+    return torch.stack(scaled, dim=1)
 
 
 def _windows(rows: Tensor, length: int) -> Tensor:

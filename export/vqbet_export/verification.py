@@ -27,7 +27,7 @@ from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.proof import PolicyCheck, act_out
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import STATE_KEY
-from vqbet_export.observations import Piece
+from vqbet_edge.training.dataset.samples import Piece
 from vqbet_export.onnx_graphs import StageSession, TensorRTGraphs
 from vqbet_export.reference import Reference, run_reference
 from vqbet_export.stages import decode_table
@@ -90,7 +90,10 @@ class Verifier:
         self._graphs = [_Graphs.load(bundle, target) for target in targets]
 
     def verify(
-        self, pieces: Iterable[Piece], name: str, seen: Callable[[Piece, Reference], None]
+        self,
+        pieces: Iterable[Piece],
+        name: str,
+        seen: Callable[[Piece, Reference], None] = lambda *_: None,
     ) -> list[Verification]:
         """Compare on some observations, of which one piece is in memory at a time.
 

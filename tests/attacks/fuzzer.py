@@ -7,7 +7,6 @@ a signal, took more than ten seconds or raised anything else.
 """
 
 import collections
-import dataclasses
 import json
 import os
 import re
@@ -25,7 +24,6 @@ import onnx
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.bundle import RUNTIME_NAME, Bundle, _check_graph
-from vqbet_edge.runtime.safetensors import read_safetensors
 
 ACTED, REFUSED, OTHER = 0, 10, 11
 SECONDS = 10
@@ -36,12 +34,9 @@ _NUMBERS = [0, 1, -1, 2, 7, 255, 1 << 31, (1 << 31) - 1, 1 << 40, (1 << 63) - 1,
 
 def run(bundle: Bundle, name: str, data: bytes) -> None:
     """Load the bundle with one file replaced, and act twice."""
-    contents, arrays = {**bundle.contents, name: data}, bundle.arrays
-    if name == RUNTIME_NAME:
-        arrays = read_safetensors(data, name)
-    else:
+    if name != RUNTIME_NAME:
         _check_graph(name, data)
-    changed = dataclasses.replace(bundle, contents=contents, arrays=arrays)
+    changed = Bundle.of(bundle.path, bundle.manifest, {**bundle.contents, name: data})
     policy = EdgePolicy(changed, create_backend("onnxruntime", changed))
     features = bundle.manifest.input_features
     height, width, _ = bundle.manifest.image_shape

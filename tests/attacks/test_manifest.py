@@ -87,24 +87,24 @@ def test_mutated_values_that_are_accepted_act_or_are_refused_later(
     assert accepted  # such as another temperature or another name of the checkpoint
 
 
-NUMBER = b'"batch_size": 1'
+NUMBER = b'"n_obs_steps": 5'
 CORPUS: dict[str, bytes | tuple[bytes, bytes]] = {
     "key twice": (NUMBER, NUMBER + b",\n  " + NUMBER),
     "key twice in a feature": (b'"type": "STATE"', b'"type": "STATE", "type": "STATE"'),
-    "key twice, escaped": (NUMBER, NUMBER + b',\n  "batch\\u005fsize": 1'),
-    "escaped key": (NUMBER, b'"batch\\u005fsize": 1'),
-    "NaN": (NUMBER, b'"batch_size": NaN'),
+    "key twice, escaped": (NUMBER, NUMBER + b',\n  "n_obs\\u005fsteps": 5'),
+    "escaped key": (NUMBER, b'"n_obs\\u005fsteps": 5'),
+    "NaN": (NUMBER, b'"n_obs_steps": NaN'),
     "NaN as a temperature": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": NaN'),
     "infinity": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": Infinity'),
     "number beyond float64": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": 1e999'),
-    "digits without end": (NUMBER, b'"batch_size": ' + b"9" * 500_000),
+    "digits without end": (NUMBER, b'"n_obs_steps": ' + b"9" * 500_000),
     "fraction without end": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": 0.1' + b"0" * 500_000),
-    "true as a number": (NUMBER, b'"batch_size": true'),
-    "text as a number": (NUMBER, b'"batch_size": "1"'),
+    "true as a number": (NUMBER, b'"n_obs_steps": true'),
+    "text as a number": (NUMBER, b'"n_obs_steps": "1"'),
     "negative zero": (b'"top": 2', b'"top": -0'),
     "deep arrays": b"[" * 500_000,
     "deep objects": b'{"a":' * 100_000,
-    "deep value": (NUMBER, b'"batch_size": ' + b"[" * 400_000 + b"]" * 400_000),
+    "deep value": (NUMBER, b'"n_obs_steps": ' + b"[" * 400_000 + b"]" * 400_000),
     "huge": b" " * (MAX_MANIFEST_BYTES + 1),
     "just not huge": b" " * MAX_MANIFEST_BYTES,
     "byte order mark": (b"{\n", b"\xef\xbb\xbf{\n"),
@@ -119,7 +119,7 @@ CORPUS: dict[str, bytes | tuple[bytes, bytes]] = {
     "comment": (b"{\n", b"{ // all is well\n"),
     "trailing comma": (NUMBER + b",", NUMBER + b",,"),
     "two documents": (b"\n}\n", b"\n}\n{}\n"),
-    "single quotes": (NUMBER, b"'batch_size': 1"),
+    "single quotes": (NUMBER, b"'n_obs_steps': 5"),
     "empty": b"",
     "null": b"null\n",
     "a number": b"1\n",

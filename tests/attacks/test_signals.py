@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sizes import SMALL
 from torture import cases
 from workshop import Workshop
 
-from vqbet_edge import signals
+from vqbet_edge import cli
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # A busy machine needs longer than an idle one, on which two seconds hold.
@@ -130,55 +129,52 @@ def test_eval(mini: Path, number: signal.Signals) -> None:
     assert code in {CODES[number], 4}, command.text  # 4: the bundle is not of that task
 
 
-STUCK = """
-import signal, sys, time
-from vqbet_edge import cli, signals
-def stuck():
-    print("working", flush=True)
-    while True:
-        try:
-            time.sleep(100)
-        except KeyboardInterrupt:  # as a library might
-            pass
-commands.run(stuck, grace=0.3)
-"""
+def raising(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(SECONDS)
 
 
 @pytest.mark.parametrize("number", CODES)
-def test_a_library_that_swallows_the_interrupt(number: signal.Signals) -> None:
-    command = [sys.executable, "-c", HEED_INTERRUPTS + STUCK]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(number)
-    assert process.wait(timeout=SECONDS) == CODES[number]
-    process.stdout.close()
-
-
-def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in CODES]
-    with signals.ending_in_time(), pytest.raises(signals.TerminatedError):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert [signal.getsignal(number) for number in CODES] == before
-    assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_a_block_that_ended_by_itself_ends_no_process() -> None:
-    with signals.ending_in_time(grace=0.05), pytest.raises(signals.TerminatedError):
-        os.kill(os.getpid(), signal.SIGTERM)
-    with signals.ending_in_time(grace=0.05):
-        pass
-    threads = [thread for thread in threading.enumerate() if thread.name == "signals"]
-    for thread in threads:
-        thread.join(timeout=SECONDS)
-        assert not thread.is_alive()
+def test_handlers_are_given_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in CODES]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: raising(number))
+    assert ended.value.code == CODES[number]
+    assert [signal.getsignal(each) for each in CODES] == before
 
 
 def test_a_forked_child_has_the_default_handlers() -> None:
-    with signals.ending_in_time():
+    status = 0
+
+    def fork() -> None:
+        nonlocal status
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
+
+    with pytest.raises(SystemExit):
+        cli.run(fork)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device"), 5),
+        (FileNotFoundError(2, "No such file", "/there"), 5),
+        (ConnectionRefusedError(111, "Connection refused"), 1),
+        (TimeoutError("timed out"), 1),
+    ],
+)
+def test_only_a_disk_exits_as_a_disk(
+    error: OSError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(fail)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.startswith("error: ")

@@ -14,6 +14,8 @@ from torture import cases
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, Guards
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import load_checkpoint
 
 ACTING = """
@@ -46,7 +48,7 @@ def test_how_long_the_robot_waits_does_not_change_a_bit(mini: Path) -> None:
     """What is done while the robot moves may be done in time or not."""
     random = np.random.default_rng(13)
     hasty, patient = (
-        EdgePolicy.load(mini, backend="onnxruntime", seed=1, temperature=1.0, idle="thread")
+        EdgePolicy.load(mini, backend="onnxruntime", seed=1, temperature=1.0, prefetch="thread")
         for _ in range(2)
     )
     for _ in range(cases(100, 1000)):
@@ -59,8 +61,9 @@ def test_how_long_the_robot_waits_does_not_change_a_bit(mini: Path) -> None:
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.999), ("fp16", 0.99)])
 def test_codes_agree_with_pytorch(workshop: Workshop, precision: str, share: float) -> None:
     """PyTorch is the other backend that every machine has."""
-    from vqbet_export.observations import random_pieces
     from vqbet_export.reference import run_reference
+
+    from vqbet_edge.training.dataset.samples import random_pieces
 
     exported = workshop.bundle(oracle.TINY, precision)  # type: ignore[arg-type]
     checkpoint = load_checkpoint(str(exported.checkpoint))
@@ -68,7 +71,9 @@ def test_codes_agree_with_pytorch(workshop: Workshop, precision: str, share: flo
         exported.bundle, "onnxruntime", temperature=0, guards=Guards(action_limits=None)
     )
     equal = []
-    for piece in random_pieces(checkpoint, cases(100, 1000)):
+    bundle = Bundle.open(exported.bundle)
+    scaling = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
+    for piece in random_pieces(bundle.manifest, scaling, cases(100, 1000)):
         codes = run_reference(checkpoint, piece).outputs.codes
         policy.reset()
         for frames, state, expected in zip(piece.frames, piece.states, codes, strict=True):

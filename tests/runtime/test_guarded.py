@@ -1,7 +1,10 @@
 """`EdgePolicy` with its guards."""
 
+import copy
+import gc
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -46,14 +49,14 @@ def observations() -> Observations:
 
 def stretched(policy: EdgePolicy, factor: float) -> None:
     """Let the offsets be as large as an untrained or overflowing network might make them."""
-    predict, replan = policy._backend.predict, policy._backend.replan
+    predict, replan = policy._window.graphs.predict, policy._window.graphs.replan
 
     def larger(outputs: Any) -> Any:
         outputs.offsets[...] *= np.float32(factor)
         return outputs
 
-    policy._backend.predict = lambda states: larger(predict(states))  # type: ignore[method-assign]
-    policy._backend.replan = lambda *a, **k: larger(replan(*a, **k))  # type: ignore[method-assign]
+    policy._window.graphs.predict = lambda states: larger(predict(states))  # type: ignore[method-assign]
+    policy._window.graphs.replan = lambda *a, **k: larger(replan(*a, **k))  # type: ignore[method-assign]
 
 
 def test_actions_stay_within_the_training_datas_range(
@@ -109,8 +112,8 @@ def test_not_a_number_is_always_raised(
     policy = load(mini, temperature=temperature, replan_every=1)
     policy.act(observations[0])
     predict, replan, random = (
-        policy._backend.predict,
-        policy._backend.replan,
+        policy._window.graphs.predict,
+        policy._window.graphs.replan,
         np.random.default_rng(0),
     )
 
@@ -120,11 +123,11 @@ def test_not_a_number_is_always_raised(
         return outputs
 
     if where == "table":
-        assert policy._table is not None
-        policy._table = np.full_like(policy._table, value)
+        assert policy._planner._table is not None
+        policy._planner._table = np.full_like(policy._planner._table, value)
     else:
-        policy._backend.predict = lambda states: spoil(predict(states))  # type: ignore[method-assign]
-        policy._backend.replan = lambda *a, **k: spoil(replan(*a, **k))  # type: ignore[method-assign]
+        policy._window.graphs.predict = lambda states: spoil(predict(states))  # type: ignore[method-assign]
+        policy._window.graphs.replan = lambda *a, **k: spoil(replan(*a, **k))  # type: ignore[method-assign]
     for observation in observations[:8]:
         before = policy.last
         with pytest.raises(NonFiniteError), np.errstate(all="ignore"):
@@ -191,9 +194,9 @@ class Slow:
         self.go = threading.Event()
         self.go.set()
         self.error: Exception | None = None
-        backend = policy._backend
+        graphs = policy._window.graphs
         for name in ("predict", "replan"):
-            setattr(backend, name, self._waiting(getattr(backend, name)))
+            setattr(graphs, name, self._waiting(getattr(graphs, name)))
 
     def _waiting(self, method: Any) -> Any:
         def waiting(*arguments: Any, **options: Any) -> Any:
@@ -317,7 +320,7 @@ def test_a_late_failure_is_not_lost(mini: Path, observations: Observations) -> N
     slow.error = BackendError("the accelerator fell off")
     with slow.stuck(), pytest.raises(DeadlineError):
         policy.act(observations[0])
-    while not policy._deadline._late[0].done():  # type: ignore[union-attr]
+    while not policy._deadline._late._jobs[0].done():  # type: ignore[union-attr]
         time.sleep(0.001)
     with pytest.raises(BackendError, match="fell off"):
         policy.act(observations[1])
@@ -352,8 +355,8 @@ def test_use_after_fork_is_told(mini: Path, observations: Observations) -> None:
 FORKED = """
 import gc, os, sys
 from vqbet_edge import EdgePolicy
-policy = EdgePolicy.load(sys.argv[1], sys.argv[2])
-circle = [EdgePolicy.load(sys.argv[1], sys.argv[2])]
+policy = EdgePolicy.load(sys.argv[1], "onnxruntime")
+circle = [EdgePolicy.load(sys.argv[1], "onnxruntime").sibling()]
 circle.append(circle)
 del circle
 child = os.fork()
@@ -365,26 +368,30 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_forked_process_frees_nothing_and_ends(mini: Path, backend: str) -> None:
+def test_a_forked_process_frees_nothing_and_ends(mini: Path) -> None:
     """ONNX Runtime's sessions wait for their threads when they are freed."""
-    command = [sys.executable, "-c", FORKED, mini, backend]
+    command = [sys.executable, "-c", FORKED, mini]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def test_eight_threads_act_as_one(mini: Path, observations: Observations) -> None:
+@pytest.mark.parametrize("guards", [None, Guards(deadline_s=20, on_late="raise")])
+def test_eight_siblings_act_as_alone(
+    mini: Path, observations: Observations, guards: Guards | None
+) -> None:
+    """Bitwise, all at once on the same weights, each in a thread of its own."""
     steps = cases(40, 1000)
 
-    def acted(seed: int) -> list[np.ndarray]:
-        policy = load(mini, seed=seed, temperature=1.0)
-        return [policy.act(observations[step % 60]) for step in range(steps)]
+    def acted(policy: EdgePolicy, seed: int) -> list[np.ndarray]:
+        return [policy.act(observations[(step + 7 * seed) % 60]) for step in range(steps)]
 
-    serial = [acted(seed) for seed in range(8)]
+    alone = [acted(load(mini, seed=seed, temperature=1.0), seed) for seed in range(8)]
+    first = load(mini, guards, seed=99, temperature=1.0)
+    siblings = [first.sibling(seed=seed) for seed in range(8)]
     found: dict[int, list[np.ndarray]] = {}
 
     def work(seed: int) -> None:
-        found[seed] = acted(seed)
+        found[seed] = acted(siblings[seed], seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
     for thread in threads:
@@ -392,7 +399,64 @@ def test_eight_threads_act_as_one(mini: Path, observations: Observations) -> Non
     for thread in threads:
         thread.join()
     for seed in range(8):
-        np.testing.assert_array_equal(found[seed], serial[seed])
+        np.testing.assert_array_equal(found[seed], alone[seed])
+
+
+def test_a_sibling_has_a_life_of_its_own(mini: Path, observations: Observations) -> None:
+    policy, plain = load(mini, seed=1), load(mini, seed=1)
+    sibling = policy.sibling(seed=2)
+    for step, observation in enumerate(observations[:20]):
+        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
+        if step % 3 == 0:
+            sibling.act(observations[-1 - step])
+        if step == 11:
+            sibling.reset()
+        if step == 12:
+            with pytest.raises(ObservationError):
+                sibling.act({})
+    assert sibling.last is not policy.last
+    before = sibling.guard_counts
+    del policy
+    gc.collect()
+    sibling.act(observations[0])
+    assert sibling.guard_counts == before
+
+
+def test_a_sibling_has_the_same_options(mini: Path, observations: Observations) -> None:
+    options: dict[str, Any] = {"temperature": 0, "replan_every": 2, "prefetch": "off"}
+    limits = Guards(action_limits=((-0.5, 20.0), (0.25, 30.0)))
+    sibling = load(mini, limits, seed=3, **options).sibling()
+    plain = load(mini, limits, seed=0, **options)
+    stretched(sibling, 300)
+    stretched(plain, 300)
+    for observation in observations[:10]:
+        np.testing.assert_array_equal(sibling.act(observation), plain.act(observation))
+    assert sibling.guard_counts == plain.guard_counts
+    assert sibling.guard_counts.clamped > 0
+    with pytest.raises(UsageError, match="expected a seed of 0 or more"):
+        plain.sibling(seed=-1)
+
+
+def test_a_closed_policy_says_so_and_its_siblings_act(
+    mini: Path, observations: Observations
+) -> None:
+    with load(mini, seed=1) as policy:
+        policy.act(observations[0])
+        sibling = policy.sibling(seed=1)
+    for call in (lambda: policy.act(observations[1]), policy.reset, policy.sibling):
+        with pytest.raises(BackendError, match="closed; load the policy again"):
+            call()
+    plain = load(mini, seed=1)
+    for observation in observations[:8]:
+        np.testing.assert_array_equal(sibling.act(observation), plain.act(observation))
+    sibling.close()
+    sibling.close()
+
+
+@pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_policy_is_not_copied(mini: Path, copying: Any) -> None:
+    with pytest.raises(UsageError, match=r"EdgePolicy.load there, or sibling\(\)"):
+        copying(load(mini))
 
 
 def test_overlapping_calls_raise_or_are_right(mini: Path, observations: Observations) -> None:

@@ -24,7 +24,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
 def test_shows_a_bundle(tiny: Exported, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert run(monkeypatch, str(tiny.bundle)) == 0
     shown = capsys.readouterr().out
-    for word in ("every digest is right", "observation.image", "vision_encoder", "fp32", "era C"):
+    for word in (
+        "every digest is right",
+        "observation.image",
+        "vision_encoder",
+        "fp32",
+        "LeRobot 0.4+",
+    ):
         assert word in shown
     assert run(monkeypatch, str(tiny.bundle), "--json") == 0
     manifest = (tiny.bundle / "manifest.json").read_text()
@@ -58,7 +64,7 @@ def test_what_a_bundle_says_is_shown_as_it_stands(
     (bundle / "manifest.json").write_bytes(changed)
     assert run(monkeypatch, str(bundle)) == 0
     assert "[/bold]mine" in capsys.readouterr().out
-    (bundle / "manifest.json").write_bytes(changed.replace(b'"era"', b'"\\u001b[31m"'))
+    (bundle / "manifest.json").write_bytes(changed.replace(b'"layout"', b'"\\u001b[31m"'))
     assert run(monkeypatch, str(bundle)) == 4
     error = capsys.readouterr().err
     assert "\x1b" not in error

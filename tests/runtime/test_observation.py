@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no mapping": (lambda o: list(o.values()), r"expected a mapping with .* got list"),
     "image missing": (lambda o: {STATE: o[STATE]}, r"'observation.image' is missing"),
     "state missing": (lambda o: {IMAGE: o[IMAGE]}, r"'observation.state' is missing"),
-    "state None": (lambda o: {**o, STATE: None}, r"'observation.state' is missing"),
+    "state None": (lambda o: {**o, STATE: None}, r"'observation.state' is None"),
     "list": (lambda o: {**o, STATE: [1.0, 2.0]}, r"expected a NumPy array, got list"),
     "tensor with gradients": (
         lambda o: {**o, STATE: torch.zeros(2, requires_grad=True)},

@@ -17,24 +17,24 @@ from vqbet_edge import (
     ObservationError,
     UsageError,
 )
-from vqbet_edge.runtime.backends.base import Backend
+from vqbet_edge.runtime.backends.base import Window
 
 STATE, IMAGE = "observation.state", "observation.image"
 
 
 class Counting:
-    """Wraps a policy's backend and counts what it is asked to do."""
+    """Wraps a policy's graphs and counts what they are asked to do."""
 
     def __init__(self, policy: EdgePolicy) -> None:
-        self.backend: Backend = policy._backend
+        self.graphs: Window = policy._window.graphs
         self.encoded: list[int] = []
-        encode = self.backend.encode
+        encode = self.graphs.encode
 
         def counted(frames: Any, row: int) -> None:
             self.encoded.append(row)
             encode(frames, row)
 
-        self.backend.encode = counted  # type: ignore[method-assign]
+        self.graphs.encode = counted  # type: ignore[method-assign]
 
 
 def load(exported: Exported, **options: Any) -> EdgePolicy:
@@ -47,7 +47,7 @@ def observations(tiny: Exported) -> list[dict[str, np.ndarray]]:
 
 
 def test_every_frame_is_encoded_once(tiny: Exported, observations: Any) -> None:
-    policy = load(tiny, idle="inline")
+    policy = load(tiny, prefetch="inline")
     counting = Counting(policy)
     for observation in observations:
         policy.act(observation)
@@ -59,7 +59,7 @@ def test_frames_that_no_prediction_will_see_are_not_encoded(workshop: Workshop) 
         "short_window", image=(40, 48), crop_shape=(36, 40), n_obs_steps=2, action_chunk_size=6
     )
     exported = workshop.bundle(case)
-    policy, plain = (load(exported, temperature=0, idle="inline") for _ in range(2))
+    policy, plain = (load(exported, temperature=0, prefetch="inline") for _ in range(2))
     counting = Counting(policy)
     # Three predictions: on steps 0, 6 and 12.
     for observation in oracle.observations(case, 13):
@@ -168,8 +168,8 @@ def test_large_code_books_are_decoded_by_their_graph(
     monkeypatch.setattr(assembly, "MAX_TABLE_BYTES", 0)
     case = oracle.small("untabulated", image=(40, 48), crop_shape=(36, 40))
     graph, table = load(workshop.bundle(case)), load(tiny)
-    assert graph._table is None
-    assert table._table is not None
+    assert graph._planner._table is None
+    assert table._planner._table is not None
     for observation in observations[:3]:
         np.testing.assert_allclose(
             graph.act_chunk(observation, codes=(2, 9)),
@@ -178,55 +178,37 @@ def test_large_code_books_are_decoded_by_their_graph(
         )
 
 
-def test_batch_acts_as_its_rows_by_themselves(workshop: Workshop, tiny: Exported) -> None:
-    from vqbet_export.exporter import ExportConfig, export
-
-    _, directory = workshop.checkpoint(tiny.case)
-    output = directory.parent / "batch.bundle"
-    export(ExportConfig(str(directory), output, batch_size=3, verify_steps=4))
-    batch = EdgePolicy.load(output, temperature=0)
-    single = [load(tiny, temperature=0) for _ in range(3)]
-    rows = [oracle.observations(oracle.TINY, 30)[k::3] for k in range(3)]
-    for step in range(8):
-        observation = {key: np.stack([row[step][key] for row in rows]) for key in rows[0][0]}
-        expected = [p.act(row[step]) for p, row in zip(single, rows, strict=True)]
-        got = batch.act(observation)
-        assert got.shape == (3, 2)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-2)
-    assert batch.act_chunk(observation, codes=[(0, 1), (2, 3), (4, 5)]).shape == (3, 5, 2)
-
-
 @pytest.mark.parametrize("stage", ["logits", "offsets"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_outputs_raise(
     tiny: Exported, observations: Any, stage: str, value: float
 ) -> None:
     policy = load(tiny)
-    predict = policy._backend.predict
+    predict = policy._window.graphs.predict
 
     def spoiled(states: Any) -> Any:
         outputs = predict(states)
         getattr(outputs, stage).flat[-1] = value
         return outputs
 
-    policy._backend.predict = spoiled  # type: ignore[method-assign]
+    policy._window.graphs.predict = spoiled  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError):
         policy.act(observations[0])
 
 
 def test_non_finite_actions_raise_even_from_finite_parts(tiny: Exported, observations: Any) -> None:
     policy = load(tiny)
-    policy._unnormalize.multiply.setflags(write=False)
-    huge = np.full_like(policy._unnormalize.multiply, 3e38)
-    object.__setattr__(policy._unnormalize, "multiply", huge)
-    predict = policy._backend.predict
+    policy._planner._unnormalize.multiply.setflags(write=False)
+    huge = np.full_like(policy._planner._unnormalize.multiply, 3e38)
+    object.__setattr__(policy._planner._unnormalize, "multiply", huge)
+    predict = policy._window.graphs.predict
 
     def large(states: Any) -> Any:
         outputs = predict(states)
         outputs.offsets[:] = 2
         return outputs
 
-    policy._backend.predict = large  # type: ignore[method-assign]
+    policy._window.graphs.predict = large  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="none is executed"), np.errstate(over="ignore"):
         policy.act(observations[0])
 
@@ -238,15 +220,15 @@ def test_a_call_that_fails_midway_asks_for_a_reset(
     policy, plain = load(tiny, seed=2), load(tiny, seed=2)
     for observation in observations[:3]:
         policy.act(observation)
-    working = getattr(policy._backend, method)
+    working = getattr(policy._window.graphs, method)
 
     def failing(*_: Any) -> None:
         raise BackendError("the accelerator fell off")
 
-    setattr(policy._backend, method, failing)
+    setattr(policy._window.graphs, method, failing)
     with pytest.raises(BackendError, match="fell off"):
         policy.act_chunk(observations[3])
-    setattr(policy._backend, method, working)
+    setattr(policy._window.graphs, method, working)
     for _ in range(2):
         with pytest.raises(HistoryError, match=r"call reset\(\)"):
             policy.act(observations[4])
@@ -274,18 +256,18 @@ def test_reset_with_an_impossible_seed_changes_nothing(tiny: Exported, observati
 def test_overlapping_calls_raise(tiny: Exported, observations: Any) -> None:
     policy = load(tiny)
     inside, leave = threading.Event(), threading.Event()
-    predict = policy._backend.predict
+    predict = policy._window.graphs.predict
 
     def slow(states: Any) -> Any:
         inside.set()
         leave.wait(10)
         return predict(states)
 
-    policy._backend.predict = slow  # type: ignore[method-assign]
+    policy._window.graphs.predict = slow  # type: ignore[method-assign]
     worker = threading.Thread(target=policy.act, args=(observations[0],))
     worker.start()
     inside.wait(10)
-    with pytest.raises(ConcurrentUseError, match="one policy per thread"):
+    with pytest.raises(ConcurrentUseError, match=r"one sibling\(\) per thread"):
         policy.act(observations[1])
     with pytest.raises(ConcurrentUseError):
         policy.reset()

@@ -1,4 +1,4 @@
-"""What the robot loads: NumPy, msgspec and one backend, nothing else."""
+"""What the robot loads: NumPy, msgspec, safetensors and one backend, nothing else."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from workshop import Exported
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = {"torch", "torchvision", "onnx", "safetensors", "pyarrow", "av", "tyro", "rich"}
+FORBIDDEN = {"torch", "torchvision", "onnx", "pyarrow", "av", "tyro", "rich"}
 
 LOADED = """
 import sys
@@ -27,7 +27,8 @@ if len(sys.argv) > 1:
                          "observation.state": np.ones(2, np.float32)})
     assert action.shape == (2,) and np.isfinite(action).all()
 top = lambda names: sorted({n.partition(".")[0] for n in names})
-print(json.dumps({"import": top(after_import - before), "act": top(set(sys.modules))}))
+ours = [n for n in sys.modules if n.startswith("vqbet_edge.")]
+print(json.dumps({"import": top(after_import - before), "act": top(set(sys.modules)), "ours": ours}))
 """
 
 
@@ -38,17 +39,25 @@ def loaded(python: str, *arguments: str, cwd: Path | None = None) -> dict[str, s
     return {key: set(names) for key, names in json.loads(done.stdout).items()}
 
 
-def test_import_loads_numpy_and_msgspec_only() -> None:
+def test_import_loads_three_libraries_only() -> None:
     modules = loaded(sys.executable)["import"]
     assert not modules & (FORBIDDEN | {"onnxruntime"})
     # msgspec looks for typing_extensions and does without it.
     ours = {"vqbet_edge", "typing_extensions"}
     third_party = modules - set(sys.stdlib_module_names) - ours
-    assert third_party == {"numpy", "msgspec"}
+    assert third_party == {"numpy", "msgspec", "safetensors"}
 
 
 def test_acting_loads_one_backend_more(tiny: Exported) -> None:
-    assert not loaded(sys.executable, str(tiny.bundle))["act"] & FORBIDDEN
+    modules = loaded(sys.executable, str(tiny.bundle))
+    assert not modules["act"] & FORBIDDEN
+    only_runtime(modules["ours"])
+
+
+def only_runtime(modules: set[str]) -> None:
+    assert "vqbet_edge.runtime.policy" in modules
+    outside = {name for name in modules if not name.startswith("vqbet_edge.runtime")}
+    assert outside == {"vqbet_edge.errors"}
 
 
 def test_acts_in_an_environment_with_the_runtime_only(tiny: Exported, tmp_path: Path) -> None:
@@ -63,7 +72,9 @@ def test_acts_in_an_environment_with_the_runtime_only(tiny: Exported, tmp_path: 
         pytest.skip("the package index is out of reach")
     assert done.returncode == 0, done.stderr
     bundle = shutil.copytree(tiny.bundle, tmp_path / "policy.bundle")
-    assert not loaded(python, str(bundle), cwd=tmp_path)["act"] & FORBIDDEN
+    modules = loaded(python, str(bundle), cwd=tmp_path)
+    assert not modules["act"] & FORBIDDEN
+    only_runtime(modules["ours"])
     for name in sorted(FORBIDDEN):
         probe = [
             python,

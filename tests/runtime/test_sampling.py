@@ -15,14 +15,17 @@ from vqbet_edge.runtime.backends.base import HeadOutputs
 from vqbet_edge.runtime.sampling import CodeSampler
 
 DRAWS = 100_000
-# One batch row is one draw: what is tested is the whole path of a decision.
+TRAINED = 0.1
 LOGITS = np.array([[0.9, -0.3, 0.1, 0.4, -1.2], [0.2, 0.6, -0.5, 0.0, 0.3]], np.float32)
 COLUMNS = np.random.default_rng(5).normal(0, 0.5, (5, 5)).astype(np.float32)
 
 
-def outputs(logits: np.ndarray, rows: int) -> HeadOutputs:
-    repeated = np.repeat(logits[None], rows, axis=0)
-    return HeadOutputs(repeated, np.zeros((rows, 2, logits.shape[1], 1, 1), np.float32))
+def sampler(temperature: float, columns: np.ndarray | None = None, seed: int = 1) -> CodeSampler:
+    return CodeSampler(temperature, TRAINED, columns, seed)
+
+
+def outputs(logits: np.ndarray) -> HeadOutputs:
+    return HeadOutputs(logits, np.zeros((2, logits.shape[1], 1, 1), np.float32))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -34,7 +37,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("columns", [None, COLUMNS], ids=["joint", "sequential"])
 def test_distribution_is_the_softmax(temperature: float, columns: np.ndarray | None) -> None:
-    choice = CodeSampler(temperature, columns, seed=1).choose(outputs(LOGITS, DRAWS))
+    drawing, given = sampler(temperature, columns), outputs(LOGITS)
     primary = softmax(LOGITS[0].astype(float) / temperature)
     expected = np.stack(
         [
@@ -46,7 +49,8 @@ def test_distribution_is_the_softmax(temperature: float, columns: np.ndarray | N
         ]
     )
     counts = np.zeros((5, 5))
-    np.add.at(counts, tuple(choice.codes.T), 1)
+    for _ in range(DRAWS):
+        counts[tuple(drawing.choose(given).codes)] += 1
     # The chi-square approximation wants at least five expected draws a cell; pool the rest.
     common = expected * DRAWS >= 5
     observed = np.append(counts[common], counts[~common].sum())
@@ -55,29 +59,36 @@ def test_distribution_is_the_softmax(temperature: float, columns: np.ndarray | N
     assert chisquare(observed[keep], wanted[keep]).pvalue > 1e-3
 
 
-def test_greedy_takes_the_largest_logits() -> None:
-    choice = CodeSampler(0, None, seed=1).choose(outputs(LOGITS, 100))
-    assert (choice.codes == [0, 1]).all()
-    assert (choice.probabilities == np.eye(5)[[0, 1]]).all()
+def test_greedy_takes_the_largest_logits_and_tells_the_trained_distribution() -> None:
+    choice = sampler(0).choose(outputs(LOGITS))
+    assert choice.codes.tolist() == [0, 1]
+    expected = [softmax(layer.astype(float) / TRAINED) for layer in LOGITS]
+    np.testing.assert_allclose(choice.probabilities, expected, rtol=1e-12)
+
+
+def test_greedy_tells_logits_apart_that_the_softmax_does_not() -> None:
+    near = np.array([[0.0, 1e-30, -1e-30], [-1e-30, 0.0, 1e-30]], np.float32)
+    assert sampler(0).choose(outputs(near)).codes.tolist() == [1, 2]
 
 
 def test_forced_codes_do_not_shift_the_sequence() -> None:
-    free, forced = (CodeSampler(1.0, None, seed=3) for _ in range(2))
-    first = [free.choose(outputs(LOGITS, 1)).codes for _ in range(20)]
+    free, forced = (sampler(1.0, seed=3) for _ in range(2))
+    first = [free.choose(outputs(LOGITS)).codes for _ in range(20)]
     second = []
     for step in range(20):
-        codes = np.array([[4, 4]]) if step % 2 else None
-        second.append(forced.choose(outputs(LOGITS, 1), codes).codes)
+        codes = np.array([4, 4]) if step % 2 else None
+        second.append(forced.choose(outputs(LOGITS), codes).codes)
     assert (np.array(first)[::2] == np.array(second)[::2]).all()
     assert (np.array(second)[1::2] == 4).all()
 
 
 def test_extreme_logits_are_no_overflow() -> None:
     logits = np.array([[3e38, -3e38, 0.0], [-1e30, 1e30, 1e30]], np.float32)
-    choice = CodeSampler(0.1, None, seed=0).choose(outputs(logits, 50))
-    assert np.isfinite(choice.probabilities).all()
-    assert (choice.codes[:, 0] == 0).all()
-    assert set(choice.codes[:, 1]) == {1, 2}
+    drawing = sampler(0.1)
+    choices = [drawing.choose(outputs(logits)) for _ in range(50)]
+    assert np.isfinite([choice.probabilities for choice in choices]).all()
+    assert {int(choice.codes[0]) for choice in choices} == {0}
+    assert {int(choice.codes[1]) for choice in choices} == {1, 2}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -86,7 +97,7 @@ def test_non_finite_logits_are_never_a_choice(value: float, temperature: float) 
     logits = LOGITS.copy()
     logits[1, 3] = value
     with pytest.raises(NonFiniteError):
-        CodeSampler(temperature, None, seed=0).choose(outputs(logits, 1))
+        sampler(temperature).choose(outputs(logits))
 
 
 ACT = """
@@ -133,7 +144,7 @@ def test_sequential_bundle_samples_its_own_probabilities(workshop: Workshop) -> 
 
 def test_non_finite_columns_are_never_a_choice() -> None:
     with pytest.raises(NonFiniteError):
-        CodeSampler(0.1, np.full((5, 5), np.nan, np.float32), seed=0).choose(outputs(LOGITS, 1))
+        sampler(0.1, np.full((5, 5), np.nan, np.float32)).choose(outputs(LOGITS))
 
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf"), "0.5"])

@@ -1,4 +1,4 @@
-"""The border where observations enter: every one is checked before it touches the history.
+"""Where observations enter: every one is checked before it touches the history.
 
 The data contract:
 

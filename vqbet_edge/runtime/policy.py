@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vqbet_edge.errors import (
     ConcurrentUseError,
     DeadlineError,
     ForkError,
     HistoryError,
-    NonFiniteError,
     UsageError,
 )
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
-from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
@@ -30,8 +28,9 @@ from vqbet_edge.runtime.guards.deadline import Deadline
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
+from vqbet_edge.runtime.planning import Planner, checked_codes, decode_table, secondary_columns
 from vqbet_edge.runtime.recording import Recorder
-from vqbet_edge.runtime.sampling import Choice, Codes, CodeSampler, Decision
+from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow, Slot
 from vqbet_edge.runtime.worker import Backlog, Worker
 
@@ -75,15 +74,12 @@ class EdgePolicy:
         self._replan_every = _checked_replan(replan_every, policy.action_chunk_size)
         trained = policy.bet_softmax_temperature
         self._temperature = trained if temperature is None else _checked(temperature)
-        columns = _secondary_columns(bundle)
-        self._sampler = CodeSampler(self._temperature, trained, columns, _checked_seed(seed))
-        self._table = _decode_table(bundle)
         self._reader = ObservationReader(
             manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
         )
-        self._unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
+        unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
         self._guards = guards or Guards()
-        self._actions = ActionGuard(self._guards, self._unnormalize, manifest.action_dim)
+        self._actions = ActionGuard(self._guards, unnormalize, manifest.action_dim)
         self._clock = ObservationClock(self._guards.max_age_s)
         waiting, most = self._replan_every, policy.action_chunk_size
         self._deadline: Deadline[_Step] | None = None
@@ -92,6 +88,11 @@ class EdgePolicy:
         self._handed: _Step | None = None
         self._late = 0
         self._window = ObservationWindow(manifest, backend.create_window(), waiting)
+        sampler = CodeSampler(
+            self._temperature, trained, secondary_columns(bundle), _checked_seed(seed)
+        )
+        table = decode_table(bundle)
+        self._planner = Planner(self._window, sampler, table, unnormalize, self._actions)
         self._prefetch = _checked_prefetch(prefetch or backend.default_prefetch)
         self._worker = Worker("vqbet-prefetch", finish=True)
         self._prefetching: Backlog[None] = Backlog()
@@ -137,15 +138,20 @@ class EdgePolicy:
             UsageError: an argument is out of range.
         """
         opened = Bundle.open(bundle)
-        return cls(
-            opened,
-            create_backend(backend, opened),
-            seed=seed,
-            temperature=temperature,
-            replan_every=replan_every,
-            prefetch=prefetch,
-            guards=guards,
-        )
+        loaded = create_backend(backend, opened)
+        try:
+            return cls(
+                opened,
+                loaded,
+                seed=seed,
+                temperature=temperature,
+                replan_every=replan_every,
+                prefetch=prefetch,
+                guards=guards,
+            )
+        except BaseException:
+            loaded.close()  # a device's memory is not Python's to collect
+            raise
 
     def sibling(self, *, seed: int = 0) -> "EdgePolicy":
         """A policy for another robot, on the same weights and with the same options.
@@ -158,10 +164,11 @@ class EdgePolicy:
             seed: start of its random sequence.
 
         Raises:
+            BackendError: the policy is closed.
             ForkError: the policy was loaded before this process was forked.
             UsageError: the seed is negative.
         """
-        self._check_process()
+        self._check_usable()
         return EdgePolicy(
             self._bundle,
             self._backend,
@@ -171,6 +178,30 @@ class EdgePolicy:
             prefetch=self._prefetch,
             guards=self._guards,
         )
+
+    def close(self) -> None:
+        """Free this robot's memory, and the weights with the last sibling; then nothing acts.
+
+        A policy is also a context manager that closes at the end of its block.
+
+        Raises:
+            DeadlineError: the backend still works on a call that was late.
+        """
+        if self._window.graphs.closed:
+            return
+        with self._exclusive():
+            if self._deadline is not None:
+                self._deadline.forget()
+            self._prefetching.forget()
+            self._window.graphs.close()
+
+    def __enter__(self) -> "EdgePolicy":  # noqa: PYI034 - Self needs Python 3.11
+        """The policy itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
 
     def __reduce__(self) -> NoReturn:
         """A backend cannot be pickled."""
@@ -213,7 +244,7 @@ class EdgePolicy:
             if self._deadline is not None:
                 self._deadline.forget()
             if start is not None:
-                self._sampler.reseed(start)
+                self._planner.sampler.reseed(start)
             self._prefetching.forget()
             if self._recorder is not None:
                 self._recorder.begin_episode()
@@ -276,10 +307,10 @@ class EdgePolicy:
             float32 (action_chunk_size, action_dim).
 
         Raises:
-            UsageError: a forced code is not in the code book.
+            UsageError: a forced code is not in the codebook.
         """
         with self._exclusive():
-            forced = None if codes is None else self._checked_codes(codes)
+            forced = None if codes is None else checked_codes(codes, self._manifest)
             slot = self._read(observation, observation_time)
 
             def predict() -> _Step:
@@ -409,62 +440,24 @@ class EdgePolicy:
             self._prefetching.add(self._worker.submit(self._window.prefill))
 
     def _plan(self, slot: Slot, forced: Codes | None) -> Floats:
-        """Predict, decide, un-normalise: (W, A)."""
+        """Take the newest observation and predict: a chunk (W, A)."""
         self._prefetching.wait()
         self._window.append(slot)
-        outputs = self._window.predict()
-        choice = self._sampler.choose(outputs, forced)
-        primary, secondary = choice.codes
-        offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
-        decoded = self._decode(choice.codes)
-        chunk: Floats = decoded + offsets  # (W, A)
-        self._unnormalize.apply(chunk, chunk)
-        if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
-            raise NonFiniteError("the predicted actions are not finite; none is executed")
-        clamped = self._actions.planned(chunk)
-        self._last = self._decision(choice, decoded, offsets, clamped)
-        return chunk
+        plan = self._planner.plan(forced)
+        self._last = plan.decision
+        return plan.chunk
 
-    def _decode(self, codes: Codes) -> Floats:
-        """A code pair (2,) -> a chunk (W, A), normalised."""
-        if self._table is None:
-            return self._window.graphs.decode(codes)
-        chunk: Floats = self._table[codes[0], codes[1]]
-        return chunk
-
-    def _decision(
-        self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
-    ) -> Decision:
-        return Decision(
-            codes=choice.codes,
-            code_probabilities=choice.probabilities,
-            decoded_chunk=decoded.copy(),
-            offset_chunk=offsets,
-            clamped=clamped,
-            seconds=dict(self._window.graphs.seconds),
-        )
-
-    def _checked_codes(self, codes: Sequence[int] | Codes) -> Codes:
-        size = self._manifest.policy.vqvae_n_embed
-        try:
-            array = np.asarray(codes)
-        except ValueError:  # ragged
-            array = np.zeros(0)
-        valid = array.shape == (2,) and np.issubdtype(array.dtype, np.integer)
-        if not valid or array.min() < 0 or array.max() >= size:
-            raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
-        return array.astype(np.int64)
-
-    def _check_process(self) -> None:
+    def _check_usable(self) -> None:
         if os.getpid() != self._process:
             raise ForkError(
                 "this process was forked after the policy had been loaded, and the backend's "
                 "threads and memory stayed behind; load the policy in the new process"
             )
+        self._window.graphs.check_open()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        self._check_process()
+        self._check_usable()
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
                 "another call on this policy is still running; use one sibling() per thread"
@@ -499,18 +492,3 @@ def _checked_prefetch(prefetch: Prefetch) -> Prefetch:
     if prefetch not in get_args(Prefetch):
         raise UsageError(f"expected prefetch to be one of {get_args(Prefetch)}, got {prefetch!r}")
     return prefetch
-
-
-def _secondary_columns(bundle: Bundle) -> Floats | None:
-    if not bundle.manifest.policy.sequentially_select:
-        return None
-    size = bundle.manifest.policy.vqvae_n_embed
-    return bundle.array(SECONDARY_COLUMNS, (size, size))
-
-
-def _decode_table(bundle: Bundle) -> Floats | None:
-    if DECODE_TABLE not in bundle.arrays:
-        return None
-    policy, action_dim = bundle.manifest.policy, bundle.manifest.action_dim
-    codes = policy.vqvae_n_embed
-    return bundle.array(DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))

@@ -91,17 +91,21 @@ class CodeSampler:
         # Both layers before the first code: neither is chosen from a bad prediction.
         primary_logits, secondary_logits = _finite(outputs.logits).astype(np.float64)
         first = softmax(primary_logits, self._temperature)
-        primary = self._draw(first, uniforms[0]) if forced is None else int(forced[0])
+        primary = (
+            self._draw(primary_logits, first, uniforms[0]) if forced is None else int(forced[0])
+        )
         if self._columns is not None:
             secondary_logits = secondary_logits + self._columns[primary]
         second = softmax(_finite(secondary_logits), self._temperature)
-        secondary = self._draw(second, uniforms[1]) if forced is None else int(forced[1])
+        secondary = (
+            self._draw(secondary_logits, second, uniforms[1]) if forced is None else int(forced[1])
+        )
         return Choice(np.array([primary, secondary], np.int64), np.stack([first, second]))
 
-    def _draw(self, probabilities: Probabilities, uniform: float) -> int:
+    def _draw(self, logits: Probabilities, probabilities: Probabilities, uniform: float) -> int:
         """Invert the cumulative distribution (C,) at `uniform` in [0, 1)."""
         if self._greedy:
-            return int(probabilities.argmax())
+            return int(logits.argmax())
         cumulative = probabilities.cumsum()
         # The sum may round to below 1: scaling keeps every draw inside the last code.
         return int((cumulative <= uniform * cumulative[-1]).sum())

@@ -12,9 +12,9 @@ from vqbet_edge.training.trainer import train
 def main() -> None:
     """Entry point."""
     # The step is finished and saved first; a second signal ends it at once.
-    run(_main, grace=None)
+    run(_main)
 
 
 def _main() -> None:
-    config = tyro.cli(TrainConfig, prog="vqbet-train", use_underscores=True)
+    config = tyro.cli(TrainConfig, prog="vqbet-train")
     sys.stdout.write(f"{train(config)}\n")

@@ -1,0 +1,167 @@
+"""The demo: `python -m examples.detour prepare`, then `python -m examples.detour drive POLICY`.
+
+Run it in the repository's root; `demo.sh` does all of it, with the export in between.
+"""
+
+import functools
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from examples.detour.baseline import RegressionActor
+from examples.detour.expert import collect
+from examples.detour.picture import draw_paths, passes_left
+from vqbet_edge.cli import run
+from vqbet_edge.errors import VerificationError
+from vqbet_edge.training.checkpoint import load_checkpoint
+from vqbet_edge.training.config import NormalizationMode, TrainConfig
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
+from vqbet_edge.training.evaluation.actors import Actor, ActorOptions, load_actor
+from vqbet_edge.training.evaluation.detour import DetourEnv, Scene
+from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
+from vqbet_edge.training.evaluation.summary import summarize
+from vqbet_edge.training.files import writing
+from vqbet_edge.training.trainer import train
+
+DEMONSTRATIONS = 300
+VQVAE_STEPS, POLICY_STEPS = 600, 1200
+BASELINE_STEPS = 300
+SLOTS = 8
+SCENE_SEED = 3
+FIRST_SEED = 500_000
+NEEDED_SUCCESS = 0.9
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Collect demonstrations and train both phases."""
+
+    # Folder of the demo.
+    output: Path = Path("outputs/demo")
+    # Optimisation steps of phase 2.
+    policy_steps: int = POLICY_STEPS
+
+
+@dataclass(frozen=True)
+class Drive:
+    """Drive the task with a policy, beside a plain regression, and draw the paths."""
+
+    # A checkpoint's directory or a bundle.
+    policy: Annotated[str, tyro.conf.Positional]
+    # Folder of the demo.
+    output: Path = Path("outputs/demo")
+    # Episodes to drive.
+    episodes: int = 50
+
+
+def training(output: Path, policy_steps: int = POLICY_STEPS) -> TrainConfig:
+    """The demo's configuration: small, and nothing but scale differs from a large one."""
+    return TrainConfig(
+        dataset=str(output / "demonstrations"),
+        output=output / "training",
+        steps=VQVAE_STEPS + policy_steps,
+        n_vqvae_training_steps=VQVAE_STEPS,
+        batch_size=32,
+        n_obs_steps=3,
+        action_chunk_size=5,
+        vision_backbone="resnet10_small",
+        # Batch norm and centred images: most pixels are white, and the encoder would take several
+        # times as long to notice the goal.
+        use_group_norm=False,
+        crop_shape=None,
+        vqvae_n_embed=8,
+        vqvae_embedding_dim=64,
+        gpt_n_layer=2,
+        gpt_n_head=4,
+        gpt_input_dim=128,
+        gpt_hidden_dim=128,
+        gpt_output_dim=128,
+        gpt_block_size=32,
+        # At the default 0.1 the slightly more probable side of the bar is nearly always taken.
+        bet_softmax_temperature=0.3,
+        # At the default weight the offsets drown the codes, which a short training cannot afford.
+        offset_loss_weight=30.0,
+        normalization_mapping={
+            "VISUAL": NormalizationMode.MEAN_STD,
+            "STATE": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        },
+        optimizer_lr=1e-3,
+        scheduler_warmup_steps=50,
+        validation_fraction=0.0,
+    )
+
+
+def prepare(config: Prepare) -> Path:
+    """Collect, train, and return the policy's directory.
+
+    Raises:
+        DiskError: there is no room for the output.
+    """
+    planned = training(config.output, config.policy_steps)
+    with writing(config.output):
+        for folder in (Path(planned.dataset), planned.output):
+            shutil.rmtree(folder, ignore_errors=True)
+        demonstrations = collect(DEMONSTRATIONS, planned.seed)
+        write_dataset(Path(planned.dataset), demonstrations, fps=10, task="reach the goal")
+    return train(planned)
+
+
+def drive(config: Drive) -> None:
+    """Drive, print the figures, draw `paths.png`.
+
+    Raises:
+        VerificationError: fewer than 90 % of the episodes succeed.
+    """
+    actor = load_actor(config.policy, SLOTS, ActorOptions())
+    seeds = range(FIRST_SEED, FIRST_SEED + config.episodes)
+    solved = summarize(run_episodes(DetourEnv, actor, seeds, slots=SLOTS))
+    sys.stdout.write(f"VQ-BeT      success {solved.success} over {solved.episodes} episodes\n")
+    baseline = _baseline(config.output)
+    others = summarize(run_episodes(DetourEnv, baseline, seeds, slots=SLOTS))
+    sys.stdout.write(f"regression  success {others.success}\n")
+    scene = Scene.draw(np.random.default_rng(SCENE_SEED))
+    paths = {"VQ-BeT": _in_one_scene(actor), "plain regression": _in_one_scene(baseline)}
+    ways = [passes_left(episode, scene) for episode in paths["VQ-BeT"] if episode.success]
+    sys.stdout.write(f"one scene   {sum(ways)} left, {len(ways) - sum(ways)} right\n")
+    draw_paths(scene, paths, config.output / "paths.png")
+    sys.stdout.write(f"{config.output / 'paths.png'}\n")
+    if solved.success.mean < NEEDED_SUCCESS:
+        raise VerificationError(
+            f"the policy succeeds in {solved.success.mean:.0%} of the episodes, expected "
+            f"{NEEDED_SUCCESS:.0%}; prepare it with more --policy-steps"
+        )
+
+
+def _baseline(output: Path) -> RegressionActor:
+    planned = training(output)
+    Console(stderr=True).print("training the regression that averages ...")
+    directory = planned.output / "checkpoints/last/pretrained_model"
+    actor = RegressionActor(load_checkpoint(str(directory)), SLOTS)
+    actor.fit(planned, LeRobotDataset.open(planned.dataset), BASELINE_STEPS)
+    return actor
+
+
+def _in_one_scene(actor: Actor) -> list[Episode]:
+    make = functools.partial(DetourEnv, scene_seed=SCENE_SEED)
+    return run_episodes(make, actor, range(FIRST_SEED, FIRST_SEED + 4 * SLOTS), slots=SLOTS)
+
+
+def _main() -> None:
+    config = tyro.cli(Prepare | Drive, prog="python -m examples.detour")
+    match config:
+        case Prepare():
+            sys.stdout.write(f"{prepare(config)}\n")
+        case Drive():
+            drive(config)
+
+
+if __name__ == "__main__":
+    run(_main)

@@ -1,0 +1,51 @@
+"""Demonstrations of the detour: left or right by the toss of a coin."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqbet_edge.training.dataset.writer import Demonstration
+from vqbet_edge.training.evaluation.detour import DetourEnv, Scene, Vector
+
+SPEED = 0.045
+NOISE = 0.008
+
+
+def collect(episodes: int, seed: int) -> list[Demonstration]:
+    """Record so many successful demonstrations."""
+    rng, env = np.random.default_rng(seed), DetourEnv()
+    found: list[Demonstration] = []
+    while len(found) < episodes:
+        demonstration = _demonstrate(env, rng)
+        if demonstration is not None:
+            found.append(demonstration)
+    return found
+
+
+def _demonstrate(env: DetourEnv, rng: np.random.Generator) -> Demonstration | None:
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    corners = _way(env.scene, rng)
+    rows: list[dict[str, npt.NDArray[Any]]] = []
+    done = success = False
+    while not done:
+        while len(corners) > 1 and np.hypot(*(corners[0] - env.position)) < SPEED:
+            corners.pop(0)
+        move = _towards(corners[0] - env.position)
+        rows.append({**observation, "action": move.astype(np.float32)})
+        # The noise is executed but not the label, so that the data shows how to recover.
+        observation, _, crashed, truncated, info = env.step(move + rng.normal(0, NOISE, 2))
+        done, success = crashed or truncated, info["is_success"]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if success else None
+
+
+def _way(scene: Scene, rng: np.random.Generator) -> list[Vector]:
+    side, margin = rng.choice((-1, 1)), rng.uniform(0.08, 0.11)
+    reach = scene.half_size + margin
+    near, far = np.array([side, -1]) * reach, np.array([side, 1]) * reach
+    return [scene.bar + near, scene.bar + far, scene.goal]
+
+
+def _towards(way: Vector) -> Vector:
+    distance = float(np.hypot(*way))
+    return way * min(1.0, SPEED / max(distance, 1e-9))

@@ -1,0 +1,121 @@
+"""From the window to an action chunk: predict, decide, fuse, un-normalise, clamp."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import NonFiniteError, UsageError
+from vqbet_edge.runtime.backends.base import Floats
+from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.guards.actions import ActionGuard
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.sampling import Choice, Codes, CodeSampler, Decision
+from vqbet_edge.runtime.window import ObservationWindow
+
+
+class Plan(NamedTuple):
+    """A chunk to execute and the decision behind it."""
+
+    chunk: Floats  # float32 (W, A), in the robot's units, within the action limits
+    decision: Decision
+
+
+class Planner:
+    """Predicts chunks (paper, section 3.3: decoded code pair plus the codes' offsets).
+
+    Args:
+        window: the observations, and the graphs.
+        sampler: draws the code pair.
+        table: float32 (C, C, W, A), the decoded chunk of every code pair; None decodes by graph.
+        unnormalize: network units -> the robot's.
+        actions: clamps what was planned.
+    """
+
+    def __init__(
+        self,
+        window: ObservationWindow,
+        sampler: CodeSampler,
+        table: Floats | None,
+        unnormalize: Affine,
+        actions: ActionGuard,
+    ) -> None:
+        self.sampler = sampler
+        self._window, self._table = window, table
+        self._unnormalize, self._actions = unnormalize, actions
+
+    def plan(self, forced: Codes | None) -> Plan:
+        """Predict from the window as it is.
+
+        Args:
+            forced: int64 (2,), the code pair to take instead of drawing one.
+
+        Raises:
+            NonFiniteError: the network produced NaN or infinity.
+        """
+        outputs = self._window.predict()
+        choice = self.sampler.choose(outputs, forced)
+        primary, secondary = choice.codes
+        offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
+        decoded = self._decode(choice.codes)
+        chunk: Floats = decoded + offsets
+        self._unnormalize.apply(chunk, chunk)
+        if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
+            raise NonFiniteError("the predicted actions are not finite; none is executed")
+        clamped = self._actions.planned(chunk)
+        return Plan(chunk, self._decision(choice, decoded, offsets, clamped))
+
+    def _decode(self, codes: Codes) -> Floats:
+        """A code pair (2,) -> a chunk (W, A), normalised."""
+        if self._table is None:
+            return self._window.graphs.decode(codes)
+        chunk: Floats = self._table[codes[0], codes[1]]
+        return chunk
+
+    def _decision(
+        self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
+    ) -> Decision:
+        return Decision(
+            codes=choice.codes,
+            code_probabilities=choice.probabilities,
+            decoded_chunk=decoded.copy(),
+            offset_chunk=offsets,
+            clamped=clamped,
+            seconds=dict(self._window.graphs.seconds),
+        )
+
+
+def checked_codes(codes: Sequence[int] | Codes, manifest: Manifest) -> Codes:
+    """A code pair that a caller forces, as int64 (2,).
+
+    Raises:
+        UsageError: it is no pair, or not in the codebook.
+    """
+    size = manifest.policy.vqvae_n_embed
+    try:
+        array = np.asarray(codes)
+    except ValueError:  # ragged
+        array = np.zeros(0)
+    valid = array.shape == (2,) and np.issubdtype(array.dtype, np.integer)
+    if not valid or array.min() < 0 or array.max() >= size:
+        raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
+    return array.astype(np.int64)
+
+
+def secondary_columns(bundle: Bundle) -> Floats | None:
+    """float32 (C, C): what each primary code adds to the secondary logits; None selects jointly."""
+    if not bundle.manifest.policy.sequentially_select:
+        return None
+    size = bundle.manifest.policy.vqvae_n_embed
+    return bundle.array(SECONDARY_COLUMNS, (size, size))
+
+
+def decode_table(bundle: Bundle) -> Floats | None:
+    """float32 (C, C, W, A): every code pair's chunk, normalised; None for large codebooks."""
+    if DECODE_TABLE not in bundle.arrays:
+        return None
+    policy, action_dim = bundle.manifest.policy, bundle.manifest.action_dim
+    codes = policy.vqvae_n_embed
+    return bundle.array(DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))
