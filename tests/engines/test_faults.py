@@ -40,7 +40,7 @@ def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         key = engine_key(
             bundle, stage, TensorRT(None, "tensorrt", "10.3.0"), device, BuildOptions()
         )
-        EngineCache(bundle.path).store(key, stage.encode(), 1.0)
+        EngineCache().store(key, stage.encode(), 1.0)
     return bundle
 
 

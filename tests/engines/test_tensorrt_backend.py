@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -22,7 +21,7 @@ from vqbet_edge.runtime.backends import tensorrt as backend_module
 from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.backends.cuda import Cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
-from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE, user_cache
 from vqbet_edge.runtime.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
 from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, import_tensorrt, process_log
 from vqbet_edge.runtime.bundle import Bundle
@@ -33,9 +32,7 @@ from vqbet_edge.runtime.signatures import signature
 def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(BUILD_VARIABLE, raising=False)
-    bundle = make_bundle("fp16", **SMALL)
-    shutil.rmtree(bundle.path / "engines", ignore_errors=True)
-    return bundle
+    return make_bundle("fp16", **SMALL)
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def trt(bundle: Bundle, driver: FakeDriver) -> TensorRT:
 def store(bundle: Bundle, trt: TensorRT) -> None:
     for stage in bundle.stages_to_load:
         key = engine_key(bundle, stage, trt, Cuda(FakeDriver()).device, BuildOptions(512))
-        EngineCache(bundle.path).store(key, stage.encode(), 1.0)
+        EngineCache().store(key, stage.encode(), 1.0)
 
 
 def load(bundle: Bundle, trt: TensorRT, **options: Any) -> TensorRTBackend:
@@ -159,7 +156,7 @@ def test_no_engine_and_building_off(
 
 def test_an_altered_engine_is_never_deserialised(bundle: Bundle, trt: TensorRT) -> None:
     store(bundle, trt)
-    for plan in bundle.path.glob("engines/*/gpt-*.plan"):
+    for plan in user_cache().glob("engines/*/gpt-*.plan"):
         plan.write_bytes(b"gp!")
     with pytest.raises(BackendError, match="altered"):
         load(bundle, trt, build=False)
