@@ -83,7 +83,7 @@ def build_backbone(config: VQBeTConfig) -> nn.Sequential:
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"torchvision has no pretrained_backbone_weights '{weights}' for "
-            f"{config.vision_backbone}; its DEFAULT are the newest, None trains from scratch"
+            f"{config.vision_backbone}; DEFAULT takes its newest, None trains from scratch"
         ) from error
     except OSError as error:
         raise HubError(
@@ -362,16 +362,10 @@ class ActionHead(nn.Module):
         self.map_to_cbet_preds_offset = mlp(width, math.prod(self.offset_shape))
 
     def code_logits(self, features: Tensor, primary: Tensor | None = None) -> Tensor:
-        """Logits of both layers' codes.
+        """(..., D), int64 (...) -> (..., 2, C): logits of both layers' codes.
 
-        Args:
-            features: (..., D).
-            primary: int64 (...), the primary code that the secondary logits are conditioned on
-                when codes are selected sequentially; None leaves its part out, which is a row of
-                `secondary_columns`.
-
-        Returns:
-            (..., 2, C).
+        When codes are selected sequentially, the secondary logits are conditioned on the primary
+        code; without it its part is left out, which is a row of `secondary_columns`.
         """
         if not self.sequential:
             joint: Tensor = self.map_to_cbet_preds_bin(features)
@@ -444,14 +438,10 @@ class VQBeT(nn.Module):
         return self.vqbet.action_head
 
     def forward(self, images: Tensor, states: Tensor) -> Tensor:
-        """Features of every action query: the window's first, then the future's.
+        """(B, N, K, 3, H, W) and (B, N, S), normalised -> (B, Q, D): features of action queries.
 
-        Args:
-            images: (B, N, K, 3, H, W) in [0, 1], normalised as the checkpoint asks.
-            states: (B, N, S), normalised.
-
-        Returns:
-            (B, Q, D). Index N - 1 is the current step, the only one used at rollout.
+        The window's queries come first, then the future's; index N - 1 is the current step, the
+        only one used at rollout.
         """
         per_step = self.config.tokens_per_step
         seen = self.config.n_obs_steps * per_step
