@@ -431,9 +431,13 @@ class VQBeT(nn.Module):
         The window's queries come first, then the future's; index N - 1 is the current step, the
         only one used at rollout.
         """
+        return self.features(self.encode_images(images), states)
+
+    def features(self, image_tokens: Tensor, states: Tensor) -> Tensor:
+        """The same for images that are encoded already, (B, N, K, gpt_input_dim)."""
         per_step = self.config.tokens_per_step
         seen = self.config.n_obs_steps * per_step
-        out = self.vqbet.policy(self._tokens(images, states))  # (B, T, D)
+        out = self.vqbet.policy(self._tokens(image_tokens, states))  # (B, T, D)
         # The query is the last token of its step; behind the window there are queries only.
         return torch.cat([out[:, per_step - 1 : seen : per_step], out[:, seen:]], dim=1)
 
@@ -443,13 +447,13 @@ class VQBeT(nn.Module):
         tokens: Tensor = self.vqbet.rgb_feature_projector(features)
         return tokens.view(*images.shape[:3], -1)  # (B, N, K, gpt_input_dim)
 
-    def _tokens(self, images: Tensor, states: Tensor) -> Tensor:
+    def _tokens(self, image_tokens: Tensor, states: Tensor) -> Tensor:
         """Interleave cameras, state and action query step by step, then the future queries."""
         batch, window = states.shape[:2]
         query = self.vqbet.action_token
         steps = torch.cat(
             [
-                self.encode_images(images),  # (B, N, K, gpt_input_dim)
+                image_tokens,  # (B, N, K, gpt_input_dim)
                 self.vqbet.state_projector(states)[:, :, None],  # (B, N, 1, gpt_input_dim)
                 query[:, :, None].expand(batch, window, 1, -1),  # (B, N, 1, gpt_input_dim)
             ],
