@@ -14,7 +14,7 @@ from vqbet_edge.runtime.signatures import Signature
 OPSET = 20
 IR_VERSION = 9
 
-# What the four stages consist of. All of it is taken by TensorRT 10.3; an operator outside this
+# What the graphs consist of. All of it is taken by TensorRT 10.3; an operator outside this
 # set means that the export changed and wants a look.
 ALLOWED_OPERATORS = frozenset(
     {
@@ -59,8 +59,8 @@ def export_graph(
     model = program.model_proto
     model.ir_version = IR_VERSION
     _strip_comments(model)
-    _check(model)
     data: bytes = model.SerializeToString(deterministic=True)
+    _check(model, data)
     return data
 
 
@@ -80,9 +80,10 @@ def _strip_comments(message: Any) -> None:  # noqa: ANN401 - any protobuf messag
                 _strip_comments(child)
 
 
-def _check(model: onnx.ModelProto) -> None:
+def _check(model: onnx.ModelProto, data: bytes) -> None:
     try:
-        onnx.checker.check_model(model, full_check=True)
+        # Of a model, the checker would make the bytes again.
+        onnx.checker.check_model(data, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(f"the exported graph is not valid ONNX: {error}") from error
     unknown = {node.op_type for node in model.graph.node} - ALLOWED_OPERATORS
