@@ -351,6 +351,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]),
         r"no safetensors file or is truncated",
     ),
+    "a clone without its large files": (
+        lambda d: (d / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+        r"it is a Git LFS pointer, not the file; in .* type: git lfs pull",
+    ),
     "pickle inside": (
         lambda d: torch.save({"a": torch.zeros(2)}, d / WEIGHTS),
         r"no safetensors file or is truncated",

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.hub import download, is_hub_id
+from vqbet_edge.training.hub import download, is_hub_id, remedy
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
@@ -147,7 +147,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"'{path}' is no safetensors file or is truncated ({error}); copy or save it again"
+            f"'{path}' is no safetensors file or is truncated ({error}); {remedy(path)}"
         ) from error
     plain = {
         re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", name): tensor

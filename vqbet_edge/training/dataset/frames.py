@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset.metadata import Clip
+from vqbet_edge.training.hub import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
@@ -152,9 +153,7 @@ IMAGE_ERRORS = (av.error.FFmpegError, StopIteration, IndexError, ValueError)
 
 def unreadable(path: Path, episode: int, error: Exception) -> DatasetError:
     """What to say about a file of frames that cannot be decoded."""
-    return DatasetError(
-        f"{path}: episode {episode} is corrupt ({error}); copy or download the file again"
-    )
+    return DatasetError(f"{path}: episode {episode} is corrupt ({error}); {remedy(path)}")
 
 
 def _rgb(frame: av.VideoFrame) -> Frames:
