@@ -167,14 +167,5 @@ def test_the_whole_data_set_reads_as_lerobots(pusht: Path, tmp_path: Path) -> No
     assert worst == 0
 
 
-def test_lerobots_defaults_are_one_flag() -> None:
-    configuration = oracle.lerobot("policies.vqbet.configuration_vqbet")
-    theirs = configuration.VQBeTConfig(device="cpu")
-    ours = TrainConfig(dataset="d", output=Path("o"), imagenet=True)
-    names = [n for n in vars(theirs) if n in vars(ours) and n != "normalization_mapping"]
-    assert len(names) > 30
-    assert {n: getattr(ours, n) for n in names} == {n: getattr(theirs, n) for n in names}
-
-
-def test_a_checkpoint_of_ours_is_one_of_the_newest_layout(trained: Path) -> None:
+def test_its_layout_is_known(trained: Path) -> None:
     assert load_checkpoint(str(trained)).layout.value == "0.4+"
