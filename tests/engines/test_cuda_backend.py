@@ -21,11 +21,8 @@ from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends import forks
 from vqbet_edge.runtime.backends.base import Backend, Window
 from vqbet_edge.runtime.backends.cuda import Cuda
-from vqbet_edge.runtime.backends.cuda_backend import (
-    GRAPH_VARIABLE,
-    CudaBackend,
-    Execution,
-)
+from vqbet_edge.runtime.backends.cuda_backend import GRAPH_VARIABLE, CudaBackend
+from vqbet_edge.runtime.backends.cuda_execution import Execution
 from vqbet_edge.runtime.backends.cuda_stream import (
     BLOCK_VARIABLE,
     MAPPED_VARIABLE,
@@ -73,7 +70,7 @@ class HostStages(CudaBackend):
         return self.common or self._new(stream)
 
     def _new(self, stream: Stream) -> Execution:
-        execution = Execution(self, stream)
+        execution = Execution(self.signatures, stream)
         for stage in self.sessions:
             execution.stages[stage] = self.put(stage, self.run(stage, execution), stream)
         return execution
