@@ -37,7 +37,7 @@ class Arguments:
     seconds: float = 10.0
     # Interleaved rounds that the seconds are spread over.
     rounds: int = 5
-    # A LeRobot data set (folder or Hub id) to act on; random observations without.
+    # A LeRobot data set (folder or Hub id) or what `policy.record` wrote; random ones without.
     dataset: str | None = None
     # The checkpoint that the bundles were exported from; adds the peers.
     checkpoint: Path | None = None

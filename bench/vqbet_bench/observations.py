@@ -1,16 +1,14 @@
-"""Observations to act on: from a data set, or seeded random ones that vary."""
+"""Observations to act on: from a data set or a recording, or seeded random ones that vary."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import DatasetError, UsageError
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine, Floats
+from vqbet_edge.training.dataset.samples import Sampler, random_pieces
 
 MAX_OBSERVATIONS = 200
 # They are part of every policy's memory.
@@ -21,17 +19,19 @@ MAX_BYTES = 32_000_000
 class Observations:
     """What every policy acts on, over and over.
 
-    Letters: M observations, H and W image height and width, S state width.
+    Letters: M observations, K cameras, H and W image height and width, S state width.
 
     Attributes:
-        images: by key, in the policy's own order, uint8 (M, H, W, 3).
-        state_key: key of the states.
+        image_keys: of the cameras, in the policy's own order.
+        state_key: of the states.
+        frames: uint8 (M, K, H, W, 3).
         states: float32 (M, S), in the robot's units.
         normalized_states: float32 (M, S), as the checkpoint normalises them.
     """
 
-    images: Mapping[str, NDArray[np.uint8]]
+    image_keys: tuple[str, ...]
     state_key: str
+    frames: NDArray[np.uint8]
     states: Floats
     normalized_states: Floats
 
@@ -41,71 +41,29 @@ class Observations:
     def __getitem__(self, step: int) -> dict[str, Any]:
         """As `EdgePolicy.act` takes it; starts over behind the last."""
         row = step % len(self)
-        images = {key: frames[row] for key, frames in self.images.items()}
+        images = dict(zip(self.image_keys, self.frames[row], strict=True))
         return {**images, self.state_key: self.states[row]}
 
 
-def create_observations(bundle: Bundle, dataset: str | None) -> Observations:
+def create_observations(bundle: Bundle, source: str | None) -> Observations:
     """Observations that fit a bundle.
 
     Args:
         bundle: says what the policy observes.
-        dataset: a folder in LeRobot's format or the id of a data set on the Hub; None makes
-            random observations.
+        source: see `Sampler.open`; None makes random observations.
 
     Raises:
-        DatasetError: the data set does not fit the policy.
+        DatasetError: the source does not fit the policy.
     """
     manifest = bundle.manifest
     frame_bytes = len(manifest.image_keys) * int(np.prod(manifest.image_shape))
     count = max(1, min(MAX_OBSERVATIONS, MAX_BYTES // frame_bytes))
     scaling = Affine.from_arrays(bundle.arrays, "state", manifest.state_dim)
-    if dataset is None:
-        images, states = _random(manifest, scaling, count)
+    if source is None:
+        pieces = list(random_pieces(manifest, scaling, count))
     else:
-        images, states = _recorded(manifest, dataset, count)
+        pieces = list(Sampler.open(source, manifest).pieces(count))
+    frames = np.concatenate([piece.frames for piece in pieces])[:count]
+    states = np.concatenate([piece.states for piece in pieces])[:count]
     normalized = scaling.apply(states, np.empty_like(states))
-    return Observations(images, manifest.state_key, states, normalized)
-
-
-def _random(
-    manifest: Manifest, scaling: Affine, count: int
-) -> tuple[dict[str, NDArray[np.uint8]], Floats]:
-    """Noise, and states over the range that normalisation maps to [-1, 1]."""
-    random = np.random.default_rng(0)
-    shape = (count, *manifest.image_shape)
-    images = {key: random.integers(0, 256, shape, np.uint8) for key in manifest.image_keys}
-    normalized = random.uniform(-1, 1, (count, manifest.state_dim))
-    states = (normalized - scaling.add) / scaling.multiply + scaling.subtract
-    return images, states.astype(np.float32)
-
-
-def _recorded(
-    manifest: Manifest, source: str, count: int
-) -> tuple[dict[str, NDArray[np.uint8]], Floats]:
-    try:
-        from vqbet_edge.training.dataset import LeRobotDataset  # noqa: PLC0415 - robots lack it
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"reading a data set needs '{error.name}'; type: pip install 'vqbet-edge[data]', "
-            "or leave --dataset out for random observations"
-        ) from error
-    dataset, keys = LeRobotDataset.open(source), [*manifest.image_keys, manifest.state_key]
-    missing = [key for key in keys if key not in dataset.features]
-    if missing:
-        raise DatasetError(
-            f"the data set lacks {missing}, which the policy observes; it has "
-            f"{sorted(dataset.features)}; leave --dataset out for random observations"
-        )
-    episodes: list[dict[str, Any]] = []
-    while sum(len(e[keys[-1]]) for e in episodes) < count and len(episodes) < dataset.num_episodes:
-        episodes.append(dataset.episode(len(episodes), keys))
-    joined = {key: np.concatenate([e[key] for e in episodes])[:count].copy() for key in keys}
-    images = {key: joined[key] for key in manifest.image_keys}
-    wrong = [frames.shape[1:] for frames in images.values()]
-    if any(shape != manifest.image_shape for shape in wrong):
-        raise DatasetError(
-            f"the policy observes images {manifest.image_shape}, the data set has {wrong}; "
-            "use the data set that the policy was trained on"
-        )
-    return images, joined[manifest.state_key].astype(np.float32)
+    return Observations(manifest.image_keys, manifest.state_key, frames, states, normalized)

@@ -161,7 +161,7 @@ class LeRobot(Policy):
         if self._every:
             self._policy._queues["action"].clear()  # noqa: SLF001 - when empty, LeRobot re-plans
         kept, row = self._observations, step % len(self._observations)
-        frames = {key: self._image(images[row]) for key, images in kept.images.items()}
+        frames = dict(zip(kept.image_keys, map(self._image, kept.frames[row]), strict=True))
         state = self._torch.from_numpy(kept.normalized_states[row].copy())
         return {**frames, kept.state_key: state[None]}
 
@@ -205,8 +205,7 @@ class SingleGraph(Policy):
     def prepare(self, step: int) -> Any:
         """float32 (K, 3, H, W) in [0, 1] and (S,) in the robot's units."""
         kept, row = self._observations, step % len(self._observations)
-        frames = np.stack([images[row] for images in kept.images.values()])
-        return np.moveaxis(frames, -1, 1).astype(np.float32) / 255, kept.states[row]
+        return np.moveaxis(kept.frames[row], -1, 1).astype(np.float32) / 255, kept.states[row]
 
     def act(self, observation: Any) -> Any:
         """The next action; predicts from the whole window when there is none."""

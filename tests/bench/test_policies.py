@@ -89,8 +89,23 @@ def test_random_observations_vary_are_seeded_and_within_the_policys_range(tiny: 
     assert np.abs(first.normalized_states).max() <= 1.001
 
 
+def test_what_a_robot_recorded_is_acted_on(
+    tiny: Exported, observations: Observations, tmp_path: Path
+) -> None:
+    policy = EdgePolicy.load(tiny.bundle, "onnxruntime")
+    with policy.record(tmp_path / "seen"):
+        for step in range(STEPS):
+            policy.act(observations[step])
+    found = create_observations(Bundle.open(tiny.bundle), str(tmp_path / "seen"))
+    for step in range(len(found)):
+        recorded = [np.array_equal(found.states[step], s) for s in observations.states[:STEPS]]
+        (row,) = np.flatnonzero(recorded)
+        for key, value in found[step].items():
+            assert np.array_equal(value, observations[int(row)][key])
+
+
 def test_a_data_set_of_another_robot_is_refused(tiny: Exported) -> None:
-    with pytest.raises(DatasetError, match="observes images"):
+    with pytest.raises(DatasetError, match=r"observes .* of shape"):
         create_observations(Bundle.open(tiny.bundle), "tests/data/pusht")
 
 
