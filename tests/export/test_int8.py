@@ -7,6 +7,7 @@ from typing import Any
 import int8
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from command import run
 from vqbet_calibration.blocks import METHODS
@@ -18,7 +19,7 @@ from vqbet_export.sensitivity import CHART_NAME
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.errors import VerificationError
+from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.training.dataset import LeRobotDataset
 
@@ -146,6 +147,33 @@ def test_the_bundle_acts(exported: Path) -> None:
             chunks.append(policy.act_chunk(observation, codes=(1, 2)))
     span = np.abs(chunks).max()
     np.testing.assert_allclose(chunks[:6], chunks[6:], atol=0.02 * span)
+
+
+def test_a_robot_without_the_kernels_is_told(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too old an ONNX Runtime refuses the graph; a processor without a kernel is only slow."""
+    from vqbet_edge.runtime.backends import onnxruntime as backend
+
+    durations = iter([0.01, 0.5])
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_quickest", lambda _: next(durations))
+        EdgePolicy.load(exported, "onnxruntime").sibling()  # asked once
+    assert "takes 500 ms" in caplog.text
+    assert "no fast kernel for it on this processor; pip install --upgrade" in caplog.text
+
+    class Old:
+        __version__ = "1.21.1"
+        SessionOptions = onnxruntime.SessionOptions
+
+        @staticmethod
+        def InferenceSession(*_: Any, **__: Any) -> Any:  # noqa: N802
+            raise RuntimeError("Only 4b quantization is supported")
+
+    monkeypatch.setattr(backend, "import_onnxruntime", lambda: Old)
+    graph = Bundle.open(exported).cpu_graph("gpt")
+    with pytest.raises(BackendError, match=r"4b.*needs ONNX Runtime 1\.22.*1\.21\.1: pip install"):
+        backend._Session("gpt", graph)
 
 
 @pytest.fixture(scope="module")
