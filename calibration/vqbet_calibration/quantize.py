@@ -298,7 +298,7 @@ class _Search:
             "one in float32: ONNX Runtime has no fast kernel for MatMulNBits here. Measure on the "
             "robot before choosing INT8, or upgrade ONNX Runtime on both."
         )
-        return (note,) if times > 1 else ()
+        return (note,) if times > 1.5 else ()
 
 
 def _expected(harmful: Sequence[Sensitivity], tried: int, outcome: Outcome, goal: Goal) -> int:

@@ -15,6 +15,8 @@ from vqbet_edge.runtime.manifest import StageName
 
 # The operator of INT8 transformers, as it is spelled in a graph.
 _BLOCKS = b"MatMulNBits"
+# Seconds below which a missing kernel is not missed, and nodes cost more than their products.
+_NOTICEABLE = 5e-3
 _LOG = logging.getLogger(__name__)
 
 
@@ -145,7 +147,7 @@ def _warn_if_slow(predict: Run, tokens: int, weights: int) -> None:
     x, y = np.ones((tokens, width), np.float32), np.ones((width, width), np.float32)
     floating = _quickest(functools.partial(np.matmul, x, y)) * weights / y.size
     taken = _quickest(predict)
-    if taken > 1.5 * floating:
+    if taken > max(1.5 * floating, _NOTICEABLE):
         _LOG.warning(
             "the INT8 transformer takes %.0f ms of processor time, and the same products in "
             "float32 about %.0f: this ONNX Runtime (%s) has no fast kernel for it on this "
