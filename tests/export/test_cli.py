@@ -122,7 +122,9 @@ def test_verification_data_must_fit_the_policy(
 ) -> None:
     _, checkpoint = workshop.checkpoint(oracle.TINY)
     assert run(monkeypatch, str(checkpoint), "--verify-data", str(PUSHT)) == 4
-    assert "the policy observes images (40, 48, 3)" in " ".join(capsys.readouterr().err.split())
+    assert "the policy observes 'observation.image' of shape (40, 48, 3)" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_command_is_installed_and_explains_itself() -> None:
