@@ -34,12 +34,12 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-def checkpoint(**fields: Any) -> Checkpoint:
-    """An untrained policy of 24x24 pixels, two states and two actions."""
+def checkpoint(size: tuple[int, int] = (SIZE, SIZE), **fields: Any) -> Checkpoint:
+    """An untrained policy of 24x24 pixels, or more, two states and two actions."""
     torch.manual_seed(0)
     config = VQBeTConfig(
         input_features={
-            IMAGE: Feature(FeatureType.VISUAL, (3, SIZE, SIZE)),
+            IMAGE: Feature(FeatureType.VISUAL, (3, *size)),
             STATE: Feature(FeatureType.STATE, (2,)),
         },
         output_features={"action": Feature(FeatureType.ACTION, (2,))},
@@ -52,11 +52,11 @@ def checkpoint(**fields: Any) -> Checkpoint:
     return Checkpoint(network, scalings, action, {}, Layout.V0_4, "miniature", "0" * 64)
 
 
-def write(path: Path, **fields: Any) -> Path:
-    """Export it."""
-    policy = checkpoint(**fields)
+def write(path: Path, policy: Checkpoint | None = None, steps: int = 1, **fields: Any) -> Path:
+    """Export it, or another policy, verified on some steps."""
+    policy = policy or checkpoint(**fields)
     with mock.patch.object(exporter, "load_checkpoint", return_value=policy):
-        exporter.export(ExportConfig("miniature", path, verify_steps=1))
+        exporter.export(ExportConfig("miniature", path, verify_steps=steps))
     return path
 
 

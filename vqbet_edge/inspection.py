@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqbet_edge import cli
+from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import Manifest, encode_manifest
+from vqbet_edge.runtime.proof import prove
 from vqbet_edge.runtime.signatures import signature
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ class Arguments:
     bundle: Path
     # Print the manifest as JSON.
     json: bool = False
+    # Act the bundle's reference cases out on this machine: the proof that it computes the policy
+    # that was trained.
+    prove: bool = False
+    # Who proves it: the fastest that is there, or one of its names.
+    backend: BackendName = "auto"
 
 
 def main() -> None:
@@ -37,7 +44,8 @@ def _main() -> None:
 
 
 def _inspect(arguments: Arguments) -> None:
-    manifest = Bundle.open(arguments.bundle).manifest
+    bundle = Bundle.open(arguments.bundle)
+    manifest = bundle.manifest
     if arguments.json:
         sys.stdout.write(encode_manifest(manifest).decode())
         return
@@ -46,6 +54,25 @@ def _inspect(arguments: Arguments) -> None:
     console = Console(markup=False)
     console.print(_summary(manifest))
     console.print(_stages(manifest))
+    if arguments.prove:
+        console.print(_proof(bundle, arguments.backend))
+
+
+def _proof(bundle: Bundle, name: BackendName) -> "Table":
+    from rich.table import Table  # noqa: PLC0415
+
+    backend = create_backend(name, bundle)
+    try:
+        found = prove(bundle, backend)
+    finally:
+        backend.close()
+    table = Table(
+        show_header=False,
+        title=f"proven on {found.backend}: {found.steps} predictions, limits of {found.precision}",
+    )
+    for row in found.table():
+        table.add_row(*row)
+    return table
 
 
 def _summary(manifest: Manifest) -> "Table":

@@ -74,7 +74,7 @@ def assemble(
         precision: "fp32" or "fp16".
         progress: is told what happens next.
     """
-    manifest, dtype = _manifest(checkpoint, precision), DTYPES[precision]
+    manifest, dtype = describe(checkpoint, precision), DTYPES[precision]
     contents = {RUNTIME_NAME: save(runtime_arrays(checkpoint))}
     for name, module in MODULES.items():
         progress(f"exporting {name} in {precision}")
@@ -106,7 +106,8 @@ def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     return arrays
 
 
-def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
+def describe(checkpoint: Checkpoint, precision: Precision) -> Manifest:
+    """The manifest of a bundle that has neither files nor been verified."""
     policy = checkpoint.config
     inputs = {checkpoint.renamed.get(k, k): _feature(f) for k, f in policy.input_features.items()}
     return Manifest(

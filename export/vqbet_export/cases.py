@@ -20,7 +20,7 @@ from vqbet_export.stages import runtime_crop
 Frames = NDArray[np.uint8]
 
 # The window fills and moves on; so many episodes are enough for the near ties and the codebook.
-STEPS, CASES = 8, 4
+STEPS, CASES = 8, 3
 MAX_CANDIDATES = 64
 MAX_FRAME_BYTES = 700_000
 # Codes count as clear of a tie when their probabilities are so many times further apart than the

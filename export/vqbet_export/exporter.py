@@ -20,7 +20,7 @@ from vqbet_edge.runtime.manifest import MANIFEST_NAME, STAGES, Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
-from vqbet_export.assembly import assemble
+from vqbet_export.assembly import assemble, describe
 from vqbet_export.cases import CaseChooser
 from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
@@ -88,9 +88,12 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
     board = None if config.board is None else load_board(config.board)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
+    real = None
+    if config.verify_data is not None:  # if it does not fit, nobody should have to wait for it
+        real = Sampler.open(config.verify_data, describe(checkpoint, "fp32"))
     draft = _draft(checkpoint, config, progress)
     board_notes = _check_board(draft.bundle, board, progress)
-    results, cases = _verify(draft, checkpoint, config, progress)
+    results, cases = _verify(draft, checkpoint, config, real, progress)
     progress("writing the bundle")
     manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summarize(results))
     report = report_data(manifest, config.precision, results, draft.quantizations, board_notes)
@@ -166,14 +169,18 @@ def _check_board(bundle: Bundle, board: Board | None, progress: Progress) -> tup
 
 
 def _verify(
-    draft: _Draft, checkpoint: Checkpoint, config: ExportConfig, progress: Progress
+    draft: _Draft,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    real: Sampler | None,
+    progress: Progress,
 ) -> tuple[list[Verification], ReferenceCases]:
     """The results on all observations, and reference cases from the last."""
     limits, targets = LIMITS[config.precision], (None,) if draft.samples is None else TARGETS
     verifier = Verifier(draft.bundle, checkpoint, targets)
     results: list[Verification] = []
     try:
-        for name, pieces in _observations(draft, config):
+        for name, pieces in _observations(draft, config.verify_steps, real):
             progress(f"verifying on {name} observations")
             chooser = CaseChooser(checkpoint)
             results += verifier.verify(pieces, name, chooser.consider)
@@ -191,13 +198,15 @@ def _verify(
     return results, chooser.choose(uncertainty, verifier.proves)
 
 
-def _observations(draft: _Draft, config: ExportConfig) -> Iterator[tuple[str, Iterator[Piece]]]:
+def _observations(
+    draft: _Draft, steps: int, real: Sampler | None
+) -> Iterator[tuple[str, Iterator[Piece]]]:
     """What to verify on, with its name in the report; read a piece at a time."""
-    manifest, steps = draft.bundle.manifest, config.verify_steps
     if draft.samples is None:
+        manifest = draft.bundle.manifest
         scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
         yield "random", random_pieces(manifest, scaling, steps)
     else:  # noise is outside the calibrated ranges
         yield "held-out", iter(draft.samples.verification)
-    if config.verify_data is not None:
-        yield "real", Sampler.open(config.verify_data, manifest).pieces(steps)
+    if real is not None:
+        yield "real", real.pieces(steps)

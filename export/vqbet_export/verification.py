@@ -146,14 +146,17 @@ class _Check:
 
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, graphs: _Graphs) -> None:
         self._bundle, self._checkpoint, self._graphs = bundle, checkpoint, graphs
-        self._policy = PolicyCheck(bundle, graphs.backend)
+        self._policy, self._prefetch = PolicyCheck(bundle, graphs.backend), False
         self._feature = StageComparison()
         self._logits, self._offsets = StageComparison(), StageComparison()
 
     def add(self, piece: Piece, reference: Reference) -> None:
         """Run everything on a piece."""
         expected = reference.outputs
-        self._policy.add(_observations(self._checkpoint, piece), expected)
+        # Both ways to the same actions, on half of the pieces each.
+        self._prefetch = not self._prefetch
+        observations = _observations(self._checkpoint, piece)
+        self._policy.add(observations, expected, prefetch=self._prefetch)
         self._feature.add(
             self._graphs.gpt.run(reference.image_tokens, reference.states)[0], expected.feature
         )

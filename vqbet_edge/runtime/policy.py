@@ -114,6 +114,7 @@ class EdgePolicy:
         replan_every: int | None = None,
         prefetch: Prefetch | None = None,
         guards: Guards | None = None,
+        prove: bool = False,
     ) -> "EdgePolicy":
         """Load a bundle that `vqbet-export` wrote.
 
@@ -131,16 +132,19 @@ class EdgePolicy:
                 The actions are the same to rounding.
             guards: limits on actions, the age of observations and the time that `act` takes; None
                 takes `Guards()`, which clamps actions to the training data's range and a margin.
+            prove: act the bundle's reference cases out first, which takes about a second: the
+                proof that this machine computes the policy that was trained.
 
         Raises:
             BundleError: the bundle is missing, incomplete or altered.
+            VerificationError: the backend computes something else.
             BackendError: the backend is missing or refuses the bundle.
             UsageError: an argument is out of range.
         """
         opened = Bundle.open(bundle)
         loaded = create_backend(backend, opened)
         try:
-            return cls(
+            policy = cls(
                 opened,
                 loaded,
                 seed=seed,
@@ -149,9 +153,15 @@ class EdgePolicy:
                 prefetch=prefetch,
                 guards=guards,
             )
+            if prove:
+                # It is built on this class.
+                from vqbet_edge.runtime import proof  # noqa: PLC0415
+
+                proof.prove(opened, loaded)
         except BaseException:
             loaded.close()  # a device's memory is not Python's to collect
             raise
+        return policy
 
     def sibling(self, *, seed: int = 0) -> "EdgePolicy":
         """A policy for another robot, on the same weights and with the same options.

@@ -8,12 +8,13 @@ crop, normalisation, window and decode table are proven too.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_edge.errors import NonFiniteError, VerificationError
-from vqbet_edge.runtime.backends.base import Backend, Window
+from vqbet_edge.runtime.backends.base import Backend, Prefetch, Window
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import PolicyOutputs, ReferenceCases
 from vqbet_edge.runtime.comparison import (
@@ -42,7 +43,7 @@ class Proof:
     Attributes:
         backend: who ran the graphs.
         precision: whose limits hold.
-        steps: observations that were compared.
+        steps: predictions that were compared: every observation's, with and without working ahead.
         stages: of every stage, behind those before it.
         policy: of the whole policy, with the reference's codes forced.
     """
@@ -78,7 +79,7 @@ class Proof:
 
     def __str__(self) -> str:
         """All figures, one line each."""
-        heading = f"{self.backend}, {self.precision}, {self.steps} observations"
+        heading = f"{self.backend}, {self.precision}, {self.steps} predictions"
         return "\n".join([heading, *(f"{name}: {figures}" for name, figures in self.table())])
 
 
@@ -115,8 +116,12 @@ def act_out(bundle: Bundle, backend: Backend, cases: ReferenceCases) -> Proof:
         NonFiniteError: a stage overflows.
     """
     check = PolicyCheck(bundle, backend)
-    for case in cases.cases:
-        check.add(cases.observations(case, bundle.manifest), case.outputs, case.clear)
+    try:
+        for case, prefetch in product(cases.cases, (True, False)):
+            observations = cases.observations(case, bundle.manifest)
+            check.add(observations, case.outputs, case.clear, prefetch=prefetch)
+    finally:
+        check.close()
     return Proof(backend.name, _precision(bundle), check.steps, check.stages, check.policy)
 
 
@@ -130,14 +135,10 @@ class PolicyCheck:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         manifest = bundle.manifest
-        self._tap = _Tap(backend)
-        self._policy = EdgePolicy(
-            bundle,
-            self._tap,
-            prefetch=backend.default_prefetch,
-            # Forced codes may leave the limits, and the reference has none.
-            guards=Guards(action_limits=None),
-        )
+        self._backend = backend
+        self._actor = _Actor(bundle, backend, backend.default_prefetch)
+        plain = self._actor if not self._actor.prefills else _Actor(bundle, backend, "off")
+        self._plain_actor = plain
         action = Affine.from_arrays(bundle.arrays, "action", manifest.action_dim)
         self._whole = PolicyComparison(action.multiply, manifest.policy.bet_softmax_temperature)
         self._frame_tokens, self._feature = StageComparison(), StageComparison()
@@ -148,6 +149,8 @@ class PolicyCheck:
         observations: Iterable[Observation],
         expected: PolicyOutputs,
         clear: NDArray[np.bool_] | None = None,
+        *,
+        prefetch: bool = True,
     ) -> None:
         """Act through one episode.
 
@@ -155,14 +158,17 @@ class PolicyCheck:
             observations: M of them.
             expected: what the reference computes for them.
             clear: (M,), which of its codes rounding cannot exchange; None is all.
+            prefetch: work ahead as on a robot that has the time; else as on one that has not,
+                which runs other graphs.
 
         Raises:
             NonFiniteError: a stage overflows.
         """
-        self._policy.reset()
+        actor = self._actor if prefetch else self._plain_actor
+        actor.policy.reset()
         for step, observation in enumerate(observations):
-            self._policy.act_chunk(observation, codes=expected.codes[step])
-            decision, window, row = self._policy.last, self._tap.window, slice(step, step + 1)
+            actor.policy.act_chunk(observation, codes=expected.codes[step])
+            decision, window, row = actor.policy.last, actor.window, slice(step, step + 1)
             assert decision is not None  # noqa: S101 - a chunk was just predicted
             self._frame_tokens.add(window.read("frame_tokens")[None], expected.frame_tokens[row])
             self._feature.add(window.read("feature")[None], expected.feature[row])
@@ -172,9 +178,15 @@ class PolicyCheck:
             counts = clear is None or bool(clear[step])
             self._whole.add(decision, expected.logits[step], chunk, clear=counts)
 
+    def close(self) -> None:
+        """Free the windows, unless one is the backend's last: the backend stays open."""
+        for actor in (self._actor, self._plain_actor):
+            if len(self._backend.windows) > 1:
+                actor.policy.close()
+
     @property
     def steps(self) -> int:
-        """Observations so far."""
+        """Predictions so far."""
         return self._whole.steps
 
     @property
@@ -191,6 +203,22 @@ class PolicyCheck:
     def policy(self) -> PolicyResult:
         """The whole policy's figures so far."""
         return self._whole.result
+
+
+class _Actor:
+    """A policy and the window that it acts on."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, prefetch: Prefetch) -> None:
+        tap = _Tap(backend)
+        # Forced codes may leave the limits, and the reference has none.
+        guards = Guards(action_limits=None)
+        self.policy = EdgePolicy(bundle, tap, prefetch=prefetch, guards=guards)
+        self.window = tap.window
+
+    @property
+    def prefills(self) -> bool:
+        """Whether acting with and without working ahead are two ways."""
+        return self.window.can_prefill
 
 
 class _Tap(Backend):

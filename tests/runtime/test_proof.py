@@ -1,0 +1,327 @@
+"""A bundle proves itself where it runs, and notices what is wrong there."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import miniature
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.numpy import load, save
+
+from vqbet_edge import BundleError, EdgePolicy, VerificationError
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends.cpu import CpuWindow
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.proof import Proof, act_out, prove
+from vqbet_edge.training.checkpoint import Checkpoint
+
+STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads")
+WINDOW = 3
+
+
+def attentive(seed: int) -> Checkpoint:
+    """A network in which every layer matters, as after training.
+
+    Attention of an untrained transformer is the same for all tokens whatever the query is.
+    """
+    policy = miniature.checkpoint(n_obs_steps=WINDOW)
+    torch.manual_seed(seed)
+    for name, tensor in policy.network.named_parameters():
+        if "transformer" in name and tensor.ndim == 2:
+            torch.nn.init.normal_(tensor, std=0.3)
+        elif tensor.ndim > 1:
+            torch.nn.init.xavier_normal_(tensor)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(tensor, std=0.3)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("proof")
+    return Bundle.open(miniature.write(folder / "a.bundle", attentive(1), steps=64))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same sizes, other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    return Bundle.open(miniature.write(folder / "b.bundle", attentive(2)))
+
+
+def proven(bundle: Bundle) -> Proof:
+    return prove(bundle, create_backend("onnxruntime", bundle))
+
+
+def file_of(bundle: Bundle, stage: StageName) -> str:
+    return (bundle.manifest.cpu_stages.get(stage) or bundle.manifest.stages[stage]).file
+
+
+def with_file(bundle: Bundle, name: str, data: bytes) -> Bundle:
+    return replace(bundle, contents={**bundle.contents, name: data})
+
+
+def weights(bundle: Bundle, stage: StageName) -> list[str]:
+    return [
+        tensor.name for tensor in onnx.load_from_string(bundle.cpu_graph(stage)).graph.initializer
+    ]
+
+
+def with_weight(
+    bundle: Bundle, stage: StageName, index: int, change: Callable[[np.ndarray], np.ndarray]
+) -> Bundle:
+    model = onnx.load_from_string(bundle.cpu_graph(stage))
+    tensor = model.graph.initializer[index]
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
+    return with_file(bundle, file_of(bundle, stage), model.SerializeToString())
+
+
+def test_what_was_exported_is_proven_with_room_to_spare(bundle: Bundle) -> None:
+    proof = proven(bundle)
+    assert proof.precision == "fp32"
+    assert proof.steps == 48
+    assert max(result.relative_error for result in proof.stages.values()) < 2e-5
+    assert proof.policy.relative_action_error < 2e-5
+    assert proof.policy.code_agreement == 1
+    for word in ("onnxruntime", "vision_encoder", "cosine 1.0000000", "agreement 100.00%"):
+        assert word in str(proof)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_swapped_stage_is_caught(bundle: Bundle, other: Bundle, stage: StageName) -> None:
+    swapped = with_file(bundle, file_of(bundle, stage), other.cpu_graph(stage))
+    with pytest.raises(VerificationError, match=stage) as caught:
+        proven(swapped)
+    assert caught.value.exit_code == 3
+
+
+def test_a_swapped_table_is_caught(bundle: Bundle, other: Bundle) -> None:
+    with pytest.raises(VerificationError, match="rvq_decoder"):
+        proven(replace(bundle, arrays=other.arrays))
+
+
+def test_one_percent_of_any_layer_is_caught(bundle: Bundle) -> None:
+    missed, count = [], 0
+    for stage in STAGES:
+        for index, tensor in enumerate(
+            onnx.load_from_string(bundle.cpu_graph(stage)).graph.initializer
+        ):
+            # Shapes; and what is too small to be a layer's, such as biases before a softmax, which
+            # change nothing.
+            if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < 16:
+                continue
+            count += 1
+            changed = with_weight(bundle, stage, index, lambda weight: weight * 1.01)
+            if not act_out(
+                changed, create_backend("onnxruntime", changed), ReferenceCases.of(bundle)
+            ).violations:
+                missed.append(f"{stage}: {tensor.name}")
+    assert count > 20
+    assert missed == []
+
+
+@pytest.mark.parametrize("change", [{"top": 1}, {"left": 3}])
+def test_a_wrong_crop_is_caught(bundle: Bundle, change: dict[str, int]) -> None:
+    crop = msgspec.structs.replace(bundle.manifest.crop, **change)
+    manifest = msgspec.structs.replace(bundle.manifest, crop=crop)
+    with pytest.raises(VerificationError, match="vision_encoder: relative error"):
+        proven(replace(bundle, manifest=manifest))
+
+
+def test_bgr_for_rgb_is_caught(bundle: Bundle) -> None:
+    """The encoder's first convolution sees the channels the other way round."""
+    first = weights(bundle, "vision_encoder").index("backbone.0.weight")
+    with pytest.raises(VerificationError, match="vision_encoder: relative error"):
+        proven(with_weight(bundle, "vision_encoder", first, lambda weight: weight[:, ::-1]))
+
+
+@pytest.mark.parametrize("method", ["advance", "prefill", "predict", "fill"])
+def test_a_window_that_is_off_by_one_is_caught(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    original = getattr(CpuWindow, method)
+
+    def late(self: CpuWindow, *arguments: Any) -> Any:
+        match method:
+            case "advance":  # the oldest row stays
+                self._window[:, 1:-1] = self._window[:, 2:]
+            case "fill":  # only one row is filled
+                self._window[:, -2] = self._window[:, -1]
+            case _:  # the states before these
+                return original(self, np.roll(arguments[0], 1, axis=0))
+        return None
+
+    monkeypatch.setattr(CpuWindow, method, late)
+    with pytest.raises(VerificationError, match="gpt: relative error"):
+        proven(bundle)
+
+
+def test_wrong_states_are_caught(bundle: Bundle) -> None:
+    arrays = {**bundle.arrays, "state.multiply": bundle.arrays["state.multiply"] * np.float32(1.01)}
+    with pytest.raises(VerificationError, match="gpt: relative error"):
+        proven(replace(bundle, arrays=arrays))
+
+
+def test_overflow_is_caught(bundle: Bundle) -> None:
+    with pytest.raises(VerificationError, match="not finite"):
+        proven(with_weight(bundle, "code_heads", 0, lambda weight: weight * np.inf))
+
+
+@pytest.mark.parametrize("fault", ["stage", "crop", "channels", "scales"])
+def test_float16_and_int8_catch_what_is_wrong_beyond_rounding(
+    bundle: Bundle, other: Bundle, fault: str
+) -> None:
+    """The same faults, judged by the widest limits: those of INT8."""
+    stages = {
+        n: msgspec.structs.replace(s, precision="int8") for n, s in bundle.manifest.stages.items()
+    }
+    coarse = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, stages=stages))
+    assert proven(coarse).precision == "int8"
+    match fault:
+        case "stage":
+            coarse = with_file(coarse, file_of(coarse, "gpt"), other.cpu_graph("gpt"))
+        case "crop":
+            crop = msgspec.structs.replace(coarse.manifest.crop, top=0, left=0)
+            manifest = msgspec.structs.replace(coarse.manifest, crop=crop)
+            coarse = replace(coarse, manifest=manifest)
+        case "channels":
+            first = weights(coarse, "vision_encoder").index("backbone.0.weight")
+            coarse = with_weight(coarse, "vision_encoder", first, lambda w: w[:, ::-1])
+        case "scales":  # as ONNX Runtime's optimiser does with float16 scales
+            random = np.random.default_rng(0)
+            coarse = with_weight(
+                coarse,
+                "vision_encoder",
+                weights(coarse, "vision_encoder").index("project.weight"),
+                lambda w: w * random.uniform(0.5, 1.5, (len(w), 1)),
+            )
+    with pytest.raises(VerificationError, match="cosine"):
+        proven(coarse)
+
+
+def test_near_ties_do_not_decide(bundle: Bundle) -> None:
+    """What rounding may exchange does not count for the agreement of codes."""
+    arrays = load(bundle.contents[CASES_NAME])
+    assert arrays["clear"].any()
+    arrays["logits"] = arrays["logits"][:, :, ::-1].copy()
+    arrays["clear"] = np.zeros_like(arrays["clear"])
+    reversed_codes = with_file(bundle, CASES_NAME, save(arrays))
+    backend = create_backend("onnxruntime", bundle)
+    proof = act_out(reversed_codes, backend, ReferenceCases.of(reversed_codes))
+    assert proof.policy.code_agreement == 1
+    assert proof.policy.probability_error > 1e-3
+
+
+def test_the_cases_span_the_codes(bundle: Bundle) -> None:
+    """More than any other choice of as many pieces would by chance, and from an empty history."""
+    cases = ReferenceCases.of(bundle).cases
+    assert [len(case.states) for case in cases] == [8] * 3
+    codes = np.concatenate([case.outputs.codes for case in cases])
+    assert len({(layer, code) for pair in codes.tolist() for layer, code in enumerate(pair)}) > 4
+
+
+@pytest.mark.parametrize(("size", "magnification"), [((96, 96), 1), ((480, 640), 6)])
+def test_the_file_stays_small_whatever_the_camera(
+    tmp_path: Path, size: tuple[int, int], magnification: int
+) -> None:
+    path = miniature.write(tmp_path / "a.bundle", steps=48, size=size, crop_shape=None)
+    bundle = Bundle.open(path)
+    assert len(bundle.contents[CASES_NAME]) < 1_000_000
+    cases = ReferenceCases.of(bundle)
+    assert cases.magnification == magnification
+    assert not proven(bundle).violations
+
+
+@pytest.fixture
+def damaged(bundle: Bundle) -> Callable[..., Bundle]:
+    def damage(**changes: Any) -> Bundle:
+        arrays = load(bundle.contents[CASES_NAME])
+        for name, change in changes.items():
+            arrays[name] = np.ascontiguousarray(change(arrays[name]))
+        return with_file(bundle, CASES_NAME, save(arrays))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lengths", lambda x: x * 0),
+        ("lengths", lambda x: x * (1 << 62)),
+        ("lengths", lambda x: x[:0]),
+        ("geometry", lambda x: x - 5),
+        ("geometry", lambda x: x * 1000),
+        ("frames", lambda x: x[:, :, :5]),
+        ("states", lambda x: x[:-1]),
+        ("feature", lambda x: x.astype(np.float64)),
+        ("codes", lambda x: x + 1000),
+    ],
+)
+def test_cases_that_do_not_fit_are_refused(damaged: Any, name: str, change: Any) -> None:
+    with pytest.raises(BundleError, match=f"{name}.*export again"):
+        proven(damaged(**{name: change}))
+
+
+def test_no_cases_or_no_safetensors(bundle: Bundle) -> None:
+    contents = {name: data for name, data in bundle.contents.items() if name != CASES_NAME}
+    with pytest.raises(BundleError, match="no reference cases"):
+        proven(replace(bundle, contents=contents))
+    with pytest.raises(BundleError, match="damaged"):
+        proven(with_file(bundle, CASES_NAME, b"{}"))
+
+
+def test_load_proves_before_it_hands_out_a_policy(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observation = miniature.observation(np.random.default_rng(0))
+    plain, policy = (EdgePolicy.load(bundle.path, "onnxruntime", prove=p) for p in (False, True))
+    np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
+    monkeypatch.setattr(CpuWindow, "fill", lambda _: None)
+    with pytest.raises(VerificationError, match="does not compute the policy"):
+        EdgePolicy.load(bundle.path, "onnxruntime", prove=True)
+
+
+def test_torch_is_not_needed(bundle: Bundle) -> None:
+    script = """
+import sys
+for name in ("torch", "onnx", "rich", "tyro", "pyarrow"):
+    sys.modules[name] = None
+from vqbet_edge import EdgePolicy
+EdgePolicy.load(sys.argv[1], "onnxruntime", prove=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(bundle.path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_shows_the_figures(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from vqbet_edge import inspection
+
+    def run() -> Any:
+        arguments = [str(bundle.path), "--prove", "--backend", "onnxruntime"]
+        monkeypatch.setattr(sys, "argv", ["vqbet-inspect", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            inspection.main()
+        return stopped.value.code
+
+    assert run() == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for word in ("proven on onnxruntime", "48 predictions", "agreement 100.00%"):
+        assert word in shown
+    monkeypatch.setattr(CpuWindow, "fill", lambda _: None)
+    assert run() == 3
+    assert "gpt: relative error" in capsys.readouterr().err
