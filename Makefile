@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test bench torture check clean
 
 demo: $(VENV)/.package
-	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" examples/detour/demo.sh
 
 # One thread per worker: workers that each spin on all cores slow each other several times.
 # A worker that dies fails the run at once: its tests are lost, and pytest would wait for them.

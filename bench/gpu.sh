@@ -12,9 +12,9 @@
 #     pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'
 #     pip install --no-deps lerobot==0.4.4     # the peer in PyTorch, with what it imports
 #
-# It leaves gpu-NAME/ (vqbet-bench: every backend beside PyTorch), gpu-NAME-correctness.json,
-# gpu-NAME-rtx.txt (does TensorRT for RTX run on this GPU?), gpu-NAME-layers-*.json (the engine
-# inspector's layers), gpu-NAME-doctor.json.
+# It leaves gpu-NAME/ (vqbet-bench: every backend beside PyTorch, and how far actions differ from
+# the CPU's), gpu-NAME-no-graphs/, gpu-NAME-layers-*.json (the engine inspector's layers) and
+# gpu-NAME-doctor.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,44 +43,36 @@ to_file() { # FILE COMMAND...: standard output into a file
     shift
     "$@" >"$file"
 }
-exporter() { "$python" -c 'from vqbet_export.cli import main; main()' "$@"; }
-doctor() { "$python" -c 'from vqbet_engines.doctor import main; main()' "$@"; }
-builder() { "$python" -m vqbet_engines "$@"; }
+entry() { # MODULE ARGUMENT...: a command of this package
+    local module=$1
+    shift
+    "$python" -c "from $module import main; main()" "$@"
+}
 
-step "what is installed" to_file "$report-doctor.json" doctor --json
+step "what is installed" to_file "$report-doctor.json" entry vqbet_engines.doctor --json
 
 bundles=()
 for precision in fp32 fp16; do
     bundle=$work/$precision.bundle
-    step "export $precision" to_file "$work/export.json" \
-        exporter "$checkpoint" "--$precision" -o "$bundle" --verify-data "$dataset" --json
+    step "export $precision" to_file "$work/export.json" entry vqbet_export.cli \
+        "$checkpoint" "--$precision" -o "$bundle" --verify-data "$dataset" --json
     [ -d "$bundle" ] && bundles+=("$bundle")
 done
 [ ${#bundles[@]} -gt 0 ] || { echo "nothing was exported" >&2; exit 1; }
 
-# TensorRT for RTX lists SM75, SM80, SM86, SM89, SM120 and SM121: other GPUs have to be tried.
-{
-    for target in current sm80; do
-        "$python" -m vqbet_bench.rtx_probe "${bundles[0]}" "$target" 2>&1 ||
-            echo "$target: exit code $?"
-    done
-} | tee "$report-rtx.txt" >&2
-
+# TensorRT for RTX lists SM75, SM80, SM86, SM89, SM120 and SM121: on others the engines are refused.
 for flavour in tensorrt tensorrt_rtx; do
     for bundle in "${bundles[@]}"; do
-        step "build $(basename "$bundle") with $flavour" \
-            to_file "$report-layers-$flavour-$(basename "$bundle" .bundle).json" \
-            builder "$bundle" --flavour "$flavour" --force --json
+        layers=$report-layers-$flavour-$(basename "$bundle" .bundle).json
+        step "build $(basename "$bundle") with $flavour" to_file "$layers" \
+            entry vqbet_engines.cli "$bundle" --flavour "$flavour" --force --json
+        [ -s "$layers" ] || rm -f "$layers"
     done
 done
-find "$results" -name "gpu-$name-layers-*.json" -empty -delete
 
-step "compare every backend with the CPU" "$python" -m vqbet_bench.correctness \
-    "${bundles[@]}" --dataset "$dataset" --output "$report-correctness.json"
-
-bench() { # FOLDER: measure every backend beside PyTorch on the GPU
-    "$python" -c 'from vqbet_bench.cli import main; main()' "${bundles[@]}" \
-        --backend tensorrt tensorrt_rtx onnxruntime-cuda onnxruntime \
+bench() { # FOLDER: measure every backend beside PyTorch on the GPU; the CPU's actions come first
+    entry vqbet_bench.cli "${bundles[@]}" \
+        --backend onnxruntime onnxruntime-cuda tensorrt tensorrt_rtx \
         --checkpoint "$checkpoint" --peer-device cuda --dataset "$dataset" --output "$1"
 }
 step "measure" bench "$report"

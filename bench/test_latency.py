@@ -1,6 +1,6 @@
 """How long steps take, each beside LeRobot's in the same interleaved run. Nothing is asserted.
 
-pytest-benchmark times the very contenders that the harness times; `extra_info` says how many times
+pytest-benchmark times the very policies that `vqbet-bench` times; `extra_info` says how many times
 faster than LeRobot they were where all of them took turns. Compare two commits by those ratios:
 
     make bench PYTEST_ARGS=--benchmark-save=before
@@ -21,9 +21,8 @@ import oracle
 import pytest
 from vqbet_bench.benchmark import benchmark as compare
 from vqbet_bench.cli import Arguments
-from vqbet_bench.contenders import Contender, create_contender
-from vqbet_bench.messages import Job
-from vqbet_bench.observations import create_pool
+from vqbet_bench.observations import create_observations
+from vqbet_bench.policies import Job, Policy, load_policy
 from vqbet_bench.results import MODES, Report, Result
 from vqbet_export.exporter import ExportConfig, export
 from workshop import Workshop
@@ -63,25 +62,23 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
         peers=("lerobot",),
         seconds=float(os.environ.get("VQBET_BENCH_SECONDS", "10")),
         rounds=ROUNDS,
-        allocation_calls=0,
     )
     return Compared(checkpoint, bundles, compare(arguments, lambda _: None))
 
 
-def contender(compared: Compared, policy: str) -> Contender:
+def load(compared: Compared, policy: str) -> Policy:
     bundle = Bundle.open(compared.bundles["fp32"])
     spec = bundle.manifest.policy
-    edge = policy != "lerobot"
     job = Job(
-        kind="edge" if edge else "lerobot",
-        path=str(compared.bundles[policy] if edge else compared.checkpoint),
-        pool="",
+        kind="lerobot" if policy == "lerobot" else "bundle",
+        path=str(compared.checkpoint if policy == "lerobot" else compared.bundles[policy]),
+        observations=create_observations(bundle, None),
         chunk=spec.action_chunk_size,
         window=spec.n_obs_steps,
         threads=compared.report.settings.threads,
         backend="onnxruntime",
     )
-    return create_contender(job, create_pool(bundle, None))
+    return load_policy(job)
 
 
 def result(compared: Compared, policy: str) -> Result:
@@ -106,7 +103,7 @@ def ratios(compared: Compared, policy: str) -> dict[str, float]:
 @pytest.mark.parametrize("step", ["replan", "queue", "every"])
 def test_step(benchmark: Any, compared: Compared, policy: str, step: str) -> None:
     """`replan` and `queue` in a loop of whole chunks, `every` with a prediction in every step."""
-    acting = contender(compared, policy)
+    acting = load(compared, policy)
     acting.start(every=step == "every")
     steps = itertools.count()
 
@@ -139,8 +136,8 @@ def test_start_up(benchmark: Any, compared: Compared, policy: str) -> None:
     benchmark.extra_info["fresh process to first action, s"] = round(measured.start_up, 3)
     benchmark.extra_info["resident MB"] = round(measured.memory.resident / 1e6, 1)
 
-    def load() -> None:
-        acting = contender(compared, policy)
+    def start() -> None:
+        acting = load(compared, policy)
         acting.act(acting.prepare(0))
 
-    benchmark.pedantic(load, rounds=3)
+    benchmark.pedantic(start, rounds=3)

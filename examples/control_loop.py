@@ -17,7 +17,8 @@ def main(bundle: str, dataset: str) -> None:
     policy = EdgePolicy.load(bundle, seed=0)
     keys = list(policy.manifest.input_features)
     data = LeRobotDataset.open(dataset)
-    predicting, queued = [], []
+    predicting: list[float] = []
+    queued: list[float] = []
     for position in range(min(4, data.num_episodes)):
         policy.reset()
         episode = data.episode(position, keys)

@@ -10,11 +10,12 @@ from sizes import SMALL
 from vqbet_export import exporter
 from vqbet_export.exporter import ExportConfig
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.layouts import Layout
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import Epsilon, identity, normalizing, unnormalizing
+from vqbet_edge.training.normalization import EPSILON, normalizing, unnormalizing
 
 STATE, IMAGE, SIZE = "observation.state", "observation.image", 24
 # Smallest and largest action and state of its imagined training data, in the robot's units.
@@ -46,10 +47,9 @@ def checkpoint(**fields: Any) -> Checkpoint:
     )
     network = VQBeT(config).eval().requires_grad_(False)
     mode, stats = NormalizationMode.MIN_MAX, {"min": LOW, "max": HIGH}
-    epsilon = Epsilon(1e-8, always=False)
-    scalings = {IMAGE: identity(3), STATE: normalizing(mode, stats, epsilon)}
-    action = unnormalizing(mode, stats, epsilon)
-    return Checkpoint(network, scalings, action, {}, Era.C, "miniature", "0" * 64)
+    scalings = {IMAGE: Affine.identity(3), STATE: normalizing(mode, stats, EPSILON)}
+    action = unnormalizing(mode, stats, EPSILON)
+    return Checkpoint(network, scalings, action, {}, Layout.V0_4, "miniature", "0" * 64)
 
 
 def write(path: Path, **fields: Any) -> Path:

@@ -73,8 +73,9 @@ def _write_stats(target: Path, old: dict) -> None:
     (target / "meta/stats.json").write_text("{}")
     dataset = LeRobotDataset.open(target)
     stats = {key: old[key] for key in dataset.image_keys}
-    for key, values in dataset.stats.items():
-        if key not in stats:
+    for key, feature in dataset.features.items():
+        if key not in stats and feature.dtype.startswith("float"):
+            values = dataset.statistics(key)
             stats[key] = {name: value.tolist() for name, value in values.items()}
             stats[key]["count"] = [dataset.num_frames]
     (target / "meta/stats.json").write_text(json.dumps(stats, indent=4))

@@ -53,6 +53,10 @@ class DiskError(VQBeTEdgeError):
     exit_code = 5
 
 
+class HubError(VQBeTEdgeError):
+    """What is not on this machine could not be downloaded: no network, no access, no such name."""
+
+
 class BackendError(VQBeTEdgeError):
     """The inference backend is missing or failed."""
 

@@ -2,35 +2,33 @@
 
 import datetime as dt
 import itertools
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
 
 import msgspec
-from msgspec.structs import replace
 
 from vqbet_bench.cli import Arguments
 from vqbet_bench.machine import describe_machine, hottest
-from vqbet_bench.messages import Job, PeerName
-from vqbet_bench.observations import create_pool
-from vqbet_bench.results import FORMAT_VERSION, Ceilings, Report, Result, Settings, Sizes
-from vqbet_bench.session import Plan, Progress, Session, open_session
+from vqbet_bench.observations import Observations, create_observations
+from vqbet_bench.policies import Job, PeerName
+from vqbet_bench.results import FORMAT_VERSION, MODES, Ceilings, Report, Result, Roofline, Settings
+from vqbet_bench.samples import SAMPLES_NEEDED
+from vqbet_bench.session import Progress, Session
+from vqbet_bench.timing import RoundPlan
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.bundle import Bundle
 
-if TYPE_CHECKING:
-    from vqbet_edge.runtime.backends.base import Idle
-
-_PEER_NAMES: dict[PeerName, str] = {
-    "lerobot": "LeRobot eager",
-    "lerobot-compile": "LeRobot torch.compile",
-    "network": "our network, eager",
-    "single-graph": "single ONNX graph",
-}
+_PEER_NAMES: dict[PeerName, str] = {"lerobot": "LeRobot", "single-graph": "single ONNX graph"}
+# Enough predictions over all rounds to name the 90th percentile.
+_MIN_REPLANS = SAMPLES_NEEDED[90.0]
 
 
 def benchmark(arguments: Arguments, progress: Progress) -> Report:
@@ -41,55 +39,40 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     """
     bundles = {str(path.absolute()): Bundle.open(path) for path in arguments.bundles}
     first = _checked(bundles)
-    threads = arguments.threads or len(os.sched_getaffinity(0))
     progress("looking at the machine")
     machine = describe_machine()
-    plan = Plan(arguments.rate, arguments.seconds, arguments.rounds, arguments.allocation_calls)
-    with open_session(plan, progress) as run:
-        pool_file = run.folder / "pool.npz"
-        create_pool(first, arguments.dataset).save(pool_file)
-        policy = first.manifest.policy
-        job = Job(
-            kind="edge",
-            path="",
-            pool=str(pool_file),
-            chunk=policy.action_chunk_size,
-            window=policy.n_obs_steps,
-            threads=threads,
-        )
-        _start_peers(run, job, arguments, progress)
-        contenders = _contenders(arguments, job)
-        for label, contender in contenders.items():
-            run.start(label, contender)
-        found = run.run()
-    after = hottest()
+    job = _job(first, create_observations(first, arguments.dataset), arguments)
+    jobs = _bundle_jobs(arguments, job)
+    with TemporaryDirectory(prefix="vqbet-bench-") as name:
+        folder = Path(name)
+        with closing(Session(folder, progress)) as session:
+            for peer, peer_job in _peer_jobs(arguments, job, folder, session.failures, progress):
+                session.start(peer, peer_job)
+            for label, bundle_job in jobs.items():
+                session.start(label, bundle_job)
+            found = session.run(_plans(arguments), arguments.rounds)
+            failures = session.failures
+    facts = {**machine.facts, "hottest afterwards": hottest()}
+    progress("counting what the graphs read and compute")
     results = [
-        _with_bounds(result, bundles[contenders[result.name].path], arguments, threads, progress)
-        if result.name in contenders
+        _with_sizes(result, bundles[jobs[result.name].path], arguments, job.threads)
+        if result.kind == "bundle"
         else result
         for result in found
     ]
     return Report(
         format_version=FORMAT_VERSION,
         date=dt.datetime.now(dt.timezone.utc).isoformat(timespec="minutes"),
-        machine=replace(
-            machine, facts={**machine.facts, **({"hottest afterwards": after} if after else {})}
-        ),
-        settings=_settings(arguments, threads),
+        machine=msgspec.structs.replace(machine, facts={k: v for k, v in facts.items() if v}),
+        settings=_settings(arguments, job.threads),
         results=results,
-        failures=run.failures,
+        failures=failures,
     )
 
 
 def _checked(bundles: Mapping[str, Bundle]) -> Bundle:
     """The first bundle, whose observations all of them take."""
     first, *others = bundles.values()
-    for bundle in bundles.values():
-        if bundle.manifest.batch_size != 1:
-            raise UsageError(
-                f"'{bundle.path}' was exported for a batch of {bundle.manifest.batch_size}; "
-                "measure a bundle for one robot"
-            )
     for bundle in others:
         if bundle.manifest.input_features != first.manifest.input_features:
             raise UsageError(
@@ -99,18 +82,75 @@ def _checked(bundles: Mapping[str, Bundle]) -> Bundle:
     return first
 
 
-def _contenders(arguments: Arguments, job: Job) -> dict[str, Job]:
-    """Every bundle on every backend, with every way of working ahead."""
+def _job(bundle: Bundle, observations: Observations, arguments: Arguments) -> Job:
+    """What all jobs have in common."""
+    policy = bundle.manifest.policy
+    return Job(
+        kind="bundle",
+        path="",
+        observations=observations,
+        chunk=policy.action_chunk_size,
+        window=policy.n_obs_steps,
+        threads=arguments.threads or len(os.sched_getaffinity(0)),
+    )
+
+
+def _bundle_jobs(arguments: Arguments, job: Job) -> dict[str, Job]:
+    """Every bundle on every backend, with every way of prefetching."""
     found: dict[str, Job] = {}
-    idles: tuple[Idle | None, ...] = arguments.idle or (None,)
-    for path, backend, idle in itertools.product(arguments.bundles, arguments.backend, idles):
-        label = " ".join(filter(None, (path.stem, backend, idle)))
+    choices = arguments.bundles, arguments.backend, arguments.prefetch or (None,)
+    for path, backend, prefetch in itertools.product(*choices):
+        label = " ".join(filter(None, (path.stem, backend, prefetch)))
         if label in found:
             raise UsageError(
                 f"two bundles are named '{path.stem}'; rename one, or name each of them once"
             )
-        found[label] = replace(job, path=str(path.absolute()), backend=backend, idle=idle)
+        found[label] = replace(job, path=str(path.absolute()), backend=backend, prefetch=prefetch)
     return found
+
+
+def _peer_jobs(
+    arguments: Arguments, job: Job, folder: Path, failures: dict[str, str], progress: Progress
+) -> Iterator[tuple[str, Job]]:
+    if arguments.checkpoint is None:
+        return
+    checkpoint = str(arguments.checkpoint.absolute())
+    for kind in arguments.peers:
+        name, path = _PEER_NAMES[kind], checkpoint
+        if kind == "single-graph":
+            progress(f"exporting the {name}")
+            path = str(folder / "single.onnx")
+            try:
+                _run_alone("vqbet_bench.whole_policy", checkpoint, path)
+            except VQBeTEdgeError as error:
+                failures[name] = str(error)
+                continue
+        yield name, replace(job, kind=kind, path=path, device=arguments.peer_device)
+
+
+def _run_alone(module: str, *arguments: str) -> bytes:
+    """A module's `main` in a process of its own, so that what it loads is in nobody's memory.
+
+    Returns:
+        What it printed.
+
+    Raises:
+        VQBeTEdgeError: it failed.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(  # noqa: S603
+        module_command(module, *arguments), env=environment, capture_output=True, check=False
+    )
+    if done.returncode:
+        words = done.stderr.decode(errors="replace")[-1000:].strip()
+        raise VQBeTEdgeError(f"{module} ended with exit code {done.returncode}: {words}")
+    return done.stdout
+
+
+def _plans(arguments: Arguments) -> list[RoundPlan]:
+    seconds = arguments.seconds / arguments.rounds
+    replans = math.ceil(_MIN_REPLANS / arguments.rounds)
+    return [RoundPlan(mode, seconds, replans, arguments.rate) for mode in MODES]
 
 
 def _settings(arguments: Arguments, threads: int) -> Settings:
@@ -120,74 +160,49 @@ def _settings(arguments: Arguments, threads: int) -> Settings:
         rounds=arguments.rounds,
         threads=threads,
         observations=Path(arguments.dataset).name if arguments.dataset else "random, seeded",
-        allocation_calls=arguments.allocation_calls,
     )
 
 
-def _start_peers(run: Session, job: Job, arguments: Arguments, progress: Progress) -> None:
-    if arguments.checkpoint is None:
-        return
-    checkpoint = str(arguments.checkpoint.absolute())
-    for kind in arguments.peers:
-        name, path = _PEER_NAMES[kind], checkpoint
-        if kind == "single-graph":
-            progress(f"exporting the {name}")
-            path = str(run.folder / "single.onnx")
-            reason = _export_single_graph(checkpoint, path)
-            if reason:
-                run.failures[name] = reason
-                continue
-        run.start(name, replace(job, kind=kind, path=path, device=arguments.peer_device))
-
-
-def _export_single_graph(checkpoint: str, output: str) -> str:
-    """In a process of its own, so that torch is in nobody's memory; why it failed, or nothing."""
-    command = module_command("vqbet_bench.whole_policy", checkpoint, output)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    return done.stderr[-1000:].strip() or "no reason given" if done.returncode else ""
-
-
-def _with_bounds(
-    result: Result, bundle: Bundle, arguments: Arguments, threads: int, progress: Progress
-) -> Result:
+def _with_sizes(result: Result, bundle: Bundle, arguments: Arguments, threads: int) -> Result:
     """Add sizes and, where `onnx` is installed, the roofline."""
-    progress(f"{result.name}: counting its graphs")
-    sizes = Sizes(
-        bundle=sum(spec.size for spec in bundle.manifest.files.values()),
-        engines=sum(p.stat().st_size for p in bundle.path.glob("engines/*/*.plan")),
-        weights=None,
-    )
+    size = sum(spec.size for spec in bundle.manifest.files.values())
     try:
-        from vqbet_bench.roofline import stage_bounds, stage_runs, total_weights  # noqa: PLC0415
+        roofline = _roofline(result, bundle, arguments, threads)
     except ModuleNotFoundError as error:
         sys.stderr.write(f"no roofline: {error}; pip install 'vqbet-edge[bench]'\n")
-        return replace(result, sizes=sizes)
-    try:
-        runs = stage_runs(bundle, result)
+        roofline = None
     except ValueError as error:
         sys.stderr.write(f"no roofline of {result.name}: {error}\n")
-        return replace(result, sizes=sizes)
+        roofline = None
+    return msgspec.structs.replace(result, bundle_bytes=size, roofline=roofline)
+
+
+def _roofline(result: Result, bundle: Bundle, arguments: Arguments, threads: int) -> Roofline:
+    from vqbet_bench.roofline import bound, stage_runs, total_weights  # noqa: PLC0415
+
+    seconds, on_processor = result.stage_medians(), result.details["backend"] == "onnxruntime"
+    runs = stage_runs(bundle, on_processor=on_processor, prefilled="prefill" in seconds)
     weights = total_weights(runs)
-    ceilings = _ceilings(result, weights, arguments, threads)
-    bounds = stage_bounds(runs, ceilings, result.stage_medians()) if ceilings else {}
-    sizes = replace(sizes, weights=weights)
-    return replace(result, sizes=sizes, bounds=bounds, ceilings=ceilings)
+    ceilings = _processor(weights, threads) if on_processor else _gpu(arguments.board)
+    bounds = (
+        {name: bound(run, ceilings, seconds.get(name)) for name, run in runs.items()}
+        if ceilings
+        else {}
+    )
+    return Roofline(weights, ceilings, bounds)
 
 
-def _ceilings(result: Result, weights: int, arguments: Arguments, threads: int) -> Ceilings | None:
-    """Of what the backend runs on; None for a GPU that has no profile."""
+def _processor(weights: int, threads: int) -> Ceilings:
+    """Measured now."""
+    printed = _run_alone("vqbet_bench.ceilings", str(weights), str(threads))
+    return msgspec.json.decode(printed, type=Ceilings)
+
+
+def _gpu(board: str | None) -> Ceilings | None:
+    """Of the board that this is; None for a GPU that has no profile."""
     from vqbet_engines.boards import detect_board  # noqa: PLC0415
 
     from vqbet_bench.ceilings import board_ceilings  # noqa: PLC0415
 
-    if result.on_processor:
-        command = module_command("vqbet_bench.ceilings", str(weights), str(threads))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        done = subprocess.run(  # noqa: S603
-            command, env=environment, stdout=subprocess.PIPE, check=False
-        )
-        if done.returncode:
-            raise VQBeTEdgeError("the processor's bandwidth could not be measured; see above")
-        return msgspec.json.decode(done.stdout, type=Ceilings)
-    board = arguments.board or detect_board()
-    return board_ceilings(board) if board else None
+    name = board or detect_board()
+    return board_ceilings(name) if name else None

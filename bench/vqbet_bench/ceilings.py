@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import numpy as np
 
+from vqbet_bench.machine import limit_processors
 from vqbet_bench.results import Ceilings
-from vqbet_bench.worker import limit_processors
 
 _REPEATS = 15
 _GEMM_SIZE = 1024
@@ -19,7 +19,7 @@ _FP32_FLOPS_PER_SM_CLOCK = 256
 
 
 def board_ceilings(name: str) -> Ceilings:
-    """From `engines/boards/<name>.toml`; INT8 has twice FP16's dense rate on tensor cores.
+    """From `engines/boards.toml`; INT8 has twice FP16's dense rate on tensor cores.
 
     Raises:
         UsageError: there is no such board.

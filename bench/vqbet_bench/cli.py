@@ -10,10 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vqbet_bench.messages import PEERS, EdgeBackend, PeerName
+from vqbet_bench.policies import PEERS, BundleBackend, PeerName
 from vqbet_edge import cli
 from vqbet_edge.errors import UsageError
-from vqbet_edge.runtime.backends.base import Idle
+from vqbet_edge.runtime.backends.base import Prefetch
 
 if TYPE_CHECKING:
     from vqbet_bench.report import Grid
@@ -28,9 +28,9 @@ class Arguments:
     # Bundles, of one checkpoint if peers are to be compared.
     bundles: tyro.conf.Positional[tuple[Path, ...]]
     # Backends to run every bundle on.
-    backend: tuple[EdgeBackend, ...] = ("auto",)
-    # Where work is done ahead of the next prediction; the backend's default without.
-    idle: tuple[Idle, ...] = ()
+    backend: tuple[BundleBackend, ...] = ("auto",)
+    # When work is done ahead of the next prediction; the backend's default without.
+    prefetch: tuple[Prefetch, ...] = ()
     # Steps a second of the robot's control loop.
     rate: float = 30.0
     # Seconds per policy and way of running it.
@@ -43,12 +43,10 @@ class Arguments:
     checkpoint: Path | None = None
     # Peers to compare with, given a checkpoint.
     peers: tuple[PeerName, ...] = PEERS
-    # Where peers in PyTorch run.
+    # Where LeRobot runs.
     peer_device: Literal["cpu", "cuda"] = "cpu"
     # Processors that every policy may use; all by default.
     threads: int | None = None
-    # Calls over which allocations are counted; 0 leaves it out.
-    allocation_calls: int = 10_000
     # Whose bandwidth and arithmetic bound a GPU backend; by default the board that this is.
     board: str | None = None
     # Print the result, every sample included, as JSON.
@@ -85,7 +83,7 @@ def _run(arguments: Arguments) -> None:
         sys.stdout.buffer.write(results.encode(measured))
     else:
         _show(report.grids(measured))
-    if not any(result.kind == "edge" for result in measured.results):
+    if not any(result.kind == "bundle" for result in measured.results):
         raise UsageError("no bundle could be measured; the reasons are above")
 
 
@@ -98,8 +96,6 @@ def _check(arguments: Arguments) -> None:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if arguments.threads is not None and not 1 <= arguments.threads <= processors:
         raise UsageError(f"--threads must be 1 to {processors}, the processors that there are")
-    if arguments.allocation_calls < 0:
-        raise UsageError("--allocation-calls must be 0 or more")
 
 
 def _show(grids: list["Grid"]) -> None:
@@ -107,7 +103,7 @@ def _show(grids: list["Grid"]) -> None:
     for grid in grids:
         table = Table(title=grid.title, title_justify="left")
         for index, column in enumerate(grid.columns):
-            table.add_column(column, justify="right" if index else "left")
+            table.add_column(column, justify="right" if index else "left", no_wrap=not index)
         for row in grid.rows:
             table.add_row(*row)
         console.print(table)

@@ -22,7 +22,7 @@ _VECTOR_UNITS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 )
-_PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "lerobot")
+_PACKAGES = ("numpy", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "lerobot")
 # Share of the processor that may be busy before anything is measured.
 _MAX_LOAD = 0.1
 
@@ -44,7 +44,7 @@ def describe_machine() -> Machine:
             "nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"
         ),
         "hottest": hottest(),
-        "garbage collector": f"{_on_off(gc.isenabled())}, thresholds {gc.get_threshold()}",
+        "garbage collector": f"thresholds {gc.get_threshold()}" if gc.isenabled() else "off",
         **{name: _version(name) for name in _PACKAGES},
     }
     return Machine(
@@ -101,10 +101,6 @@ def _warnings(clocks: dict[str, str], load: float) -> list[str]:
     return warnings
 
 
-def _on_off(value: bool) -> str:
-    return "on" if value else "off"
-
-
 def cpu_field(cpuinfo: Path, name: str) -> str:
     """A field of the first processor; empty where the kernel does not tell."""
     fields = (line.partition(":") for line in _text(cpuinfo).splitlines())
@@ -122,6 +118,12 @@ def hottest() -> str:
     zones = Path("/sys/class/thermal").glob("thermal_zone*/temp")
     degrees = [int(text) / 1000 for text in map(_text, zones) if text.lstrip("-").isdigit()]
     return f"{max(degrees):.0f} C" if degrees else ""
+
+
+def limit_processors(threads: int) -> None:
+    """Keep this process on so many processors, whatever its libraries make of it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def _output(*command: str) -> str:

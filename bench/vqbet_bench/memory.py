@@ -22,13 +22,12 @@ class Baseline(NamedTuple):
         """Now."""
         return cls(gpu_used(), psutil.virtual_memory().available)
 
-    def now(self, observations: int) -> Memory:
-        """What has been taken since; `observations` is the benchmark's own share in bytes."""
-        resident, gpu = psutil.Process().memory_info().rss, gpu_used()
+    def now(self) -> Memory:
+        """What has been taken since."""
+        resident, gpu = int(psutil.Process().memory_info().rss), gpu_used()
         return Memory(
             resident=resident,
             peak=peak_resident(_STATUS.read_text()) if _STATUS.exists() else resident,
-            observations=observations,
             gpu=None if gpu is None or self.gpu is None else gpu - self.gpu,
             system=self.available - psutil.virtual_memory().available,
         )

@@ -1,8 +1,8 @@
 """Observations to act on: from a data set, or seeded random ones that vary."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,59 +10,48 @@ from numpy.typing import NDArray
 from vqbet_edge.errors import DatasetError, UsageError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.normalization import Affine, Floats
 
 MAX_OBSERVATIONS = 200
-# They are part of every contender's memory.
+# They are part of every policy's memory.
 MAX_BYTES = 32_000_000
-_STATES, _NORMALIZED = "states", "normalized_states"
 
 
-class Pool(NamedTuple):
-    """Observations that every contender cycles through.
+@dataclass(frozen=True)
+class Observations:
+    """What every policy acts on, over and over.
 
     Letters: M observations, H and W image height and width, S state width.
+
+    Attributes:
+        images: by key, in the policy's own order, uint8 (M, H, W, 3).
+        state_key: key of the states.
+        states: float32 (M, S), in the robot's units.
+        normalized_states: float32 (M, S), as the checkpoint normalises them.
     """
 
-    images: Mapping[str, NDArray[np.uint8]]  # (M, H, W, 3) by key, the policy's own order
+    images: Mapping[str, NDArray[np.uint8]]
     state_key: str
-    states: NDArray[np.float32]  # (M, S), in the robot's units
-    normalized_states: NDArray[np.float32]  # (M, S), as the checkpoint normalises them
+    states: Floats
+    normalized_states: Floats
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        frames = sum(frames.nbytes for frames in self.images.values())
-        return frames + self.states.nbytes + self.normalized_states.nbytes
+    def __len__(self) -> int:
+        return len(self.states)
 
-    def observation(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, step: int) -> dict[str, Any]:
         """As `EdgePolicy.act` takes it; starts over behind the last."""
-        row = index % len(self.states)
+        row = step % len(self)
         images = {key: frames[row] for key, frames in self.images.items()}
         return {**images, self.state_key: self.states[row]}
 
-    def save(self, path: Path) -> None:
-        """Write a file for `load`."""
-        images = {f"image {key}": frames for key, frames in self.images.items()}
-        arrays = {**images, _STATES: self.states, _NORMALIZED: self.normalized_states}
-        np.savez(path, key=np.array(self.state_key), **arrays)  # type: ignore[arg-type]
 
-    @classmethod
-    def load(cls, path: str) -> "Pool":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            images = {n.removeprefix("image "): file[n] for n in file if n.startswith("image ")}
-            return cls(images, str(file["key"]), file[_STATES], file[_NORMALIZED])
-
-
-def create_pool(bundle: Bundle, dataset: str | None, seed: int = 0) -> Pool:
+def create_observations(bundle: Bundle, dataset: str | None) -> Observations:
     """Observations that fit a bundle.
 
     Args:
         bundle: says what the policy observes.
         dataset: a folder in LeRobot's format or the id of a data set on the Hub; None makes
             random observations.
-        seed: of the random observations.
 
     Raises:
         DatasetError: the data set does not fit the policy.
@@ -72,18 +61,18 @@ def create_pool(bundle: Bundle, dataset: str | None, seed: int = 0) -> Pool:
     count = max(1, min(MAX_OBSERVATIONS, MAX_BYTES // frame_bytes))
     scaling = Affine.from_arrays(bundle.arrays, "state", manifest.state_dim)
     if dataset is None:
-        images, states = _random(manifest, scaling, count, seed)
+        images, states = _random(manifest, scaling, count)
     else:
         images, states = _recorded(manifest, dataset, count)
     normalized = scaling.apply(states, np.empty_like(states))
-    return Pool(images, manifest.state_key, states, normalized)
+    return Observations(images, manifest.state_key, states, normalized)
 
 
 def _random(
-    manifest: Manifest, scaling: Affine, count: int, seed: int
-) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+    manifest: Manifest, scaling: Affine, count: int
+) -> tuple[dict[str, NDArray[np.uint8]], Floats]:
     """Noise, and states over the range that normalisation maps to [-1, 1]."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     shape = (count, *manifest.image_shape)
     images = {key: random.integers(0, 256, shape, np.uint8) for key in manifest.image_keys}
     normalized = random.uniform(-1, 1, (count, manifest.state_dim))
@@ -93,7 +82,7 @@ def _random(
 
 def _recorded(
     manifest: Manifest, source: str, count: int
-) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+) -> tuple[dict[str, NDArray[np.uint8]], Floats]:
     try:
         from vqbet_edge.training.dataset import LeRobotDataset  # noqa: PLC0415 - robots lack it
     except ModuleNotFoundError as error:

@@ -1,23 +1,16 @@
-"""The tables of a result, for the terminal and as Markdown.
-
-python -m vqbet_bench.report result.json             # prints the tables
-python -m vqbet_bench.report result.json FILE.md     # puts them between the file's markers
-"""
+"""The tables of a result, for the terminal and as Markdown."""
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-from vqbet_bench import results
 from vqbet_bench.power import total_rail
-from vqbet_bench.results import Mode, Report, Result
-from vqbet_bench.samples import SAMPLES_NEEDED, summarize
-from vqbet_edge.errors import UsageError
+from vqbet_bench.results import Mode, Report, Result, Roofline
+from vqbet_bench.samples import SAMPLES_NEEDED, Summary, deadline_misses
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 _NOTHING = "-"
+# Figure -> its words, None where there is none.
+Figures = dict[str, str | None]
 
 
 class Grid(NamedTuple):
@@ -27,40 +20,39 @@ class Grid(NamedTuple):
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
+    @classmethod
+    def of(cls, title: str, columns: dict[str, Figures]) -> "Grid":
+        """A row per figure that any of the columns has."""
+        names = dict.fromkeys(name for figures in columns.values() for name in figures)
+        rows = [(n, *(figures.get(n) or _NOTHING for figures in columns.values())) for n in names]
+        return cls(title, ("", *columns), [row for row in rows if set(row[1:]) != {_NOTHING}])
+
     def markdown(self) -> str:
         """As GitHub renders it."""
         lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-# Policy -> figure -> the figure in words, None where there is none.
-Figures = dict[str, dict[str, str | None]]
-
-
-def _grid(title: str, figures: Figures) -> Grid:
-    """A column per policy, a row per figure that any of them has."""
-    names = list(dict.fromkeys(name for policy in figures.values() for name in policy))
-    rows = [
-        (name, *(policy.get(name) or _NOTHING for policy in figures.values())) for name in names
-    ]
-    kept = [row for row in rows if set(row[1:]) != {_NOTHING}]
-    return Grid(title, ("", *figures), kept)
-
-
 def grids(report: Report) -> list[Grid]:
     """Every table that has rows."""
-    at_rate = f"at {report.settings.rate:g} steps a second"
+    rate = report.settings.rate
+    at_rate = f"at {rate:g} steps a second"
+    base = report.baseline if len(report.results) > 1 else None
+
+    def table(title: str, figures: Callable[[Result], Figures]) -> Grid:
+        return Grid.of(title, {result.name: figures(result) for result in report.results})
+
+    def steps(title: str, mode: Mode) -> Grid:
+        return table(title, lambda result: _steps(result, mode, base))
+
     found = [
-        _latency(report, "back_to_back", "Step that predicts a chunk, calls back to back, ms"),
-        _latency(report, "paced", f"Step that predicts a chunk, {at_rate}, ms"),
-        _latency(report, "every", "Re-planning on every step, calls back to back, ms"),
-        _grid("Step that returns a queued action, us", {r.name: _queue(r) for r in report.results}),
-        _grid(
-            f"From tick to action, {at_rate}",
-            {r.name: _deadlines(r, report.settings.rate) for r in report.results},
-        ),
-        _grid("Start-up, memory, size", {r.name: _costs(r) for r in report.results}),
-        *(_bounds(result) for result in report.results if result.bounds),
+        steps("Step that predicts a chunk, calls back to back, ms", "back_to_back"),
+        steps(f"Step that predicts a chunk, {at_rate}, ms", "paced"),
+        steps("Re-planning on every step, calls back to back, ms", "every"),
+        table("Step that returns a queued action, us", _queued),
+        table(f"From tick to action, {at_rate}, ms", lambda result: _responses(result, 1 / rate)),
+        table("Start-up, memory, size", _costs),
+        *(_bounds(r, r.roofline) for r in report.results if r.roofline),
     ]
     return [grid for grid in found if grid.rows]
 
@@ -92,65 +84,54 @@ def warnings_of(report: Report) -> list[str]:
     return found
 
 
-def _latency(report: Report, mode: Mode, title: str) -> Grid:
-    base = report.baseline
-    rivals = len(report.results) > 1
-    return _grid(
-        title,
-        {r.name: _step(r, mode, base if rivals else None) for r in report.results},
-    )
-
-
-def _step(result: Result, mode: Mode, base: Result | None) -> dict[str, str | None]:
+def _steps(result: Result, mode: Mode, base: Result | None) -> Figures:
     summary = result.summary(mode, "replan")
     if summary is None:
         return {}
-    p50 = result.median_over_rounds(mode, "p50")
-    worst = result.median_over_rounds(mode, "worst")
+    p50, worst = (result.median_over_rounds(mode, figure) for figure in ("p50", "worst"))
     figures = {
-        "p50": _ms(p50),
-        **{name: _ms(summary.percentiles.get(name)) for name in ("p90", "p95", "p99", "p99.9")},
-        "worst of a round": _ms(worst),
-        "worst of all": _ms(summary.worst),
-        "standard deviation": _ms(summary.std),
-        "interquartile range": _ms(summary.iqr),
+        **_percentiles(summary, 1e3),
+        "p50": _scaled(p50, 1e3),
+        "worst of a round": _scaled(worst, 1e3),
+        "worst of all": _scaled(summary.worst, 1e3),
         "steps": str(summary.count),
     }
-    if base is None:
+    theirs = base.summary(mode, "replan") if base else None
+    if base is None or theirs is None:
         return figures
-    theirs = base.summary(mode, "replan")
-    their_p99 = theirs.percentiles.get("p99") if theirs else None
+    p99s = theirs.percentiles.get("p99"), summary.percentiles.get("p99")
     return figures | {
         f"{base.name} / this, p50": _ratio(base.median_over_rounds(mode, "p50"), p50),
-        f"{base.name} / this, p99": _ratio(their_p99, summary.percentiles.get("p99")),
+        f"{base.name} / this, p99": _ratio(*p99s),
         f"{base.name} / this, worst": _ratio(base.median_over_rounds(mode, "worst"), worst),
     }
 
 
-def _queue(result: Result) -> dict[str, str | None]:
+def _percentiles(summary: Summary, scale: float) -> Figures:
+    """Every percentile, so that rows have one order; None where samples are too few."""
+    names = [f"p{q:g}" for q in SAMPLES_NEEDED]
+    return {name: _scaled(summary.percentiles.get(name), scale) for name in names}
+
+
+def _queued(result: Result) -> Figures:
     modes: dict[str, Mode] = {"back to back": "back_to_back", "paced": "paced"}
-    figures: dict[str, str | None] = {}
+    figures: Figures = {}
     for words, mode in modes.items():
-        summary = result.summary(mode, "queue")
-        if summary is not None:
-            named = {**summary.percentiles, "worst": summary.worst}
-            figures |= {
-                f"{figure}, {words}": _us(named.get(figure))
-                for figure in ("p50", "p90", "p99", "p99.9", "worst")
-            }
+        if summary := result.summary(mode, "queue"):
+            named = _percentiles(summary, 1e6) | {"worst": _scaled(summary.worst, 1e6)}
+            figures |= {f"{name}, {words}": value for name, value in named.items()}
     return figures
 
 
-def _deadlines(result: Result, rate: float) -> dict[str, str | None]:
-    summary = summarize(result.samples("paced", "responses"))
+def _responses(result: Result, period: float) -> Figures:
+    summary = result.summary("paced", "responses")
     if summary is None:
         return {}
-    missed, steps = result.misses(1 / rate)
+    missed = deadline_misses(result.samples("paced", "responses"), period)
     return {
-        "deadlines missed": f"{missed} of {steps} ({missed / steps:.1%})",
-        **{f"{name}, ms": _ms(seconds) for name, seconds in summary.percentiles.items()},
-        "worst, ms": _ms(summary.worst),
-        "standard deviation, ms": _ms(summary.std),
+        "deadlines missed": f"{missed} of {summary.count} ({missed / summary.count:.1%})",
+        **_percentiles(summary, 1e3),
+        "worst": _scaled(summary.worst, 1e3),
         "energy per action": _energy(result),
     }
 
@@ -163,49 +144,52 @@ def _energy(result: Result) -> str | None:
     return ", ".join(f"{rail} {_digits(j)} J" for rail, j in joules if j is not None) or None
 
 
-def _costs(result: Result) -> dict[str, str | None]:
-    memory, sizes, counted = result.memory, result.sizes, result.allocations
+def _costs(result: Result) -> Figures:
+    memory, agreement = result.memory, result.agreement
     figures = {
-        "start-up to the first action, s": _digits(result.start_up),
-        "of that, loading the policy, s": _digits(result.load),
-        "resident memory, MB": _mb(memory.resident),
-        "peak memory, MB": _mb(memory.peak),
-        "GPU memory, MB": _mb(memory.gpu),
-        "system memory taken, MB": _mb(memory.system),
+        "start-up to the first action, s": _scaled(result.start_up, 1),
+        "of that, loading the policy, s": _scaled(result.load, 1),
+        "resident memory, MB": _scaled(memory.resident, 1e-6),
+        "peak memory, MB": _scaled(memory.peak, 1e-6),
+        "one more robot on the same weights, MB": _scaled(memory.sibling, 1e-6),
+        "GPU memory, MB": _scaled(memory.gpu, 1e-6),
+        "one more robot, GPU memory, MB": _scaled(memory.sibling_gpu, 1e-6),
+        "system memory taken, MB": _scaled(memory.system, 1e-6),
+        "bundle on disk, MB": _scaled(result.bundle_bytes, 1e-6),
+        "weights, MB": _scaled(result.roofline.weights if result.roofline else None, 1e-6),
     }
-    if sizes is not None:
-        figures |= {
-            "bundle on disk, MB": _mb(sizes.bundle),
-            "engines on disk, MB": _mb(sizes.engines or None),
-            "weights, MB": _mb(sizes.weights),
-        }
-    if counted is not None:
-        figures |= {
-            f"net bytes over {counted.calls} calls": str(counted.net),
-            "net bytes per call": _digits(counted.net / counted.calls),
-            "most bytes held inside a call": str(counted.largest),
-        }
-    return figures
+    if agreement is None:
+        return figures
+    return figures | {
+        "actions differ at most, of their range": f"{agreement.max_action_error:.1e}",
+        "most probable codes agree": f"{agreement.code_agreement:.1%}",
+    }
 
 
-def _bounds(result: Result) -> Grid:
-    ceilings = result.ceilings
+def _bounds(result: Result, roofline: Roofline) -> Grid:
+    ceilings = roofline.ceilings
     where = f" ({ceilings.source}, {ceilings.bytes_per_second / 1e9:.1f} GB/s)" if ceilings else ""
-    rows: list[tuple[str, ...]] = [
+    columns = ("stage", "weights MB", "million multiply-adds", "memory bound ms",
+               "compute bound ms", "measured ms", "x bound")  # fmt: skip
+    rows = [
         (
             stage,
             f"{b.weight_bytes / 1e6:.2f}",
             f"{b.multiply_adds / 1e6:.1f}",
-            _ms(b.memory_bound) or _NOTHING,
-            _ms(b.compute_bound) or _NOTHING,
-            _ms(b.seconds) or _NOTHING,
-            _NOTHING if b.ratio is None else _digits(b.ratio),
+            _scaled(b.memory_bound, 1e3),
+            _scaled(b.compute_bound, 1e3),
+            _scaled(b.seconds, 1e3),
+            _scaled(b.ratio, 1),
         )
-        for stage, b in result.bounds.items()
+        for stage, b in roofline.bounds.items()
     ]
-    columns = ("stage", "weights MB", "million multiply-adds", "memory bound ms",
-               "compute bound ms", "measured ms", "x bound")  # fmt: skip
-    return Grid(f"{result.name} against the hardware{where}", columns, rows)
+    step = result.median_over_rounds("paced", "p50")
+    if rows and step:
+        ratio = _digits(step / roofline.step_bound)
+        nothing = (_NOTHING,) * 4
+        rows.append(("whole step, paced", *nothing, _scaled(step, 1e3), ratio))
+    shown = [tuple(value or _NOTHING for value in row) for row in rows]
+    return Grid(f"{result.name} against the hardware{where}", columns, shown)
 
 
 def _digits(value: float) -> str:
@@ -214,47 +198,9 @@ def _digits(value: float) -> str:
     return f"{value:.{min(6, max(0, decimals))}f}"
 
 
-def _shown(scale: float) -> Callable[[float | None], str | None]:
-    return lambda value: None if value is None else _digits(value * scale)
-
-
-_ms, _us, _mb = _shown(1e3), _shown(1e6), _shown(1e-6)
+def _scaled(value: float | None, scale: float) -> str | None:
+    return None if value is None else _digits(value * scale)
 
 
 def _ratio(base: float | None, value: float | None) -> str | None:
     return None if base is None or not value else _digits(base / value)
-
-
-def insert(text: str, tables: str) -> str:
-    """Replace what is between the markers.
-
-    Raises:
-        UsageError: there are none.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UsageError(f"expected the markers {BEGIN} and {END} in the file, found none")
-    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
-
-
-def main() -> None:
-    """Arguments: result.json, and a Markdown file to put the tables into."""
-    from vqbet_edge.cli import run  # noqa: PLC0415
-
-    run(_main)
-
-
-def _main() -> None:
-    if len(sys.argv) not in {2, 3}:
-        raise UsageError("usage: python -m vqbet_bench.report result.json [FILE.md]")
-    tables = markdown(results.decode(Path(sys.argv[1]).read_bytes()))
-    if len(sys.argv) == 2:
-        sys.stdout.write(tables)
-        return
-    path = Path(sys.argv[2])
-    path.write_text(insert(path.read_text(), tables))
-
-
-if __name__ == "__main__":
-    main()

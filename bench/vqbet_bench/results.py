@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from vqbet_bench.samples import Summary, deadline_misses, summarize
+from vqbet_bench.samples import Summary, summarize
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 # back_to_back: one call after the other; paced: at the control rate; every: one call after the
 # other, re-planning on every step.
 Mode = Literal["back_to_back", "paced", "every"]
@@ -16,7 +16,7 @@ MODES: tuple[Mode, ...] = ("back_to_back", "paced", "every")
 
 
 class Round(Struct, frozen=True):
-    """What one contender did in one turn.
+    """What one policy did in one turn.
 
     Attributes:
         replan: every step that predicted a chunk.
@@ -24,7 +24,6 @@ class Round(Struct, frozen=True):
         responses: paced only: from the tick to the action, lateness of earlier steps included.
         stages: of each re-planning step, seconds by stage where the backend tells.
         began, ended: on the system's monotonic clock.
-        collections: runs of the garbage collector meanwhile.
         disturbance: share of the processor that other processes took.
         watts: mean of every power rail that the board reports.
     """
@@ -35,7 +34,6 @@ class Round(Struct, frozen=True):
     stages: dict[str, list[float]]
     began: float
     ended: float
-    collections: int
     disturbance: float
     watts: dict[str, float] = {}
 
@@ -46,50 +44,27 @@ class Round(Struct, frozen=True):
 
 
 class Memory(Struct, frozen=True):
-    """Of a contender's process.
+    """Of a policy's process.
 
     Attributes:
         resident: now.
         peak: the most since its start.
-        observations: of that, the observations that the benchmark hands out.
         gpu: taken from the GPU since the process started; None without NVML.
         system: drop of the system's available memory since the process started. On a Jetson this
             is where the GPU's share shows.
+        sibling: what one more robot on the same weights adds to `resident`.
+        sibling_gpu: what it adds to `gpu`.
     """
 
     resident: int
     peak: int
-    observations: int
+    system: int
     gpu: int | None = None
-    system: int | None = None
+    sibling: int | None = None
+    sibling_gpu: int | None = None
 
 
-class Allocations(Struct, frozen=True):
-    """What Python and NumPy allocated (`tracemalloc`) while acting.
-
-    Attributes:
-        calls: how many calls of `act`.
-        net: bytes held after them and not before.
-        largest: the most that one call held at a time, of its own `calls_watched` calls.
-        resident: growth of the whole process, libraries included.
-    """
-
-    calls: int
-    net: int
-    largest: int
-    calls_watched: int
-    resident: int
-
-
-class Sizes(Struct, frozen=True):
-    """Bytes on disk; `weights` are the initializers of the graphs that acting needs."""
-
-    bundle: int
-    engines: int
-    weights: int | None
-
-
-class StageBound(Struct, frozen=True):
+class Bound(Struct, frozen=True):
     """A stage against the hardware's bound.
 
     Attributes:
@@ -131,45 +106,70 @@ class Ceilings(Struct, frozen=True):
     flops: dict[str, float]
 
 
+class Roofline(Struct, frozen=True):
+    """A bundle against the hardware.
+
+    Attributes:
+        weights: bytes of all the graphs that acting needs.
+        ceilings: None for a GPU that has no profile.
+        bounds: run of a graph -> its bound; empty without ceilings.
+    """
+
+    weights: int
+    ceilings: Ceilings | None
+    bounds: dict[str, Bound]
+
+    @property
+    def step_bound(self) -> float:
+        """Of a step that predicts; `prefill` is ahead of it."""
+        return sum(bound.bound for name, bound in self.bounds.items() if name != "prefill")
+
+
+class Agreement(Struct, frozen=True):
+    """A bundle's predictions beside those of the first bundle, on the same codes.
+
+    Attributes:
+        max_action_error: the largest difference of an action, as a share of the normalised range.
+        code_agreement: share of observations whose most probable codes are the same.
+    """
+
+    max_action_error: float
+    code_agreement: float
+
+
 class Result(Struct, frozen=True):
-    """One contender.
+    """One policy.
 
     Attributes:
         name: as tables show it.
-        kind: "edge" or a peer's name.
-        chunk: actions between two predictions.
+        kind: "bundle" or a peer's name.
         details: backend, precision, versions.
         start_up: from starting the process to its first action.
-        load: of that, from importing the policy's library on.
+        load: of that, from loading the policy on.
         rounds: mode -> one entry per round.
-        stages: stage -> samples taken by themselves, where `Round.stages` is empty.
+        memory: after acting.
+        stages_alone: stage -> median seconds of runs of it alone, where `Round.stages` lacks it.
+        bundle_bytes: on disk.
     """
 
     name: str
     kind: str
-    chunk: int
     details: dict[str, str]
     start_up: float
     load: float
     rounds: dict[Mode, list[Round]]
     memory: Memory
-    stages: dict[str, list[float]] = {}
-    allocations: Allocations | None = None
-    sizes: Sizes | None = None
-    bounds: dict[str, StageBound] = {}
-    ceilings: Ceilings | None = None
-
-    @property
-    def on_processor(self) -> bool:
-        """Whether a bundle runs without a GPU."""
-        return self.details.get("backend") in {"onnxruntime", "openvino"}
+    stages_alone: dict[str, float] = {}
+    agreement: Agreement | None = None
+    bundle_bytes: int | None = None
+    roofline: Roofline | None = None
 
     def samples(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> list[float]:
         """All rounds' samples."""
         return [s for entry in self.rounds.get(mode, []) for s in getattr(entry, kind)]
 
-    def summary(self, mode: Mode, kind: Literal["replan", "queue"]) -> Summary | None:
-        """Of all rounds' samples."""
+    def summary(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> Summary | None:
+        """Of all rounds' samples; None without any."""
         return summarize(self.samples(mode, kind))
 
     def median_over_rounds(self, mode: Mode, figure: Literal["p50", "worst"]) -> float | None:
@@ -178,18 +178,14 @@ class Result(Struct, frozen=True):
         found = [float(reduce(r.replan)) for r in self.rounds.get(mode, []) if r.replan]
         return float(np.median(found)) if found else None
 
-    def misses(self, period: float) -> tuple[int, int]:
-        """Deadline misses of the paced steps, and how many steps there were."""
-        responses = self.samples("paced", "responses")
-        return deadline_misses(responses, period), len(responses)
-
-    def stage_medians(self, mode: Mode = "back_to_back") -> dict[str, float]:
-        """Stage -> median seconds in one way of running; `prefill` is ahead of the step."""
-        samples: dict[str, list[float]] = {name: list(s) for name, s in self.stages.items()}
-        for entry in self.rounds.get(mode, []):
+    def stage_medians(self) -> dict[str, float]:
+        """Stage -> median seconds, back to back or alone; `prefill` is ahead of the step."""
+        samples: dict[str, list[float]] = {}
+        for entry in self.rounds.get("back_to_back", []):
             for name, seconds in entry.stages.items():
                 samples.setdefault(name, []).extend(seconds)
-        return {name: float(np.median(seconds)) for name, seconds in samples.items() if seconds}
+        medians = {name: float(np.median(seconds)) for name, seconds in samples.items()}
+        return self.stages_alone | medians
 
     def joules_per_action(self, rail: str) -> float | None:
         """At the control rate, of one power rail, the board's idle power included."""
@@ -223,13 +219,12 @@ class Settings(Struct, frozen=True):
     rounds: int
     threads: int
     observations: str
-    allocation_calls: int
 
 
 class Report(Struct, frozen=True):
     """A whole run."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     date: str
     machine: Machine
     settings: Settings
@@ -238,9 +233,9 @@ class Report(Struct, frozen=True):
 
     @property
     def baseline(self) -> Result | None:
-        """What the others are compared with: LeRobot in eager PyTorch, else the first."""
-        eager = [r for r in self.results if r.kind == "lerobot"]
-        return next(iter([*eager, *self.results]), None)
+        """What the others are compared with: LeRobot, else the first."""
+        peers = [r for r in self.results if r.kind == "lerobot"]
+        return next(iter([*peers, *self.results]), None)
 
 
 def encode(report: Report) -> bytes:

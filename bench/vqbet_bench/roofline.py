@@ -6,17 +6,19 @@ activations of a batch of one fit into caches.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import onnx
 from onnx import numpy_helper
 
-from vqbet_bench.results import Ceilings, Result, StageBound
+from vqbet_bench.results import Bound, Ceilings
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import StageSpec
+from vqbet_edge.runtime.manifest import Precision, StageName
+from vqbet_edge.runtime.signatures import Signature, cached_gpt_signature
 
 Shapes = Mapping[str, tuple[int, ...]]
+_HIDDEN = {"Attention", "Einsum", "GRU", "LSTM"}
 
 
 class Cost(NamedTuple):
@@ -26,17 +28,17 @@ class Cost(NamedTuple):
     multiply_adds: int
 
 
-class StageRun(NamedTuple):
+class Run(NamedTuple):
     """A run of a graph at given shapes.
 
     Attributes:
-        file: the graph's file; runs of one file share their weights.
+        stage: whose graph it is; runs of one stage share their weights.
         precision: of its arithmetic.
         cost: of the run.
     """
 
-    file: str
-    precision: str
+    stage: StageName
+    precision: Precision
     cost: Cost
 
 
@@ -52,8 +54,6 @@ def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
             counted rather than too little.
     """
     model = onnx.load_from_string(data)
-    for node in model.graph.node:
-        _check_known(node)
     if inputs:
         for value in model.graph.input:
             _fix_shape(value, inputs[value.name])
@@ -87,119 +87,86 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return int(numpy_helper.to_array(tensor).nbytes)
 
 
-def _check_known(node: onnx.NodeProto) -> None:
-    hidden = node.op_type in {"Attention", "Einsum", "GRU", "LSTM"}
-    if hidden or node.domain not in {"", "ai.onnx"}:
-        raise ValueError(f"the arithmetic of {node.op_type} is not known")
-
-
 def _multiply_adds(node: onnx.NodeProto, shapes: Shapes) -> int:
-    counter = _COUNTERS.get(node.op_type)
-    if counter is None:
-        return 0
+    """Of one node: each output value is a sum over so many products."""
+    if node.op_type in _HIDDEN or node.domain not in {"", "ai.onnx"}:
+        raise ValueError(f"the arithmetic of {node.op_type} is not known")
     try:
-        return counter(node, shapes)
+        match node.op_type:
+            case "Conv" | "ConvInteger":  # input channels of the group, and the kernel
+                terms = math.prod(shapes[node.input[1]][1:])
+            case "QLinearConv":
+                terms = math.prod(shapes[node.input[3]][1:])
+            case "MatMul" | "MatMulInteger" | "QLinearMatMul":
+                terms = shapes[node.input[0]][-1]
+            case "Gemm":
+                transposed = any(a.name == "transA" and a.i for a in node.attribute)
+                terms = shapes[node.input[0]][0 if transposed else 1]
+            case _:
+                return 0
+        return math.prod(shapes[node.output[0]]) * terms
     except KeyError as error:
         raise ValueError(f"the shape of {error} is not known") from error
 
 
-def _convolution(weight: int) -> Callable[[onnx.NodeProto, Shapes], int]:
-    """Each output value sums over input channels of its group and the kernel."""
-    return lambda node, shapes: (
-        math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[weight]][1:])
-    )
+def stage_runs(bundle: Bundle, *, on_processor: bool, prefilled: bool) -> dict[str, Run]:
+    """The runs of graphs that a prediction consists of.
 
-
-def _product(left: int) -> Callable[[onnx.NodeProto, Shapes], int]:
-    """Each output value sums over the left operand's last axis."""
-    return lambda node, shapes: math.prod(shapes[node.output[0]]) * shapes[node.input[left]][-1]
-
-
-def _gemm(node: onnx.NodeProto, shapes: Shapes) -> int:
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    inner = shapes[node.input[0]][0 if transposed else 1]
-    return math.prod(shapes[node.output[0]]) * inner
-
-
-_COUNTERS: dict[str, Callable[[onnx.NodeProto, Shapes], int]] = {
-    "Conv": _convolution(1),
-    "ConvInteger": _convolution(1),
-    "QLinearConv": _convolution(3),
-    "MatMul": _product(0),
-    "MatMulInteger": _product(0),
-    "QLinearMatMul": _product(0),
-    "Gemm": _gemm,
-}
-
-
-def stage_bound(
-    cost: Cost, precision: str, ceilings: Ceilings, seconds: float | None
-) -> StageBound:
-    """A stage's bound under the hardware's ceilings."""
-    flops = ceilings.flops.get(precision)
-    return StageBound(
-        weight_bytes=cost.weight_bytes,
-        multiply_adds=cost.multiply_adds,
-        seconds=seconds,
-        memory_bound=cost.weight_bytes / ceilings.bytes_per_second,
-        compute_bound=2 * cost.multiply_adds / flops if flops else None,
-    )
-
-
-def stage_runs(bundle: Bundle, result: Result) -> dict[str, StageRun]:
-    """The runs of graphs that a bundle's re-planning step consists of, as `result` shows them.
-
-    On the processor, `gpt` runs on the newest tokens where `prefill` ran on the others before.
+    Args:
+        bundle: the graphs.
+        on_processor: whether it takes the graphs for processors.
+        prefilled: whether there `gpt` runs on the newest tokens, `prefill` on the others before.
 
     Raises:
         ValueError: see `graph_cost`.
     """
-    runs = {}
+    runs: dict[str, Run] = {}
     for stage in bundle.stages_to_load:
-        spec = bundle.cpu_stage(stage) if result.on_processor else bundle.manifest.stages[stage]
-        data = bundle.contents[spec.file]
-        if stage == "gpt" and result.on_processor:
-            for name, shapes in _gpt_shapes(spec, prefilled="prefill" in result.stage_medians()):
-                runs[name] = StageRun(spec.file, spec.precision, graph_cost(data, shapes))
-        else:
-            runs[stage] = StageRun(spec.file, spec.precision, graph_cost(data))
+        spec = bundle.manifest.stages[stage]
+        if not on_processor:
+            runs[stage] = Run(stage, spec.precision, graph_cost(bundle.graph(stage)))
+            continue
+        spec, graph = bundle.manifest.cpu_stages.get(stage, spec), bundle.cpu_graph(stage)
+        shapes: dict[str, Shapes | None] = {stage: None}
+        if stage == "gpt":
+            shapes = _gpt_shapes(cached_gpt_signature(bundle.manifest), prefilled=prefilled)
+        for name, inputs in shapes.items():
+            runs[name] = Run(stage, spec.precision, graph_cost(graph, inputs))
     return runs
 
 
-def _gpt_shapes(spec: StageSpec, *, prefilled: bool) -> list[tuple[str, Shapes]]:
-    """Inputs of the processor's GPT for each of its runs, whose longest shapes are `spec`'s."""
-    longest = {tensor.name: tensor.shape for tensor in spec.inputs}
-    window, per_step, width = longest["constants"]
+def _gpt_shapes(longest: Signature, *, prefilled: bool) -> dict[str, Shapes | None]:
+    """Inputs of the processor's GPT for each of its runs."""
+    full = {tensor.name: tensor.shape for tensor in longest.inputs}
+    window, per_step, width = full["constants"]
 
     def shapes(steps: int, known: int) -> Shapes:
         rows = steps * per_step
         return {
-            name: (shape[0], steps, *shape[2:]) if name in {"image_tokens", "states"} else shape
-            for name, shape in longest.items()
-        } | {
+            "image_tokens": (1, steps, *full["image_tokens"][2:]),
+            "states": (1, steps, *full["states"][2:]),
             "constants": (steps, per_step, width),
             "mask": (rows, known + rows),
-            "past": (*longest["past"][:3], known, longest["past"][4]),
+            "past": (*full["past"][:3], known, full["past"][4]),
         }
 
     if not prefilled:
-        return [("gpt", shapes(window, 0))]
-    return [
-        ("gpt", shapes(1, (window - 1) * per_step)),
-        ("prefill", shapes(window - 1, 0)),
-    ]
+        return {"gpt": shapes(window, 0)}
+    return {"gpt": shapes(1, (window - 1) * per_step), "prefill": shapes(window - 1, 0)}
 
 
-def total_weights(runs: Mapping[str, StageRun]) -> int:
+def total_weights(runs: Mapping[str, Run]) -> int:
     """Bytes of all the weights, each graph's once."""
-    return sum({run.file: run.cost.weight_bytes for run in runs.values()}.values())
+    return sum({run.stage: run.cost.weight_bytes for run in runs.values()}.values())
 
 
-def stage_bounds(
-    runs: Mapping[str, StageRun], ceilings: Ceilings, seconds: Mapping[str, float]
-) -> dict[str, StageBound]:
-    """Every run against the hardware's bound; `seconds` says what they took."""
-    return {
-        stage: stage_bound(run.cost, run.precision, ceilings, seconds.get(stage))
-        for stage, run in runs.items()
-    }
+def bound(run: Run, ceilings: Ceilings, seconds: float | None) -> Bound:
+    """A run's bound under the hardware's ceilings, and the seconds that it took."""
+    flops = ceilings.flops.get(run.precision)
+    return Bound(
+        weight_bytes=run.cost.weight_bytes,
+        multiply_adds=run.cost.multiply_adds,
+        seconds=seconds,
+        memory_bound=run.cost.weight_bytes / ceilings.bytes_per_second,
+        compute_bound=2 * run.cost.multiply_adds / flops if flops else None,
+    )

@@ -1,9 +1,9 @@
 """What a set of latency samples allows to say."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from msgspec import Struct
 
 # Least number of samples before a percentile is named: from there on, the chance that at most one
 # sample lies beyond the true percentile is under 1 %. It is how MLPerf Inference comes to 64
@@ -11,21 +11,18 @@ from msgspec import Struct
 SAMPLES_NEEDED = {50.0: 11, 90.0: 64, 95.0: 130, 99.0: 662, 99.9: 6636}
 
 
-class Summary(Struct, frozen=True):
+@dataclass(frozen=True)
+class Summary:
     """Seconds of one kind of step.
 
     Attributes:
         count: how many samples.
-        mean, worst, std: of all samples.
-        iqr: 75th minus 25th percentile.
+        worst: of all samples.
         percentiles: "p50", "p90", ...: only those that so many samples can name.
     """
 
     count: int
-    mean: float
     worst: float
-    std: float
-    iqr: float
     percentiles: dict[str, float]
 
 
@@ -33,17 +30,9 @@ def summarize(samples: Sequence[float]) -> Summary | None:
     """Sum up samples; None when there are none."""
     if not len(samples):
         return None
-    values = np.asarray(samples)
-    low, high = np.percentile(values, [25, 75])
-    named = {f"p{q:g}": q for q, needed in SAMPLES_NEEDED.items() if len(values) >= needed}
-    return Summary(
-        count=len(values),
-        mean=float(values.mean()),
-        worst=float(values.max()),
-        std=float(values.std()),
-        iqr=float(high - low),
-        percentiles={name: float(np.percentile(values, q)) for name, q in named.items()},
-    )
+    named = [q for q, needed in SAMPLES_NEEDED.items() if len(samples) >= needed]
+    percentiles = {f"p{q:g}": float(np.percentile(samples, q)) for q in named}
+    return Summary(len(samples), float(max(samples)), percentiles)
 
 
 def deadline_misses(responses: Sequence[float], period: float) -> int:

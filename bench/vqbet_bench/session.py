@@ -1,144 +1,98 @@
-"""A run: contenders in processes of their own, taking turns.
+"""A run: policies in processes of their own, taking turns.
 
-Rounds are interleaved: while one contender acts, the others wait, and whatever disturbs the
-machine disturbs all of them.
+Rounds are interleaved: while one policy acts, the others wait, and whatever disturbs the machine
+disturbs all of them.
 """
 
-import math
 import os
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import msgspec
 from msgspec.structs import replace
 
-from vqbet_bench.messages import (
-    AllocationsCommand,
-    AllocationsReply,
-    Command,
-    Failure,
-    Job,
-    MemoryCommand,
-    MemoryReply,
-    Ready,
-    Reply,
-    RoundCommand,
-    RoundReply,
-    StagesCommand,
-    StagesReply,
-)
+from vqbet_bench.policies import Job
 from vqbet_bench.power import PowerMeter
-from vqbet_bench.results import MODES, Mode, Result, Round
-from vqbet_bench.samples import SAMPLES_NEEDED
+from vqbet_bench.results import Agreement, Mode, Result, Round
+from vqbet_bench.timing import RoundPlan
+from vqbet_bench.worker import Failure, Measured, Predictions, Start
 from vqbet_edge.errors import VQBeTEdgeError
 from vqbet_edge.runtime.backends.child import module_command
 
-# Enough re-plans over all rounds to name the 90th percentile.
-_MIN_REPLANS = SAMPLES_NEEDED[90.0]
-_STAGE_RUNS = 1000
-
-_ReplyType = TypeVar("_ReplyType")
 Progress = Callable[[str], None]
+_Parameters = ParamSpec("_Parameters")
+_Answer = TypeVar("_Answer")
 
 
-class ContenderError(VQBeTEdgeError):
-    """A contender cannot be measured."""
-
-
-class Plan(NamedTuple):
-    """How to measure.
-
-    Attributes:
-        rate: ticks per second of the paced rounds.
-        seconds: per contender and mode, spread over the rounds.
-        rounds: turns of every contender in every mode.
-        allocation_calls: calls over which bundles' allocations are counted; 0 leaves it out.
-        modes: which of the modes.
-    """
-
-    rate: float
-    seconds: float
-    rounds: int
-    allocation_calls: int
-    modes: tuple[Mode, ...] = MODES
-
-    def command(self, mode: Mode) -> RoundCommand:
-        """One round of a mode."""
-        return RoundCommand(
-            mode, self.seconds / self.rounds, self.rate, math.ceil(_MIN_REPLANS / self.rounds)
-        )
+class PolicyError(VQBeTEdgeError):
+    """A policy cannot be measured."""
 
 
 class Worker:
-    """A contender's process, once it has acted for the first time."""
+    """A policy's process, once it has acted for the first time.
 
-    def __init__(self, name: str, job: Job, folder: Path) -> None:
-        """Start it and wait.
+    Neither `multiprocessing.Process` nor `python -m`: the former imports the main module of this
+    program into the process that is measured, and both import from the current directory.
 
-        Raises:
-            ContenderError: it cannot be loaded.
-        """
-        self.name, self.job = name, job
-        job_file = folder / f"{len(list(folder.iterdir()))}.json"
-        self._log = job_file.with_suffix(".log")
-        job_file.write_bytes(msgspec.json.encode(replace(job, started=time.monotonic())))
-        with self._log.open("wb") as log:
+    Args:
+        job: what it loads.
+        log: file that takes what libraries print.
+
+    Raises:
+        PolicyError: it cannot be loaded.
+    """
+
+    def __init__(self, job: Job, log: Path) -> None:
+        self.kind, self._log = job.kind, log
+        self._connection, theirs = Pipe()
+        with theirs, log.open("wb") as output:
+            began = time.monotonic()
             self._process = subprocess.Popen(  # noqa: S603
-                module_command("vqbet_bench.worker", str(job_file)),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
+                module_command("vqbet_bench.worker", str(theirs.fileno())),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
                 env=os.environ | {"OMP_NUM_THREADS": str(job.threads)},
             )
         try:
-            self.ready = self._receive(Ready)
-        except ContenderError:
+            self.start: Start = self._exchange((job, began))
+        except PolicyError:
             self.close()
             raise
 
-    def ask(self, command: Command, reply: type[_ReplyType]) -> _ReplyType:
-        """Send a command and wait for its reply.
+    def ask(
+        self,
+        method: Callable[Concatenate[Measured, _Parameters], _Answer],
+        *arguments: _Parameters.args,
+        **_: _Parameters.kwargs,
+    ) -> _Answer:
+        """Call a method of `Measured` there.
 
         Raises:
-            ContenderError: the contender failed.
+            PolicyError: the policy failed.
         """
-        if self._process.stdin is None:
-            raise AssertionError("it was opened as a pipe")
+        answer: _Answer = self._exchange((method, arguments))
+        return answer
+
+    def _exchange(self, message: object) -> Any:
         try:
-            self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise ContenderError(self._last_words()) from error
-        return self._receive(reply)
-
-    def _receive(self, kind: type[_ReplyType]) -> _ReplyType:
-        if self._process.stdout is None:
-            raise AssertionError("it was opened as a pipe")
-        line = self._process.stdout.readline()
-        if not line:
-            raise ContenderError(self._last_words())
-        reply = msgspec.json.decode(line, type=Reply)
-        if isinstance(reply, Failure):
-            raise ContenderError(reply.reason)
-        if not isinstance(reply, kind):
-            raise TypeError(f"expected {kind.__name__}, got {reply}")
-        return reply
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        words = self._log.read_text(errors="replace")[-1000:].strip()
-        return f"its process ended with exit code {code}: {words}"
+            self._connection.send(message)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            words = self._log.read_text(errors="replace")[-1000:].strip()
+            raise PolicyError(f"its process ended with exit code {code}: {words}") from error
+        if isinstance(answer, Failure):
+            raise PolicyError(answer.reason)
+        return answer
 
     def close(self) -> None:
         """End the process and wait for it."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._connection.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -147,96 +101,94 @@ class Worker:
 
 
 class Session:
-    """Workers that are measured together; one that fails drops out and the others go on.
+    """Policies that are measured together; one that fails drops out and the others go on.
 
-    `folder` is there until `close`.
+    Args:
+        folder: of the processes' logs.
+        progress: takes a line on what is being done.
     """
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self._plan, self._progress = plan, progress
-        self._workers: list[Worker] = []
-        self._results: dict[str, Result] = {}
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self._folder, self._progress = folder, progress
+        self._workers: dict[str, Worker] = {}
         self.failures: dict[str, str] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="vqbet-bench-")
-        self.folder = Path(self._folder.name)
         self._meter = PowerMeter()
 
     def close(self) -> None:
-        """End every worker."""
+        """End every process."""
         self._meter.close()
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.close()
-        self._folder.cleanup()
 
     def start(self, name: str, job: Job) -> None:
-        """Start a contender; the others are idle meanwhile, so that its start-up is its own."""
+        """Start a policy; the others are idle meanwhile, so that its start-up is its own."""
         self._progress(f"starting {name}")
         try:
-            worker = Worker(name, job, self.folder)
-        except ContenderError as error:
+            self._workers[name] = Worker(job, self._folder / f"{len(self._workers)}.log")
+        except PolicyError as error:
             self.failures[name] = str(error)
-            return
-        self._workers.append(worker)
 
-    def run(self) -> list[Result]:
-        """Measure everything."""
-        rounds: dict[str, dict[Mode, list[Round]]] = {w.name: {} for w in self._workers}
-        for mode in self._plan.modes:
-            # Every worker's memory is read before any of them may load a second policy.
-            if mode == "every":
-                self._each(self._take_memory)
-            for index in range(self._plan.rounds):
-                self._progress(f"{mode.replace('_', ' ')}: round {index + 1}/{self._plan.rounds}")
-                self._each(lambda worker, m=mode: self._play(worker, m, rounds))  # type: ignore[misc]
-        self._each(lambda worker: self._finish(worker, rounds[worker.name]))
-        return [self._results[w.name] for w in self._workers if w.name not in self.failures]
+    def run(self, plans: list[RoundPlan], rounds: int) -> list[Result]:
+        """Play so many rounds of every plan, one after the other, and measure memory."""
+        played: dict[str, dict[Mode, list[Round]]] = {
+            name: {plan.mode: [] for plan in plans} for name in self._workers
+        }
+        for plan in plans:
+            for index in range(rounds):
+                self._progress(f"{plan.mode.replace('_', ' ')}: round {index + 1}/{rounds}")
+                for name, each in self._round(plan).items():
+                    played[name][plan.mode].append(each)
+        self._progress("memory and predictions")
+        memories = self._each(lambda worker: worker.ask(Measured.memory))
+        stages = self._each(lambda worker: worker.ask(Measured.stages_alone))
+        agreements = compare(self._each(lambda worker: worker.ask(Measured.predictions)))
+        return [
+            Result(
+                name=name,
+                kind=self._workers[name].kind,
+                details=self._workers[name].start.details,
+                start_up=self._workers[name].start.start_up,
+                load=self._workers[name].start.load,
+                rounds=played[name],
+                memory=memory,
+                stages_alone=stages.get(name, {}),
+                agreement=agreements.get(name),
+            )
+            for name, memory in memories.items()
+            if name not in self.failures
+        ]
 
-    def _each(self, work: Callable[[Worker], None]) -> None:
-        for worker in self._workers:
-            if worker.name in self.failures:
+    def _round(self, plan: RoundPlan) -> dict[str, Round]:
+        return {
+            name: replace(played, watts=self._meter.mean(played.began, played.ended))
+            for name, played in self._each(lambda w: w.ask(Measured.play, plan)).items()
+        }
+
+    def _each(self, work: Callable[[Worker], _Answer]) -> dict[str, _Answer]:
+        """Of every policy that has not failed, one after the other."""
+        answers = {}
+        for name, worker in self._workers.items():
+            if name in self.failures:
                 continue
             try:
-                work(worker)
-            except ContenderError as error:
-                self.failures[worker.name] = str(error)
+                answers[name] = work(worker)
+            except PolicyError as error:
+                self.failures[name] = str(error)
+        return answers
 
-    def _play(self, worker: Worker, mode: Mode, rounds: dict[str, dict[Mode, list[Round]]]) -> None:
-        played = worker.ask(self._plan.command(mode), RoundReply).round
-        watts = self._meter.mean(played.began, played.ended)
-        rounds[worker.name].setdefault(mode, []).append(replace(played, watts=watts))
 
-    def _take_memory(self, worker: Worker) -> None:
-        self._results[worker.name] = Result(
-            name=worker.name,
-            kind=worker.job.kind,
-            chunk=worker.job.chunk,
-            details=worker.ready.details,
-            start_up=worker.ready.start_up,
-            load=worker.ready.load,
-            rounds={},
-            memory=worker.ask(MemoryCommand(), MemoryReply).memory,
+def compare(predictions: dict[str, Predictions | None]) -> dict[str, Agreement]:
+    """The bundles' predictions beside those of the first, of whose checkpoint they are."""
+    found = {name: each for name, each in predictions.items() if each is not None}
+    reference = next(iter(found.values()), None)
+    if reference is None:
+        return {}
+    return {
+        name: Agreement(
+            # Normalised actions are in -1..1.
+            max_action_error=float(abs(each.actions - reference.actions).max() / 2),
+            code_agreement=float((each.codes == reference.codes).all(axis=1).mean()),
         )
-
-    def _finish(self, worker: Worker, rounds: dict[Mode, list[Round]]) -> None:
-        if worker.name not in self._results:
-            self._take_memory(worker)
-        result = replace(self._results[worker.name], rounds=rounds)
-        if worker.job.kind == "edge":
-            stages = worker.ask(StagesCommand(_STAGE_RUNS), StagesReply).stages
-            result = replace(result, stages=stages)
-        if worker.job.kind == "edge" and self._plan.allocation_calls:
-            self._progress(f"{worker.name}: counting allocations")
-            command = AllocationsCommand(self._plan.allocation_calls)
-            counted = worker.ask(command, AllocationsReply).allocations
-            result = replace(result, allocations=counted)
-        self._results[worker.name] = result
-
-
-@contextmanager
-def open_session(plan: Plan, progress: Progress) -> Iterator[Session]:
-    """A session whose workers end with the block."""
-    session = Session(plan, progress)
-    try:
-        yield session
-    finally:
-        session.close()
+        for name, each in found.items()
+        if each.checkpoint == reference.checkpoint
+    }

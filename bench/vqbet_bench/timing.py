@@ -1,36 +1,40 @@
 """The one way in which steps are timed: a single stream of calls, as MLPerf Inference has it."""
 
-import gc
 import time
-from typing import Protocol
+from typing import NamedTuple
 
 import psutil
 
-from vqbet_bench.contenders import Contender
-from vqbet_bench.messages import RoundCommand
-from vqbet_bench.results import Round
+from vqbet_bench.policies import Policy
+from vqbet_bench.results import Mode, Round
 
 WARM_UP_CALLS = 50
 WARM_UP_SECONDS = 0.2
 
 
-class Clock(Protocol):
-    """Time as the loop sees it."""
+class RoundPlan(NamedTuple):
+    """Act for at least `seconds`, and until `min_replans` chunks were predicted.
 
-    def now(self) -> float:
-        """Seconds, never going back."""
+    Attributes:
+        mode: way of running.
+        seconds: at least.
+        min_replans: at least.
+        rate: ticks a second of a paced round.
+    """
 
-    def sleep_until(self, moment: float) -> None:
-        """Return at `moment` or later; at once when it has passed."""
+    mode: Mode
+    seconds: float
+    min_replans: int
+    rate: float
 
 
-class SystemClock:
+class Clock:
     """The system's monotonic clock, which all processes share."""
 
     now = staticmethod(time.monotonic)
 
     def sleep_until(self, moment: float) -> None:
-        """Sleep as a control loop does, without spinning."""
+        """Sleep as a control loop does, without spinning; return at once when it has passed."""
         remaining = moment - self.now()
         if remaining > 0:
             time.sleep(remaining)
@@ -55,35 +59,35 @@ class _Load:
         return max(0.0, taken / (seconds * self._cores)) if seconds > 0 else 0.0
 
 
-def run_round(contender: Contender, command: RoundCommand, clock: Clock) -> Round:
-    """Let a contender act: warm up, then time every step.
+def run_round(policy: Policy, plan: RoundPlan, clock: Clock) -> Round:
+    """Let a policy act: warm up, then time every step.
 
     The history starts anew, so that step 0 predicts and every `chunk`-th after it. Preparing an
     observation is not timed. With `paced`, steps start on an absolute schedule of `rate` ticks a
     second; a step that is late delays the next ones, never the schedule.
     """
-    every, paced = command.mode == "every", command.mode == "paced"
-    chunk = 1 if every else contender.chunk
-    contender.start(every=every)
-    step = _warm_up(contender, chunk, clock)
+    every, paced = plan.mode == "every", plan.mode == "paced"
+    chunk = 1 if every else policy.chunk
+    policy.start(every=every)
+    step = _warm_up(policy, chunk, clock)
     # Before the first paced chunk nobody waited, so that one is not counted.
     settled = step + (chunk if paced else 0)
-    collections, load = _collections(), _Load()
+    load = _Load()
     replan: list[float] = []
     queue: list[float] = []
     responses: list[float] = []
     stages: dict[str, list[float]] = {}
-    period, tick = 1 / command.rate, clock.now()
+    period, tick = 1 / plan.rate, clock.now()
     began = tick
-    while step < settled or not _done(command, clock.now() - began, len(replan)):
-        observation = contender.prepare(step)
+    while step < settled or not _done(plan, clock.now() - began, len(replan)):
+        observation = policy.prepare(step)
         if paced:
             tick += period
             clock.sleep_until(tick)
         if step == settled:
             began = clock.now()
         start = clock.now()
-        contender.act(observation)
+        policy.act(observation)
         end = clock.now()
         planned = step % chunk == 0
         step += 1
@@ -93,7 +97,7 @@ def run_round(contender: Contender, command: RoundCommand, clock: Clock) -> Roun
         if paced:
             responses.append(end - tick)
         if planned:
-            for name, seconds in contender.stages().items():
+            for name, seconds in policy.stages().items():
                 stages.setdefault(name, []).append(seconds)
     ended = clock.now()
     return Round(
@@ -103,23 +107,18 @@ def run_round(contender: Contender, command: RoundCommand, clock: Clock) -> Roun
         stages=stages,
         began=began,
         ended=ended,
-        collections=_collections() - collections,
         disturbance=load.others(ended - began),
     )
 
 
-def _done(command: RoundCommand, seconds: float, replans: int) -> bool:
-    return seconds >= command.seconds and replans >= command.min_replans
+def _done(plan: RoundPlan, seconds: float, replans: int) -> bool:
+    return seconds >= plan.seconds and replans >= plan.min_replans
 
 
-def _warm_up(contender: Contender, chunk: int, clock: Clock) -> int:
+def _warm_up(policy: Policy, chunk: int, clock: Clock) -> int:
     """Whole chunks: at least `WARM_UP_CALLS` calls and `WARM_UP_SECONDS`."""
     start, step = clock.now(), 0
     while step < WARM_UP_CALLS or step % chunk or clock.now() - start < WARM_UP_SECONDS:
-        contender.act(contender.prepare(step))
+        policy.act(policy.prepare(step))
         step += 1
     return step
-
-
-def _collections() -> int:
-    return sum(generation["collections"] for generation in gc.get_stats())

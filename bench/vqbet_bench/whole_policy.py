@@ -5,18 +5,18 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
-from vqbet_edge.training.normalization import Scaling
 
 # The exporter's: the newest that all the runtimes here take.
 OPSET = 20
 
 
-class _Affine(nn.Module):
-    """Scaling as a module."""
+class _Scale(nn.Module):
+    """A checkpoint's affine scaling as a module; `shape` is that of its terms."""
 
-    def __init__(self, scaling: Scaling, shape: tuple[int, ...]) -> None:
+    def __init__(self, scaling: Affine, *shape: int) -> None:
         super().__init__()
         for name in ("subtract", "multiply", "add"):
             term = torch.from_numpy(getattr(scaling, name).copy()).view(shape)
@@ -35,16 +35,11 @@ class WholePolicy(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        self.config, self.network = checkpoint.config, checkpoint.network
-        cameras = [checkpoint.inputs[key] for key in self.config.image_keys]
-        self.scale_images = nn.ModuleList(_Affine(s, (-1, 1, 1)) for s in cameras)
-        self.scale_states = _Affine(checkpoint.inputs[STATE_KEY], (-1,))
-        self.scale_actions = _Affine(checkpoint.action, (-1,))
-
-    @classmethod
-    def load(cls, checkpoint: str) -> "WholePolicy":
-        """From a checkpoint that `vqbet-export` takes."""
-        return cls(load_checkpoint(checkpoint)).eval()
+        self.network = checkpoint.network
+        cameras = [checkpoint.inputs[key] for key in checkpoint.config.image_keys]
+        self.scale_images = nn.ModuleList(_Scale(terms, -1, 1, 1) for terms in cameras)
+        self.scale_states = _Scale(checkpoint.inputs[STATE_KEY], -1)
+        self.scale_actions = _Scale(checkpoint.action, -1)
 
     def forward(self, images: Tensor, states: Tensor) -> Tensor:
         """(1, N, K, 3, H, W) in [0, 1] and (1, N, S) -> (Q, T, A), in the robot's units."""
@@ -60,22 +55,21 @@ class WholePolicy(nn.Module):
 
 def export_single_graph(checkpoint: str, output: str) -> None:
     """Write the whole policy as one ONNX graph, with PyTorch's exporter as it comes."""
-    policy = WholePolicy.load(checkpoint)
-    config = policy.config
+    loaded = load_checkpoint(checkpoint)
+    config = loaded.config
     images = torch.zeros(1, config.n_obs_steps, len(config.image_keys), *config.image_shape)
     states = torch.zeros(1, config.n_obs_steps, config.state_dim)
-    program = torch.onnx.export(
-        policy,
+    torch.onnx.export(
+        WholePolicy(loaded).eval(),
         (images, states),
+        output,
         input_names=["images", "states"],
         output_names=["chunks"],
         opset_version=OPSET,
         dynamo=True,
+        external_data=False,
         verbose=False,
     )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no graph")
-    program.save(output)
 
 
 def main() -> None:

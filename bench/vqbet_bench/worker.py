@@ -1,135 +1,140 @@
-"""The life of one contender: a process of its own, so that memory and start-up are its own.
+"""The life of one policy: a process of its own, so that memory and start-up are its own."""
 
-The job is a file; commands come on standard input, replies go to standard output.
-"""
-
-import gc
-import os
 import sys
 import time
-import tracemalloc
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
-import msgspec
-import psutil
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
 
-from vqbet_bench import memory
-from vqbet_bench.contenders import Contender, create_contender
-from vqbet_bench.messages import (
-    AllocationsCommand,
-    AllocationsReply,
-    Command,
-    Failure,
-    Job,
-    MemoryCommand,
-    MemoryReply,
-    Ready,
-    Reply,
-    RoundCommand,
-    RoundReply,
-    StagesReply,
-)
-from vqbet_bench.observations import Pool
-from vqbet_bench.results import Allocations
-from vqbet_bench.timing import SystemClock, run_round
+from vqbet_bench.machine import limit_processors
+from vqbet_bench.memory import Baseline
+from vqbet_bench.policies import BundlePolicy, Job, load_policy
+from vqbet_bench.results import Memory, Round
+from vqbet_bench.timing import Clock, RoundPlan, run_round
+from vqbet_edge.runtime.backends.base import Floats
 
-# Calls whose own peak is watched; watching costs more than counting.
-WATCHED_CALLS = 500
+# What one sibling adds is less than what a process gains and loses by itself.
+_SIBLINGS = 8
+_LAUNCHES = 1000
+
+
+class Start(NamedTuple):
+    """The first action is done."""
+
+    start_up: float
+    load: float
+    details: dict[str, str]
+
+
+class Failure(NamedTuple):
+    """The policy cannot go on."""
+
+    reason: str
+
+
+class Predictions(NamedTuple):
+    """What a bundle makes of M observations.
+
+    Attributes:
+        checkpoint: digest of the checkpoint that it was exported from.
+        actions: of codes that are the same for every bundle, normalised, (M, W, A).
+        codes: the most probable ones, (M, 2).
+    """
+
+    checkpoint: str
+    actions: Floats
+    codes: NDArray[np.int64]
+
+
+class Measured:
+    """A policy that has acted for the first time, and what the benchmark asks of it."""
+
+    def __init__(self, job: Job, began: float) -> None:
+        self._job, self._before = job, Baseline.take()
+        loading = time.monotonic()
+        self._policy = load_policy(job)
+        self._policy.act(self._policy.prepare(0))
+        now = time.monotonic()
+        self.start = Start(now - began, now - loading, self._policy.details)
+
+    def play(self, plan: RoundPlan) -> Round:
+        """Act for one round."""
+        return run_round(self._policy, plan, Clock())
+
+    def memory(self) -> Memory:
+        """What has been taken so far, and what one more robot on the same weights takes."""
+        held = self._before.now()
+        if not isinstance(self._policy, BundlePolicy):
+            return held
+        # Kept until the end: what is freed would be taken again by the next.
+        siblings = [self._policy.sibling(seed) for seed in range(_SIBLINGS)]
+        for sibling in siblings:
+            for step in range(2 * self._job.chunk):
+                sibling.act(self._job.observations[step])
+        more = self._before.now()
+        gpu = None if held.gpu is None or more.gpu is None else more.gpu - held.gpu
+        return replace(
+            held,
+            sibling=max(0, more.resident - held.resident) // _SIBLINGS,
+            sibling_gpu=None if gpu is None else max(0, gpu) // _SIBLINGS,
+        )
+
+    def stages_alone(self) -> dict[str, float]:
+        """Stage -> median seconds of runs of it alone; empty where `Round.stages` tells."""
+        found = {}
+        if isinstance(self._policy, BundlePolicy):
+            for name, launch in self._policy.stage_launches().items():
+                seconds = [_seconds(launch) for _ in range(_LAUNCHES)]
+                found[name] = float(np.median(seconds))
+        return found
+
+    def predictions(self) -> Predictions | None:
+        """From all observations; None of a peer."""
+        if not isinstance(self._policy, BundlePolicy):
+            return None
+        policy = self._policy.sibling(0)
+        random = np.random.default_rng(0)
+        actions, codes = [], []
+        for step in range(len(self._job.observations)):
+            pair = random.integers(policy.manifest.policy.vqvae_n_embed, size=2)
+            policy.act_chunk(self._job.observations[step], codes=pair)
+            if (last := policy.last) is None:
+                raise AssertionError("a policy that has predicted has decided")
+            actions.append(last.decoded_chunk + last.offset_chunk)
+            codes.append(last.code_probabilities.argmax(axis=1))
+        checkpoint = policy.manifest.source.sha256
+        return Predictions(checkpoint, np.stack(actions), np.stack(codes))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start
 
 
 def main() -> None:
-    """Argument: the job's file."""
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job)
-    replies = _own_stdout()
+    """Argument: the descriptor of the connection to the benchmark.
+
+    It sends the job, then methods of `Measured` with their arguments.
+    """
+    connection = Connection(int(sys.argv[1]))
+    job, began = connection.recv()
     limit_processors(job.threads)
     try:
-        for reply in _replies(job):
-            replies.write(msgspec.json.encode(reply) + b"\n")
-            replies.flush()
+        measured = Measured(job, began)
+        connection.send(measured.start)
+        for method, arguments in iter(lambda: _request(connection), None):
+            connection.send(method(measured, *arguments))
     except Exception as error:  # noqa: BLE001 - whatever a library raises is a reason to report
-        reason = f"{type(error).__name__}: {error}"
-        replies.write(msgspec.json.encode(Failure(reason[:2000])) + b"\n")
-        replies.flush()
+        connection.send(Failure(f"{type(error).__name__}: {error}"[:2000]))
 
 
-def _own_stdout() -> IO[bytes]:
-    """Standard output for replies alone: what libraries print goes to standard error."""
-    channel = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return channel
-
-
-def limit_processors(threads: int) -> None:
-    """Keep the process on so many processors, whatever its libraries make of it."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-
-
-def _replies(job: Job) -> Iterator[Reply]:
-    pool = Pool.load(job.pool)
-    before = memory.Baseline.take()
-    started = time.monotonic()
-    contender = create_contender(job, pool)
-    contender.act(contender.prepare(0))
-    now = time.monotonic()
-    yield Ready(start_up=now - job.started, load=now - started, details=contender.details)
-    for line in sys.stdin.buffer:
-        match msgspec.json.decode(line, type=Command):
-            case RoundCommand() as command:
-                yield RoundReply(run_round(contender, command, SystemClock()))
-            case MemoryCommand():
-                yield MemoryReply(before.now(pool.size))
-            case AllocationsCommand(calls):
-                yield AllocationsReply(count_allocations(contender, calls))
-            case command:
-                yield StagesReply(_time_stages(contender, command.runs))
-
-
-def count_allocations(contender: Contender, calls: int) -> Allocations:
-    """What is allocated in steady state: nothing, if all is well."""
-    contender.start(every=False)
-    step = 0
-
-    def act(count: int) -> None:
-        nonlocal step
-        for _ in range(count):
-            contender.act(contender.prepare(step))
-            step += 1
-
-    act(10 * contender.chunk)
-    process = psutil.Process()
-    tracemalloc.start()
-    act(10 * contender.chunk)  # tracemalloc itself settles
-    gc.collect()
-    net, resident = tracemalloc.get_traced_memory()[0], process.memory_info().rss
-    act(calls)
-    gc.collect()
-    net, resident = (
-        tracemalloc.get_traced_memory()[0] - net,
-        process.memory_info().rss - resident,
-    )
-    largest, watched = 0, min(calls, WATCHED_CALLS)
-    for _ in range(watched):
-        observation = contender.prepare(step)
-        tracemalloc.reset_peak()
-        held = tracemalloc.get_traced_memory()[0]
-        contender.act(observation)
-        step += 1
-        largest = max(largest, tracemalloc.get_traced_memory()[1] - held)
-    tracemalloc.stop()
-    return Allocations(calls, net, largest, watched, resident)
-
-
-def _time_stages(contender: Contender, runs: int) -> dict[str, list[float]]:
-    found = {}
-    for name, launch in contender.stage_launches().items():
-        for _ in range(50):
-            launch()
-        samples = found[name] = [0.0] * runs
-        for run in range(runs):
-            start = time.monotonic()
-            launch()
-            samples[run] = time.monotonic() - start
-    return found
+def _request(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except EOFError:  # the benchmark has what it wants
+        return None

@@ -1,20 +1,15 @@
-"""Board profiles (`engines/boards/*.toml`): what a board has and what software it runs."""
+"""Board profiles (`engines/boards.toml`): what a board has and what software it runs."""
 
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from vqbet_edge.errors import UsageError
 
-# Beside the package in a wheel, one folder up in the repository.
-_HERE = Path(__file__).parent
-_ROOT = _HERE if (_HERE / "boards").is_dir() else _HERE.parent
-_DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
-_MEMORY = Path("/proc/meminfo")
-
-_T = TypeVar("_T")
+# Beside the package in the repository, within it in a wheel.
+_PLACES = Path(__file__).parents[1] / "boards.toml", Path(__file__).parent / "boards.toml"
 
 
 class Board(Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,59 +60,78 @@ class Board(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JetPack(Struct, frozen=True, forbid_unknown_fields=True):
-    """A JetPack release and the versions that it brings."""
+    """A JetPack release and the versions that it brings; `l4t` is how Jetson Linux's begins."""
 
     version: str
-    l4t: str
+    l4t: tuple[str, ...]
     tensorrt: str
     cuda: str
     python: str
     max_opset: int
 
+    @property
+    def supported(self) -> bool:
+        """Whether its TensorRT takes the exporter's graphs: opset 20 needs TensorRT 10."""
+        return int(self.tensorrt.split(".")[0]) >= 10
 
-class _JetPacks(Struct, frozen=True, forbid_unknown_fields=True):
-    release: tuple[JetPack, ...]
+
+class _Profiles(Struct, frozen=True, forbid_unknown_fields=True):
+    board: dict[str, Board]
+    jetpack: tuple[JetPack, ...]
+
+
+@cache
+def _profiles() -> _Profiles:
+    path = next(path for path in _PLACES if path.exists())
+    return msgspec.toml.decode(path.read_bytes(), type=_Profiles)
 
 
 def board_names() -> tuple[str, ...]:
     """Names that `load_board` takes."""
-    return tuple(sorted(path.stem for path in (_ROOT / "boards").glob("*.toml")))
+    return tuple(sorted(_profiles().board))
 
 
 def load_board(name: str) -> Board:
-    """Read a board's profile.
+    """A board's profile.
 
     Raises:
         UsageError: there is no such board.
     """
     if name not in board_names():
         raise UsageError(f"unknown board '{name}'; use one of {', '.join(board_names())}")
-    return _decode(_ROOT / "boards" / f"{name}.toml", Board)
+    return _profiles().board[name]
 
 
 def jetpack_releases() -> tuple[JetPack, ...]:
     """Every JetPack release that is known, oldest first."""
-    return _decode(_ROOT / "jetpack.toml", _JetPacks).release
+    return _profiles().jetpack
 
 
-def detect_board() -> str | None:
+def match_jetpack(l4t: str) -> JetPack | None:
+    """The JetPack release that brings a version of Jetson Linux, such as "36.4.3"."""
+    fitting = [
+        (len(begin), release.version, release)
+        for release in jetpack_releases()
+        for begin in release.l4t
+        if f"{l4t}.".startswith(f"{begin}.")
+    ]
+    return max(fitting)[-1] if fitting else None
+
+
+def detect_board(root: Path = Path("/")) -> str | None:
     """Name of the board that this is, from its device tree; None when it is no known Jetson."""
-    if not _DEVICE_TREE_MODEL.exists():
+    model, memory = root / "proc/device-tree/model", root / "proc/meminfo"
+    if not model.exists():
         return None
-    kilobytes = int(_MEMORY.read_text().split("MemTotal:")[1].split()[0])
-    return match_board(_DEVICE_TREE_MODEL.read_text().rstrip("\0\n"), kilobytes / 1e6)
+    kilobytes = int(memory.read_text().split("MemTotal:")[1].split()[0])
+    return match_board(model.read_text().rstrip("\0\n"), kilobytes / 1e6)
 
 
 def match_board(model: str, memory_gb: float) -> str | None:
     """The board whose model is named and whose memory is the least that holds `memory_gb`."""
-    boards = {name: load_board(name) for name in board_names()}
     fitting = [
         (board.super_mode != ("Super" in model), board.memory_gb, name)
-        for name, board in boards.items()
+        for name, board in _profiles().board.items()
         if board.model in model and board.memory_gb * 1.1 >= memory_gb
     ]
     return min(fitting)[2] if fitting else None
-
-
-def _decode(path: Path, kind: type[_T]) -> _T:
-    return msgspec.toml.decode(path.read_bytes(), type=kind)

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
+import msgspec
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +17,7 @@ from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import Flavour, import_tensorrt
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_engines.boards import detect_board, load_board
-from vqbet_engines.engines import EngineBuilder, EngineReport, encode_reports
-from vqbet_engines.progress import build_progress
+from vqbet_engines.engines import EngineBuilder, EngineReport
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class BuildArguments:
     workspace_mb: int | None = None
 
     # 0 builds fast, 5 searches longest for a fast engine.
-    optimization_level: Annotated[int, tyro.conf.arg(metavar="0..5")] = 3
+    optimization_level: Literal[0, 1, 2, 3, 4, 5] = 3
 
     # Which TensorRT builds; `tensorrt` before `tensorrt_rtx` by default.
     flavour: Flavour | None = None
@@ -70,11 +70,10 @@ def build(arguments: BuildArguments) -> list[EngineReport]:
     bundle, ahead = Bundle.open(arguments.bundle), arguments.ahead_of_time
     flavour: Flavour | None = "tensorrt_rtx" if ahead else arguments.flavour
     tensorrt, options = import_tensorrt(flavour), _options(arguments)
-    with build_progress(Console(stderr=True)) as on_event:
-        builder = EngineBuilder(bundle, tensorrt, options, on_event)
-        if ahead:
-            return [report for target in ahead for report in builder.build_ahead(target)]
-        return list(builder.build_for(create_cuda().device, force=arguments.force))
+    builder = EngineBuilder(bundle, tensorrt, options, Console(stderr=True))
+    if ahead:
+        return [report for target in ahead for report in builder.build_ahead(target)]
+    return list(builder.build_for(create_cuda().device, force=arguments.force))
 
 
 def summary_table(reports: Iterable[EngineReport]) -> Table:
@@ -108,7 +107,8 @@ def layer_table(report: EngineReport) -> Table:
 
 def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
     if arguments.json:
-        sys.stdout.write(encode_reports(reports) + "\n")
+        text = msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()
+        sys.stdout.write(text + "\n")
         return
     console = Console(markup=False)  # layers' names are the graph's
     console.print(summary_table(reports))

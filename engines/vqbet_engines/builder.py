@@ -1,79 +1,124 @@
-"""Building one engine in a process of its own."""
+"""Building one engine in a process of its own: a malformed graph can crash TensorRT's builder.
 
-import contextlib
-import os
+The process (`worker`) reads files in a folder, leaves files there, and prints what it is doing:
+
+    graph.onnx, job.json, timing.cache      what to build, and how
+    plan, timing.cache, result.json         what was built; result.json comes last
+    error.txt                               or why TensorRT refused
+"""
+
 import signal
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
 
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.child import module_command
-from vqbet_engines.messages import Failed, Finished, Job, Notice, Progress, receive, send
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
+from vqbet_edge.runtime.backends.tensorrt_module import Flavour
 
-OnEvent = Callable[[Progress | Notice], None]
-_OUTPUT_TAIL = 2000  # bytes of the process's last words that an error repeats
+GRAPH, JOB, TIMING = "graph.onnx", "job.json", "timing.cache"
+PLAN, RESULT, ERROR = "plan", "result.json", "error.txt"
+# Marks what the worker prints; libraries print what they like, before it on the same line too.
+PROGRESS = "vqbet-build: "
+_LAST_LINES = 20  # of a worker that crashed, repeated in the error
 
 
-def build_plan(job: Job, on_event: OnEvent | None = None) -> Finished:
+class Job(Struct, frozen=True):
+    """How to build.
+
+    Attributes:
+        flavour: which TensorRT.
+        options: how.
+        compute_capability: "sm86" to build ahead of time for such a GPU, None for this machine's.
+    """
+
+    flavour: Flavour
+    options: BuildOptions = BuildOptions()
+    compute_capability: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine.
+
+    Attributes:
+        plan: the serialised engine.
+        timing_cache: for the next build; empty where TensorRT keeps none.
+        version: TensorRT's.
+        seconds: of parsing and building.
+        layers: JSON of the engine inspector, or the layer list of the builder's log.
+    """
+
+    plan: bytes
+    timing_cache: bytes
+    version: str
+    seconds: float
+    layers: str
+
+
+def build_plan(
+    graph: bytes,
+    job: Job,
+    timing_cache: bytes = b"",
+    on_progress: Callable[[str], None] | None = None,
+) -> Built:
     """Build an engine.
 
     Args:
-        job: the graph and how to build it.
-        on_event: called with progress and notices while TensorRT works, if at all.
+        graph: the ONNX file.
+        job: how to build it.
+        timing_cache: what an earlier build returned.
+        on_progress: called with what TensorRT is doing, in words.
 
     Raises:
         BackendError: TensorRT is missing, refuses the graph, or crashed on it.
     """
-    # Answers have a pipe of their own: libraries print to standard output as they like.
-    answers, worker_end = os.pipe()
-    with tempfile.TemporaryFile() as output, open(answers, "rb") as stream:  # noqa: PTH123
-        process = subprocess.Popen(  # noqa: S603
-            module_command("vqbet_engines.worker", str(worker_end)),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=(worker_end,),
-        )
-        os.close(worker_end)
+    with tempfile.TemporaryDirectory(prefix="vqbet-build-") as name:
+        folder = Path(name)
+        (folder / GRAPH).write_bytes(graph)
+        (folder / JOB).write_bytes(msgspec.json.encode(job))
+        (folder / TIMING).write_bytes(timing_cache)
+        _run(folder, on_progress or (lambda _line: None))
+        plan, timing_cache = (folder / PLAN).read_bytes(), (folder / TIMING).read_bytes()
+        return Built(plan, timing_cache, **msgspec.json.decode((folder / RESULT).read_bytes()))
+
+
+def _run(folder: Path, on_progress: Callable[[str], None]) -> None:
+    phase, said = "its start", deque[str](maxlen=_LAST_LINES)
+    with subprocess.Popen(  # noqa: S603
+        module_command("vqbet_engines.worker", str(folder)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
         try:
-            return _converse(_Worker(process, stream, output), job, on_event)
+            for line in process.stdout or ():
+                noise, _, progress = line.strip().partition(PROGRESS)
+                said.extend(filter(None, [noise]))
+                if progress:
+                    phase = progress
+                    on_progress(progress)
+            code = process.wait()
         finally:
             process.kill()
-            process.communicate()
+    if (folder / ERROR).exists():
+        raise BackendError((folder / ERROR).read_text(encoding="utf-8"))
+    # A crash after the last file is TensorRT's way of saying goodbye.
+    if not (folder / RESULT).exists():
+        raise _crash(code, phase, "\n".join(said))
 
 
-@dataclass(frozen=True)
-class _Worker:
-    process: "subprocess.Popen[bytes]"
-    answers: BinaryIO
-    output: BinaryIO
-
-
-def _converse(worker: _Worker, job: Job, on_event: OnEvent | None) -> Finished:
-    phase = "its start"
-    with contextlib.suppress(BrokenPipeError):  # it has crashed, as reading will show
-        send(cast("BinaryIO", worker.process.stdin), job)
-    while True:
-        match receive(worker.answers):
-            case Finished() as finished:
-                return finished
-            case Failed(text):
-                raise BackendError(text)
-            case Progress() | Notice() as event:
-                if on_event is not None:
-                    on_event(event)
-                phase = event.phase if isinstance(event, Progress) else phase
-            case _:
-                raise _crash(worker, phase)
-
-
-def _crash(worker: _Worker, phase: str) -> BackendError:
-    code = worker.process.wait()
+def _crash(code: int, phase: str, said: str) -> BackendError:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    worker.output.seek(max(0, worker.output.seek(0, 2) - _OUTPUT_TAIL))
-    words = worker.output.read().decode(errors="replace").strip()
-    hint = "; it ran out of memory: close programs or lower --workspace-mb" if code == -9 else ""
-    return BackendError(f"TensorRT's builder crashed ({how}) in '{phase}'{hint}\n{words}".strip())
+    killed = code == -signal.SIGKILL
+    hint = "; it ran out of memory: close programs or lower --workspace-mb" if killed else ""
+    return BackendError(f"TensorRT's builder crashed ({how}) in '{phase}'{hint}\n{said}".strip())

@@ -1,4 +1,4 @@
-"""`vqbet-doctor`: what is installed here, what is missing, and the command that mends it."""
+"""`vqbet-doctor`: what is installed here, what is missing, and the command that fixes it."""
 
 import platform
 import re
@@ -17,12 +17,46 @@ from msgspec import Struct
 from vqbet_edge.cli import run
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.cuda import create_cuda
-from vqbet_edge.runtime.backends.private_files import user_cache
+from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
+from vqbet_edge.runtime.backends.private_files import (
+    CACHE_VARIABLE,
+    RejectedError,
+    check_folder,
+    user_cache,
+)
 from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
-from vqbet_engines.boards import JetPack, jetpack_releases, match_board
+from vqbet_engines.boards import JetPack, detect_board, match_jetpack
 
+State = Literal["ok", "note", "problem"]
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them
-_LEAST = {"numpy": (1, 24), "msgspec": (0, 18)}
+_LEAST = {"numpy": (1, 24), "msgspec": (0, 18), "safetensors": (0, 4)}
+
+
+class Fix(Struct, frozen=True):
+    """What to type, and the documentation that it was checked against; empty when it was not."""
+
+    command: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        return self.command if self.source else f"{self.command}  # not checked"
+
+
+_SETUP = "https://docs.nvidia.com/jetson/agx-orin-devkit/user-guide/setup_jetpack.html"
+_FLASHING = "https://docs.nvidia.com/jetson/jetpack/install-setup/index.html"
+_TENSORRT = (
+    "https://docs.nvidia.com/deeplearning/tensorrt/latest/installing-tensorrt/install-pip.html"
+)
+_BINDINGS = "https://nvidia.github.io/cuda-python/cuda-bindings/latest/support.html"
+_POWER = (
+    "https://docs.nvidia.com/jetson/l4t/"
+    "Tegra%20Linux%20Driver%20Package%20Development%20Guide/power_management_nano.html"
+)
+_VENV = "https://docs.python.org/3/library/venv.html"
+_PIP = "https://pip.pypa.io/en/stable/cli/pip_install/"
+_OURS = "docs/engines.md"
+
+_NEWER_JETPACK = Fix("flash JetPack 6.2 or newer with NVIDIA SDK Manager", _FLASHING)
 
 
 class Finding(Struct, frozen=True):
@@ -32,13 +66,13 @@ class Finding(Struct, frozen=True):
         name: what.
         state: `problem` stops the robot or the build, `note` makes it slower than it could be.
         value: what was found.
-        mend: the command that mends it; empty when there is nothing to mend.
+        fix: what to type; None when there is nothing to fix, or nothing to type for it.
     """
 
     name: str
-    state: Literal["ok", "note", "problem"]
+    state: State
     value: str
-    mend: str = ""
+    fix: Fix | None = None
 
 
 @dataclass(frozen=True)
@@ -47,114 +81,113 @@ class Machine:
 
     root: Path = Path("/")
 
-    def read(self, path: str) -> str | None:
-        """Text of a file without the device tree's trailing NUL; None when there is none."""
+    def read(self, path: str) -> str:
+        """Text of a file; empty when there is none."""
         file = self.root / path
-        return file.read_text().strip("\0\n ") if file.is_file() else None
+        return file.read_text(errors="replace") if file.is_file() else ""
 
-    def output(self, *command: str) -> str | None:
-        """Standard output of a command; None when it is missing or fails."""
+    def output(self, *command: str) -> str:
+        """What a command prints; empty when it is missing."""
         if shutil.which(command[0]) is None:
-            return None
+            return ""
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        return None if done.returncode else done.stdout.strip()
+        return done.stdout + done.stderr  # nvpmodel uses both
 
     @property
-    def l4t(self) -> str | None:
-        """Version of Jetson Linux, such as "36.4.3"; None elsewhere."""
-        text = self.read("etc/nv_tegra_release") or ""
+    def l4t(self) -> str:
+        """Version of Jetson Linux, such as "36.4.3"; empty elsewhere."""
+        text = self.read("etc/nv_tegra_release")
         found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
-        return f"{found[1]}.{found[2]}" if found else None
+        return f"{found[1]}.{found[2]}" if found else ""
 
     @property
     def jetpack(self) -> JetPack | None:
         """The JetPack release that Jetson Linux belongs to."""
-        l4t = self.l4t or ""
-        fitting = [r for r in jetpack_releases() if f"{l4t}.".startswith(f"{r.l4t}.")]
-        return max(fitting, key=lambda release: len(release.l4t)) if fitting else None
+        return match_jetpack(self.l4t)
+
+    @property
+    def gpu_state(self) -> State:
+        """How bad it is when the GPU cannot be used: it is what a Jetson is for."""
+        return "problem" if self.l4t else "note"
 
 
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _power, _disk,
+        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _power, _clocks, _cache,
     )  # fmt: skip
     return [finding for check in checks for finding in check(machine)]
 
 
 def _board(machine: Machine) -> Iterator[Finding]:
-    model = machine.read("proc/device-tree/model")
-    if model is None or machine.l4t is None:
+    if not machine.l4t:
         yield Finding("board", "ok", f"{platform.machine()}, no Jetson")
         return
-    memory = machine.read("proc/meminfo") or "MemTotal: 0 kB"
-    gigabytes = int(memory.split("MemTotal:")[1].split()[0]) / 1e6
-    name = match_board(model, gigabytes)
+    model, name = machine.read("proc/device-tree/model").strip("\0\n "), detect_board(machine.root)
     yield Finding("board", "ok" if name else "note", f"{model}, profile: {name or 'none'}")
     release = machine.jetpack
     if release is None:
         yield Finding("JetPack", "note", f"Jetson Linux {machine.l4t} is not known here")
-    elif release.tensorrt.startswith("8.5"):
-        mend = "flash JetPack 6.2 or newer with NVIDIA SDK Manager"
-        yield Finding("JetPack", "problem", f"{release.version}: TensorRT is too old", mend)
-    else:
+    elif release.supported:
         yield Finding("JetPack", "ok", f"{release.version} (Jetson Linux {machine.l4t})")
+    else:
+        text = f"{release.version}: opset 20 needs TensorRT 10, this has {release.tensorrt}"
+        yield Finding("JetPack", "problem", text, _NEWER_JETPACK)
 
 
 def _python(machine: Machine) -> Iterator[Finding]:
-    text = platform.python_version()
-    isolated = sys.prefix != sys.base_prefix and "include-system-site-packages = true" not in (
-        (Path(sys.prefix) / "pyvenv.cfg").read_text()
-    )
-    if machine.l4t is not None and isolated:
-        mend = "python3 -m venv --system-site-packages .venv"
-        yield Finding("Python", "note", f"{text}, in an environment without JetPack's", mend)
+    text, settings = platform.python_version(), Path(sys.prefix) / "pyvenv.cfg"
+    isolated = settings.exists() and "site-packages = true" not in settings.read_text()
+    if machine.l4t and isolated:
+        fix = Fix("python3 -m venv --system-site-packages .venv", _VENV)
+        yield Finding("Python", "note", f"{text}, in an environment without JetPack's", fix)
     else:
         yield Finding("Python", "ok", text)
 
 
 def _packages(_machine: Machine) -> Iterator[Finding]:
     for name, least in _LEAST.items():
+        fix = Fix(f"pip install '{name}>={'.'.join(map(str, least))}'", _PIP)
         try:
             text = version(name)
         except PackageNotFoundError:
-            yield Finding(name, "problem", "missing", f"pip install {name}")
+            yield Finding(name, "problem", "missing", fix)
             continue
-        new_enough = tuple(map(int, re.findall(r"\d+", text)[:2])) >= least
-        wanted = ".".join(map(str, least))
-        mend = "" if new_enough else f"pip install '{name}>={wanted}'"
-        yield Finding(name, "ok" if new_enough else "problem", text, mend)
+        if tuple(map(int, re.findall(r"\d+", text)[:2])) >= least:
+            yield Finding(name, "ok", text)
+        else:
+            yield Finding(name, "problem", text, fix)
 
 
 def _tensorrt(machine: Machine) -> Iterator[Finding]:
     try:
         tensorrt = import_tensorrt()
     except BackendError as error:
-        jetson = machine.l4t is not None
-        mend = "sudo apt install nvidia-jetpack" if jetson else "pip install tensorrt"
-        yield Finding("TensorRT", "problem" if jetson else "note", str(error), mend)
+        if "too old" in str(error):
+            fix = _NEWER_JETPACK
+        elif machine.l4t:
+            fix = Fix("sudo apt update && sudo apt install nvidia-jetpack", _SETUP)
+        else:
+            fix = Fix("pip install tensorrt", _TENSORRT)
+        yield Finding("TensorRT", machine.gpu_state, str(error), fix)
         return
-    text = f"{tensorrt.flavour} {tensorrt.version}"
-    release = machine.jetpack
-    expected = release.tensorrt.rsplit(".", 1)[0] if release else ""
-    if tensorrt.strongly_typed and tensorrt.version.startswith(expected):
+    text, release = f"{tensorrt.flavour} {tensorrt.version}", machine.jetpack
+    if release is None or tensorrt.version.startswith(release.tensorrt.rsplit(".", 1)[0]):
         yield Finding("TensorRT", "ok", text)
-    elif not tensorrt.strongly_typed:
-        mend = "flash JetPack 6.2 or newer with NVIDIA SDK Manager"
-        yield Finding("TensorRT", "note", f"{text}: not strongly typed, best effort", mend)
     else:
-        yield Finding("TensorRT", "note", f"{text}; this JetPack brings {expected}")
+        yield Finding("TensorRT", "note", f"{text}; this JetPack brings {release.tensorrt}")
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
     try:
         device = create_cuda().device
     except BackendError as error:
-        jetson = machine.l4t is not None
-        old = jetson and (machine.l4t or "").startswith("36.")
-        mend = "pip install pycuda" if old else "pip install cuda-bindings"
-        mend = mend if "no CUDA library" in str(error) else ""
-        yield Finding("CUDA", "problem" if jetson else "note", str(error), mend)
+        # A wheel for aarch64 too, unlike pycuda's. Bindings of CUDA 13 need a driver of CUDA 13.
+        release = machine.jetpack
+        old = release is not None and release.cuda.startswith("12.")
+        package = "'cuda-bindings<13'" if old else "cuda-bindings"
+        fix = Fix(f"pip install {package}", _BINDINGS) if "pip install" in str(error) else None
+        yield Finding("CUDA", machine.gpu_state, str(error), fix)
         return
     kind = "integrated" if device.integrated else "discrete"
     text = f"{device.name} (compute capability {device.compute_capability}, {kind})"
@@ -164,50 +197,70 @@ def _gpu(machine: Machine) -> Iterator[Finding]:
 
 def _onnxruntime(machine: Machine) -> Iterator[Finding]:
     try:
-        import onnxruntime  # noqa: PLC0415
-    except ImportError:
-        state: Literal["note", "problem"] = "note" if machine.l4t is not None else "problem"
-        yield Finding("ONNX Runtime", state, "missing", "pip install 'vqbet-edge[cpu]'")
+        onnxruntime = import_onnxruntime()
+    except BackendError as error:
+        # A Jetson has its GPU; elsewhere nothing else may be left.
+        state: State = "note" if machine.l4t else "problem"
+        found, _, advice = str(error).rpartition("; ")
+        command = advice.rpartition(": ")[2]
+        fix = Fix(command, _PIP if command.startswith("pip install") else "")
+        yield Finding("ONNX Runtime", state, found, fix)
         return
-    providers = [name.removesuffix("ExecutionProvider") for name in _providers(onnxruntime)]
-    yield Finding("ONNX Runtime", "ok", f"{onnxruntime.__version__} ({', '.join(providers)})")
-
-
-def _providers(onnxruntime: object) -> list[str]:
-    names: list[str] = onnxruntime.get_available_providers()  # type: ignore[attr-defined]
-    return names
+    names = onnxruntime.get_available_providers()
+    providers = [name.removesuffix("ExecutionProvider") for name in names]
+    text = f"{onnxruntime.__version__} ({', '.join(providers)})"
+    if machine.l4t and "CUDA" not in providers:
+        text += "; PyPI has no onnxruntime-gpu for aarch64"
+    yield Finding("ONNX Runtime", "ok", text)
 
 
 def _power(machine: Machine) -> Iterator[Finding]:
-    if machine.l4t is None:
+    found = re.search(r"NV Power Mode: (\S+)", machine.output("nvpmodel", "-q"))
+    if not machine.l4t or not found:
         return
-    mode = machine.output("nvpmodel", "-q")
-    if mode is not None:
-        name = mode.split("NV Power Mode:")[-1].split("\n")[0].strip()
-        fast = name.startswith("MAXN")
-        mend = "" if fast else "sudo nvpmodel -m 0  # or the mode of 'nvpmodel -q --verbose'"
-        yield Finding("power mode", "ok" if fast else "note", name, mend)
+    # The numbers differ from board to board; the file has them, and the command prints them.
+    text = machine.read("etc/nvpmodel.conf") + machine.output("nvpmodel", "-p", "--verbose")
+    modes = dict(re.findall(r"POWER_MODEL:? ID=(\d+) NAME=(\w+)", text))
+    fastest = max((name for name in modes.values() if name.startswith("MAXN")), key=len, default="")
+    if found[1].startswith(fastest or "MAXN"):
+        yield Finding("power mode", "ok", found[1])
+        return
+    number = next((number for number, name in modes.items() if name == fastest), None)
+    known = ", ".join(f"{number} {name}" for number, name in modes.items())
+    command = f"sudo nvpmodel -m {number}" if number else "nvpmodel -p --verbose  # lists the modes"
+    yield Finding("power mode", "note", f"{found[1]} of {known or '?'}", Fix(command, _POWER))
+
+
+def _clocks(machine: Machine) -> Iterator[Finding]:
     for clock in sorted((machine.root / "sys/class/devfreq").glob("*gpu*")):
         low, high = (int((clock / f"{end}_freq").read_text()) // 10**6 for end in ("min", "max"))
-        mend = "" if low == high else "sudo jetson_clocks"
-        state: Literal["ok", "note"] = "ok" if low == high else "note"
-        yield Finding("GPU clock", state, f"{low} to {high} MHz", mend)
+        fix = None if low == high else Fix("sudo jetson_clocks")
+        yield Finding("GPU clock", "note" if fix else "ok", f"{low} to {high} MHz", fix)
 
 
-def _disk(_machine: Machine) -> Iterator[Finding]:
+def _cache(_machine: Machine) -> Iterator[Finding]:
     place = user_cache()
-    existing = next(path for path in (place, *place.parents) if path.exists())
+    existing = next(path for path in (place, *place.parents) if path.is_dir())
+    try:
+        check_folder(existing)
+    except RejectedError as error:
+        fix = Fix(f"export {CACHE_VARIABLE}=DIRECTORY", _OURS)
+        yield Finding("engine cache", "problem", str(error), fix)
+        return
     free = shutil.disk_usage(existing).free
-    state: Literal["ok", "note"] = "ok" if free >= _NEEDED_BYTES else "note"
-    mend = "" if state == "ok" else f"rm -r '{place}'"
-    yield Finding("engine cache", state, f"{place}, {free / 2**30:.1f} GiB free", mend)
+    text = f"{place}, {free / 2**30:.1f} GiB free"
+    if free < _NEEDED_BYTES:
+        fix = Fix(f"rm -r '{place}'", _OURS)
+        yield Finding("engine cache", "note", text, fix)
+    else:
+        yield Finding("engine cache", "ok", text)
 
 
 @dataclass(frozen=True)
 class DoctorArguments:
-    """Say what is installed here, what is missing, and the command that mends it."""
+    """Say what is installed here, what is missing, and the command that fixes it."""
 
-    # Print the findings as JSON.
+    # Print the findings as JSON, each fix with the documentation that it was checked against.
     json: bool = False
 
 
@@ -222,13 +275,14 @@ def _report() -> None:
         text = msgspec.json.format(msgspec.json.encode(findings), indent=2).decode()
         sys.stdout.write(text + "\n")
     else:
-        table = Table("what", "", "found", "to mend it")
+        table = Table("what", "", "found", "to fix it")
         for finding in findings:
-            table.add_row(finding.name, finding.state, finding.value, finding.mend)
-        Console().print(table)
+            fix = str(finding.fix or "")
+            table.add_row(finding.name, finding.state, finding.value, fix)
+        Console(markup=False).print(table)
     problems = [finding.name for finding in findings if finding.state == "problem"]
     if problems:
-        raise BackendError(f"problems with {', '.join(problems)}; see the commands that mend them")
+        raise BackendError(f"problems with {', '.join(problems)}; see the commands that fix them")
 
 
 def main() -> None:

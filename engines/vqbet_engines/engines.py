@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
+from rich.console import Console
+from rich.text import Text
 
 from vqbet_edge.runtime.backends.cuda import Device
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
@@ -19,9 +20,8 @@ from vqbet_edge.runtime.backends.tensorrt import engine_key
 from vqbet_edge.runtime.backends.tensorrt_module import TensorRT
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import Precision, StageName
-from vqbet_engines.builder import OnEvent, build_plan
+from vqbet_engines.builder import Built, Job, build_plan
 from vqbet_engines.layers import Layer, parse_layers
-from vqbet_engines.messages import Finished, Job, Notice
 
 _MAX_TIMING_BYTES = 1 << 26  # a few hundred KiB for the largest policy
 
@@ -58,13 +58,13 @@ class EngineBuilder:
         bundle: the verified bundle.
         tensorrt: which TensorRT builds.
         options: how.
-        on_event: called with progress and notices.
+        console: shows what is built and how far it is.
     """
 
     bundle: Bundle
     tensorrt: TensorRT
     options: BuildOptions
-    on_event: OnEvent
+    console: Console
 
     def build_for(self, device: Device, *, force: bool) -> Iterator[EngineReport]:
         """Build what the cache lacks for this device, or all with `force`.
@@ -73,18 +73,19 @@ class EngineBuilder:
             BackendError: TensorRT refuses a graph.
             DiskError: an engine cannot be kept.
         """
-        cache, timing = EngineCache(self.bundle.path), _TimingCache(self.tensorrt, device)
+        cache, timing = EngineCache(), _TimingCache(self.tensorrt, device)
         for stage in self.bundle.stages_to_load:
             key = engine_key(self.bundle, stage, self.tensorrt, device, self.options)
             found = cache.find(key)
             if found.path is not None and not force:
-                yield self._report(stage, device.name, found.path, len(found.plan or b""), None)
+                yield self._report(stage, device.name, len(found.plan or b""), found.path)
                 continue
-            self.on_event(Notice(f"building {stage}: {found.reason or 'as you asked'}"))
+            why = found.reason or "as you asked"
+            self.console.print(f"building {stage}: {why}", highlight=False, markup=False)
             built = self._build(stage, None, timing.read())
             timing.write(built.timing_cache)
             path = cache.store(key, built.plan, built.seconds)
-            yield self._report(stage, device.name, path, len(built.plan), built)
+            yield self._report(stage, device.name, len(built.plan), path, built)
 
     def build_ahead(self, compute_capability: str) -> Iterator[EngineReport]:
         """Build for a GPU that need not be here, and keep nothing.
@@ -94,15 +95,25 @@ class EngineBuilder:
         """
         for stage in self.bundle.stages_to_load:
             built = self._build(stage, compute_capability, b"")
-            yield self._report(stage, compute_capability, None, len(built.plan), built)
+            yield self._report(stage, compute_capability, len(built.plan), None, built)
 
-    def _build(self, stage: StageName, capability: str | None, timing_cache: bytes) -> Finished:
-        graph = self.bundle.graph(stage)
-        job = Job(graph, self.tensorrt.flavour, self.options, capability, timing_cache)
-        return build_plan(job, self.on_event)
+    def _build(self, stage: StageName, capability: str | None, timing_cache: bytes) -> Built:
+        job = Job(self.tensorrt.flavour, self.options, capability)
+        with self.console.status(stage) as status:
+            return build_plan(
+                self.bundle.graph(stage),
+                job,
+                timing_cache,
+                lambda doing: status.update(Text(f"{stage}: {doing}")),
+            )
 
     def _report(
-        self, stage: StageName, target: str, path: Path | None, size: int, built: Finished | None
+        self,
+        stage: StageName,
+        target: str,
+        size: int,
+        path: Path | None,
+        built: Built | None = None,
     ) -> EngineReport:
         return EngineReport(
             stage=stage,
@@ -128,18 +139,10 @@ class _TimingCache:
 
     def read(self) -> bytes:
         try:
-            path = private_user_cache() / "timing" / self._name
-            return read_private(path, _MAX_TIMING_BYTES)
+            return read_private(private_user_cache("timing") / self._name, _MAX_TIMING_BYTES)
         except RejectedError:
             return b""  # the build takes longer and then writes a good one
 
     def write(self, data: bytes) -> None:
         if data:
-            folder = private_user_cache() / "timing"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            write_private(folder / self._name, data)
-
-
-def encode_reports(reports: list[EngineReport]) -> str:
-    """Reports as JSON for machines."""
-    return msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()
+            write_private(private_user_cache("timing") / self._name, data)

@@ -7,11 +7,10 @@ import onnx
 
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
-from vqbet_edge.runtime.backends.tensorrt_module import FLAVOURS, import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 from vqbet_edge.runtime.manifest import StageName
 from vqbet_engines.boards import Board, jetpack_releases
-from vqbet_engines.builder import build_plan
-from vqbet_engines.messages import Job
+from vqbet_engines.builder import Job, build_plan
 
 # TensorRT for RTX builds for neither Orin (8.7) nor Thor (11.0): their next of kin.
 _STAND_IN = {"8.6": "sm86", "8.7": "sm86", "8.9": "sm89", "11.0": "sm120", "12.0": "sm120"}
@@ -40,37 +39,27 @@ def check_graphs(graphs: Mapping[StageName, bytes], board: Board) -> Suitability
         graphs: ONNX files by stage.
         board: from `load_board`.
     """
-    releases = [release for release in jetpack_releases() if release.version in board.jetpack]
-    problems, notes = [], []
+    taken = [r.max_opset for r in jetpack_releases() if r.version in board.jetpack]
+    problems = []
     for stage, graph in graphs.items():
         opset = _opset(graph)
-        refusing = [r.version for r in releases if opset > r.max_opset]
-        if releases and len(refusing) == len(releases):
+        if taken and opset > max(taken):
             problems.append(f"{stage}: opset {opset} is newer than any JetPack of {board.name}")
-        elif refusing:
-            notes.append(f"{stage}: opset {opset} is too new for JetPack {', '.join(refusing)}")
     try:
-        import_tensorrt(FLAVOURS[1])
+        import_tensorrt("tensorrt_rtx")
     except BackendError as error:
-        notes.append(f"not built: {error}")
-        return Suitability(tuple(problems), tuple(notes))
+        return Suitability(tuple(problems), (f"not built: {error}",))
     target = _STAND_IN.get(board.compute_capability, "sm86")
+    job = Job("tensorrt_rtx", BuildOptions(board.workspace_mb), target)
     for stage, graph in graphs.items():
-        failure = _failure(graph, BuildOptions(board.workspace_mb), target)
-        if failure is not None:
-            problems.append(f"{stage}: {failure}")
-    notes.append(f"parsed and built for {target} by TensorRT for RTX, in place of {board.name}")
-    return Suitability(tuple(problems), tuple(notes))
+        try:
+            build_plan(graph, job)
+        except BackendError as error:  # noqa: PERF203 - four stages
+            problems.append(f"{stage}: {error}")
+    note = f"parsed and built for {target} by TensorRT for RTX, in place of {board.name}"
+    return Suitability(tuple(problems), (note,))
 
 
 def _opset(graph: bytes) -> int:
     imports = onnx.load_from_string(graph).opset_import
     return int(max(entry.version for entry in imports if entry.domain == ""))
-
-
-def _failure(graph: bytes, options: BuildOptions, target: str) -> str | None:
-    try:
-        build_plan(Job(graph, FLAVOURS[1], options, target, b""))
-    except BackendError as error:
-        return str(error)
-    return None

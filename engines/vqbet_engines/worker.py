@@ -1,14 +1,18 @@
-"""The builder's process: one graph in, one engine out (started by `builder`)."""
+"""The builder's process: reads a graph from a folder, leaves an engine there (see `builder`)."""
 
 import faulthandler
 import sys
 import time
 import warnings
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from vqbet_edge.errors import BackendError, VQBeTEdgeError
+from vqbet_edge.runtime.backends.private_files import write_private
 from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
-from vqbet_engines.messages import Failed, Finished, Job, Notice, Progress, receive, send
+from vqbet_engines.builder import ERROR, GRAPH, JOB, PLAN, PROGRESS, RESULT, TIMING, Job
 
 # TensorRT logs this before each node, and the final layers under the other heading.
 _PARSING = "Parsing node: "
@@ -17,11 +21,17 @@ _LAYERS = ("Layers:", "Engine Layer Information:")
 _HARMLESS = ("catchCudaError", "CUDA initialization failure")
 
 
-class _Log:
-    """Keeps TensorRT's errors and final layers; reports the node that is being parsed."""
+def say(text: str) -> None:
+    """Print what is being done, as one line whatever a graph calls its nodes."""
+    line = f"{PROGRESS}{' '.join(text.split())}\n"
+    sys.stdout.buffer.write(line.encode(errors="replace"))
+    sys.stdout.flush()
 
-    def __init__(self, out: BinaryIO) -> None:
-        self._out = out
+
+class _Log:
+    """Keeps TensorRT's errors and final layers; says which node is being parsed."""
+
+    def __init__(self) -> None:
         self.errors: list[str] = []
         self.layers = ""
 
@@ -30,64 +40,64 @@ class _Log:
             if not any(text in message for text in _HARMLESS):
                 self.errors.append(message.strip())
         elif message.startswith(_PARSING):
-            send(self._out, Progress(message.strip(), None, 0, 0))
+            say(message)
         elif message.startswith(_LAYERS):
             self.layers = message
 
+    def reason(self) -> str:
+        return self.errors[-1] if self.errors else "it gave no reason"
 
-def build(job: Job, out: BinaryIO) -> Finished:
-    """Parse and build the job's graph.
+
+def build(folder: Path) -> None:
+    """Build the folder's graph and leave the engine beside it.
 
     Raises:
         BackendError: TensorRT is missing or refuses the graph or the options.
     """
     start = time.perf_counter()
-    tensorrt, log = import_tensorrt(job.flavour), _Log(out)
+    job = msgspec.json.decode((folder / JOB).read_bytes(), type=Job)
+    tensorrt, log = import_tensorrt(job.flavour), _Log()
     logger = create_logger(tensorrt, log)
-    builder = tensorrt.module.Builder(logger)
-    if builder is None:
-        raise BackendError("TensorRT cannot start its builder: " + "; ".join(log.errors))
-    network = _parse(tensorrt, builder, logger, log, job.graph)
+    try:
+        builder = tensorrt.module.Builder(logger)
+    except TypeError as error:  # the bindings got none
+        raise BackendError(f"TensorRT cannot start its builder: {log.reason()}") from error
+    network = _parse(tensorrt, builder, logger, log, (folder / GRAPH).read_bytes())
     config = builder.create_builder_config()
-    _configure(tensorrt, config, job, out)
+    _configure(tensorrt, config, job)
+    _set_timing_cache(config, (folder / TIMING).read_bytes())
     _add_profile(builder, config, network)
     # The module keeps no reference to the monitor; it must outlive the build.
-    monitor = _monitor(tensorrt, config, out)
+    monitor = config.progress_monitor = _create_monitor(tensorrt)
     plan = builder.build_serialized_network(network, config)
     del monitor
     if plan is None:
-        raise BackendError("TensorRT cannot build the graph: " + _last(log.errors))
-    return Finished(
-        plan=bytes(plan),
-        version=tensorrt.version,
-        seconds=time.perf_counter() - start,
-        layers=_inspect(tensorrt, logger, plan) if job.compute_capability is None else log.layers,
-        timing_cache=_timing_cache(config),
-    )
+        raise BackendError(f"TensorRT cannot build the graph: {log.reason()}")
+    seconds = time.perf_counter() - start
+    say("Inspecting the engine")
+    here = job.compute_capability is None
+    layers = _inspect(tensorrt, logger, plan) if here else log.layers
+    (folder / PLAN).write_bytes(plan)
+    timing = config.get_timing_cache()
+    (folder / TIMING).write_bytes(b"" if timing is None else timing.serialize())
+    result = {"version": tensorrt.version, "seconds": seconds, "layers": layers}
+    write_private(folder / RESULT, msgspec.json.encode(result))
 
 
 def _parse(trt: TensorRT, builder: Any, logger: Any, log: _Log, graph: bytes) -> Any:  # noqa: ANN401
-    flags = trt.module.NetworkDefinitionCreationFlag
-    # The flag's bit differs between versions, and bit 0 meant something else before 10.
-    flag = flags.STRONGLY_TYPED if trt.strongly_typed else flags.EXPLICIT_BATCH
-    network = builder.create_network(1 << int(flag))
+    flag = trt.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    network = builder.create_network(1 << int(flag))  # the flag's bit differs between versions
     parser = trt.module.OnnxParser(network, logger)
     if not parser.parse(graph):
-        errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise BackendError("TensorRT cannot parse the graph: " + "; ".join(errors or log.errors))
+        reasons = [
+            f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
+            for error in (parser.get_error(index) for index in range(parser.num_errors))
+        ]
+        raise BackendError("TensorRT cannot parse the graph: " + "; ".join(reasons or log.errors))
     return network
 
 
-def _parser_error(error: Any) -> str:  # noqa: ANN401
-    """Description with the node's name; TensorRT 8 knows the node by its index only."""
-    if hasattr(error, "node_name"):
-        node = f"node '{error.node_name()}' ({error.node_operator()})"
-    else:
-        node = f"node {error.node()}"
-    return f"{node}: {error.desc()}"
-
-
-def _configure(trt: TensorRT, config: Any, job: Job, out: BinaryIO) -> None:  # noqa: ANN401
+def _configure(trt: TensorRT, config: Any, job: Job) -> None:  # noqa: ANN401
     module, options = trt.module, job.options
     if options.workspace_mb is not None:
         pool = module.MemoryPoolType.WORKSPACE
@@ -98,11 +108,11 @@ def _configure(trt: TensorRT, config: Any, job: Job, out: BinaryIO) -> None:  # 
     config.max_aux_streams = 0
     # An FP32 export promises FP32; TF32 has ten bits of mantissa and is on by default.
     config.clear_flag(module.BuilderFlag.TF32)
-    if not trt.strongly_typed:
-        send(out, Notice(f"TensorRT {trt.version} has no strongly typed networks: best effort"))
-        config.set_flag(module.BuilderFlag.FP16)
     _set_capability(trt, config, job.compute_capability)
-    cache = config.create_timing_cache(job.timing_cache)
+
+
+def _set_timing_cache(config: Any, data: bytes) -> None:  # noqa: ANN401
+    cache = config.create_timing_cache(data)
     # TensorRT for RTX keeps none; a cache of another GPU is refused and a new one is started.
     if cache is not None and not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
@@ -136,32 +146,30 @@ def _add_profile(builder: Any, config: Any, network: Any) -> None:  # noqa: ANN4
         config.add_optimization_profile(profile)
 
 
-def _monitor(trt: TensorRT, config: Any, out: BinaryIO) -> Any:  # noqa: ANN401
-    base: Any = getattr(trt.module, "IProgressMonitor", None)
-    if base is None:
-        return None
+def _create_monitor(trt: TensorRT) -> Any:  # noqa: ANN401
+    base: Any = trt.module.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
+        """Says which phase has come how far; raising here would cancel the build."""
+
         def __init__(self) -> None:
             base.__init__(self)
-            self._phases: dict[str, Progress] = {}
+            self._steps: dict[str, int] = {}
 
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self._phases[phase] = Progress(phase, parent, steps, 0)
-            send(out, self._phases[phase])
+        def phase_start(self, phase: str, _parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+            say(f"{phase}: 0 of {steps}")
 
         def step_complete(self, phase: str, step: int) -> bool:
-            start = self._phases[phase]
-            send(out, Progress(phase, start.parent, start.steps, step + 1))
+            # Nobody promises that a phase was started, or that two at a time differ in name.
+            say(f"{phase}: {step + 1} of {self._steps.get(phase, '?')}")
             return True
 
         def phase_finish(self, phase: str) -> None:
-            start = self._phases.pop(phase)
-            send(out, Progress(phase, start.parent, start.steps, start.steps))
+            steps = self._steps.get(phase, "?")
+            say(f"{phase}: {steps} of {steps}")
 
-    monitor = Monitor()
-    config.progress_monitor = monitor
-    return monitor
+    return Monitor()
 
 
 def _inspect(trt: TensorRT, logger: Any, plan: Any) -> str:  # noqa: ANN401
@@ -173,29 +181,13 @@ def _inspect(trt: TensorRT, logger: Any, plan: Any) -> str:  # noqa: ANN401
     return str(information(trt.module.LayerInformationFormat.JSON))
 
 
-def _timing_cache(config: Any) -> bytes:  # noqa: ANN401
-    cache = config.get_timing_cache()
-    return b"" if cache is None else bytes(cache.serialize())
-
-
-def _last(errors: list[str]) -> str:
-    return errors[-1] if errors else "it gave no reason"
-
-
 def main() -> None:
-    """Answer the job on standard input through the descriptor that the command line names."""
+    """Do the job in the folder that the command line names."""
     faulthandler.enable()
     # TensorRT for RTX marks the timing cache as deprecated; asking for it is how we find out.
     warnings.simplefilter("ignore", DeprecationWarning)
-    job = receive(sys.stdin.buffer)
-    if not isinstance(job, Job):
-        raise SystemExit("this is the builder's own process; use vqbet-build")
-    with open(int(sys.argv[1]), "wb") as out:  # noqa: PTH123 - opened by descriptor
-        try:
-            send(out, build(job, out))
-        except VQBeTEdgeError as error:
-            send(out, Failed(str(error)))
-
-
-if __name__ == "__main__":
-    main()
+    folder = Path(sys.argv[1])
+    try:
+        build(folder)
+    except VQBeTEdgeError as error:
+        (folder / ERROR).write_text(str(error), encoding="utf-8")

@@ -45,7 +45,7 @@ class Arguments:
     verify_data: str | None = None
     # Observations of each kind to verify on.
     verify_steps: int = 512
-    # Check that the graphs suit this board's TensorRT (engines/boards), such as orin-nano.
+    # Check that the graphs suit this board's TensorRT (engines/boards.toml), such as orin-nano.
     board: str | None = None
     # Replace an existing bundle.
     force: Flag = False

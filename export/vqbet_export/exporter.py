@@ -34,7 +34,6 @@ from vqbet_edge.runtime.manifest import (
     CropSpec,
     FeatureSpec,
     FileSpec,
-    Layout,
     Manifest,
     PolicySpec,
     Precision,
@@ -46,7 +45,6 @@ from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
-from vqbet_edge.training.layouts import Era
 from vqbet_export.graph import export_graph
 from vqbet_export.metrics import LIMITS, Verification, summarize
 from vqbet_export.observations import Segment, dataset_segments, random_segments
@@ -69,7 +67,6 @@ from vqbet_export.stages import (
 )
 from vqbet_export.verification import verify
 
-LAYOUTS: dict[Era, Layout] = {Era.A: "0.1", Era.B: "0.2-0.3", Era.C: "0.4+"}
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 # Larger code books are decoded by their graph.
 MAX_TABLE_BYTES = 64 << 20
@@ -271,7 +268,7 @@ def _manifest(checkpoint: Checkpoint, config: ExportConfig) -> Manifest:
         files={},
         verification=None,
         calibration=None,
-        source=SourceSpec(checkpoint.name, checkpoint.sha256, LAYOUTS[checkpoint.era]),
+        source=SourceSpec(checkpoint.name, checkpoint.sha256, checkpoint.layout.value),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("vqbet-edge", "torch", "onnx", "onnxruntime")},

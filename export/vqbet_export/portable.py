@@ -61,14 +61,16 @@ class PortableBackend(Backend):
 
     def create_window(self) -> "PortableWindow":
         """See `Backend`."""
-        return PortableWindow(self._manifest, self._sessions)
+        return PortableWindow(self, self._manifest, self._sessions)
 
 
 class PortableWindow(Window):
     """A window of the graphs for TensorRT."""
 
-    def __init__(self, manifest: Manifest, sessions: Mapping[StageName, StageSession]) -> None:
-        super().__init__()
+    def __init__(
+        self, backend: Backend, manifest: Manifest, sessions: Mapping[StageName, StageSession]
+    ) -> None:
+        super().__init__(backend)
         self._sessions = sessions
         shape = signature(manifest, "gpt").inputs[0].shape
         self._window: Floats = np.zeros(shape, np.float32)  # (1, N, K, D)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import STATE_KEY
-from vqbet_edge.training.normalization import Scaling
+from vqbet_edge.training.normalization import scale_images
 from vqbet_export.observations import Segment
 
 Floats = NDArray[np.float32]
@@ -48,8 +48,8 @@ def _windows(checkpoint: Checkpoint, segment: Segment) -> list[tuple[Tensor, Ten
     windows = []
     for frames, states in zip(segment.frames, segment.states, strict=True):
         images = torch.from_numpy(frames).permute(0, 1, 4, 2, 3) / 255  # (B, K, 3, H, W)
-        scaled = [_scale(images[:, k], s, image=True) for k, s in enumerate(scalings)]
-        state = _scale(torch.from_numpy(states), checkpoint.inputs[STATE_KEY])
+        scaled = [scale_images(images[:, k], s) for k, s in enumerate(scalings)]
+        state = torch.from_numpy(checkpoint.inputs[STATE_KEY].apply(states))
         newest = torch.stack(scaled, dim=1), state
         # The first observation fills the window, as in LeRobot's `populate_queues`.
         history.extend([newest] * (1 if history else config.n_obs_steps))
@@ -57,15 +57,6 @@ def _windows(checkpoint: Checkpoint, segment: Segment) -> list[tuple[Tensor, Ten
             (torch.stack([h[0] for h in history], 1), torch.stack([h[1] for h in history], 1))
         )
     return windows
-
-
-def _scale(x: Tensor, scaling: Scaling, *, image: bool = False) -> Tensor:
-    shape = (-1, 1, 1) if image else (-1,)
-    subtract, multiply, add = (
-        torch.from_numpy(term).view(shape)
-        for term in (scaling.subtract, scaling.multiply, scaling.add)
-    )
-    return (x - subtract) * multiply + add
 
 
 def _window_step(checkpoint: Checkpoint, images: Tensor, states: Tensor) -> ReferenceRun:

@@ -23,7 +23,7 @@ from vqbet_edge import EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.cache import cached_frames
+from vqbet_edge.training.dataset.frames import cached_frames
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
@@ -129,7 +129,9 @@ def test_in_a_data_set(tmp_path: Path, poison: bytes) -> None:
         copy = Path(shutil.copytree(PUSHT, tmp_path / str(number)))
         (copy / name).write_bytes(poison)
         try:
-            LeRobotDataset.open(copy).episode(0)
+            dataset = LeRobotDataset.open(copy)
+            dataset.episode(0)
+            dataset.statistics("observation.image")
         except VQBeTEdgeError:
             continue
         assert name == "meta/tasks.parquet"  # not read

@@ -7,21 +7,19 @@ import pytest
 from vqbet_bench import report
 from vqbet_bench.plots import plot
 from vqbet_bench.results import (
-    Allocations,
+    Agreement,
+    Bound,
     Ceilings,
     Machine,
     Memory,
     Report,
     Result,
+    Roofline,
     Round,
     Settings,
-    Sizes,
-    StageBound,
     decode,
     encode,
 )
-
-from vqbet_edge.errors import UsageError
 
 
 def make_round(
@@ -37,7 +35,6 @@ def make_round(
         stages={"gpt": [s / 2 for s in replan]},
         began=10.0,
         ended=12.0,
-        collections=0,
         disturbance=disturbance,
         watts=watts or {},
     )
@@ -50,12 +47,11 @@ def make_result(name: Any, kind: Any, milliseconds: Any, **changes: Any) -> Any:
     return Result(
         name=name,
         kind=kind,
-        chunk=5,
         details={"backend": "onnxruntime"},
         start_up=0.5,
         load=0.25,
         rounds={"back_to_back": rounds, "paced": paced},
-        memory=Memory(resident=200_000_000, peak=300_000_000, observations=1),
+        memory=Memory(resident=200_000_000, peak=300_000_000, system=1, sibling=250_000),
         **changes,
     )
 
@@ -64,19 +60,25 @@ def make_result(name: Any, kind: Any, milliseconds: Any, **changes: Any) -> Any:
 def measured() -> Any:
     edge = make_result(
         "ours",
-        "edge",
+        "bundle",
         [9, 10, 11, 12, 50],
-        allocations=Allocations(10_000, 0, 1234, 500, 0),
-        sizes=Sizes(150_000_000, 0, 149_000_000),
-        bounds={"gpt": StageBound(10**8, 10**8, 0.02, 0.01, 0.005)},
-        ceilings=Ceilings("made up", 1e10, {"fp32": 4e10}),
+        agreement=Agreement(1.2e-5, 0.995),
+        bundle_bytes=150_000_000,
+        roofline=Roofline(
+            149_000_000,
+            Ceilings("made up", 1e10, {"fp32": 4e10}),
+            {
+                "gpt": Bound(10**8, 10**8, 0.02, 0.01, 0.005),
+                "prefill": Bound(10**8, 10**8, 0.03, 0.02, 0.005),
+            },
+        ),
     )
     return Report(
-        format_version=1,
+        format_version=2,
         date="2026-01-01",
         machine=Machine({"processor": "made up"}, {}, ["clocks are not locked"], {}),
-        settings=Settings(30.0, 10.0, 5, 2, "random, seeded", 10_000),
-        results=[edge, make_result("LeRobot eager", "lerobot", [80, 90, 100, 110, 120])],
+        settings=Settings(30.0, 10.0, 5, 2, "random, seeded"),
+        results=[edge, make_result("LeRobot", "lerobot", [80, 90, 100, 110, 120])],
         failures={"another": "it is not installed"},
     )
 
@@ -90,8 +92,8 @@ def test_ratios_are_of_the_medians_over_rounds(measured: Report) -> None:
     """100 against 11 ms: one bad round of 50 ms does not count."""
     title = "back to back, ms"
     assert cell(measured, title, "p50", "ours") == "11.0"
-    assert cell(measured, title, "LeRobot eager / this, p50", "ours") == "9.09"
-    assert cell(measured, title, "LeRobot eager / this, worst", "LeRobot eager") == "1.00"
+    assert cell(measured, title, "LeRobot / this, p50", "ours") == "9.09"
+    assert cell(measured, title, "LeRobot / this, worst", "LeRobot") == "1.00"
     assert cell(measured, title, "worst of all", "ours") == "50.0"
 
 
@@ -108,13 +110,20 @@ def test_deadlines_energy_and_costs(measured: Report) -> None:
     assert cell(measured, at_rate, "deadlines missed", "ours") == "1 of 40 (2.5%)"
     # 7 W for 2 s and 40 actions
     assert cell(measured, at_rate, "energy per action", "ours") == "VDD_IN 0.350 J"
-    assert cell(measured, "Start-up", "net bytes per call", "ours") == "0"
-    assert cell(measured, "Start-up", "weights, MB", "LeRobot eager") == "-"
+    assert cell(measured, "Start-up", "one more robot on the same weights, MB", "ours") == "0.250"
+    assert cell(measured, "Start-up", "actions differ at most, of their range", "ours") == "1.2e-05"
+    assert cell(measured, "Start-up", "most probable codes agree", "ours") == "99.5%"
+    assert cell(measured, "Start-up", "weights, MB", "LeRobot") == "-"
 
 
 def test_a_stage_is_shown_beside_its_bound(measured: Report) -> None:
     grid = next(g for g in report.grids(measured) if "against the hardware" in g.title)
-    assert grid.rows == [("gpt", "100.00", "100.0", "10.0", "5.00", "20.0", "2.00")]
+    assert grid.rows == [
+        ("gpt", "100.00", "100.0", "10.0", "5.00", "20.0", "2.00"),
+        ("prefill", "100.00", "100.0", "20.0", "5.00", "30.0", "1.50"),
+        # The prefill is over before the step begins.
+        ("whole step, paced", "-", "-", "-", "-", "10.0", "1.00"),
+    ]
 
 
 def test_the_markdown_says_what_is_wrong(measured: Report) -> None:
@@ -134,17 +143,8 @@ def test_json_has_every_sample(measured: Report) -> None:
     assert decode(encode(measured)) == measured
 
 
-def test_tables_go_between_the_markers() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.insert(text, "new")
-    assert once == f"before\n{report.BEGIN}\n\nnew\n{report.END}\nafter\n"
-    assert report.insert(once, "new") == once
-    with pytest.raises(UsageError, match="markers"):
-        report.insert("no markers", "new")
-
-
 def test_numbers_have_three_digits_and_no_exponent(measured: Report) -> None:
-    slow = make_result("slow", "network", [123456.7] * 5)
+    slow = make_result("slow", "single-graph", [123456.7] * 5)
     measured.results.append(slow)
     assert cell(measured, "back to back, ms", "p50", "slow") == "123457"
 

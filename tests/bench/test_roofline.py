@@ -9,20 +9,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 from vqbet_bench.ceilings import board_ceilings, measure_bandwidth, measure_gemm
-from vqbet_bench.results import Ceilings, Memory, Result
-from vqbet_bench.roofline import (
-    Cost,
-    graph_cost,
-    stage_bound,
-    stage_bounds,
-    stage_runs,
-    total_weights,
-)
+from vqbet_bench.results import Ceilings
+from vqbet_bench.roofline import Cost, Run, bound, graph_cost, stage_runs, total_weights
 from vqbet_engines.boards import board_names, load_board
 from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
 from workshop import Exported
 
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.signatures import signature
 from vqbet_edge.training.checkpoint import load_checkpoint
 
 STAGES = {
@@ -39,7 +33,7 @@ def test_multiply_adds_are_half_of_what_pytorch_counts(tiny: Exported, stage: An
     module = STAGES[stage](load_checkpoint(str(tiny.checkpoint)), torch.float32).eval()
     inputs = [
         torch.zeros(t.shape, dtype=getattr(torch, t.dtype))
-        for t in bundle.manifest.stages[stage].inputs
+        for t in signature(bundle.manifest, stage).inputs
     ]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
@@ -63,37 +57,26 @@ def test_grouped_and_strided_convolutions_count_their_own_inputs_only() -> None:
     assert cost == Cost(module.weight.numel() * 4, counter.get_total_flops() // 2)
 
 
-def shown(backend: str, stages: dict[str, list[float]]) -> Result:
-    """A result as it comes from measuring the bundle."""
-    memory = Memory(resident=0, peak=0, observations=0)
-    details = {"backend": backend}
-    return Result("tiny", "edge", 5, details, 0.0, 0.0, {}, memory, stages)
-
-
-@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
-def test_weights_are_the_graphs_initializers(tiny: Exported, backend: str) -> None:
+@pytest.mark.parametrize("on_processor", [True, False])
+def test_weights_are_the_graphs_initializers(tiny: Exported, on_processor: bool) -> None:
     bundle = Bundle.open(tiny.bundle)
-    runs = stage_runs(bundle, shown(backend, {"gpt": [0.5]}))
+    runs = stage_runs(bundle, on_processor=on_processor, prefilled=False)
     assert set(runs) == set(bundle.stages_to_load)
-    by_file = {run.file: run.cost.weight_bytes for run in runs.values()}
-    for file, weight_bytes in by_file.items():
-        graph = onnx.load_from_string(bundle.contents[file]).graph
-        arrays = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
-        assert weight_bytes == sum(array.nbytes for array in arrays)
-    assert total_weights(runs) == sum(by_file.values())
-    bounds = stage_bounds(runs, Ceilings("made up", 1e9, {"fp32": 1e12}), {"gpt": 0.5})
-    assert bounds["gpt"].ratio == pytest.approx(0.5 / bounds["gpt"].bound)
-    assert bounds["code_heads"].ratio is None
+    for stage, run in runs.items():
+        data = bundle.cpu_graph(stage) if on_processor else bundle.graph(stage)
+        arrays = [numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer]
+        assert run.cost.weight_bytes == sum(array.nbytes for array in arrays)
+    assert total_weights(runs) == sum(run.cost.weight_bytes for run in runs.values())
 
 
-def test_the_processors_gpt_computes_what_the_portable_one_does(tiny: Exported) -> None:
+def test_the_processors_gpt_computes_what_the_plain_one_does(tiny: Exported) -> None:
     bundle = Bundle.open(tiny.bundle)
-    portable = graph_cost(bundle.graph("gpt")).multiply_adds
-    whole = stage_runs(bundle, shown("onnxruntime", {"gpt": [0.5]}))
-    assert whole["gpt"].cost.multiply_adds == portable
-    split = stage_runs(bundle, shown("onnxruntime", {"gpt": [0.1], "prefill": [0.4]}))
+    plain = graph_cost(bundle.graph("gpt")).multiply_adds
+    whole = stage_runs(bundle, on_processor=True, prefilled=False)
+    assert whole["gpt"].cost.multiply_adds == plain
+    split = stage_runs(bundle, on_processor=True, prefilled=True)
     last, ahead = (split[name].cost.multiply_adds for name in ("gpt", "prefill"))
-    assert last < ahead < portable <= last + ahead
+    assert last < ahead < plain <= last + ahead
     # Both read the same weights, which are on disk once.
     assert total_weights(split) == total_weights(whole)
 
@@ -125,7 +108,7 @@ def test_arithmetic_that_is_not_known_is_refused_not_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ceilings", "bound", "ratio"),
+    ("ceilings", "expected", "ratio"),
     [
         (Ceilings("slow memory", 1e6, {"fp32": 1e12}), 4.0, 1.5),
         (Ceilings("slow arithmetic", 1e12, {"fp32": 1e6}), 2.0, 3.0),
@@ -133,11 +116,13 @@ def test_arithmetic_that_is_not_known_is_refused_not_ignored() -> None:
     ],
 )
 def test_the_bound_is_the_later_of_reading_and_computing(
-    ceilings: Any, bound: Any, ratio: Any
+    ceilings: Any, expected: Any, ratio: Any
 ) -> None:
-    found = stage_bound(Cost(4_000_000, 1_000_000), "fp32", ceilings, 6.0)
-    assert found.bound == pytest.approx(bound)
+    run = Run("gpt", "fp32", Cost(4_000_000, 1_000_000))
+    found = bound(run, ceilings, 6.0)
+    assert found.bound == pytest.approx(expected)
     assert found.ratio == pytest.approx(ratio)
+    assert bound(run, ceilings, None).ratio is None
 
 
 @pytest.mark.parametrize("name", board_names())

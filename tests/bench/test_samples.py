@@ -40,9 +40,6 @@ def test_a_summary_says_what_numpy_says() -> None:
     assert summary.count == 1000
     assert summary.percentiles["p99"] == np.percentile(samples, 99)
     assert summary.worst == samples.max()
-    assert summary.mean == pytest.approx(samples.mean())
-    assert summary.std == pytest.approx(samples.std())
-    assert summary.iqr == pytest.approx(scipy.stats.iqr(samples))
 
 
 def test_no_samples_have_no_summary() -> None:

@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from vqbet_bench.messages import RoundCommand
-from vqbet_bench.timing import WARM_UP_CALLS, WARM_UP_SECONDS, run_round
+from vqbet_bench.timing import WARM_UP_CALLS, WARM_UP_SECONDS, RoundPlan, run_round
 
 
 class FakeClock:
@@ -20,7 +19,7 @@ class FakeClock:
         self.time = max(self.time, moment)
 
 
-class FakeContender:
+class FakePolicy:
     """Takes `replan` seconds on every `chunk`-th step, else `queue`; preparing takes longer."""
 
     def __init__(
@@ -54,11 +53,11 @@ class FakeContender:
 
 
 def play(
-    mode: Any, seconds: Any = 1.0, rate: Any = 50.0, min_replans: Any = 1, **contender: Any
+    mode: Any, seconds: Any = 1.0, rate: Any = 50.0, min_replans: Any = 1, **timing: Any
 ) -> Any:
     clock = FakeClock()
-    policy = FakeContender(clock, **contender)
-    return run_round(policy, RoundCommand(mode, seconds, rate, min_replans), clock), policy, clock
+    policy = FakePolicy(clock, **timing)
+    return run_round(policy, RoundPlan(mode, seconds, min_replans, rate), clock), policy, clock
 
 
 def test_steps_that_predict_are_told_from_queued_ones() -> None:

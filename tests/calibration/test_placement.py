@@ -16,9 +16,8 @@ from vqbet_calibration.graphs import Session, layers
 from vqbet_calibration.placement import quantize_dynamic, quantize_signed
 from vqbet_calibration.quantizers import Static
 from vqbet_calibration.ranges import Range
-from vqbet_engines.builder import build_plan
+from vqbet_engines.builder import Job, build_plan
 from vqbet_engines.layers import Layer, parse_layers
-from vqbet_engines.messages import Job
 
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.bundle import Bundle
@@ -96,8 +95,8 @@ def test_every_layer_can_be_quantised_alone(
 
 def build(graph: bytes, capability: str) -> tuple[Layer, ...]:
     pytest.importorskip("tensorrt_rtx")
-    job = Job(graph, "tensorrt_rtx", BuildOptions(optimization_level=1), capability, b"")
-    return parse_layers(build_plan(job).layers)
+    job = Job("tensorrt_rtx", BuildOptions(optimization_level=1), capability)
+    return parse_layers(build_plan(graph, job).layers)
 
 
 @pytest.mark.parametrize("capability", ["sm86", "sm120"])

@@ -26,11 +26,11 @@ from vqbet_export.publishing import publish
 
 from vqbet_edge.runtime.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
 from vqbet_edge.runtime.manifest import VerificationSpec
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
-from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.layouts import Layout
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import identity
 
 RELEASES = {
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",
@@ -146,13 +146,13 @@ BundleFactory = Callable[..., Bundle]
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFactory:
     """Bundles of untrained policies, one for every set of arguments.
 
-    `precision` is fp32 or fp16, `batch` the batch size; the rest is the policy's configuration.
+    `precision` is fp32 or fp16; the rest is the policy's configuration.
     """
 
     @functools.cache
-    def make(precision: str = "fp32", batch: int = 1, **fields: Any) -> Bundle:
+    def make(precision: str = "fp32", **fields: Any) -> Bundle:
         path = tmp_path_factory.mktemp("bundles") / "test.bundle"
-        write_bundle(path, precision, batch, small_checkpoint(**fields))
+        write_bundle(path, precision, small_checkpoint(**fields))
         return Bundle.open(path)
 
     return make
@@ -175,24 +175,19 @@ def small_checkpoint(**fields: Any) -> Checkpoint:
         if isinstance(module, torch.nn.BatchNorm2d):  # folding an identity would prove nothing
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    scalings = {"observation.image": identity(3), "observation.state": identity(2)}
-    return Checkpoint(network, scalings, identity(2), {}, Era.C, "test", "0" * 64)
+    scalings = {"observation.image": Affine.identity(3), "observation.state": Affine.identity(2)}
+    return Checkpoint(network, scalings, Affine.identity(2), {}, Layout.V0_4, "test", "0" * 64)
 
 
-def write_bundle(path: Path, precision: str, batch: int, checkpoint: Checkpoint) -> None:
+def write_bundle(path: Path, precision: Any, checkpoint: Checkpoint) -> None:
     """As the exporter does, but unverified, and without the table that replaces the decoder."""
-    config = ExportConfig("test", path, precision, batch)
-    arrays = exporter._runtime_arrays(checkpoint)
-    del arrays[DECODE_TABLE]
-    contents, specs = {RUNTIME_NAME: save(arrays)}, {}
-    for name, stage in exporter._stages(checkpoint, config).items():
-        graph, specs[name] = stage.export(name, precision)
-        contents[specs[name].file] = graph
-    graph, cached = exporter._cached_gpt(checkpoint, config).export("gpt_cached", precision)
-    contents[cached.file] = graph
-    manifest = exporter._manifest(checkpoint, config, specs, {"gpt": cached})
-    files = exporter._file_specs(contents)
-    verification = VerificationSpec("random", 1, 0.0, 1.0, 1.0)
-    publish(
-        path, contents, msgspec.structs.replace(manifest, files=files, verification=verification)
+    config = ExportConfig("test", path, precision)
+    draft = exporter._floating(checkpoint, config, lambda _: None)
+    arrays = {name: array for name, array in draft.arrays.items() if name != DECODE_TABLE}
+    contents = {**draft.contents, RUNTIME_NAME: save(arrays)}
+    manifest = msgspec.structs.replace(
+        draft.manifest,
+        files=exporter._file_specs(contents),
+        verification=VerificationSpec("random", 1, 0.0, 1.0, 1.0),
     )
+    publish(path, contents, manifest)

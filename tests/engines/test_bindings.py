@@ -1,19 +1,29 @@
-"""Every attribute and enum that the code takes from TensorRT resolves in the real bindings."""
+"""What the code takes from TensorRT and from CUDA, in the real bindings over stub libraries."""
 
 import ast
+import gc
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_driver import CUresult, FakeDriver
+
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt, process_log
 
 REPOSITORY = Path(__file__).parents[2]
 
 # Who touches TensorRT, and which class its variables hold.
 SOURCES = (
     "engines/vqbet_engines/worker.py",
-    "vqbet_edge/backends/tensorrt.py",
-    "vqbet_edge/backends/tensorrt_module.py",
+    "vqbet_edge/runtime/backends/tensorrt.py",
+    "vqbet_edge/runtime/backends/tensorrt_module.py",
 )
 CLASSES = {
     "builder": "Builder",
@@ -27,19 +37,12 @@ CLASSES = {
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
 }
-# Behind a question to the module: TensorRT 8 has the first two and TensorRT for RTX the rest.
+# Behind a question to the module: TensorRT for RTX has them.
 GUARDED = {
     "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
     "BuilderFlag.FP16",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
-}
-# Behind a question too; TensorRT 8.6 is what the question is for.
-ASKED_OF_TENSORRT_8 = {
-    "IBuilderConfig.progress_monitor",
-    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
-    "ParserError.node_name",
-    "ParserError.node_operator",
 }
 
 
@@ -64,8 +67,8 @@ def touched(source: str) -> set[str]:
             paths.add(".".join(chain[2:]))
         elif len(chain) > 1 and chain[0] == "module":
             paths.add(".".join(chain[1:]))
-        elif len(chain) > 1 and chain[0] in CLASSES:
-            paths.add(f"{CLASSES[chain[0]]}.{chain[1]}")
+        elif len(chain) > 1 and chain[-2] in CLASSES:
+            paths.add(f"{CLASSES[chain[-2]]}.{chain[-1]}")
         elif len(chain) > 1 and chain[0] == "flags":
             paths.add(f"NetworkDefinitionCreationFlag.{chain[1]}")
     return paths - {"__version__"}
@@ -109,23 +112,21 @@ print(json.dumps([trt.version, trt.strongly_typed, flag]))
 def test_our_subclasses_are_taken(release: Any) -> None:
     """Logger and progress monitor derive from the bindings' own classes."""
     code = """
-from io import BytesIO
-from types import SimpleNamespace
+import io, sys
 from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt
-from vqbet_engines.messages import receive
-from vqbet_engines.worker import _monitor
-trt, seen, out = import_tensorrt("tensorrt"), [], BytesIO()
+from vqbet_engines.worker import _create_monitor
+trt, seen, stdout = import_tensorrt("tensorrt"), [], sys.stdout
 logger = create_logger(trt, lambda *line: seen.append(line))
 logger.log(trt.module.ILogger.Severity.INTERNAL_ERROR, "text")
-monitor = _monitor(trt, SimpleNamespace(), out)
+monitor, sys.stdout = _create_monitor(trt), io.TextIOWrapper(io.BytesIO())
 monitor.phase_start("Parsing", None, 2)
 go_on = monitor.step_complete("Parsing", 0)
-out.seek(0)
-receive(out)
+said, sys.stdout = sys.stdout.buffer.getvalue().decode().splitlines(), stdout
 assert isinstance(logger, trt.module.ILogger) and isinstance(monitor, trt.module.IProgressMonitor)
-print(json.dumps([seen, go_on, receive(out).done]))
+print(json.dumps([seen, go_on, said[-1]]))
 """
-    assert release.run(code) == [[["INTERNAL_ERROR", "text"]], True, 1]
+    said = "vqbet-build: Parsing: 1 of 2"
+    assert release.run(code) == [[["INTERNAL_ERROR", "text"]], True, said]
 
 
 def test_building_ahead_of_time_is_refused(release: Any) -> None:
@@ -140,24 +141,32 @@ except BackendError as error: print(json.dumps(str(error)))
     assert "pip install tensorrt-rtx" in release.run(code)
 
 
-def test_tensorrt_8_is_recognised(old_release: Any, paths: list[str]) -> None:
-    """Not strongly typed; what the code needs then is there, and what it asks for may not be."""
-    code = f"""
-from operator import attrgetter
+def test_tensorrt_8_is_refused(old_release: Any) -> None:
+    code = """
+from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
-trt, missing = import_tensorrt("tensorrt"), []
-for path in {json.dumps([*paths, "NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.FP16"])}:
-    try: attrgetter(path)(trt.module)
-    except AttributeError: missing.append(path)
-print(json.dumps([trt.strongly_typed, missing]))
+try: import_tensorrt("tensorrt")
+except BackendError as error: print(json.dumps(str(error)))
 """
-    strongly_typed, missing = old_release.run(code)
-    assert not strongly_typed
-    assert set(missing) == ASKED_OF_TENSORRT_8
+    assert "8.6.1 is too old" in old_release.run(code)
+
+
+def test_a_factory_without_a_product_is_our_error(release: Any) -> None:
+    """Stub libraries make nothing, as a library that fails; the bindings raise, and return no None."""
+    code = """
+from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.base import foreign_errors
+from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt, process_log
+trt = import_tensorrt("tensorrt")
+try:
+    with foreign_errors("loading"): trt.module.Runtime(process_log(trt).logger)
+except BackendError as error: print(json.dumps(str(error)))
+"""
+    assert "TypeError: pybind11::init(): factory function returned nullptr" in release.run(code)
 
 
 def test_types_have_numpys_names(release: Any) -> None:
-    """The check of an engine's borders compares these names with the manifest's."""
+    """The check of an engine's I/O signature compares these names with ours."""
     code = """
 trt = tensorrt_bindings
 types = (trt.DataType.FLOAT, trt.DataType.UINT8, trt.DataType.INT64)
@@ -166,17 +175,103 @@ print(json.dumps([trt.nptype(dtype).__name__ for dtype in types]))
     assert release.run(code) == ["float32", "uint8", "int64"]
 
 
-def test_every_cuda_call_resolves() -> None:
-    """In the installed cuda-python; importing it needs no driver."""
+def test_cuda_over_a_driver_in_host_memory(tmp_path: Path) -> None:
+    """The real `cuda-bindings`: every call of ours, the types of its arguments, what it frees."""
+    pytest.importorskip("cuda.bindings.driver")
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("gcc is needed to build a driver")
+    library = tmp_path / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_cuda.c")
+    flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([compiler, *flags, "-o", str(library), str(source)], check=True)
+    code = """
+import ctypes, json
+from dataclasses import astuple
+from vqbet_edge.runtime.backends.cuda import create_cuda
+from vqbet_edge.runtime.backends.cuda_stream import Stream
+library = ctypes.CDLL("libcuda.so.1")
+books = lambda: [library.fake_books(kind) for kind in range(7)]
+said, cuda = [], create_cuda()
+said += [astuple(cuda.device)[:2], books()]
+stream = Stream(cuda)
+with stream.active():
+    near, far = stream.buffer(16, host=True), stream.buffer(16, host=False)
+    near.host[:] = 7
+    def work():
+        stream.upload(near)
+        stream.copy(far.address, near.address, 8)
+        stream.copy(near.address + 8, far.address, 8)
+        stream.download(near)
+    work()
+    stream.synchronize()
+    said.append(near.host.tolist())
+    launch = stream.capture(work)
+    near.host[:] = range(16)
+    launch()
+    stream.synchronize()
+    said.append(near.host.tolist())
+    try: stream.capture(lambda: 1 / 0)
+    except ZeroDivisionError: pass
+    stream.capture(work)()
+said += [books(), library.fake_current(), library.fake_flags()]
+stream.close()
+said += [books(), library.fake_current()]
+print(json.dumps(said))
+"""
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    eight = list(range(8))
+    assert json.loads(done.stdout) == [
+        ["Orin", "8.7"],
+        [0] * 7,  # no context for describing a device
+        [7] * 16,
+        eight + eight,
+        [1, 1, 1, 2, 1, 0, 2],  # a context, a stream, an event, memory, two graphs that launch
+        0,
+        1,  # spinning
+        [0] * 7,
+        0,
+    ]
+
+
+def test_every_cuda_name_is_in_the_fake_and_in_the_bindings() -> None:
     driver = pytest.importorskip("cuda.bindings.driver")
-    source = (REPOSITORY / "vqbet_edge/backends/cuda_python.py").read_text()
-    aliases = {"attribute": driver.CUdevice_attribute, "events": driver.CUevent_flags}
-    holders: dict[str, Any] = {"driver": driver, "_driver": driver, **aliases}
-    found = 0
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name), attr=attr):
-                if name in holders and attr != "_driver":
-                    found += 1
-                    assert hasattr(holders[name], attr), f"{name}.{attr}"
-    assert found > 25
+    texts = [
+        (REPOSITORY / f"vqbet_edge/runtime/backends/{name}.py").read_text()
+        for name in ("cuda", "cuda_stream")
+    ]
+    names = set(re.findall(r"\bcu[A-Z]\w+", "".join(texts)))
+    assert len(names) > 25
+    for name in names:
+        assert hasattr(driver, name), name
+        assert hasattr(FakeDriver, name), name
+    for holder in ("CUctx_flags", "CUevent_flags", "CUstream_flags", "CUdevice_attribute"):
+        for name, value in vars(getattr(FakeDriver, holder)).items():
+            assert int(getattr(getattr(driver, holder), name)) == value
+    for status in CUresult:
+        assert getattr(driver.CUresult, status.name) == status
+
+
+def test_the_logger_keeps_no_backend_alive() -> None:
+    """With the real builder and runtime of TensorRT for RTX, which hold their logger for ever."""
+    pytest.importorskip("tensorrt_rtx")
+    trt = import_tensorrt("tensorrt_rtx")
+
+    class Owner:
+        def __init__(self) -> None:
+            self.builder = trt.module.Builder(process_log(trt).logger)
+            self.runtime = trt.module.Runtime(process_log(trt).logger)
+
+    owner = Owner()
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None
+    assert process_log(trt) is process_log(import_tensorrt("tensorrt_rtx"))

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from vqbet_engines.boards import (
     jetpack_releases,
     load_board,
     match_board,
+    match_jetpack,
 )
 
 from vqbet_edge.errors import UsageError
@@ -75,6 +79,23 @@ def test_this_board_is_recognised(model: str, memory: float, name: str | None) -
     assert match_board(model, memory) == name
 
 
+@pytest.mark.parametrize(
+    ("l4t", "version"),
+    [("35.6.1", "5.1"), ("36.3.0", "6.0"), ("36.4.0", "6.1"), ("36.4.2", "6.1"), ("36.4.3", "6.2"),
+     ("36.4.4", "6.2"), ("36.4.7", "6.2"), ("36.5.0", "6.2"), ("36.5.2", "6.2"), ("38.2.1", "7.0"),
+     ("38.4.0", "7.1"), ("39.2.0", "7.2"), ("40.1.0", None), ("3.64.0", None)],
+)  # fmt: skip
+def test_jetson_linux_tells_jetpack(l4t: str, version: str | None) -> None:
+    found = match_jetpack(l4t)
+    assert (found and found.version) == version
+
+
+def test_boards_run_supported_releases_only() -> None:
+    supported = {release.version for release in jetpack_releases() if release.supported}
+    assert supported == {"6.1", "6.2", "7.0", "7.1", "7.2"}
+    assert {version for name in board_names() for version in load_board(name).jetpack} == supported
+
+
 def test_an_unknown_board() -> None:
     with pytest.raises(UsageError, match=r"unknown board '\.\./jetpack'; use one of agx-orin"):
         load_board("../jetpack")
@@ -84,6 +105,12 @@ def test_the_wheel_brings_the_profiles(tmp_path: Path) -> None:
     wheel_builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder
     root = Path(__file__).parents[2]
     (wheel,) = wheel_builder(str(root)).build(directory=str(tmp_path), versions=["standard"])
-    names = zipfile.ZipFile(wheel).namelist()
-    profiles = {f"vqbet_engines/boards/{name}.toml" for name in board_names()}
-    assert profiles | {"vqbet_engines/jetpack.toml"} <= set(names)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    # As installed: the package alone, without the repository around it.
+    code = "from vqbet_engines.boards import board_names; print(*board_names())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.split() == list(board_names()), done.stderr

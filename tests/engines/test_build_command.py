@@ -1,17 +1,22 @@
 """`vqbet-build` as a user runs it."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from rich.console import Console
 from sizes import SMALL
-from vqbet_engines.builder import build_plan
+from vqbet_engines.builder import Job, build_plan
 from vqbet_engines.engines import EngineBuilder
 from vqbet_engines.layers import parse_layers
-from vqbet_engines.messages import Job, Notice
 
 from vqbet_edge.runtime.backends.cuda import Device
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
@@ -77,38 +82,71 @@ def test_no_bundle(tmp_path: Path) -> None:
     assert "is not a bundle" in done.stderr
 
 
-def test_engines_are_built_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+DEVICE = Device("Orin", "8.7", "12.6", integrated=True)
+
+
+@pytest.fixture
+def builder(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
     """For a device that is not here: TensorRT builds ahead of time in its place."""
     from vqbet_engines import engines
 
-    def build(job: Job, on_event: Any = None) -> Any:
-        ahead = Job(job.graph, job.flavour, job.options, "sm86", job.timing_cache)
-        return build_plan(ahead, on_event)
+    def build(graph: bytes, job: Job, timing_cache: bytes, on_progress: Any) -> Any:
+        ahead = Job(job.flavour, job.options, "sm86")
+        return build_plan(graph, ahead, timing_cache, on_progress)
 
     monkeypatch.setattr(engines, "build_plan", build)
-    device, tensorrt = (
-        Device("Orin", "8.7", "12.6", integrated=True),
-        import_tensorrt("tensorrt_rtx"),
-    )
-    events: list[Any] = []
+    console = Console(file=io.StringIO(), width=1000)
+    return EngineBuilder(bundle, import_tensorrt("tensorrt_rtx"), BuildOptions(512), console)
+
+
+def test_engines_are_built_once(builder: EngineBuilder) -> None:
+    bundle, tensorrt = builder.bundle, builder.tensorrt
 
     def reports(workspace: int, *, force: bool = False) -> list[Any]:
-        options = BuildOptions(workspace)
-        builder = EngineBuilder(bundle, tensorrt, options, events.append)
-        return list(builder.build_for(device, force=force))
+        changed = replace(builder, options=BuildOptions(workspace))
+        return list(changed.build_for(DEVICE, force=force))
 
     first, second, third = reports(512), reports(512), reports(256)
     assert [bool(r.seconds) for r in first + second + third] == [True] * 4 + [False] * 4 + [
         True
     ] * 4
-    notices = [event.text for event in events if isinstance(event, Notice)]
+    notices = builder.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert sum("no engine has been built" in text for text in notices) == 4
     assert sum("built for options" in text for text in notices) == 4
     for stage, report in zip(bundle.stages_to_load, third, strict=True):
-        found = EngineCache(bundle.path).find(engine_key(bundle, stage, tensorrt, device))
+        found = EngineCache().find(engine_key(bundle, stage, tensorrt, DEVICE))
         assert str(found.path) == report.path
         assert len(found.plan or b"") == report.size
     assert all(report.seconds for report in reports(256, force=True))
+
+
+AS_A_SERVICE = """
+import msgspec, os, sys
+from vqbet_edge.runtime.backends.engine_cache import EngineCache, EngineKey
+os.setgid(1000), os.setuid(1000)
+keys = msgspec.json.decode(sys.argv[1], type=tuple[EngineKey, ...])
+print(msgspec.json.encode([len(EngineCache().find(key).plan or b"") for key in keys]).decode())
+"""
+
+
+def test_root_builds_into_an_image(builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the robot's service, a user of its own, loads what was built."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setenv(CACHE_VARIABLE, folder)
+        reports = list(builder.build_for(DEVICE, force=False))
+        keys = [
+            engine_key(builder.bundle, report.stage, builder.tensorrt, DEVICE) for report in reports
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", AS_A_SERVICE, msgspec.json.encode(keys).decode()],
+            capture_output=True,
+            text=True,
+        )
+    assert json.loads(done.stdout) == [report.size for report in reports], done.stderr
+    assert len(reports) == 4
 
 
 def test_the_inspectors_json() -> None:

@@ -11,12 +11,10 @@ import onnx
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from vqbet_engines.builder import build_plan
+from vqbet_engines.builder import Built, Job, build_plan
 from vqbet_engines.layers import parse_layers
-from vqbet_engines.messages import Finished, Job, Progress
 
 from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 
 pytest.importorskip("tensorrt_rtx")
@@ -35,31 +33,27 @@ def product(name: str = "product") -> onnx.NodeProto:
     return helper.make_node("MatMul", ["x", "w"], ["y"], name=name)
 
 
-def job(data: bytes, **changes: Any) -> Job:
-    fields = {
-        "flavour": "tensorrt_rtx",
-        "options": BuildOptions(),
-        "compute_capability": "sm86",
-        "timing_cache": b"",
-    }
-    return Job(graph=data, **(fields | changes))
+def build(data: bytes, on_progress: Any = None, **changes: Any) -> Built:
+    job = Job(**({"flavour": "tensorrt_rtx", "compute_capability": "sm86"} | changes))
+    return build_plan(data, job, on_progress=on_progress)
 
 
 def test_builds_with_progress() -> None:
-    events: list[Any] = []
-    finished = build_plan(job(graph(product())), events.append)
-    assert isinstance(finished, Finished)
-    assert len(finished.plan) > 1000
-    assert finished.version == import_tensorrt("tensorrt_rtx").version
-    assert parse_layers(finished.layers)
-    building = [e for e in events if isinstance(e, Progress) and e.phase == "Building engine"]
-    assert building[0].done == 0
-    assert building[-1].done == building[-1].steps > 0
+    lines: list[str] = []
+    built = build(graph(product()), lines.append)
+    assert len(built.plan) > 1000
+    assert built.version == import_tensorrt("tensorrt_rtx").version
+    assert parse_layers(built.layers)
+    assert any(line.startswith("Parsing node: product [MatMul]") for line in lines)
+    building = [line for line in lines if line.startswith("Building engine: ")]
+    steps = int(building[0].removeprefix("Building engine: 0 of "))
+    assert building[-1] == f"Building engine: {steps} of {steps}"
+    assert steps > 0
 
 
 def test_dynamic_axes_are_built_for_one() -> None:
-    finished = build_plan(job(graph(product(), shape=("batch", 4))))
-    assert "OptShape: [1,4]" in finished.layers
+    built = build(graph(product(), shape=("batch", 4)))
+    assert "OptShape: [1,4]" in built.layers
 
 
 def test_a_parser_error_names_the_node() -> None:
@@ -67,7 +61,7 @@ def test_a_parser_error_names_the_node() -> None:
                             min_gram_length=1, max_gram_length=1, max_skip_count=0,
                             ngram_counts=[0], ngram_indexes=[0])  # fmt: skip
     with pytest.raises(BackendError, match=r"cannot parse.*'odd_one' \(TfIdfVectorizer\)"):
-        build_plan(job(graph(node)))
+        build(graph(node))
 
 
 def test_a_type_error_names_the_node() -> None:
@@ -75,22 +69,22 @@ def test_a_type_error_names_the_node() -> None:
     node = helper.make_node("Cast", ["x"], ["half"], name="to_half", to=TensorProto.FLOAT16)
     mixed = helper.make_node("MatMul", ["half", "w"], ["y"], name="mixed")
     with pytest.raises(BackendError, match="mixed"):
-        build_plan(job(graph(node, mixed)))
+        build(graph(node, mixed))
 
 
 def test_bytes_that_are_no_graph() -> None:
     with pytest.raises(BackendError, match="cannot parse the graph"):
-        build_plan(job(b"not an ONNX file"))
+        build(b"not an ONNX file")
 
 
 def test_an_unknown_compute_capability_lists_the_known() -> None:
     with pytest.raises(BackendError, match=r"cannot build for sm87; use one of .*sm86"):
-        build_plan(job(graph(product()), compute_capability="sm87"))
+        build(graph(product()), compute_capability="sm87")
 
 
 def test_a_missing_flavour_says_how_to_install_it() -> None:
     with pytest.raises(BackendError, match="pip install tensorrt") as caught:
-        build_plan(job(graph(product()), flavour="tensorrt"))
+        build(graph(product()), flavour="tensorrt")
     assert caught.value.exit_code == 6
 
 
@@ -102,19 +96,98 @@ def test_the_last_words_of_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = os.pathsep.join([str(tmp_path), *sys.path])
     monkeypatch.setenv("PYTHONPATH", path)
     with pytest.raises(BackendError, match=r"crashed \(SIGSEGV\) in 'its start'(.|\n)*last words"):
-        build_plan(job(graph(product())))
+        build(graph(product()))
 
 
 def test_killed_while_building() -> None:
-    def kill(event: object) -> None:
-        if isinstance(event, Progress) and event.phase == "Building engine":
+    def kill(line: str) -> None:
+        if line.startswith("Building engine"):
             for child in psutil.Process().children():
                 with contextlib.suppress(psutil.Error):
                     if "vqbet_engines.worker" in " ".join(child.cmdline()):
                         child.kill()
 
-    with pytest.raises(BackendError, match=r"SIGKILL.*out of memory"):
-        build_plan(job(graph(product())), kill)
+    with pytest.raises(BackendError, match=r"SIGKILL.* in '.*out of memory"):
+        build(graph(product()), kill)
+
+
+def worker_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> str:
+    """The error of a worker whose TensorRT runs `code` when it is imported."""
+    (tmp_path / "tensorrt_rtx.py").write_text("import os, sys, signal\n" + code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with pytest.raises(BackendError) as caught:
+        build(graph(product()))
+    return str(caught.value)
+
+
+def test_a_crash_names_the_last_phase_and_the_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+from vqbet_engines.worker import say
+say("Parsing node:\\n  odd\\u2028one")
+for line in range(100): os.write(1, b"line %d\\n" % line)
+os.write(2, b"no new line, ")
+say("Building engine: 3 of 7")
+os.kill(os.getpid(), signal.SIGABRT)
+"""
+    error = worker_dies(tmp_path, monkeypatch, code)
+    assert "crashed (SIGABRT) in 'Building engine: 3 of 7'" in error
+    assert "line 0\n" not in error
+    assert "line 99\nno new line," in error
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [("os._exit(3)", "crashed (exit code 3) in 'its start'"),
+     ("raise MemoryError('all gone')", "MemoryError: all gone")],
+)  # fmt: skip
+def test_an_end_without_a_word_of_tensorrts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, text: str
+) -> None:
+    assert text in worker_dies(tmp_path, monkeypatch, code)
+
+
+def test_a_crash_at_the_very_end_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's destructors run when the interpreter ends."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal, sys\n"
+        "if 'vqbet_engines.worker' in ' '.join(sys.orig_argv):\n"
+        "    atexit.register(lambda: os.kill(os.getpid(), signal.SIGSEGV))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    assert len(build(graph(product())).plan) > 1000
+
+
+def test_a_builder_that_does_not_start(release: Any, tmp_path: Path) -> None:
+    """As without a driver: the bindings raise where TensorRT's factory returns nothing."""
+    (tmp_path / "job.json").write_text('{"flavour": "tensorrt", "options": {}}')
+    code = f"""
+from pathlib import Path
+from vqbet_edge.errors import BackendError
+from vqbet_engines.worker import build
+try: build(Path({str(tmp_path)!r}))
+except BackendError as error: print(json.dumps(str(error)))
+"""
+    assert release.run(code) == "TensorRT cannot start its builder: it gave no reason"
+
+
+def test_the_monitor_never_cancels_a_build(capfdbinary: Any) -> None:
+    """TensorRT cancels where it raises: at a step of a phase that has ended or never began."""
+    from vqbet_engines.worker import _create_monitor
+
+    monitor = _create_monitor(import_tensorrt("tensorrt_rtx"))
+    monitor.phase_start("Tactics", None, 4)
+    monitor.phase_start("Tactics", "Tactics", 2)
+    monitor.phase_finish("Tactics")
+    assert monitor.step_complete("Tactics", 0)
+    monitor.phase_finish("Tactics")
+    assert monitor.step_complete("never began", 6)
+    monitor.phase_finish("never began")
+    said = capfdbinary.readouterr().out.decode().splitlines()
+    assert said[-2:] == ["vqbet-build: never began: 7 of ?", "vqbet-build: never began: ? of ?"]
 
 
 def test_standard_output_does_not_disturb_the_protocol(
@@ -125,4 +198,4 @@ def test_standard_output_does_not_disturb_the_protocol(
     noisy.write_text("import os\nos.write(1, b'noise from C')\nraise ImportError('not here')\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path[1:]]))
     with pytest.raises(BackendError, match="not here"):
-        build_plan(job(graph(product())))
+        build(graph(product()))

@@ -7,11 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vqbet_engines.builder import build_plan
-from vqbet_engines.messages import Job
+from vqbet_engines.builder import Job, build_plan
 
 from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt import _build
 
 
@@ -34,9 +32,9 @@ def test_vqbet_build(proof: Path) -> None:
 
 
 def test_the_builders_process(proof: Path) -> None:
-    job = Job(b"no graph", "tensorrt_rtx", BuildOptions(), "sm86", b"")
+    job = Job("tensorrt_rtx", compute_capability="sm86")
     with pytest.raises(BackendError, match="TensorRT can"):
-        build_plan(job)
+        build_plan(b"no graph", job)
     assert not proof.exists()
 
 

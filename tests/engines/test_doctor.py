@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from vqbet_engines.doctor import Finding, Machine, examine
+from vqbet_engines.doctor import Finding, Fix, Machine, examine
 
 from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
 
 
 def write(root: Path, **files: str) -> Machine:
     for name, text in files.items():
-        path = root / name.replace("__", "/").replace("_minus_", "-")
+        path = root / name.replace("__", "/").replace("_minus_", "-").replace("_dot_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return Machine(root)
@@ -44,6 +44,7 @@ def test_an_orin_nano(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("release", "jetpack"),
     [("# R36 (release), REVISION: 3.0", "6.0"), ("# R36 (release), REVISION: 4.0", "6.1"),
+     ("# R36 (release), REVISION: 4.7", "6.2"), ("# R36 (release), REVISION: 5.0", "6.2"),
      ("# R38 (release), REVISION: 2.1", "7.0"), ("# R38 (release), REVISION: 4.0", "7.1"),
      ("# R39 (release), REVISION: 2.0", "7.2")],
 )  # fmt: skip
@@ -51,16 +52,19 @@ def test_jetson_linux_tells_jetpack(tmp_path: Path, release: str, jetpack: str) 
     assert find(orin_nano(tmp_path, release), "JetPack").value.startswith(jetpack)
 
 
-def test_a_jetpack_that_is_too_old(tmp_path: Path) -> None:
-    finding = find(orin_nano(tmp_path, "# R35 (release), REVISION: 4.1"), "JetPack")
+@pytest.mark.parametrize("revision", ["35 (release), REVISION: 4.1", "36 (release), REVISION: 3.0"])
+def test_a_jetpack_that_is_too_old(tmp_path: Path, revision: str) -> None:
+    finding = find(orin_nano(tmp_path, f"# R{revision}"), "JetPack")
     assert finding.state == "problem"
-    assert "SDK Manager" in finding.mend
+    assert "opset 20 needs TensorRT 10" in finding.value
+    assert finding.fix
+    assert "SDK Manager" in finding.fix.command
 
 
 def test_clocks_that_are_not_pinned(tmp_path: Path) -> None:
     machine = orin_nano(tmp_path)
     assert find(machine, "GPU clock") == Finding(
-        "GPU clock", "note", "306 to 624 MHz", "sudo jetson_clocks"
+        "GPU clock", "note", "306 to 624 MHz", Fix("sudo jetson_clocks")
     )
     (tmp_path / "sys/class/devfreq/gpu/min_freq").write_text("624750000\n")
     assert find(machine, "GPU clock").state == "ok"
@@ -81,16 +85,82 @@ def test_a_missing_package_comes_with_its_command(
         monkeypatch.setitem(sys.modules, name, None)
     label = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}[missing]
     elsewhere, jetson = find(Machine(tmp_path), label), find(orin_nano(tmp_path), label)
-    assert elsewhere.mend.startswith("pip install")
+    assert elsewhere.fix
+    assert elsewhere.fix.command.startswith("pip install")
     assert {elsewhere.state, jetson.state} == {"note", "problem"}
 
 
 def test_every_problem_has_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda.driver"):
+    for name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda.bindings.driver"):
         monkeypatch.setitem(sys.modules, name, None)
     problems = [f for f in examine(orin_nano(tmp_path)) if f.state == "problem"]
     assert {"TensorRT", "CUDA"} <= {finding.name for finding in problems}
-    assert all(finding.mend for finding in problems if finding.name != "CUDA")
+    assert all(finding.fix for finding in problems)
+    # With JetPack 6 the newest bindings find a driver that is too old for them.
+    (cuda,) = [finding for finding in problems if finding.name == "CUDA"]
+    assert cuda.fix
+    assert cuda.fix.command == "pip install 'cuda-bindings<13'"
+
+
+CONFIGURATION = (
+    "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=1 NAME=25W >\n"
+)
+VERBOSE = "NVPM VERB: POWER_MODEL: ID=0 NAME=MAXN\nNVPM VERB: POWER_MODEL: ID=3 NAME=MODE_50W\n"
+
+
+@pytest.mark.parametrize(
+    ("modes", "printed", "current", "command"),
+    [(CONFIGURATION + "< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n", "", "25W", "sudo nvpmodel -m 2"),
+     (CONFIGURATION + "< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n", "", "MAXN_SUPER", None),
+     ("", VERBOSE, "MODE_50W", "sudo nvpmodel -m 0"),
+     ("", VERBOSE, "MAXN", None),
+     (CONFIGURATION, "", "15W", "nvpmodel -p --verbose  # lists the modes"),
+     ("", "", "MAXN", None),
+     ("", "", "15W", "nvpmodel -p --verbose  # lists the modes")],
+)  # fmt: skip
+def test_the_fastest_power_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modes: str, printed: str, current: str,
+    command: str | None,
+) -> None:  # fmt: skip
+    """Its number is not 0 everywhere, and not every board has one called MAXN."""
+    machine = orin_nano(tmp_path)
+    write(tmp_path, etc__nvpmodel_dot_conf=modes)
+    answers = {("-q",): f"NVPM WARN: fan mode is not set!\nNV Power Mode: {current}\n2\n"}
+    monkeypatch.setattr(
+        Machine, "output", lambda _machine, _name, *options: answers.get(options, printed)
+    )
+    finding = find(machine, "power mode")
+    assert finding.state == ("ok" if command is None else "note")
+    assert (finding.fix and finding.fix.command) == command
+
+
+def test_onnxruntime_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there; another one beside it would not help."""
+    (tmp_path / "onnxruntime.py").write_text(
+        "raise ImportError('A module that was compiled using NumPy 1.x cannot be run in NumPy 2')"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    finding = find(Machine(tmp_path), "ONNX Runtime")
+    assert finding.state == "problem"
+    assert "installed but cannot be loaded" in finding.value
+    assert finding.fix
+    assert finding.fix.command == "pip install 'numpy<2'"
+
+
+def test_a_cache_that_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert find(Machine(tmp_path), "engine cache").state == "ok"
+    tmp_path.chmod(0o777)
+    finding = find(Machine(tmp_path), "engine cache")
+    assert finding.state == "problem"
+    assert f"'{tmp_path}' can be written by somebody else" in finding.value
+    assert finding.fix
+
+
+def test_what_was_not_checked_says_so() -> None:
+    assert str(Fix("sudo jetson_clocks")) == "sudo jetson_clocks  # not checked"
+    assert str(Fix("pip install x", "https://pip.pypa.io")) == "pip install x"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

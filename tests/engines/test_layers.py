@@ -5,11 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from vqbet_engines.builder import build_plan
+from vqbet_engines.builder import Job, build_plan
 from vqbet_engines.layers import Layer, parse_layers
-from vqbet_engines.messages import Job
-
-from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -39,8 +36,8 @@ def layers(make_bundle: Any, precision: str) -> dict[tuple[str, str], tuple[Laye
     keys = [(stage, target) for stage in bundle.manifest.stages for target in TARGETS]
 
     def build(key: tuple[str, str]) -> tuple[Layer, ...]:
-        job = Job(bundle.graph(key[0]), "tensorrt_rtx", BuildOptions(), key[1], b"")
-        return parse_layers(build_plan(job).layers)
+        job = Job("tensorrt_rtx", compute_capability=key[1])
+        return parse_layers(build_plan(bundle.graph(key[0]), job).layers)
 
     with ThreadPoolExecutor(2) as pool:  # each build is a process of its own
         return dict(zip(keys, pool.map(build, keys), strict=True))

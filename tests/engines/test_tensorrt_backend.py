@@ -1,69 +1,32 @@
 """The TensorRT backend over a stand-in for the module: what it checks and in which order."""
 
+import gc
+import logging
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from silent_cuda import SilentCuda
+from fake_driver import FakeDriver
+from fake_tensorrt import FakeTensorRT
 from sizes import SMALL
 
 from vqbet_edge.errors import BackendError, UsageError
 from vqbet_edge.runtime import backends
 from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends import tensorrt as backend_module
 from vqbet_edge.runtime.backends.child import module_command
+from vqbet_edge.runtime.backends.cuda import Cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
 from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.runtime.backends.tensorrt import BUILD_VARIABLE, TensorRTBackend, engine_key
-from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, import_tensorrt, process_log
 from vqbet_edge.runtime.bundle import Bundle
-
-
-class Module(SimpleNamespace):
-    """As much of TensorRT's runtime as the backend uses; plans are the names of their stages."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(calls=[], runs=0, bundle=bundle, accept=True, shapes={})
-        self.ILogger = type("ILogger", (), {"__init__": lambda _self: None})
-        self.Runtime = lambda _logger: self.runtime
-        self.runtime = SimpleNamespace(
-            deserialize_cuda_engine=self.deserialize, engine_host_code_allowed=True
-        )
-        self.nptype = np.dtype
-
-    def deserialize(self, plan: bytes) -> Any:
-        assert self.runtime.engine_host_code_allowed is False
-        self.calls.append(f"deserialize {plan.decode()}")
-        spec = self.bundle.manifest.stages[plan.decode()]
-        tensors = {t.name: t for t in (*spec.inputs, *spec.outputs)}
-        return SimpleNamespace(
-            num_io_tensors=len(tensors),
-            get_tensor_name=list(tensors).__getitem__,
-            get_tensor_dtype=lambda name: SimpleNamespaceDtype(tensors[name].dtype),
-            get_tensor_shape=lambda name: self.shapes.get(name, tensors[name].shape),
-            create_execution_context=lambda: self.context(plan.decode()),
-        )
-
-    def context(self, stage: str) -> Any:
-        return SimpleNamespace(
-            set_tensor_address=lambda name, address: self.calls.append((stage, name, address)),
-            execute_async_v3=lambda stream: self.run(stage, stream),
-        )
-
-    def run(self, stage: str, stream: int) -> bool:
-        assert stream == SilentCuda.stream
-        self.calls.append(f"run {stage}")
-        return self.accept
-
-
-class SimpleNamespaceDtype:
-    """What TensorRT's `nptype` returns has a name, as NumPy's scalar types do."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+from vqbet_edge.runtime.signatures import signature
 
 
 @pytest.fixture
@@ -76,41 +39,112 @@ def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def trt(bundle: Bundle) -> TensorRT:
-    module = Module(bundle)
-    module.nptype = lambda dtype: SimpleNamespace(__name__=dtype.name)
-    return TensorRT(module, "tensorrt", "10.3.0")
+def driver() -> FakeDriver:
+    return FakeDriver()
+
+
+@pytest.fixture
+def trt(bundle: Bundle, driver: FakeDriver) -> TensorRT:
+    return TensorRT(FakeTensorRT(bundle, driver), "tensorrt", "10.3.0")
 
 
 def store(bundle: Bundle, trt: TensorRT) -> None:
     for stage in bundle.stages_to_load:
-        key = engine_key(bundle, stage, trt, SilentCuda.device, BuildOptions(512))
+        key = engine_key(bundle, stage, trt, Cuda(FakeDriver()).device, BuildOptions(512))
         EngineCache(bundle.path).store(key, stage.encode(), 1.0)
+
+
+def load(bundle: Bundle, trt: TensorRT, **options: Any) -> TensorRTBackend:
+    return TensorRTBackend(bundle, cuda=Cuda(trt.module.driver), tensorrt=trt, **options)
 
 
 def test_addresses_are_set_once_and_shared(bundle: Bundle, trt: TensorRT) -> None:
     store(bundle, trt)
-    backend = TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
-    addresses = [call for call in trt.module.calls if isinstance(call, tuple)]
-    by_tensor = {name: address for _, name, address in addresses}
+    window = load(bundle, trt).create_window()
+    addresses = [
+        pair for each in trt.module.living for pair in getattr(each, "addresses", {}).items()
+    ]
+    by_tensor = dict(addresses)
     # `feature` leaves the GPT and enters the heads: one address under both stages.
     assert len(addresses) == len(by_tensor) + 1
-    assert all(by_tensor[name] == address for _, name, address in addresses)
-    states = next(t for t in bundle.manifest.stages["gpt"].inputs if t.name == "states")
-    backend.predict(np.zeros(states.shape, np.float32))
-    assert [call for call in trt.module.calls if isinstance(call, tuple)] == addresses
+    assert all(by_tensor[name] == address for name, address in addresses)
+    before = trt.module.driver.calls["trt set_tensor_address"]
+    states = next(t for t in signature(bundle.manifest, "gpt").inputs if t.name == "states")
+    window.predict(np.zeros(states.shape[1:], np.float32))
+    assert trt.module.driver.calls["trt set_tensor_address"] == before
 
 
 def test_warm_up_precedes_capture(bundle: Bundle, trt: TensorRT) -> None:
     store(bundle, trt)
-    cuda = SilentCuda()
-    runs_before_capture = []
-    cuda.capture = lambda _enqueue: runs_before_capture.append(  # type: ignore[method-assign]
-        trt.module.calls.count("run gpt")
-    )
-    TensorRTBackend(bundle, cuda=cuda, tensorrt=trt)
-    assert len(runs_before_capture) == 3
-    assert min(runs_before_capture) >= 4
+    load(bundle, trt)
+    log = trt.module.driver.log
+    before = log[: log.index("cuStreamBeginCapture")]
+    assert before.count("trt execute_async_v3") >= 3 * len(bundle.stages_to_load)
+
+
+def test_siblings_share_engines(bundle: Bundle, trt: TensorRT) -> None:
+    store(bundle, trt)
+    backend = load(bundle, trt)
+    windows = [backend.create_window() for _ in range(3)]
+    stages = len(bundle.stages_to_load)
+    assert trt.module.driver.calls["trt deserialize_cuda_engine"] == stages
+    assert trt.module.driver.calls["trt create_execution_context"] == stages * len(windows)
+    for window in windows:
+        window.close()
+    assert not trt.module.living
+    assert not any(trt.module.driver.books.values())
+
+
+def test_the_builder_has_the_gpu_to_itself(
+    bundle: Bundle, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No context is open here while another process builds: small boards need the memory."""
+
+    def build(*_command: Any, **_options: Any) -> Any:
+        assert trt.module.driver.retained == 0
+        store(bundle, trt)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("vqbet_edge.runtime.backends.tensorrt.subprocess.run", build)
+    load(bundle, trt).close()
+
+
+def test_no_graph_is_read(bundle: Bundle, trt: TensorRT) -> None:
+    """Engines are all that TensorRT needs."""
+    store(bundle, trt)
+    load(bundle.without_graphs(), trt).close()
+
+
+def test_one_logger_that_knows_no_backend(
+    bundle: Bundle, trt: TensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorRT keeps the first logger for ever and ignores the others."""
+    store(bundle, trt)
+    first = load(bundle, trt)
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+    backend = load(bundle, trt)
+    assert len(set(map(id, trt.module.loggers))) == 1
+    # What is logged now is the second policy's, and reaches it.
+    window = backend.create_window()
+    trt.module.driver.faults[len(trt.module.driver.log) + 2] = 1  # type: ignore[assignment]
+    window._graphs.clear()
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(BackendError, match=r"failed in gpt: execute_async_v3 was told to fail"),
+    ):
+        window._run("gpt", window._execution.stages["gpt"])
+    assert "execute_async_v3 was told to fail" in caplog.messages
+
+
+def test_the_logs_memory_is_bounded(trt: TensorRT) -> None:
+    log = process_log(trt)
+    for number in range(1000):
+        log.logger.log(SimpleNamespace(name="ERROR"), f"error {number}")
+    assert log.last_error() == "error 999"
+    assert sum(1 for _ in iter(log.last_error, None)) < 100
 
 
 def test_no_engine_and_building_off(
@@ -118,9 +152,9 @@ def test_no_engine_and_building_off(
 ) -> None:
     monkeypatch.setenv(BUILD_VARIABLE, "0")
     with pytest.raises(BackendError, match=r"no engine has been built.*vqbet-build") as caught:
-        TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
+        load(bundle, trt)
     assert caught.value.exit_code == 6
-    assert trt.module.calls == []
+    assert not any(call.startswith("trt") for call in trt.module.driver.log)
 
 
 def test_an_altered_engine_is_never_deserialised(bundle: Bundle, trt: TensorRT) -> None:
@@ -128,22 +162,41 @@ def test_an_altered_engine_is_never_deserialised(bundle: Bundle, trt: TensorRT) 
     for plan in bundle.path.glob("engines/*/gpt-*.plan"):
         plan.write_bytes(b"gp!")
     with pytest.raises(BackendError, match="altered"):
-        TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt, build=False)
-    assert trt.module.calls == []
+        load(bundle, trt, build=False)
+    assert not any(call.startswith("trt") for call in trt.module.driver.log)
 
 
-def test_an_engine_with_other_borders(bundle: Bundle, trt: TensorRT) -> None:
+def test_an_engine_with_another_signature(bundle: Bundle, trt: TensorRT) -> None:
     store(bundle, trt)
     trt.module.shapes["feature"] = (2, 32)
     with pytest.raises(BackendError, match=r"engine of gpt has tensors.*\(2, 32\)"):
-        TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
+        load(bundle, trt)
+    assert not any(trt.module.driver.books.values())
 
 
-def test_a_failing_run(bundle: Bundle, trt: TensorRT) -> None:
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        ("Runtime", "TypeError: pybind11::init.*nullptr"),
+        ("deserialize_cuda_engine", "refuses the engine of vision_encoder: deser.*told to fail"),
+        ("create_execution_context", "has no memory for vision_encoder"),
+        ("set_tensor_address", "refuses the memory of frames in vision_encoder"),
+        ("execute_async_v3", "failed in vision_encoder: execute_async_v3 was told to fail"),
+    ],
+)
+def test_what_tensorrt_refuses_while_loading(
+    bundle: Bundle, trt: TensorRT, call: str, match: str
+) -> None:
     store(bundle, trt)
-    trt.module.accept = False
-    with pytest.raises(BackendError, match="failed in vision_encoder"):
-        TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
+    load(bundle, trt).close()
+    number = trt.module.driver.log.index(f"trt {call}") + 1
+    trt.module.driver.log.clear()
+    trt.module.driver.faults[number] = 1  # type: ignore[assignment]
+    with pytest.raises(BackendError, match=match):
+        load(bundle, trt)
+    gc.collect()
+    assert not trt.module.living
+    assert not any(trt.module.driver.books.values())
 
 
 def test_missing_engines_are_built_by_the_command(
@@ -157,7 +210,7 @@ def test_missing_engines_are_built_by_the_command(
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("vqbet_edge.runtime.backends.tensorrt.subprocess.run", build)
-    TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
+    load(bundle, trt)
     wanted = ["vqbet_engines.cli", str(bundle.path), "--flavour", "tensorrt"]
     assert commands == [module_command(*wanted)]
 
@@ -168,14 +221,17 @@ def test_a_failed_build(bundle: Bundle, trt: TensorRT, monkeypatch: pytest.Monke
         lambda *_command, **_options: SimpleNamespace(returncode=5),
     )
     with pytest.raises(BackendError, match=r"exit code 5.*vqbet-build"):
-        TensorRTBackend(bundle, cuda=SilentCuda(), tensorrt=trt)
+        load(bundle, trt)
 
 
-def test_a_tensorrt_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tensorrt.py").write_text("__version__ = '8.5.2'\nclass Builder: pass\n")
+@pytest.mark.parametrize("version", ["8.5.2", "8.6.2.3", "9.3.0"])
+def test_a_tensorrt_that_is_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(f"__version__ = '{version}'\nclass Builder: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    with pytest.raises(BackendError, match=r"8\.5\.2 is too old.*JetPack 6\.1"):
+    with pytest.raises(BackendError, match=rf"{version} is too old.*opset 20.*JetPack 6\.1"):
         import_tensorrt("tensorrt")
     sys.modules.pop("tensorrt", None)
 
@@ -185,12 +241,49 @@ def test_an_unknown_backend(bundle: Bundle) -> None:
         create_backend("nonsense", bundle)  # type: ignore[arg-type]
 
 
-def test_auto_says_why_not_the_faster_ones(
+def test_auto_says_what_it_took_in_one_short_line(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And at level INFO why nothing faster."""
     backends._say_once.cache_clear()
-    chosen = create_backend("auto", bundle)
-    line = caplog.messages[-1]
-    assert line.startswith(f"backend: {chosen.name}")
-    better = {"onnxruntime": ["tensorrt", "onnxruntime-cuda"], "tensorrt": []}
-    assert all(f"not {name}: " in line for name in better.get(chosen.name, ["tensorrt"]))
+    with caplog.at_level(logging.INFO):
+        chosen = create_backend("auto", bundle)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warnings == [f"backend: {chosen.name}"]
+    better = {"onnxruntime": ["tensorrt", "onnxruntime-cuda"], "onnxruntime-cuda": ["tensorrt"]}
+    for name in better.get(chosen.name, []):
+        assert any(message.startswith(f"not {name}: ") for message in caplog.messages)
+
+
+@pytest.mark.parametrize("error", [TypeError("nullptr"), MemoryError(), OSError("libnvinfer")])
+def test_auto_goes_on_after_a_librarys_own_error(
+    bundle: Bundle,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def broken(*_arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(backend_module, "import_tensorrt", broken)
+    with caplog.at_level(logging.INFO):
+        assert create_backend("auto", bundle).name != "tensorrt"
+    assert any(
+        message.startswith("not tensorrt: ") and type(error).__name__ in message
+        for message in caplog.messages
+    )
+    with pytest.raises(BackendError, match=f"tensorrt.*{type(error).__name__}"):
+        create_backend("tensorrt", bundle)
+
+
+def test_auto_goes_on_when_the_warm_up_fails(
+    bundle: Bundle, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is part of loading, and not of the first action."""
+    store(bundle, trt)
+    monkeypatch.setattr(backend_module, "import_tensorrt", lambda: trt)
+    monkeypatch.setattr(backend_module, "create_cuda", lambda: Cuda(trt.module.driver))
+    assert create_backend("auto", bundle).name == "tensorrt"
+    trt.module.driver.log.clear()
+    monkeypatch.setattr("fake_tensorrt.Context.execute_async_v3", lambda *_arguments: False)
+    assert create_backend("auto", bundle).name != "tensorrt"

@@ -437,6 +437,22 @@ def test_a_sibling_has_the_same_options(mini: Path, observations: Observations) 
         plain.sibling(seed=-1)
 
 
+def test_a_closed_policy_says_so_and_its_siblings_act(
+    mini: Path, observations: Observations
+) -> None:
+    with load(mini, seed=1) as policy:
+        policy.act(observations[0])
+        sibling = policy.sibling(seed=1)
+    for call in (lambda: policy.act(observations[1]), policy.reset, policy.sibling):
+        with pytest.raises(BackendError, match="closed; load the policy again"):
+            call()
+    plain = load(mini, seed=1)
+    for observation in observations[:8]:
+        np.testing.assert_array_equal(sibling.act(observation), plain.act(observation))
+    sibling.close()
+    sibling.close()
+
+
 @pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_policy_is_not_copied(mini: Path, copying: Any) -> None:
     with pytest.raises(UsageError, match=r"EdgePolicy.load there, or sibling\(\)"):

@@ -1,11 +1,12 @@
 """What the tests of data sets and training share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import oracle
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,15 @@ def lerobot() -> Callable[[str], ModuleType]:
 def pusht() -> Path:
     """Four episodes of human demonstrations."""
     return Path(__file__).parents[1] / "data" / "pusht"
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of torch in float64: two ways to the same number then agree on every processor.
+
+    LeRobot's codebooks cast their input with `Tensor.float()`, our images do: to float64 here.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

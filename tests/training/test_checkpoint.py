@@ -1,4 +1,4 @@
-"""The loader: three eras, every rule about them, and everything it refuses."""
+"""The loader: three layouts, every rule about them, and everything it refuses."""
 
 import json
 import shutil
@@ -19,32 +19,27 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import CheckpointError, UsageError
 from vqbet_edge.training import checkpoint as loader
 from vqbet_edge.training.checkpoint import load_checkpoint
-from vqbet_edge.training.layouts import Era
-from vqbet_edge.training.normalization import Scaling
+from vqbet_edge.training.layouts import Layout
+from vqbet_edge.training.normalization import scale_images
 
 FIXTURE = Path(__file__).parents[1] / "data" / "lerobot_0_3_3"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Tensors = dict[str, Tensor]
 
 
-def apply(scaling: Scaling, x: np.ndarray) -> np.ndarray:
-    result: np.ndarray = (x - scaling.subtract) * scaling.multiply + scaling.add
-    return result
-
-
 @pytest.fixture
-def era_c(workshop: Any, tmp_path: Path) -> Path:
+def layout_0_4(workshop: Any, tmp_path: Path) -> Path:
     """A copy of what LeRobot 0.4.4 wrote."""
     return Path(shutil.copytree(workshop.checkpoint(TINY)[1], tmp_path / "policy"))
 
 
 @pytest.fixture
-def era_b(workshop: Any, tmp_path: Path) -> Path:
+def layout_0_2(workshop: Any, tmp_path: Path) -> Path:
     """LeRobot 0.3.3's config and tensor names, as that version wrote them."""
     fixture = json.loads((FIXTURE / "fixture.json").read_text())
     config = json.loads((FIXTURE / CONFIG).read_text())
     case = oracle.small(
-        "era_b", image=(40, 48), crop_shape=(36, 40), gpt_n_layer=1, gpt_block_size=32
+        "layout_0_2", image=(40, 48), crop_shape=(36, 40), gpt_n_layer=1, gpt_block_size=32
     )
     tensors = load_file(workshop.checkpoint(case)[1] / WEIGHTS)
     owners = {"normalize_inputs": oracle.STATE, "normalize_targets": oracle.ACTION}
@@ -60,25 +55,25 @@ def era_b(workshop: Any, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def era_a(era_b: Path) -> Path:
+def layout_0_1(layout_0_2: Path) -> Path:
     """The same weights with the flat config of v0.1, whose cameras had statistics too."""
-    config = json.loads((era_b / CONFIG).read_text())
+    config = json.loads((layout_0_2 / CONFIG).read_text())
     for name in ("type", "input_features", "output_features", "normalization_mapping"):
         del config[name]
     config["input_shapes"] = {"observation.image": [3, 40, 48], oracle.STATE: [2]}
     config["output_shapes"] = {oracle.ACTION: [2]}
     config["input_normalization_modes"] = {"observation.image": "mean_std", oracle.STATE: "min_max"}
     config["output_normalization_modes"] = {oracle.ACTION: "min_max"}
-    (era_b / CONFIG).write_text(json.dumps(config))
+    (layout_0_2 / CONFIG).write_text(json.dumps(config))
     prefix = "normalize_inputs.buffer_observation_image."
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     change_weights(
-        era_b,
+        layout_0_2,
         lambda t: t.update(
             {f"{prefix}mean": mean.view(3, 1, 1), f"{prefix}std": std.view(3, 1, 1)}
         ),
     )
-    return era_b
+    return layout_0_2
 
 
 def change_weights(directory: Path, change: Callable[[Tensors], object]) -> None:
@@ -98,45 +93,43 @@ def step(processor: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def test_era_c_normalises_as_lerobots_processors(era_c: Path) -> None:
-    checkpoint = load_checkpoint(str(era_c / WEIGHTS))
-    assert checkpoint.era is Era.C
+def test_layout_0_4_normalises_as_lerobots_processors(layout_0_4: Path) -> None:
+    checkpoint = load_checkpoint(str(layout_0_4 / WEIGHTS))
+    assert checkpoint.layout is Layout.V0_4
     before, after = oracle.make_processors(oracle.make_policy(TINY), TINY)
     x = np.array([[3.0, -7.0], [250.5, 99.0]], np.float32)
     for row in x:
         image = torch.zeros(3, 40, 48)
         batch = before({oracle.STATE: torch.from_numpy(row), "observation.image": image})
         expected = batch[oracle.STATE][0].numpy()
-        np.testing.assert_allclose(apply(checkpoint.inputs[oracle.STATE], row), expected, rtol=2e-6)
+        np.testing.assert_allclose(checkpoint.inputs[oracle.STATE].apply(row), expected, rtol=2e-6)
     expected = after(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(apply(checkpoint.action, x), expected, rtol=2e-6)
+    np.testing.assert_allclose(checkpoint.action.apply(x), expected, rtol=2e-6)
 
 
-def test_era_c_guards_a_constant_feature_with_its_eps(era_c: Path) -> None:
-    for path in era_c.glob("*normalizer_processor.safetensors"):
+def test_layout_0_4_guards_a_constant_feature_with_its_eps(layout_0_4: Path) -> None:
+    for path in layout_0_4.glob("*normalizer_processor.safetensors"):
         stats = load_file(path)
         for key in (oracle.STATE, oracle.ACTION):
             stats[f"{key}.max"] = stats[f"{key}.min"].clone()
         save_file(stats, path)
     for name, kind in (("pre", "normalizer"), ("post", "unnormalizer")):
         change_json(
-            era_c / f"policy_{name}processor.json",
+            layout_0_4 / f"policy_{name}processor.json",
             lambda p, kind=kind: step(p, f"{kind}_processor")["config"].update(eps=0.5),
         )
-    checkpoint = load_checkpoint(str(era_c))
+    checkpoint = load_checkpoint(str(layout_0_4))
     low = checkpoint.inputs[oracle.STATE].subtract
-    np.testing.assert_allclose(apply(checkpoint.inputs[oracle.STATE], low), [-1, -1])
-    np.testing.assert_allclose(
-        apply(checkpoint.inputs[oracle.STATE], low + 0.25), [0, 0], atol=1e-3
-    )
+    np.testing.assert_allclose(checkpoint.inputs[oracle.STATE].apply(low), [-1, -1])
+    np.testing.assert_allclose(checkpoint.inputs[oracle.STATE].apply(low + 0.25), [0, 0], atol=1e-3)
     # LeRobot's inverse uses the guarded range too: y = 1 is half a unit above the minimum.
     np.testing.assert_allclose(checkpoint.action.multiply, [0.25, 0.25])
 
 
-def test_era_c_finds_the_state_file_by_its_step_not_by_its_index(era_c: Path) -> None:
-    expected = load_checkpoint(str(era_c)).inputs[oracle.STATE]
-    old = next(era_c.glob("policy_preprocessor_step_*.safetensors"))
-    old.rename(era_c / "policy_preprocessor_step_9_other.safetensors")
+def test_layout_0_4_finds_the_state_file_by_its_step_not_by_its_index(layout_0_4: Path) -> None:
+    expected = load_checkpoint(str(layout_0_4)).inputs[oracle.STATE]
+    old = next(layout_0_4.glob("policy_preprocessor_step_*.safetensors"))
+    old.rename(layout_0_4 / "policy_preprocessor_step_9_other.safetensors")
 
     def move(processor: dict[str, Any]) -> None:
         found = step(processor, "normalizer_processor")
@@ -144,28 +137,28 @@ def test_era_c_finds_the_state_file_by_its_step_not_by_its_index(era_c: Path) ->
         processor["steps"].remove(found)
         processor["steps"].insert(0, found)
 
-    change_json(era_c / "policy_preprocessor.json", move)
-    got = load_checkpoint(str(era_c)).inputs[oracle.STATE]
+    change_json(layout_0_4 / "policy_preprocessor.json", move)
+    got = load_checkpoint(str(layout_0_4)).inputs[oracle.STATE]
     np.testing.assert_array_equal(got.multiply, expected.multiply)
 
 
-def test_era_c_honours_norm_map_and_rename_map(era_c: Path) -> None:
+def test_layout_0_4_honours_norm_map_and_rename_map(layout_0_4: Path) -> None:
     def change(processor: dict[str, Any]) -> None:
         step(processor, "normalizer_processor")["config"]["norm_map"]["STATE"] = "MEAN_STD"
         rename = step(processor, "rename_observations_processor")["config"]
         rename["rename_map"] = {"robot.qpos": oracle.STATE}
 
-    change_json(era_c / "policy_preprocessor.json", change)
-    checkpoint = load_checkpoint(str(era_c))
+    change_json(layout_0_4 / "policy_preprocessor.json", change)
+    checkpoint = load_checkpoint(str(layout_0_4))
     stats = oracle.make_statistics(TINY)[oracle.STATE]
     x = (stats["mean"] + 2 * stats["std"]).numpy()
-    np.testing.assert_allclose(apply(checkpoint.inputs[oracle.STATE], x), [2, 2], rtol=1e-5)
+    np.testing.assert_allclose(checkpoint.inputs[oracle.STATE].apply(x), [2, 2], rtol=1e-5)
     assert checkpoint.renamed == {oracle.STATE: "robot.qpos"}
 
 
-def test_era_b_normalises_as_lerobot_0_3_3_did(era_b: Path) -> None:
-    checkpoint = load_checkpoint(str(era_b))
-    assert checkpoint.era is Era.B
+def test_layout_0_2_normalises_as_lerobot_0_3_3_did(layout_0_2: Path) -> None:
+    checkpoint = load_checkpoint(str(layout_0_2))
+    assert checkpoint.layout is Layout.V0_2
     recorded = json.loads((FIXTURE / "fixture.json").read_text())
     for scaling, name in (
         (checkpoint.inputs[oracle.STATE], "normalized"),
@@ -173,67 +166,158 @@ def test_era_b_normalises_as_lerobot_0_3_3_did(era_b: Path) -> None:
     ):
         x = np.array(recorded[name]["input"], np.float32)
         expected = recorded[name]["output"]
-        np.testing.assert_allclose(apply(scaling, x), expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(scaling.apply(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_era_a_reads_flat_shapes_and_modes_per_feature(era_a: Path) -> None:
-    checkpoint = load_checkpoint(str(era_a))
-    assert checkpoint.era is Era.A
+def test_layout_0_1_reads_flat_shapes_and_modes_per_feature(layout_0_1: Path) -> None:
+    checkpoint = load_checkpoint(str(layout_0_1))
+    assert checkpoint.layout is Layout.V0_1
     image = checkpoint.inputs["observation.image"]
     np.testing.assert_allclose(image.subtract, [0.4, 0.5, 0.6], rtol=1e-6)
     np.testing.assert_allclose(image.multiply, [5, 4, 1 / 0.3], rtol=1e-6)
     recorded = json.loads((FIXTURE / "fixture.json").read_text())["unnormalized"]
     x = np.array(recorded["input"], np.float32)
-    np.testing.assert_allclose(apply(checkpoint.action, x), recorded["output"], rtol=1e-6)
+    np.testing.assert_allclose(checkpoint.action.apply(x), recorded["output"], rtol=1e-6)
 
 
-def test_old_state_projector_has_the_width_that_its_tensor_says(era_a: Path) -> None:
-    change_json(era_a / CONFIG, lambda c: c["input_shapes"].update({oracle.STATE: [5]}))
-    assert load_checkpoint(str(era_a)).config.state_dim == 2
+def test_old_state_projector_has_the_width_that_its_tensor_says(layout_0_1: Path) -> None:
+    change_json(layout_0_1 / CONFIG, lambda c: c["input_shapes"].update({oracle.STATE: [5]}))
+    assert load_checkpoint(str(layout_0_1)).config.state_dim == 2
 
 
-def test_buffers_are_matched_from_key_to_name(era_b: Path) -> None:
+def test_buffers_are_matched_from_key_to_name(layout_0_2: Path) -> None:
     """`observation.state_x` would read as `observation.state.x` the other way round."""
     name = "normalize_inputs.buffer_observation_state_extra.min"
-    change_weights(era_b, lambda t: t.update({name: torch.zeros(9)}))
+    change_weights(layout_0_2, lambda t: t.update({name: torch.zeros(9)}))
     recorded = json.loads((FIXTURE / "fixture.json").read_text())["statistics"]
-    got = load_checkpoint(str(era_b)).inputs[oracle.STATE]
+    got = load_checkpoint(str(layout_0_2)).inputs[oracle.STATE]
     np.testing.assert_array_equal(got.subtract, recorded[oracle.STATE]["min"])
 
 
-def test_dimensions_come_from_the_tensors(era_c: Path) -> None:
+def test_dimensions_come_from_the_tensors(layout_0_4: Path) -> None:
     wrong = {"gpt_hidden_dim": 999, "vqvae_n_embed": 3, "gpt_n_layer": 77, "use_group_norm": True}
-    change_json(era_c / CONFIG, lambda c: c.update(wrong, gpt_n_head=4))
-    config = load_checkpoint(str(era_c)).config
+    change_json(layout_0_4 / CONFIG, lambda c: c.update(wrong, gpt_n_head=4))
+    config = load_checkpoint(str(layout_0_4)).config
     assert (config.gpt_hidden_dim, config.vqvae_n_embed, config.gpt_n_layer) == (64, 16, 2)
     assert not config.use_group_norm
 
 
-def test_unknown_config_fields_and_action_indices_are_ignored(era_c: Path) -> None:
-    change_json(era_c / CONFIG, lambda c: c.update(mlp_hidden_dim=1024, from_the_future=[1]))
+def test_unknown_config_fields_and_action_indices_are_ignored(layout_0_4: Path) -> None:
+    change_json(layout_0_4 / CONFIG, lambda c: c.update(mlp_hidden_dim=1024, from_the_future=[1]))
     name = "vqbet.select_target_actions_indices"
-    change_weights(era_c, lambda t: t.update({name: torch.zeros(3, 3, dtype=torch.int64)}))
-    network = load_checkpoint(str(era_c)).network
+    change_weights(layout_0_4, lambda t: t.update({name: torch.zeros(3, 3, dtype=torch.int64)}))
+    network = load_checkpoint(str(layout_0_4)).network
     assert network.vqbet.select_target_actions_indices.shape == (7, 5)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_wrappers_names_are_stripped(era_c: Path, prefix: str) -> None:
-    expected = load_file(era_c / WEIGHTS)
-    save_file({f"{prefix}{name}": t for name, t in expected.items()}, era_c / WEIGHTS)
-    got = load_checkpoint(str(era_c)).network.state_dict()
+def test_wrappers_names_are_stripped(layout_0_4: Path, prefix: str) -> None:
+    expected = load_file(layout_0_4 / WEIGHTS)
+    save_file({f"{prefix}{name}": t for name, t in expected.items()}, layout_0_4 / WEIGHTS)
+    got = load_checkpoint(str(layout_0_4)).network.state_dict()
     assert torch.equal(got["vqbet.action_token"], expected["vqbet.action_token"])
 
 
-def test_half_precision_weights_are_widened(era_c: Path) -> None:
+def test_half_precision_weights_are_widened(layout_0_4: Path) -> None:
     change_weights(
-        era_c,
+        layout_0_4,
         lambda t: t.update({k: v.half() for k, v in t.items() if v.is_floating_point()}),
     )
-    assert load_checkpoint(str(era_c)).network.vqbet.action_token.dtype == torch.float32
+    assert load_checkpoint(str(layout_0_4)).network.vqbet.action_token.dtype == torch.float32
+
+
+def test_of_several_outputs_the_action_is_taken_as_lerobot_does(layout_0_4: Path) -> None:
+    extra = {"action.ee_pose": {"type": "ACTION", "shape": [6]}}
+    change_json(layout_0_4 / CONFIG, lambda c: c["output_features"].update(extra))
+    for processor, kind in (("pre", "normalizer"), ("post", "unnormalizer")):
+        change_json(
+            layout_0_4 / f"policy_{processor}processor.json",
+            lambda p, kind=kind: step(p, f"{kind}_processor")["config"]["features"].update(extra),
+        )
+    judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(layout_0_4)
+    policy = oracle.JudgedPolicy(judge.eval(), TINY)
+    observation = oracle.observations(TINY, 1)[0]
+    expected = policy.act(observation)
+    checkpoint = load_checkpoint(str(layout_0_4))
+    assert set(checkpoint.inputs) == {"observation.image", oracle.STATE}
+    image = torch.from_numpy(observation["observation.image"]).permute(2, 0, 1) / 255
+    state = torch.from_numpy(checkpoint.inputs[oracle.STATE].apply(observation[oracle.STATE]))
+    steps = checkpoint.config.n_obs_steps
+    with torch.no_grad():
+        feature = checkpoint.network(
+            image.expand(1, steps, 1, 3, 40, 48), state.expand(1, steps, 2)
+        )[0, steps - 1 : steps]
+        chunk = checkpoint.network.head.action_chunk(feature, torch.zeros(1, 2, dtype=torch.int64))
+    got = checkpoint.action.apply(chunk[0, 0].numpy())
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_lerobot_cannot_run_a_policy_with_an_input_that_it_does_not_read(layout_0_4: Path) -> None:
+    """Why such a policy is refused here."""
+    extra = {"observation.effort": {"type": "STATE", "shape": [7]}}
+    change_json(layout_0_4 / CONFIG, lambda c: c["input_features"].update(extra))
+    judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(layout_0_4)
+    with pytest.raises(IndexError):
+        oracle.JudgedPolicy(judge.eval(), TINY).act(oracle.observations(TINY, 1)[0])
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"])
+@pytest.mark.parametrize("constant", [False, True])
+def test_every_mode_normalises_as_lerobot(layout_0_4: Path, mode: str, constant: bool) -> None:
+    """Processors that LeRobot makes and writes, with a feature that may be constant."""
+    types = oracle.lerobot("configs.types")
+    judge = oracle.make_policy(TINY)
+    judge.config.normalization_mapping = {
+        "VISUAL": types.NormalizationMode[mode],
+        "STATE": types.NormalizationMode[mode],
+        "ACTION": types.NormalizationMode[mode],
+    }
+    stats = statistics_for_every_mode(constant)
+    module = oracle.lerobot("policies.vqbet.processor_vqbet")
+    before, after = module.make_vqbet_pre_post_processors(judge.config, stats)
+    before.save_pretrained(layout_0_4)
+    after.save_pretrained(layout_0_4)
+    checkpoint = load_checkpoint(str(layout_0_4))
+    random = np.random.default_rng(0)
+    image = random.uniform(0, 1, (3, 40, 48)).astype(np.float32)
+    for state in random.uniform(-50, 600, (8, 2)).astype(np.float32):
+        batch = before(
+            {"observation.image": torch.from_numpy(image), oracle.STATE: torch.from_numpy(state)}
+        )
+        got = checkpoint.inputs[oracle.STATE].apply(state)
+        np.testing.assert_allclose(got, batch[oracle.STATE][0].numpy(), rtol=1e-5, atol=1e-5)
+        got = scale_images(torch.from_numpy(image), checkpoint.inputs["observation.image"])
+        np.testing.assert_allclose(got, batch["observation.image"][0], rtol=1e-5, atol=1e-5)
+        action = state / 300 - 1
+        expected = after(torch.from_numpy(action)[None])[0].numpy()
+        np.testing.assert_allclose(checkpoint.action.apply(action), expected, rtol=1e-5, atol=1e-4)
+
+
+def statistics_for_every_mode(constant: bool) -> dict[str, dict[str, Tensor]]:
+    names = ("min", "q01", "q10", "mean", "q90", "q99", "max")
+    stats = {}
+    for key, width in ((oracle.STATE, 2), (oracle.ACTION, 2), ("observation.image", 3)):
+        random = torch.Generator().manual_seed(width)
+        steps = torch.rand((len(names), width), generator=random).cumsum(0)
+        values = dict(zip(names, steps if width == 3 else 100 * steps, strict=True))
+        values["std"] = torch.rand(width, generator=random) + 0.1
+        if constant:
+            for name in (*names, "std"):
+                values[name][1] = 0.0 if name == "std" else 0.5
+        shape = (3, 1, 1) if width == 3 else (2,)
+        stats[key] = {name: value.reshape(shape).clone() for name, value in values.items()}
+    return stats
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no type": (
+        lambda d: change_json(d / CONFIG, lambda c: c.pop("type")),
+        r"config.json' does not say .* add the line \"type\": \"vqbet\"",
+    ),
+    "no state": (
+        lambda d: change_json(d / CONFIG, lambda c: c["input_features"].pop(oracle.STATE)),
+        r"no feature 'observation.state' that VQ-BeT could use; it has observation.image",
+    ),
     "other policy": (
         lambda d: change_json(d / CONFIG, lambda c: c.update(type="act")),
         r"type 'act', expected 'vqbet'",
@@ -284,6 +368,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
             lambda c: c["input_features"].update(env={"type": "ENV", "shape": [3]}),
         ),
         r"feature 'env' is of type 'ENV'",
+    ),
+    "second state": (
+        lambda d: change_json(
+            d / CONFIG,
+            lambda c: c["input_features"].update(
+                {"observation.effort": {"type": "STATE", "shape": [7]}}
+            ),
+        ),
+        r"'observation.effort' is of type 'STATE'.* LeRobot cannot run the policy either",
     ),
     "statistics missing": (
         lambda d: [
@@ -339,20 +432,20 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: change_json(
             d / "policy_preprocessor.json",
             lambda p: step(p, "normalizer_processor")["config"]["norm_map"].update(
-                STATE="QUANTILES"
+                STATE="LOGARITHMIC"
             ),
         ),
-        r"normalisation mode 'QUANTILES' is unknown",
+        r"normalisation mode 'LOGARITHMIC' is unknown",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses(era_c: Path, name: str) -> None:
+def test_refuses(layout_0_4: Path, name: str) -> None:
     spoil, message = REFUSED[name]
-    spoil(era_c)
+    spoil(layout_0_4)
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(str(era_c))
+        load_checkpoint(str(layout_0_4))
 
 
 @pytest.mark.parametrize(
@@ -387,13 +480,13 @@ def test_missing_path_says_what_to_pass() -> None:
         load_checkpoint("nowhere/at/all")
 
 
-def test_hub_id_is_downloaded(era_c: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_is_downloaded(layout_0_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     asked = []
 
     def snapshot_download(repo_id: str, **_: object) -> str:
         asked.append(repo_id)
-        return str(era_c)
+        return str(layout_0_4)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert load_checkpoint("someone/vqbet_pusht").name == "someone/vqbet_pusht"
@@ -416,23 +509,25 @@ def export_and_act(checkpoint: Path, output: Path, state_key: str) -> EdgePolicy
     return policy
 
 
-def test_cameras_of_era_a_are_normalised_inside_the_graph(era_a: Path, tmp_path: Path) -> None:
-    policy = export_and_act(era_a, tmp_path / "a.bundle", oracle.STATE)
+def test_cameras_of_layout_0_1_are_normalised_inside_the_graph(
+    layout_0_1: Path, tmp_path: Path
+) -> None:
+    policy = export_and_act(layout_0_1, tmp_path / "a.bundle", oracle.STATE)
     # Changing the statistics changes what the same frames are encoded to.
     mean = "normalize_inputs.buffer_observation_image.mean"
-    change_weights(era_a, lambda t: t[mean].add_(0.2))
-    other = export_and_act(era_a, tmp_path / "b.bundle", oracle.STATE)
+    change_weights(layout_0_1, lambda t: t[mean].add_(0.2))
+    other = export_and_act(layout_0_1, tmp_path / "b.bundle", oracle.STATE)
     tokens = [p._window.graphs._window.copy() for p in (policy, other)]  # type: ignore[attr-defined]
     assert np.abs(tokens[0] - tokens[1]).max() > 1e-4
     assert policy.manifest.source.layout == "0.1"
 
 
-def test_robot_passes_the_keys_that_the_processor_renames(era_c: Path, tmp_path: Path) -> None:
+def test_robot_passes_the_keys_that_the_processor_renames(layout_0_4: Path, tmp_path: Path) -> None:
     change_json(
-        era_c / "policy_preprocessor.json",
+        layout_0_4 / "policy_preprocessor.json",
         lambda p: step(p, "rename_observations_processor")["config"].update(
             rename_map={"robot.qpos": oracle.STATE}
         ),
     )
-    policy = export_and_act(era_c, tmp_path / "c.bundle", "robot.qpos")
+    policy = export_and_act(layout_0_4, tmp_path / "c.bundle", "robot.qpos")
     assert policy.manifest.state_key == "robot.qpos"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +19,7 @@ from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
-CAMERA = "observation.image"
+CAMERA, STATE = "observation.image", "observation.state"
 VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
 TABLE = "data/chunk-000/file-000.parquet"
 
@@ -98,10 +100,22 @@ def test_reads_vectors_and_frames_of_format_v30() -> None:
 
 def test_statistics_are_those_of_the_data_sets_writer() -> None:
     written = json.loads((PUSHT / "meta/stats.json").read_text())
-    stats = LeRobotDataset.open(PUSHT).stats
-    for key in ("action", "observation.state", CAMERA):
-        for name in ("min", "max", "mean", "std"):
-            np.testing.assert_allclose(stats[key][name], written[key][name], rtol=1e-6)
+    dataset = LeRobotDataset.open(PUSHT)
+    basic = ("min", "max", "mean")
+    for key, names in {"action": (*basic, "std"), STATE: (*basic, "std"), CAMERA: basic}.items():
+        for name, values in dataset.statistics(key, names).items():
+            np.testing.assert_allclose(values, written[key][name], rtol=1e-6)
+
+
+def test_a_deviation_that_cannot_be_is_computed_from_the_frames() -> None:
+    """LeRobot 0.4.4 converted this data set, and squares pixels as uint8."""
+    written = json.loads((PUSHT / "meta/stats.json").read_text())[CAMERA]
+    dataset = LeRobotDataset.open(PUSHT)
+    got = dataset.statistics(CAMERA, ("mean", "std"))
+    pixels = dataset.frames(CAMERA) / 255
+    np.testing.assert_allclose(got["std"].ravel(), pixels.std((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(got["mean"].ravel(), pixels.mean((0, 1, 2)), rtol=1e-6)
+    assert (np.ravel(written["std"]) < pixels.std((0, 1, 2)) / 50).all()
 
 
 def test_format_v21_reads_the_same(tmp_path: Path) -> None:
@@ -291,3 +305,12 @@ def test_lerobot_reads_what_we_write(tmp_path: Path, lerobot: Callable[[str], Mo
         np.testing.assert_array_equal(row[CAMERA].permute(1, 2, 0).numpy() * 255, frame)
         np.testing.assert_array_equal(np.ravel(row["action"]), ours.column("action")[index])
     assert row["task"] == "do it"
+
+
+def test_reading_loads_no_torch() -> None:
+    code = (
+        "import sys; from vqbet_edge.training.dataset import LeRobotDataset;"
+        f"LeRobotDataset.open({str(PUSHT)!r}).episode(0); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,5 +1,6 @@
 """Closed loop: environments, actors, figures."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,15 +14,16 @@ import pytest
 from scipy import stats
 from workshop import Workshop
 
-from vqbet_edge.errors import UsageError
-from vqbet_edge.training.demo.expert import collect
-from vqbet_edge.training.demo.task import DetourEnv
+from examples.detour.expert import collect
+from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.training.evaluation.actors import (
     ActorOptions,
     BundleActor,
     TorchActor,
     load_actor,
 )
+from vqbet_edge.training.evaluation.cli import EvalConfig
+from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.pusht import PushTWithContact
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet
@@ -84,7 +86,7 @@ def test_the_contact_state_sees_the_pusher_from_the_block_as_the_simulator_does(
     env = PushTWithContact()
     for seed in range(3):
         observation, _ = env.reset(seed=seed)
-        simulator = env.simulator
+        simulator: Any = env.unwrapped
         expected = simulator.block.world_to_local(simulator.agent.position)
         np.testing.assert_allclose(observation["observation.state"][6:], expected, atol=1e-3)
         turn = np.arctan2(*observation["observation.state"][[5, 4]])
@@ -105,6 +107,21 @@ def test_results_do_not_depend_on_how_many_run_at_once() -> None:
     assert frames[0] is not None
     assert len(frames[0]) == together[0].steps
     assert frames[2:] == [None] * 5
+
+
+class DyingEnv(DetourEnv):
+    """Ends its process, as one that ran out of memory does."""
+
+    def step(self, action: object) -> Any:  # noqa: ARG002
+        os._exit(9)
+
+
+def test_an_environment_whose_process_dies_is_no_disk_error() -> None:
+    space = DetourEnv().action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    with pytest.raises(VQBeTEdgeError, match="ended by itself") as caught:
+        run_episodes(DyingEnv, RandomActor(2, space), range(2), slots=2, processes=True)
+    assert caught.value.exit_code == 1
 
 
 def test_the_expert_goes_both_ways_and_a_straight_line_crashes() -> None:
@@ -175,6 +192,19 @@ def test_comparison_is_paired_and_a_sheet_shows_episodes(tmp_path: Path) -> None
 def test_an_unknown_environment_is_named() -> None:
     with pytest.raises(UsageError, match="--env chess is unknown; use one of detour"):
         make_task("chess")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_envs": 0}, "--num-envs must be at least 1, got 0"),
+        ({"replan_every": 0}, "--replan-every must be at least 1, got 0"),
+        ({"temperature": -0.5}, "--temperature must not be negative, got -0.5"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvalConfig("policy", "detour", **flags)
 
 
 def test_the_command_prints_json_and_exits_4_without_a_policy(tmp_path: Path) -> None:

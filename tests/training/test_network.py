@@ -1,5 +1,6 @@
 """The network against LeRobot's: names, shapes and numbers, both ways."""
 
+import copy
 from typing import Any
 
 import oracle
@@ -11,10 +12,22 @@ from torch import Tensor
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.network import VQBeT
 
+pytestmark = pytest.mark.usefixtures("double")
+
 CASES = [
     pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
     for case in oracle.CASES
 ]
+
+
+# Between two orders of the same operations in float64.
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def pair(workshop: Any, case: oracle.Case) -> tuple[Any, Any]:
+    """LeRobot's policy in float64, and its checkpoint."""
+    policy, directory = workshop.checkpoint(case)
+    return copy.deepcopy(policy).double(), directory
 
 
 def inputs(case: oracle.Case, window: int) -> tuple[Tensor, Tensor]:
@@ -36,33 +49,32 @@ def judge_features(policy: Any, images: Tensor, states: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_takes_lerobots_file_and_computes_the_same(workshop: Any, case: oracle.Case) -> None:
-    policy, directory = workshop.checkpoint(case)
+    policy, directory = pair(workshop, case)
     network = load_checkpoint(str(directory)).network
     network.load_state_dict(load_file(directory / "model.safetensors"), strict=True)
     images, states = inputs(case, policy.config.n_obs_steps)
     expected = judge_features(policy, images, states)
     with torch.no_grad():
-        torch.testing.assert_close(network(images, states), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(network.double()(images, states), expected, **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_lerobot_takes_ours_and_computes_the_same(workshop: Any, case: oracle.Case) -> None:
-    policy, directory = workshop.checkpoint(case)
+    theirs, directory = pair(workshop, case)
     config = load_checkpoint(str(directory)).config
     torch.manual_seed(2)
     network = VQBeT(config).eval()
-    theirs = oracle.make_policy(case)
     theirs.load_state_dict(network.state_dict(), strict=True)
-    images, states = inputs(case, policy.config.n_obs_steps)
+    images, states = inputs(case, theirs.config.n_obs_steps)
     with torch.no_grad():
         ours = network(images, states)
-    torch.testing.assert_close(ours, judge_features(theirs, images, states), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, judge_features(theirs, images, states), **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_head_decodes_the_same(workshop: Any, case: oracle.Case) -> None:
-    policy, directory = workshop.checkpoint(case)
-    head = load_checkpoint(str(directory)).network.head
+    policy, directory = pair(workshop, case)
+    head = load_checkpoint(str(directory)).network.double().head
     judge, injected = policy.vqbet.action_head, oracle.InjectedCodes(policy)
     injected._query = 0
     torch.manual_seed(3)
@@ -74,13 +86,13 @@ def test_head_decodes_the_same(workshop: Any, case: oracle.Case) -> None:
             expected = judge(features[:, None])
             chunks = head.action_chunk(features, pairs)
             logits = head.code_logits(features, pairs[:, 0])
-        torch.testing.assert_close(chunks.flatten(1), expected["predicted_action"][:, 0])
-        torch.testing.assert_close(logits, expected["cbet_logits"])
+        torch.testing.assert_close(chunks.flatten(1), expected["predicted_action"][:, 0], **EXACT)
+        torch.testing.assert_close(logits, expected["cbet_logits"], **EXACT)
 
 
 def test_encodes_actions_into_lerobots_codes(workshop: Any) -> None:
-    policy, directory = workshop.checkpoint(oracle.CASES[0])
-    vqvae = load_checkpoint(str(directory)).network.head.vqvae_model
+    policy, directory = pair(workshop, oracle.CASES[0])
+    vqvae = load_checkpoint(str(directory)).network.double().head.vqvae_model
     judge = policy.vqbet.action_head.vqvae_model
     with torch.no_grad():
         # An untrained code book is far from the latents; move it where they are.
@@ -93,4 +105,4 @@ def test_encodes_actions_into_lerobots_codes(workshop: Any) -> None:
         ours = vqvae.encode(chunks)
     assert torch.equal(ours.codes, codes)
     assert len(codes.unique(dim=0)) > 8
-    torch.testing.assert_close(ours.latents, latents)
+    torch.testing.assert_close(ours.latents, latents, **EXACT)

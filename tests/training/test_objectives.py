@@ -1,4 +1,4 @@
-"""Losses, codes, gradients, code books and actions against LeRobot's with the same weights."""
+"""Losses, codes, gradients, codebooks and actions against LeRobot's with the same weights."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
-from vqbet_edge.training.layouts import Era
+from vqbet_edge.training.layouts import Layout
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import Scalings, identity
-from vqbet_edge.training.objectives import Stage1, Stage2
+from vqbet_edge.training.normalization import Scalings
+from vqbet_edge.training.objectives import PolicyObjective, VqVaeObjective
+
+pytestmark = pytest.mark.usefixtures("double")
+
+# Between two orders of the same operations in float64.
+EXACT = 1e-11
 
 SIZES: dict[str, Any] = {
     "n_obs_steps": 3,
@@ -50,7 +56,7 @@ def build_judge(lerobot: Callable[[str], ModuleType], **overrides: object) -> nn
     )
     torch.manual_seed(0)
     policy: nn.Module = lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy(config)
-    return policy
+    return policy.double()
 
 
 def build_ours(judge: nn.Module, **overrides: object) -> VQBeT:
@@ -61,7 +67,7 @@ def build_ours(judge: nn.Module, **overrides: object) -> VQBeT:
         **SIZES,
         **overrides,
     )
-    network = VQBeT(config)
+    network = VQBeT(config).double()
     network.load_state_dict(judge.state_dict(), strict=True)
     return network
 
@@ -85,7 +91,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(ours: dict[str, Tensor], judges: dict[str, Tensor]) -> None:
-    """To 1e-5 of the scale of each layer's tensors.
+    """To 1e-11 of the scale of each layer's tensors.
 
     A tensor alone is no scale: the softmax over positions makes the gradient of the bias before it
     zero, and what is left of it is rounding.
@@ -94,43 +100,43 @@ def assert_same(ours: dict[str, Tensor], judges: dict[str, Tensor]) -> None:
     scales: dict[str, float] = {}
     for key, expected in judges.items():
         layer = key.rpartition(".")[0]
-        scales[layer] = max(scales.get(layer, 0.0), float(expected.float().abs().max()))
+        scales[layer] = max(scales.get(layer, 0.0), float(expected.double().abs().max()))
     for key, expected in judges.items():
         scale = scales[key.rpartition(".")[0]]
-        torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-5 * scale, msg=key)
+        torch.testing.assert_close(ours[key], expected, rtol=EXACT, atol=EXACT * scale, msg=key)
 
 
-def test_stage1_losses_codes_gradients_and_code_books(
+def test_phase1_losses_codes_gradients_and_codebooks(
     lerobot: Callable[[str], ModuleType],
 ) -> None:
     judge = build_judge(lerobot)
     network = build_ours(judge)
     theirs = judge.vqbet.action_head.vqvae_model
-    stage = Stage1(network.head.vqvae_model, lambda tensor: tensor)
+    objective = VqVaeObjective(network.head.vqvae_model, lambda tensor: tensor)
     actions = random_batch()["action"]
     chunks = actions.unfold(1, 5, 1).transpose(2, 3).flatten(0, 1)
-    for _ in range(3):  # the code books of one step decide the codes of the next
+    for _ in range(3):  # the codebooks of one step decide the codes of the next
         expected, (reconstruction, commitment, _, _) = theirs.vqvae_forward(chunks)
-        got = stage(chunks)
+        got = objective(chunks)
         torch.testing.assert_close(
-            got.loss, expected[0] if expected.ndim else expected, rtol=1e-5, atol=0
+            got.loss, expected[0] if expected.ndim else expected, rtol=EXACT, atol=0
         )
-        torch.testing.assert_close(got.reconstruction, reconstruction, rtol=1e-5, atol=0)
-        torch.testing.assert_close(got.commitment, commitment, rtol=1e-5, atol=0)
+        torch.testing.assert_close(got.reconstruction, reconstruction, rtol=EXACT, atol=0)
+        torch.testing.assert_close(got.commitment, commitment, rtol=EXACT, atol=0)
         judge.zero_grad()
-        stage.zero_grad()
+        objective.zero_grad()
         expected.backward()
         got.loss.backward()
-        assert_same(gradients(stage.vqvae), gradients(theirs))
-        assert_same(dict(stage.vqvae.named_buffers()), dict(theirs.named_buffers()))
-        stage.eval(), theirs.eval()
-        torch.testing.assert_close(stage.vqvae.encode(chunks).codes, theirs.get_code(chunks)[1])
-        stage.train(), theirs.train()
+        assert_same(gradients(objective.vqvae), gradients(theirs))
+        assert_same(dict(objective.vqvae.named_buffers()), dict(theirs.named_buffers()))
+        objective.eval(), theirs.eval()
+        torch.testing.assert_close(objective.vqvae.encode(chunks).codes, theirs.get_code(chunks)[1])
+        objective.train(), theirs.train()
 
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("crop_is_random", [False, True])
-def test_stage2_losses_and_gradients(
+def test_phase2_losses_and_gradients(
     lerobot: Callable[[str], ModuleType], sequential: bool, crop_is_random: bool
 ) -> None:
     options = {"sequentially_select": sequential, "crop_is_random": crop_is_random}
@@ -139,15 +145,15 @@ def test_stage2_losses_and_gradients(
     vqvae.discretized.fill_(True)
     vqvae.vq_layer.freeze_codebook.fill_(True)
     network = build_ours(judge, **options)
-    everything = Scalings({key: identity(3) for key in SHAPES}, {})
-    stage = Stage2(network, everything).train()
+    everything = Scalings({key: Affine.identity(3) for key in SHAPES}, {})
+    objective = PolicyObjective(network, everything).double().train()
     batch = random_batch()
     frozen = {k: v.clone() for k, v in network.head.vqvae_model.state_dict().items()}
     torch.manual_seed(2)
     expected, parts = judge.train()(as_judge_sees(batch))
     torch.manual_seed(2)
-    got = stage(batch[IMAGE], batch["observation.state"], batch["action"])
-    torch.testing.assert_close(got.loss, expected, rtol=1e-5, atol=0)
+    got = objective(batch[IMAGE], batch["observation.state"], batch["action"])
+    torch.testing.assert_close(got.loss, expected, rtol=EXACT, atol=0)
     weights = network.config
     classification = (
         weights.primary_code_loss_weight * got.primary
@@ -159,7 +165,7 @@ def test_stage2_losses_and_gradients(
         (got.primary_accuracy, "equal_primary_code_rate"),
         (got.secondary_accuracy, "equal_secondary_code_rate"),
     ):
-        assert float(ours) == pytest.approx(parts[name], rel=1e-5)
+        assert float(ours) == pytest.approx(parts[name], rel=EXACT)
     expected.backward()
     got.loss.backward()
     assert_same(gradients(network), gradients(judge))
@@ -172,8 +178,8 @@ def test_a_checkpoint_acts_as_lerobots_select_action(
     judge = build_judge(lerobot).eval()
     judge.vqbet.action_head.vqvae_model.discretized.fill_(True)
     network = build_ours(judge).eval().requires_grad_(False)
-    inputs = {key: identity(3) for key in SHAPES if key != "action"}
-    checkpoint = Checkpoint(network, inputs, identity(2), {}, Era.C, "test", "")
+    inputs = {key: Affine.identity(3) for key in SHAPES if key != "action"}
+    checkpoint = Checkpoint(network, inputs, Affine.identity(2), {}, Layout.V0_4, "test", "")
     actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
     rng = np.random.default_rng(0)
     monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))
@@ -187,5 +193,8 @@ def test_a_checkpoint_acts_as_lerobots_select_action(
             actor.reset(0, 5)
         got = actor.act({"observation.image": images, "observation.state": states})
         pixels = torch.from_numpy(images[1:]).permute(0, 3, 1, 2) / 255
-        batch = {"observation.image": pixels, "observation.state": torch.from_numpy(states[1:])}
-        np.testing.assert_allclose(got[1], judge.select_action(batch)[0], rtol=1e-5, atol=1e-5)
+        batch = {
+            "observation.image": pixels,
+            "observation.state": torch.from_numpy(states[1:]).double(),
+        }
+        np.testing.assert_allclose(got[1], judge.select_action(batch)[0], rtol=EXACT, atol=EXACT)

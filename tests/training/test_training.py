@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,15 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from sizes import SMALL
 
-from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
+from vqbet_edge.errors import CheckpointError, DatasetError, HubError, UsageError
 from vqbet_edge.training.checkpoint import load_checkpoint
-from vqbet_edge.training.config import NormalizationMode, TrainConfig
+from vqbet_edge.training.config import NormalizationMode, TrainConfig, flag
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.metrics import read_metrics
+from vqbet_edge.training.network import small_backbone
+from vqbet_edge.training.normalization import Scalings
+from vqbet_edge.training.objectives import PixelScaling, predict
 from vqbet_edge.training.trainer import train
+from vqbet_edge.training.windows import WindowedDataset
 
 TINY: dict[str, Any] = {
     "steps": 16,
@@ -52,11 +58,11 @@ def command(pusht: Path, output: Path, **changes: object) -> list[str]:
     for name, value in {**TINY, **changes}.items():
         match value:
             case True:
-                flags.append(f"--{name}")
+                flags.append(flag(name))
             case tuple():
-                flags += [f"--{name}", *map(str, value)]
+                flags += [flag(name), *map(str, value)]
             case _:
-                flags += [f"--{name}", str(value)]
+                flags += [flag(name), str(value)]
     return [sys.executable, "-m", "vqbet_edge.training", *flags]
 
 
@@ -73,6 +79,12 @@ def whole(pusht: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment(), capture_output=True, text=True
+    )
+
+
 def losses(output: Path) -> list[dict[str, Any]]:
     return read_metrics(output / "metrics.jsonl")
 
@@ -81,18 +93,18 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(whole: Path) -> None:
     names = {path.name for path in (whole / "checkpoints").iterdir()}
     assert names == {"000003", "000006", "000008", "000009", "000012", "000015", "000016", "last"}
     assert (whole / "checkpoints/last").resolve().name == "000016"
-    for picture in ("curves.png", "code_book.png"):
+    for picture in ("curves.png", "codebook.png"):
         assert (whole / picture).read_bytes().startswith(b"\x89PNG")
     kinds = [record["kind"] for record in losses(whole)]
-    assert kinds.count("stage 1") == kinds.count("stage 2") == 8
-    assert {"codes", "stage 1 validation", "stage 2 validation"} <= set(kinds)
-    rates = [record["lr"] for record in losses(whole) if record["kind"] == "stage 2"]
+    assert kinds.count("phase 1") == kinds.count("phase 2") == 8
+    assert {"codes", "phase 1 validation", "phase 2 validation"} <= set(kinds)
+    rates = [record["lr"] for record in losses(whole) if record["kind"] == "phase 2"]
     assert rates[0] == 0
     assert rates[2] == pytest.approx(1e-4)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
-def test_stage1_touches_no_image(pusht: Path, tmp_path: Path) -> None:
+def test_phase1_touches_no_image(pusht: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
     video = next(copy.glob("videos/*/*/*.mp4"))
     data = bytearray(video.read_bytes())
@@ -102,23 +114,23 @@ def test_stage1_touches_no_image(pusht: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with pytest.raises(DatasetError, match=r"file-000.mp4: episode \d is corrupt"):
         train(tiny(copy, output))
-    assert [r["step"] for r in losses(output) if r["kind"] == "stage 1"] == list(range(1, 9))
+    assert [r["step"] for r in losses(output) if r["kind"] == "phase 1"] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("killed_after", [4, 8, 13])
 def test_resuming_is_exact(
     pusht: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
 ) -> None:
-    from vqbet_edge.training import loop
+    from vqbet_edge.training.phases import Phase
 
-    update = loop._update
+    update = Phase.update
 
-    def dying(run: Any, stage: Any, step: int) -> Any:
+    def dying(phase: Phase, step: int, frames: Any) -> Any:
         if step == killed_after:
             raise RuntimeError("killed")
-        return update(run, stage, step)
+        return update(phase, step, frames)
 
-    monkeypatch.setattr(loop, "_update", dying)
+    monkeypatch.setattr(Phase, "update", dying)
     with pytest.raises(RuntimeError, match="killed"):
         train(tiny(pusht, tmp_path / "run"))
     monkeypatch.undo()
@@ -190,7 +202,7 @@ def test_two_processes_reach_the_losses_of_one(pusht: Path, tmp_path: Path) -> N
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     flags = command(pusht, two, **options, no_crop_is_random=True)[1:]
-    position = flags.index("--crop_is_random")
+    position = flags.index("--crop-is-random")
     del flags[position : position + 2]
     ended = subprocess.run(
         [sys.executable, *launch, *flags], env=environment(), capture_output=True, text=True
@@ -203,7 +215,11 @@ def test_two_processes_reach_the_losses_of_one(pusht: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["MIN_MAX", "MEAN_STD"])
 def test_lerobot_loads_the_checkpoint_and_computes_the_same(
-    pusht: Path, tmp_path: Path, lerobot: Callable[[str], ModuleType], mode: str
+    pusht: Path,
+    tmp_path: Path,
+    lerobot: Callable[[str], ModuleType],
+    request: pytest.FixtureRequest,
+    mode: str,
 ) -> None:
     mapping = {
         "VISUAL": NormalizationMode.MEAN_STD if mode == "MEAN_STD" else NormalizationMode.IDENTITY,
@@ -214,11 +230,9 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
     judge = lerobot("policies.vqbet.modeling_vqbet")
     import torchvision
 
-    from vqbet_edge.training.network import _small_backbone
-
     # LeRobot looks backbones up in torchvision, which has no ResNet as small as the test's.
     torchvision.models.resnet10_small = lambda weights: torch.nn.Sequential(  # noqa: ARG005
-        *_small_backbone(torch.nn.BatchNorm2d), torch.nn.Identity(), torch.nn.Identity()
+        *small_backbone(torch.nn.BatchNorm2d), torch.nn.Identity(), torch.nn.Identity()
     )
     policy = judge.VQBeTPolicy.from_pretrained(directory).eval()
     pipeline = lerobot("processor").PolicyProcessorPipeline
@@ -232,33 +246,41 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
     )
     ours = load_checkpoint(str(directory))
     episode = LeRobotDataset.open(pusht).episode(0)
-    images = torch.from_numpy(episode["observation.image"][:2]).permute(0, 3, 1, 2) / 255
+    images = torch.from_numpy(episode["observation.image"][:2])
     states = torch.from_numpy(episode["observation.state"][:2])
+    pixels = images.permute(0, 3, 1, 2) / 255
     seen = [
-        before({"observation.image": images[t], "observation.state": states[t]}) for t in range(2)
+        before({"observation.image": pixels[t], "observation.state": states[t]}) for t in range(2)
     ]
+    their_images = torch.stack([s["observation.image"] for s in seen], 1)[:, :, None]
+    their_states = torch.stack([s["observation.state"] for s in seen], 1)
+    # The statistics, in float32 as LeRobot's processors are.
+    camera = ours.inputs["observation.image"]
+    our_images = PixelScaling([camera])(images[None, :, None])
+    # A pixel in [0, 1] is rounded before the factor makes it large.
+    rounding = 2 * torch.finfo(torch.float32).eps * float(camera.multiply.max())
+    torch.testing.assert_close(our_images, their_images, rtol=1e-6, atol=rounding)
+    terms = ours.inputs["observation.state"]
+    subtract, multiply, add = map(torch.from_numpy, (terms.subtract, terms.multiply, terms.add))
+    our_states = (states[None] - subtract) * multiply + add
+    torch.testing.assert_close(our_states, their_states, rtol=1e-6, atol=1e-6)
+    # The network and its samples, in float64 from the same numbers.
     batch = {
-        "observation.images": torch.stack([s["observation.image"] for s in seen], 1)[:, :, None],
-        "observation.state": torch.stack([s["observation.state"] for s in seen], 1),
+        "observation.images": their_images.double(),
+        "observation.state": their_states.double(),
     }
-    torch.manual_seed(0)
+    request.getfixturevalue("double")
     with torch.no_grad():
-        expected = after(policy.vqbet(batch, rollout=True))[0].numpy()
-        scaled = {k: (s.subtract, s.multiply, s.add) for k, s in ours.inputs.items()}
-        subtract, multiply, add = (torch.from_numpy(a) for a in scaled["observation.state"])
-        own_states = (states - subtract) * multiply + add
-        subtract, multiply, add = (
-            torch.from_numpy(a)[:, None, None] for a in scaled["observation.image"]
-        )
-        own_images = (images - subtract) * multiply + add
-        features = ours.network(own_images[None, :, None], own_states[None])[0]
-        from vqbet_edge.training.objectives import predict
-
         torch.manual_seed(0)
-        chunk = predict(ours.network.head, features, 0.1).chunks[1].numpy()
+        expected = policy.double().vqbet(batch, rollout=True)
+        torch.manual_seed(0)
+        features = ours.network.double()(*batch.values())[0]
+        chunk = predict(ours.network.head, features, 0.1).chunks[1]
+    torch.testing.assert_close(chunk, expected[0], rtol=1e-11, atol=1e-11)
     action = ours.action
-    got = (chunk - action.subtract) * action.multiply + action.add
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-2)
+    got = (chunk.numpy() - action.subtract) * action.multiply + action.add
+    unscaled = after(expected)[0].numpy()
+    np.testing.assert_allclose(got, unscaled, rtol=1e-6, atol=1e-6 * action.multiply.max())
 
 
 def test_defaults_are_lerobots(lerobot: Callable[[str], ModuleType]) -> None:
@@ -272,7 +294,7 @@ def test_defaults_are_lerobots(lerobot: Callable[[str], ModuleType]) -> None:
     assert {k: v.value for k, v in ours.normalization_mapping.items()} == mapping
 
 
-def test_stage1_learns_and_stops_early(pusht: Path, tmp_path: Path) -> None:
+def test_phase1_learns_and_stops_early(pusht: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     train(
         tiny(
@@ -294,8 +316,8 @@ def test_stage1_learns_and_stops_early(pusht: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"steps": 8}, UsageError, "--steps 8 counts both stages"),
-        ({"batch_size": 0}, UsageError, "--batch_size must be at least 1"),
+        ({"steps": 8}, UsageError, "--steps 8 counts both phases"),
+        ({"batch_size": 0}, UsageError, "--batch-size must be at least 1"),
         ({"crop_shape": (97, 97)}, CheckpointError, "does not fit into images of 96x96"),
         ({"dataset": "nowhere"}, DatasetError, "neither a folder nor the id"),
     ],
@@ -336,12 +358,13 @@ def test_windows_are_padded_as_lerobot_pads(
 ) -> None:
     judge = lerobot("datasets.lerobot_dataset")
     copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
-    config = tiny(copy, tmp_path / "run")
+    identity = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+    config = tiny(copy, tmp_path / "run", normalization_mapping=identity)
     dataset = LeRobotDataset.open(copy)
-    from vqbet_edge.training.windows import WindowIndex
-
-    index = WindowIndex.of(dataset, config.policy(dataset))
+    policy = config.policy(dataset)
+    data = WindowedDataset(dataset, policy, Scalings.of(dataset, policy), torch.device("cpu"))
     frames = np.array([0, 1, 160, 161, 250, 278, 279, 578])
+    batch = data.batch(frames)
     deltas = {
         "observation.state": [t / 10 for t in range(-1, 1)],
         "action": [t / 10 for t in range(-1, 7)],
@@ -351,13 +374,10 @@ def test_windows_are_padded_as_lerobot_pads(
     del info["features"]["observation.image"]
     (copy / "meta/info.json").write_text(json.dumps(info))
     theirs = judge.LeRobotDataset("test/pusht", root=copy, delta_timestamps=deltas)
-    for frame in frames:
+    for frame, actions, states in zip(frames, batch.actions, batch.states, strict=True):
         row = theirs[int(frame)]
-        one = np.array([frame])
-        actions = dataset.column("action")[index.actions(one)[0]]
-        states = dataset.column("observation.state")[index.observations(one)[0]]
-        np.testing.assert_array_equal(row["action"].numpy(), actions)
-        np.testing.assert_array_equal(row["observation.state"].numpy(), states)
+        assert torch.equal(row["action"], actions)
+        assert torch.equal(row["observation.state"], states)
 
 
 def test_several_cameras_and_a_resize_train(pusht: Path, tmp_path: Path) -> None:
@@ -381,3 +401,90 @@ def test_several_cameras_and_a_resize_train(pusht: Path, tmp_path: Path) -> None
     assert checkpoint.config.image_keys == ("observation.images.front", "observation.images.wrist")
     assert checkpoint.config.encoder_shape == (36, 36)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_documents_example_runs_as_it_stands(pusht: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    # The id of the data set on the Hub is a folder here.
+    (tmp_path / "lerobot").mkdir()
+    (tmp_path / "lerobot" / "pusht").symlink_to(pusht)
+    ended = run_python(example, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "torch.Size([1, 7, 512])\n"
+    policy = tmp_path / "outputs/pusht/checkpoints/last/pretrained_model"
+    assert load_checkpoint(str(policy)).config.vision_backbone == "resnet10_small"
+
+
+def test_the_public_names_are_there_and_load_torch_only_when_used(tmp_path: Path) -> None:
+    code = """
+import sys
+import vqbet_edge.training
+from vqbet_edge.training.dataset import LeRobotDataset
+assert "torch" not in sys.modules
+for name in vqbet_edge.training.__all__:
+    getattr(vqbet_edge.training, name)
+assert "torch" in sys.modules
+assert not hasattr(vqbet_edge.training, "LeRobot")
+"""
+    ended = run_python(code, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("spell", [flag, "--{}".format], ids=["dashes", "lerobots_names"])
+def test_flags_are_spelled_both_ways(spell: Callable[[str], str]) -> None:
+    args = [
+        "--dataset", "d", "--output", "o", spell("n_vqvae_training_steps"), "9",
+        spell("crop_shape"), "None", f"{spell('normalization_mapping')}.VISUAL", "MEAN_STD",
+        spell("no_use_group_norm"),
+    ]  # fmt: skip
+    config = tyro.cli(TrainConfig, args=args)
+    assert (config.n_vqvae_training_steps, config.crop_shape) == (9, None)
+    assert config.normalization_mapping["VISUAL"] is NormalizationMode.MEAN_STD
+    assert not config.use_group_norm
+
+
+def test_help_spells_flags_with_dashes(tmp_path: Path) -> None:
+    for module in ("vqbet_edge.training", "vqbet_edge.training.evaluation"):
+        ended = run_python(
+            f"import sys, runpy; sys.argv[1:] = ['--help']; runpy.run_module('{module}', "
+            "run_name='__main__')",
+            tmp_path,
+        )
+        assert ended.returncode == 0, ended.stderr
+        flags = re.findall(r"(?<![\w-])--[a-z][\w.-]*", ended.stdout)
+        assert len(flags) > 10
+        assert not [name for name in flags if "_" in name.partition(".")[0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"use_group_norm": True}, CheckpointError, "pass --no-use-group-norm"),
+        ({"vision_backbone": "resnet10_small"}, CheckpointError, "belong to a torchvision ResNet"),
+        (
+            {"pretrained_backbone_weights": "X"},
+            CheckpointError,
+            "has no .*weights 'X' for resnet18",
+        ),
+        ({}, HubError, "from the network: .*Connection refused"),
+    ],
+)
+def test_pretrained_weights_that_are_not_to_be_had_are_no_disk_error(
+    pusht: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    options: dict[str, object] = {
+        "vision_backbone": "resnet18",
+        "use_group_norm": False,
+        "pretrained_backbone_weights": "IMAGENET1K_V1",
+        **changes,
+    }
+    with pytest.raises(error, match=message):
+        train(tiny(pusht, tmp_path / "run", **options))

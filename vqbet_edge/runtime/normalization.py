@@ -36,9 +36,15 @@ class Affine:
         subtract, multiply, add = terms
         return cls(subtract, multiply, add)  # type: ignore[arg-type]
 
-    def apply(self, x: Floats, out: Floats) -> Floats:
-        """Scale `x` (..., dim) into `out`, which may be `x` itself."""
-        np.subtract(x, self.subtract, out=out)
+    @classmethod
+    def identity(cls, dim: int) -> "Affine":
+        """What changes nothing."""
+        zeros = np.zeros(dim, np.float32)
+        return cls(zeros, np.ones(dim, np.float32), zeros)
+
+    def apply(self, x: Floats, out: Floats | None = None) -> Floats:
+        """Scale `x` (..., dim) into `out`, which may be `x` itself; None makes a new array."""
+        out = np.subtract(x, self.subtract, out=out)
         np.multiply(out, self.multiply, out=out)
         np.add(out, self.add, out=out)
         return out

@@ -138,15 +138,20 @@ class EdgePolicy:
             UsageError: an argument is out of range.
         """
         opened = Bundle.open(bundle)
-        return cls(
-            opened,
-            create_backend(backend, opened),
-            seed=seed,
-            temperature=temperature,
-            replan_every=replan_every,
-            prefetch=prefetch,
-            guards=guards,
-        )
+        loaded = create_backend(backend, opened)
+        try:
+            return cls(
+                opened,
+                loaded,
+                seed=seed,
+                temperature=temperature,
+                replan_every=replan_every,
+                prefetch=prefetch,
+                guards=guards,
+            )
+        except BaseException:
+            loaded.close()  # a device's memory is not Python's to collect
+            raise
 
     def sibling(self, *, seed: int = 0) -> "EdgePolicy":
         """A policy for another robot, on the same weights and with the same options.
@@ -159,10 +164,11 @@ class EdgePolicy:
             seed: start of its random sequence.
 
         Raises:
+            BackendError: the policy is closed.
             ForkError: the policy was loaded before this process was forked.
             UsageError: the seed is negative.
         """
-        self._check_process()
+        self._check_usable()
         return EdgePolicy(
             self._bundle,
             self._backend,
@@ -172,6 +178,30 @@ class EdgePolicy:
             prefetch=self._prefetch,
             guards=self._guards,
         )
+
+    def close(self) -> None:
+        """Free this robot's memory, and the weights with the last sibling; then nothing acts.
+
+        A policy is also a context manager that closes at the end of its block.
+
+        Raises:
+            DeadlineError: the backend still works on a call that was late.
+        """
+        if self._window.graphs.closed:
+            return
+        with self._exclusive():
+            if self._deadline is not None:
+                self._deadline.forget()
+            self._prefetching.forget()
+            self._window.graphs.close()
+
+    def __enter__(self) -> "EdgePolicy":  # noqa: PYI034 - Self needs Python 3.11
+        """The policy itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
 
     def __reduce__(self) -> NoReturn:
         """A backend cannot be pickled."""
@@ -417,16 +447,17 @@ class EdgePolicy:
         self._last = plan.decision
         return plan.chunk
 
-    def _check_process(self) -> None:
+    def _check_usable(self) -> None:
         if os.getpid() != self._process:
             raise ForkError(
                 "this process was forked after the policy had been loaded, and the backend's "
                 "threads and memory stayed behind; load the policy in the new process"
             )
+        self._window.graphs.check_open()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        self._check_process()
+        self._check_usable()
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
                 "another call on this policy is still running; use one sibling() per thread"

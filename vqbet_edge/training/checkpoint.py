@@ -10,21 +10,17 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqbet_edge.errors import CheckpointError, UsageError
+from vqbet_edge.errors import CheckpointError
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.layouts import Era, Json, Layout, read_json, read_layout
+from vqbet_edge.training.hub import download, is_hub_id
+from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import (
-    Scaling,
-    identity,
-    normalizing,
-    required_statistics,
-    unnormalizing,
-)
+from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ["config.json", "model.safetensors", "policy_*.json", "policy_*.safetensors"]
 _NORMALIZERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
@@ -37,15 +33,16 @@ class Checkpoint:
         inputs: by the policy's key: robot units -> network units, images from [0, 1].
         action: network units -> robot units.
         renamed: the policy's key -> the key that the robot passes, where they differ.
+        layout: which releases of LeRobot write checkpoints so.
         name: where it was loaded from, as the user wrote it.
         sha256: digest of model.safetensors.
     """
 
     network: VQBeT
-    inputs: Mapping[str, Scaling]
-    action: Scaling
+    inputs: Mapping[str, Affine]
+    action: Affine
     renamed: Mapping[str, str]
-    era: Era
+    layout: Layout
     name: str
     sha256: str
 
@@ -56,15 +53,16 @@ class Checkpoint:
 
 
 def load_checkpoint(source: str) -> Checkpoint:
-    """Load a checkpoint of any era.
+    """Load a checkpoint of any of LeRobot's layouts.
 
     Args:
         source: a model.safetensors, its directory, or a Hub repository id.
 
     Raises:
         CheckpointError: the checkpoint is missing, unknown, incomplete, sharded, pickled, or its
-            code books were never trained.
+            codebooks were never trained.
         UsageError: a Hub id without huggingface_hub.
+        HubError: it is not here and not to be had from the Hub.
     """
     directory = _locate(source)
     config = read_json(directory / CONFIG_NAME)
@@ -72,8 +70,8 @@ def load_checkpoint(source: str) -> Checkpoint:
     statistics = {k: v.numpy() for k, v in tensors.items() if k.startswith(_NORMALIZERS)}
     weights = {k: v for k, v in tensors.items() if k not in statistics}
     try:
-        layout = read_layout(directory, config, statistics)
-        network = _build(_config(config, layout, weights), weights)
+        found = read_description(directory, config, statistics)
+        network = _build(_config(config, found, weights), weights)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"'{directory / CONFIG_NAME}' or its processors lack or misuse {error}; "
@@ -81,10 +79,10 @@ def load_checkpoint(source: str) -> Checkpoint:
         ) from error
     return Checkpoint(
         network=network,
-        inputs={key: _scaling(layout, key, network.config) for key in layout.input_features},
-        action=_scaling(layout, ACTION_KEY, network.config),
-        renamed=layout.renamed,
-        era=layout.era,
+        inputs={key: _scaling(found, key, network.config) for key in network.config.input_features},
+        action=_scaling(found, ACTION_KEY, network.config),
+        renamed=found.renamed,
+        layout=found.layout,
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
     )
@@ -107,8 +105,8 @@ def _locate(source: str) -> Path:
                 f"holds {WEIGHTS_NAME} and {CONFIG_NAME}"
             )
         return _check_directory(path.parent)
-    if _HUB_ID.fullmatch(source) and not source.startswith("."):
-        return _check_directory(_download(source))
+    if is_hub_id(source):
+        return _check_directory(download(source, "model", _FILES))
     raise CheckpointError(
         f"'{source}' does not exist; pass a {WEIGHTS_NAME}, its directory, or a Hub id (user/name)"
     )
@@ -129,20 +127,6 @@ def _check_directory(directory: Path) -> Path:
     raise CheckpointError(f"'{directory}' holds no {WEIGHTS_NAME}; {hint}")
 
 
-def _download(repo_id: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415
-    except ImportError as error:
-        raise UsageError(
-            f"'{repo_id}' does not exist here; to read it from the Hub: pip install huggingface_hub"
-        ) from error
-    patterns = [CONFIG_NAME, WEIGHTS_NAME, "policy_*.json", "policy_*.safetensors"]
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except Exception as error:
-        raise CheckpointError(f"cannot read '{repo_id}' from the Hub: {error}") from error
-
-
 def _load_weights(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
@@ -160,24 +144,27 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in plain.items()}
 
 
-def _config(config: Json, layout: Layout, weights: Mapping[str, Tensor]) -> VQBeTConfig:
+def _config(config: Json, found: Description, weights: Mapping[str, Tensor]) -> VQBeTConfig:
     """The configuration, with every size that the tensors know taken from them."""
     known = {field.name for field in fields(VQBeTConfig)}
     chosen = {key: value for key, value in config.items() if key in known}
-    crop = chosen.get("crop_shape")
-    modes = {
-        {**layout.input_features, **layout.output_features}[key].type.value: value.mode
-        for key, value in layout.normalization.items()
-        if key in {**layout.input_features, **layout.output_features}
-    }
+    features = dict(found.features)
+    for key in (STATE_KEY, ACTION_KEY):
+        if key not in features:
+            raise CheckpointError(
+                f"{CONFIG_NAME} has no feature '{key}' that VQ-BeT could use; it has "
+                f"{', '.join(features) or 'none'}"
+            )
     # Before mid-2024 the state projector had the action's width whatever the config says.
     state_dim = _tensor(weights, "vqbet.state_projector.0.weight").shape[1]
-    state = replace(layout.input_features[STATE_KEY], shape=(state_dim,))
+    features[STATE_KEY] = replace(features[STATE_KEY], shape=(state_dim,))
+    modes = {features[key].type.value: value.mode for key, value in found.normalization.items()}
+    shapes = {name: chosen.get(name) for name in ("crop_shape", "resize_shape")}
     chosen |= {
-        "input_features": {**layout.input_features, STATE_KEY: state},
-        "output_features": layout.output_features,
+        "output_features": {ACTION_KEY: features.pop(ACTION_KEY)},
+        "input_features": features,
         "normalization_mapping": modes,
-        "crop_shape": None if crop is None else tuple(crop),
+        **{name: None if shape is None else tuple(shape) for name, shape in shapes.items()},
         "pretrained_backbone_weights": None,
         **_sizes(weights),
     }
@@ -217,8 +204,8 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
 def _build(config: VQBeTConfig, weights: Mapping[str, Tensor]) -> VQBeT:
     if not _tensor(weights, "vqbet.action_head.vqvae_model.discretized"):
         raise CheckpointError(
-            "the checkpoint's code books are not trained yet (discretized is false): it was saved "
-            "during stage 1; export one that was saved after n_vqvae_training_steps"
+            "the checkpoint's codebooks are not trained yet (discretized is false): it was saved "
+            "during phase 1; export one that was saved after n_vqvae_training_steps"
         )
     network = VQBeT(config)
     # Derived from the configuration, and wrong in old checkpoints.
@@ -238,13 +225,13 @@ def _shorten(text: str, limit: int = 600) -> str:
     return flat if len(flat) <= limit else f"{flat[:limit]} ..."
 
 
-def _scaling(layout: Layout, key: str, config: VQBeTConfig) -> Scaling:
+def _scaling(found: Description, key: str, config: VQBeTConfig) -> Affine:
     features = {**config.input_features, **config.output_features}
     # (dim,) for vectors; for images (3, height, width) it is the channels that are scaled.
     dim = features[key].shape[0]
-    found = layout.normalization.get(key)
-    if found is None or found.mode is NormalizationMode.IDENTITY:
-        return identity(dim)
-    stats = required_statistics(key, found.mode, found.stats, dim)
+    how = found.normalization.get(key)
+    if how is None or how.mode is NormalizationMode.IDENTITY:
+        return Affine.identity(dim)
+    stats = required_statistics(key, how.mode, how.stats, dim)
     convert = unnormalizing if key == ACTION_KEY else normalizing
-    return convert(found.mode, stats, found.epsilon)
+    return convert(how.mode, stats, how.epsilon)

@@ -7,16 +7,17 @@ checkpoints/last                        link to the newest
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
-from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.config import TrainConfig, flag
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import new_directory, point_to, sweep, write_bytes
 from vqbet_edge.training.network import VQBeT
@@ -27,6 +28,10 @@ _FREE_FIELDS = {
     "dataset", "output", "resume", "log_every", "validate_every", "save_every", "frame_cache",
     "tensorboard",
 }  # fmt: skip
+# What reading half a checkpoint ends in.
+_BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError
+# Phase 1 has converged when so many looks did not win this share of its error.
+_PATIENCE, _WORTH_WHILE = 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,25 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        step: steps of both stages that are done.
-        error: stage 1's best reconstruction error so far, normalised.
+        step: steps of both phases that are done.
+        error: phase 1's best reconstruction error so far, normalised.
         stale: how many looks ago that was.
     """
 
     step: int = 0
     error: float = math.inf
     stale: int = 0
+
+    def seen(self, error: float) -> "Progress":
+        """After a look at phase 1's reconstruction error."""
+        if error < self.error * (1 - _WORTH_WHILE):
+            return replace(self, error=error, stale=0)
+        return replace(self, stale=self.stale + 1)
+
+    @property
+    def converged(self) -> bool:
+        """Whether phase 1 has stopped learning."""
+        return self.stale >= _PATIENCE
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,7 @@ class Checkpoints:
             final = averaged or network
             save_pretrained(temporary / "pretrained_model", final, self._config, self._dataset)
             write_bytes(state / "training_step.json", json.dumps(asdict(progress)).encode())
-            _write_optimizer(state, optimizer)
+            _write_optimizer(state / "optimizer.safetensors", optimizer)
             if averaged is not None:
                 weights = safetensors.torch.save(network.state_dict())
                 write_bytes(state / "model.safetensors", weights)
@@ -121,7 +137,7 @@ class Checkpoints:
         try:
             self._check_same()
             return self._load(self.last)
-        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
+        except _BROKEN as e:
             raise CheckpointError(
                 f"{self.last.resolve()} is not whole ({e}); point the link {self.last} to an "
                 "earlier checkpoint"
@@ -135,7 +151,7 @@ class Checkpoints:
             progress=Progress(**json.loads((state / "training_step.json").read_text())),
             weights=safetensors.torch.load_file(own) if own.exists() else final,
             averaged=final if own.exists() else None,
-            optimizer=_read_optimizer(state),
+            optimizer=_read_optimizer(state / "optimizer.safetensors"),
         )
 
     def _check_same(self) -> None:
@@ -144,33 +160,26 @@ class Checkpoints:
         for name in now.keys() - _FREE_FIELDS:
             if name in before and before[name] != now[name]:
                 raise UsageError(
-                    f"the run was started with --{name} {before[name]}, now it is {now[name]}; "
+                    f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "
                     "pass the same, or start a new run in another --output"
                 )
 
 
-_TENSORS, _REST = "optimizer.safetensors", "optimizer.json"
-
-
-def _write_optimizer(directory: Path, state: dict[str, Any]) -> None:
-    """Write `Optimizer.state_dict()` as tensors `<parameter>.<name>` and JSON for the rest."""
-    values = {
-        f"{parameter}.{name}": value
+def _write_optimizer(path: Path, state: dict[str, Any]) -> None:
+    """Write `Optimizer.state_dict()` as tensors `<parameter>.<name>`, the settings as metadata."""
+    tensors = {
+        f"{parameter}.{name}": torch.as_tensor(value).contiguous()
         for parameter, entry in state["state"].items()
         for name, value in entry.items()
     }
-    tensors = {name: v.contiguous() for name, v in values.items() if isinstance(v, Tensor)}
-    rest = {name: v for name, v in values.items() if name not in tensors}
-    write_bytes(directory / _TENSORS, safetensors.torch.save(tensors))
-    text = json.dumps({"param_groups": state["param_groups"], "state": rest})
-    write_bytes(directory / _REST, text.encode())
+    settings = {"param_groups": json.dumps(state["param_groups"])}
+    write_bytes(path, safetensors.torch.save(tensors, settings))
 
 
-def _read_optimizer(directory: Path) -> dict[str, Any]:
-    read = json.loads((directory / _REST).read_text())
-    state: dict[int, dict[str, Any]] = {}
-    tensors = safetensors.torch.load_file(directory / _TENSORS)
-    for name, value in {**tensors, **read["state"]}.items():
-        parameter, _, key = name.partition(".")
-        state.setdefault(int(parameter), {})[key] = value
-    return {"state": state, "param_groups": read["param_groups"]}
+def _read_optimizer(path: Path) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    with safetensors.safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            parameter, _, name = key.partition(".")
+            state.setdefault(int(parameter), {})[name] = file.get_tensor(key)
+        return {"state": state, "param_groups": json.loads(file.metadata()["param_groups"])}

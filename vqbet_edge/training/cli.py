@@ -16,5 +16,5 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = tyro.cli(TrainConfig, prog="vqbet-train", use_underscores=True)
+    config = tyro.cli(TrainConfig, prog="vqbet-train")
     sys.stdout.write(f"{train(config)}\n")

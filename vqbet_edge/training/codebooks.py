@@ -1,4 +1,4 @@
-"""How code books learn: k-means to begin with, moving averages, revival of unused codes.
+"""How codebooks learn: k-means to begin with, moving averages, revival of unused codes.
 
 Moving averages follow "Neural Discrete Representation Learning", appendix A.1, with the decay and
 smoothing of LeRobot's `EuclideanCodebook`; revival is that of "Jukebox", section 3.1.
@@ -35,9 +35,9 @@ def quantize(quantizer: ResidualQuantizer, latents: Tensor, reduce: Reduce | Non
     """Quantise and, unless `reduce` is None, move the code vectors towards their inputs.
 
     Args:
-        quantizer: both code books.
+        quantizer: both codebooks.
         latents: (M, D).
-        reduce: keeps the code books in step across processes.
+        reduce: keeps the codebooks in step across processes.
     """
     residual, total, codes = latents, torch.zeros_like(latents), []
     commitment = latents.new_zeros(())

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.training.dataset import LeRobotDataset
@@ -12,14 +12,22 @@ from vqbet_edge.training.dataset import LeRobotDataset
 STATE_KEY = "observation.state"
 ACTION_KEY = "action"
 
-# Channels of the last feature map.
-BACKBONE_CHANNELS = {
-    "resnet10_small": 64,
-    "resnet18": 512,
-    "resnet34": 512,
-    "resnet50": 2048,
-    "resnet101": 2048,
-    "resnet152": 2048,
+
+class Backbone(NamedTuple):
+    """What a backbone makes of an image: a map with so many channels, smaller by the stride."""
+
+    channels: int
+    stride: int
+
+
+BACKBONES = {
+    # A map of 8x8 is left of an image of 64x64 to find keypoints in.
+    "resnet10_small": Backbone(64, 8),
+    "resnet18": Backbone(512, 32),
+    "resnet34": Backbone(512, 32),
+    "resnet50": Backbone(2048, 32),
+    "resnet101": Backbone(2048, 32),
+    "resnet152": Backbone(2048, 32),
 }
 NUM_CODE_LAYERS = 2
 
@@ -38,6 +46,8 @@ class NormalizationMode(str, Enum):
     IDENTITY = "IDENTITY"
     MIN_MAX = "MIN_MAX"
     MEAN_STD = "MEAN_STD"
+    QUANTILES = "QUANTILES"
+    QUANTILE10 = "QUANTILE10"
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def _default_normalization() -> dict[str, NormalizationMode]:
 class Hyperparameters:
     """What a person chooses about a VQ-BeT policy, under LeRobot's names and defaults."""
 
-    # By type of feature: IDENTITY, MIN_MAX or MEAN_STD.
+    # By type of feature: IDENTITY, MIN_MAX, MEAN_STD, QUANTILES (1 % and 99 %) or QUANTILE10.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=_default_normalization
     )
@@ -90,7 +100,7 @@ class Hyperparameters:
     # Keypoints of the spatial softmax behind the backbone.
     spatial_softmax_num_keypoints: int = 32
 
-    # Optimisation steps of stage 1, the residual VQ-VAE.
+    # Optimisation steps of phase 1, the residual VQ-VAE.
     n_vqvae_training_steps: int = 20000
     # Codes in each of the two layers.
     vqvae_n_embed: int = 16
@@ -175,6 +185,11 @@ class VQBeTConfig(Hyperparameters):
         return len(self.image_keys) + 2
 
     @property
+    def num_queries(self) -> int:
+        """Action queries: one per observation, and those for the future."""
+        return self.n_obs_steps + self.n_action_pred_token - 1
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the whole training sequence, future action queries included."""
         return self.n_obs_steps * self.tokens_per_step + self.n_action_pred_token - 1
@@ -195,8 +210,7 @@ def _check_features(config: VQBeTConfig) -> None:
         raise CheckpointError(
             f"expected the one output feature '{ACTION_KEY}', got {sorted(config.output_features)}"
         )
-    for key in (STATE_KEY,):
-        _check_vector(key, config.input_features[key])
+    _check_vector(STATE_KEY, config.input_features[STATE_KEY])
     _check_vector(ACTION_KEY, config.output_features[ACTION_KEY])
     if not config.image_keys:
         raise CheckpointError(
@@ -215,10 +229,17 @@ def _check_vector(key: str, feature: Feature) -> None:
 
 
 def _check_vision(config: VQBeTConfig) -> None:
-    if config.vision_backbone not in BACKBONE_CHANNELS:
+    if config.vision_backbone not in BACKBONES:
         raise CheckpointError(
             f"vision_backbone '{config.vision_backbone}' is unknown; "
-            f"use one of {', '.join(BACKBONE_CHANNELS)}"
+            f"use one of {', '.join(BACKBONES)}"
+        )
+    pretrained = config.pretrained_backbone_weights
+    if pretrained and (config.use_group_norm or config.vision_backbone == "resnet10_small"):
+        raise CheckpointError(
+            f"pretrained_backbone_weights '{pretrained}' belong to a torchvision ResNet with "
+            f"BatchNorm, not to {config.vision_backbone} with use_group_norm "
+            f"{config.use_group_norm}; pass --no-use-group-norm, or no pretrained weights"
         )
     resize, crop = config.resize_shape, config.crop_shape
     height, width = config.image_shape[1:]
@@ -254,6 +275,23 @@ def _check_sizes(config: VQBeTConfig) -> None:
         )
 
 
+def flag(name: str) -> str:
+    """A field as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse fields below 1.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise UsageError(f"{flag(name)} must be at least 1, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Hyperparameters):
     """One training run.
@@ -266,7 +304,7 @@ class TrainConfig(Hyperparameters):
     dataset: str
     # Folder of the run: checkpoints, metrics and curves go there.
     output: Path
-    # Optimisation steps of both stages together.
+    # Optimisation steps of both phases together.
     steps: int = 100_000
     # Windows per step, over all processes together.
     batch_size: int = 64
@@ -275,30 +313,30 @@ class TrainConfig(Hyperparameters):
     # Go on from the run's last checkpoint.
     resume: bool = False
 
-    # Learning rate of stage 2.
+    # Learning rate of phase 2.
     optimizer_lr: float = 1e-4
-    # Decay of Adam's moving averages, both stages.
+    # Decay of Adam's moving averages, both phases.
     optimizer_betas: tuple[float, float] = (0.95, 0.999)
-    # Adam's epsilon, both stages.
+    # Adam's epsilon, both phases.
     optimizer_eps: float = 1e-8
-    # Weight decay of stage 2.
+    # Weight decay of phase 2.
     optimizer_weight_decay: float = 1e-6
-    # Learning rate of stage 1.
+    # Learning rate of phase 1.
     optimizer_vqvae_lr: float = 1e-3
-    # Weight decay of stage 1.
+    # Weight decay of phase 1.
     optimizer_vqvae_weight_decay: float = 1e-4
     # Gradients longer than this are shortened to it.
     optimizer_grad_clip_norm: float = 10.0
-    # Steps in which stage 2's learning rate rises to its full height.
+    # Steps in which phase 2's learning rate rises to its full height.
     scheduler_warmup_steps: int = 500
 
-    # End stage 1 as soon as its reconstruction error stops falling.
+    # End phase 1 as soon as its reconstruction error stops falling.
     vqvae_early_stop: bool = False
-    # Decay of the moving average of stage 2's weights that checkpoints then hold; 0 keeps none.
+    # Decay of the moving average of phase 2's weights that checkpoints then hold; 0 keeps none.
     ema_decay: float = 0.0
-    # Precision that stage 2 computes in, beside the float32 weights.
+    # Precision that phase 2 computes in, beside the float32 weights.
     mixed_precision: Literal["no", "bf16"] = "no"
-    # Compile stage 2 with torch.compile.
+    # Compile phase 2 with torch.compile.
     compile: bool = False
     # Convolve in channels-last memory order.
     channels_last: bool = False
@@ -317,21 +355,14 @@ class TrainConfig(Hyperparameters):
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "save_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "batch_size", "log_every", "save_every", "validate_every")
         if not 0 < self.n_vqvae_training_steps < self.steps:
             raise UsageError(
-                f"--steps {self.steps} counts both stages and must be more than "
-                f"--n_vqvae_training_steps {self.n_vqvae_training_steps}"
+                f"--steps {self.steps} counts both phases and must be more than "
+                f"--n-vqvae-training-steps {self.n_vqvae_training_steps}"
             )
         if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"--ema_decay must be in [0, 1), got {self.ema_decay}")
-
-    @property
-    def stage2_steps(self) -> int:
-        """Optimisation steps of stage 2."""
-        return self.steps - self.n_vqvae_training_steps
+            raise UsageError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
 
     def policy(self, dataset: LeRobotDataset) -> VQBeTConfig:
         """The architecture for a data set: its cameras, state and action.

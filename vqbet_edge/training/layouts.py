@@ -1,12 +1,14 @@
-"""The three ways in which LeRobot has written a VQ-BeT checkpoint.
+"""The three layouts in which LeRobot has written a VQ-BeT checkpoint.
 
-A: v0.1 (2024-06 to 2025-01), flat config, statistics among the weights.
-B: v0.2 to 0.3, typed config, statistics among the weights.
-C: v0.4 and later, typed config, statistics in the processors' state files.
+0.1 (2024-06 to 2025-01): flat config, statistics among the weights.
+0.2-0.3 (until 2025-09): typed config, statistics among the weights.
+0.4+: typed config, statistics in the processors' state files.
+
+Of several outputs VQ-BeT predicts `action` alone, in LeRobot too; the others are left out.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -24,7 +26,7 @@ from vqbet_edge.training.config import (
     FeatureType,
     NormalizationMode,
 )
-from vqbet_edge.training.normalization import Epsilon, Floats, Statistics
+from vqbet_edge.training.normalization import EPSILON, Epsilon, Floats, Statistics
 
 Json = dict[str, Any]
 Arrays = Mapping[str, Floats]
@@ -35,12 +37,12 @@ _BUFFER_EPSILON = Epsilon(1e-8, always=True)
 _NEUTRAL_STEPS = {"to_batch_processor", "device_processor"}
 
 
-class Era(str, Enum):
-    """Which LeRobot wrote the checkpoint."""
+class Layout(str, Enum):
+    """Which releases of LeRobot write a checkpoint so."""
 
-    A = "A"
-    B = "B"
-    C = "C"
+    V0_1 = "0.1"
+    V0_2 = "0.2-0.3"
+    V0_4 = "0.4+"
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,24 @@ class Normalization:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the files around the weights say.
+class Description:
+    """What the files around the weights say about a policy.
 
     Attributes:
+        features: what the policy reads, in token order, and the action.
+        normalization: by the policy's key; absent means unchanged.
         renamed: the policy's key of an observation -> the key under which the robot passes it,
             where they differ.
-        normalization: by the policy's key; absent means unchanged.
     """
 
-    era: Era
-    input_features: dict[str, Feature]
-    output_features: dict[str, Feature]
+    layout: Layout
+    features: dict[str, Feature]
     normalization: dict[str, Normalization]
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-def read_layout(directory: Path, config: Json, arrays: Arrays) -> Layout:
-    """Recognise the era and read features and normalisation.
+def read_description(directory: Path, config: Json, arrays: Arrays) -> Description:
+    """Recognise the layout and read features and normalisation.
 
     Args:
         directory: the checkpoint's.
@@ -78,87 +80,88 @@ def read_layout(directory: Path, config: Json, arrays: Arrays) -> Layout:
         arrays: the statistics found among the weights, by tensor name.
     """
     if "type" not in config and "input_shapes" in config:
-        return _era_a(config, arrays)
-    if config.get("type") != "vqbet":
+        return _layout_0_1(config, arrays)
+    if "type" not in config:
         raise CheckpointError(
-            f"config.json describes a policy of type {config.get('type')!r}, expected 'vqbet'; "
+            f"'{directory / 'config.json'}' does not say of what type the policy is; if LeRobot's "
+            'VQ-BeT wrote it, add the line "type": "vqbet", to it'
+        )
+    if config["type"] != "vqbet":
+        raise CheckpointError(
+            f"config.json describes a policy of type {config['type']!r}, expected 'vqbet'; "
             "only VQ-BeT policies can be exported"
         )
-    return (
-        _era_c(directory, config) if (directory / PREPROCESSOR).exists() else _era_b(config, arrays)
-    )
+    if (directory / PREPROCESSOR).exists():
+        return _layout_0_4(directory, config)
+    return _layout_0_2(config, arrays)
 
 
-def _era_a(config: Json, arrays: Arrays) -> Layout:
-    inputs = {key: _feature_by_name(key, shape) for key, shape in config["input_shapes"].items()}
-    outputs = {
-        key: Feature(FeatureType.ACTION, tuple(shape))
-        for key, shape in config["output_shapes"].items()
-    }
+def _layout_0_1(config: Json, arrays: Arrays) -> Description:
+    features = _named_features(config)
     modes = {
-        key: NormalizationMode[mode.upper()]
+        key: _mode(mode.upper())
         for name in ("input_normalization_modes", "output_normalization_modes")
         for key, mode in config.get(name, {}).items()
+        if key in features
     }
     normalization = {key: _from_buffers(key, mode, arrays) for key, mode in modes.items()}
-    return Layout(Era.A, inputs, outputs, normalization)
+    return Description(Layout.V0_1, features, normalization)
 
 
-def _era_b(config: Json, arrays: Arrays) -> Layout:
-    inputs, outputs = _typed_features(config)
-    normalization = {
-        key: _from_buffers(key, mode, arrays)
-        for key, mode in _modes({**inputs, **outputs}, config["normalization_mapping"]).items()
-    }
-    return Layout(Era.B, inputs, outputs, normalization)
+def _layout_0_2(config: Json, arrays: Arrays) -> Description:
+    features = _typed_features(config)
+    modes = _modes(features, config["normalization_mapping"])
+    normalization = {key: _from_buffers(key, mode, arrays) for key, mode in modes.items()}
+    return Description(Layout.V0_2, features, normalization)
 
 
-def _era_c(directory: Path, config: Json) -> Layout:
-    inputs, outputs = _typed_features(config)
+def _layout_0_4(directory: Path, config: Json) -> Description:
+    features = _typed_features(config)
     before = _processor_steps(directory, PREPROCESSOR)
     after = _processor_steps(directory, POSTPROCESSOR)
-    normalization = _from_step(directory, before.get("normalizer_processor"))
+    normalization = _from_step(directory, before.get("normalizer_processor"), features)
     trained_on = normalization.pop(ACTION_KEY, None)
     # The action's statistics are those that turn it back into the robot's units.
-    action = _from_step(directory, after.get("unnormalizer_processor")).get(ACTION_KEY)
-    if action is not None:
-        normalization[ACTION_KEY] = action
-    elif trained_on is not None and trained_on.mode is not NormalizationMode.IDENTITY:
+    action = _from_step(directory, after.get("unnormalizer_processor"), [ACTION_KEY])
+    normalization |= action
+    if not action and trained_on and trained_on.mode is not NormalizationMode.IDENTITY:
         raise CheckpointError(
             f"{PREPROCESSOR} normalises the action, but {POSTPROCESSOR} has no "
             "'unnormalizer_processor' to turn it back; save the policy with both processors"
         )
     rename = before.get("rename_observations_processor", {}).get("config", {})
-    renamed = {new: old for old, new in rename.get("rename_map", {}).items() if new in inputs}
-    return Layout(Era.C, inputs, outputs, normalization, renamed)
+    renamed = {new: old for old, new in rename.get("rename_map", {}).items() if new in features}
+    return Description(Layout.V0_4, features, normalization, renamed)
 
 
-def _feature_by_name(key: str, shape: list[int]) -> Feature:
-    if key == STATE_KEY:
-        return Feature(FeatureType.STATE, tuple(shape))
-    if key.startswith("observation.image"):
-        return Feature(FeatureType.VISUAL, tuple(shape))
-    raise CheckpointError(f"input '{key}' is neither a camera nor '{STATE_KEY}'")
+def _named_features(config: Json) -> dict[str, Feature]:
+    """Layout 0.1 has shapes only; what a feature is follows from its name."""
+    specs = {
+        key: {"type": "VISUAL" if key.startswith("observation.image") else "STATE", "shape": shape}
+        for key, shape in config["input_shapes"].items()
+    }
+    outputs = {
+        key: {"type": "ACTION", "shape": shape} for key, shape in config["output_shapes"].items()
+    }
+    return _typed_features({"input_features": specs, "output_features": outputs})
 
 
-def _typed_features(config: Json) -> tuple[dict[str, Feature], dict[str, Feature]]:
-    inputs, outputs = (
-        {key: _typed_feature(key, spec) for key, spec in config[name].items()}
-        for name in ("input_features", "output_features")
-    )
-    return inputs, outputs
+def _typed_features(config: Json) -> dict[str, Feature]:
+    inputs, outputs = config["input_features"], config["output_features"]
+    for key, spec in inputs.items():
+        if spec["type"] != ("STATE" if key == STATE_KEY else "VISUAL"):
+            raise CheckpointError(
+                f"input feature '{key}' is of type {spec['type']!r}; VQ-BeT reads cameras and "
+                f"'{STATE_KEY}' only. LeRobot cannot run the policy either, because it counts "
+                "every input as a token; train it without this input"
+            )
+    specs = {**inputs, **{key: spec for key, spec in outputs.items() if key == ACTION_KEY}}
+    return {
+        key: Feature(FeatureType(spec["type"]), tuple(spec["shape"])) for key, spec in specs.items()
+    }
 
 
-def _typed_feature(key: str, spec: Json) -> Feature:
-    names = [kind.value for kind in FeatureType]
-    if spec["type"] not in names:
-        raise CheckpointError(
-            f"feature '{key}' is of type {spec['type']!r}; VQ-BeT uses {', '.join(names)}"
-        )
-    return Feature(FeatureType(spec["type"]), tuple(spec["shape"]))
-
-
-def _modes(features: dict[str, Feature], mapping: Json) -> dict[str, NormalizationMode]:
+def _modes(features: Mapping[str, Feature], mapping: Json) -> dict[str, NormalizationMode]:
     return {key: _mode(mapping.get(f.type.value, "IDENTITY")) for key, f in features.items()}
 
 
@@ -200,18 +203,22 @@ def _processor_steps(directory: Path, name: str) -> dict[str, Json]:
     return steps
 
 
-def _from_step(directory: Path, step: Json | None) -> dict[str, Normalization]:
+def _from_step(directory: Path, step: Json | None, keys: Iterable[str]) -> dict[str, Normalization]:
+    """What a step of a processor does to some features."""
     if step is None:
         return {}
     config = step.get("config", {})
-    features = {key: _typed_feature(key, spec) for key, spec in config["features"].items()}
     only = config.get("normalize_observation_keys")
     stats = _state_file(directory, step["state_file"]) if "state_file" in step else {}
-    epsilon = Epsilon(float(config.get("eps", 1e-8)), always=False)
+    epsilon = Epsilon(float(config.get("eps", EPSILON.value)), always=False)
     return {
-        key: Normalization(mode, stats.get(key, {}), epsilon)
-        for key, mode in _modes(features, config["norm_map"]).items()
-        if only is None or key in only or key == ACTION_KEY
+        key: Normalization(
+            _mode(config["norm_map"].get(config["features"][key]["type"], "IDENTITY")),
+            stats.get(key, {}),
+            epsilon,
+        )
+        for key in keys
+        if key in config["features"] and (only is None or key in only or key == ACTION_KEY)
     }
 
 

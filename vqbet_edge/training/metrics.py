@@ -1,11 +1,11 @@
-"""What a run reports while it goes on: metrics.jsonl, a progress bar, TensorBoard on request."""
+"""What a run reports: metrics.jsonl, a progress bar, curves, TensorBoard on request."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,86 +15,105 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from typing_extensions import Self
 
 from vqbet_edge.errors import UsageError
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.files import replace_bytes, writing
 
 Metrics = Mapping[str, float]
+Record = dict[str, Any]
+
+# Panels of the curves: title, kind of record, metrics.
+_PANELS = [
+    ("phase 1: reconstruction (L1, normalised)", "phase 1", ["reconstruction"]),
+    ("phase 1: code pairs in use", "codes", ["code_pairs_used"]),
+    ("phase 2: focal losses", "phase 2", ["primary", "secondary"]),
+    ("phase 2: predicted chunk (L1, normalised)", "phase 2", ["offset"]),
+    ("phase 2: sampled code is the chunk's", "phase 2", ["primary_accuracy", "secondary_accuracy"]),
+    ("learning rate", "phase 2", ["lr"]),
+]
 
 
 class Reporter:
-    """Writes metrics; on every process but the first it does nothing."""
+    """Writes metrics; on every process but the first it does nothing.
+
+    Attributes:
+        bar: the progress bar, shown while it is entered.
+    """
 
     def __init__(self, config: TrainConfig, step: int, active: bool) -> None:
+        self._path = config.output / "metrics.jsonl"
         self._active = active
-        self.path = config.output / "metrics.jsonl"
-        self.console = Console(stderr=True, quiet=not active)
-        self._file: IO[str] | None = None
-        if active:
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                _forget_after(self.path, step)
-                # Line by line, so that a kill costs no more than the line being written.
-                self._file = self.path.open("a", buffering=1, encoding="utf-8")
-        self._board = _open_board(config) if active and config.tensorboard else None
-        self._bar = Progress(
+        console = Console(stderr=True, quiet=not active)
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
-            console=self.console,
+            console=console,
             disable=not active,
         )
-        self._task = self._bar.add_task("starting", total=config.steps, completed=step, losses="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._task = self.bar.add_task("starting", total=config.steps, completed=step, losses="")
+        self._board = _open_board(config) if active and config.tensorboard else None
+        if active:
+            with writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _forget_after(self._path, step)
 
     def record(self, step: int, kind: str, metrics: Metrics) -> None:
         """Write one line: the step, what kind of metrics, and the metrics."""
-        if self._file is None:
+        if not self._active:
             return
-        with writing(self.path):
-            self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        # Opened for every line, so that a kill costs no more than the line being written.
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
 
-    def progress(self, step: int, stage: str, metrics: Metrics | None = None) -> None:
+    def progress(self, step: int, phase: str, metrics: Metrics | None = None) -> None:
         """Move the bar."""
-        fields: dict[str, str] = {}
+        fields = {}
         if metrics is not None:
             fields["losses"] = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:4])
-        self._bar.update(self._task, completed=step, description=stage, **fields)  # type: ignore[arg-type]
+        self.bar.update(self._task, completed=step, description=phase, **fields)  # type: ignore[arg-type]
 
     def note(self, text: str) -> None:
         """Say something to the person who waits."""
-        self.console.print(text, highlight=False)
+        self.bar.console.print(text, highlight=False)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Record]:
     """All whole lines of a metrics file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     # A kill may have interrupted the last line.
     whole = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def draw_curves(metrics: Path, target: Path) -> None:
+    """Training curves, validation dashed, from a metrics.jsonl."""
+    records = read_metrics(metrics)
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    for axis, (title, kind, names) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        for color, name in enumerate(names):
+            for suffix, style in (("", "-"), (" validation", "--")):
+                points = _points(records, kind + suffix, name)
+                axis.plot(*points, style, color=f"C{color}", label=f"{name}{suffix}")
+        if len(names) > 1:
+            axis.legend()
+    with writing(target):
+        figure.savefig(target, dpi=120)
+
+
+def _points(records: Sequence[Record], kind: str, name: str) -> tuple[list[int], list[float]]:
+    found = [r for r in records if r["kind"] == kind and name in r]
+    return [r["step"] for r in found], [r[name] for r in found]
 
 
 def _forget_after(path: Path, step: int) -> None:

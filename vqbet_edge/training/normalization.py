@@ -1,4 +1,4 @@
-"""From stored statistics to affine scaling, as LeRobot normalises.
+"""From statistics to affine scaling, as LeRobot normalises.
 
 Sources: `Normalize` and `Unnormalize` of LeRobot up to 0.3.3, `_NormalizationMixin` from 0.4 on.
 """
@@ -9,33 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import NormalizationMode, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 
-Floats = NDArray[np.float32]
-Statistics = Mapping[str, Floats]  # by name: min, max, mean, std
+Floats = npt.NDArray[np.float32]
+Statistics = Mapping[str, Floats]  # by name, see `STATISTICS`
 
-
-@dataclass(frozen=True)
-class Scaling:
-    """`y = (x - subtract) * multiply + add`, element by element.
-
-    Attributes:
-        subtract, multiply, add: float32 (dim,) for vectors, (3,) per channel for images.
-    """
-
-    subtract: Floats
-    multiply: Floats
-    add: Floats
+# What a mode needs; all but MEAN_STD map the first to -1 and the second to 1.
+STATISTICS = {
+    NormalizationMode.IDENTITY: (),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
 
 
 @dataclass(frozen=True)
 class Epsilon:
-    """How an era of LeRobot keeps a constant feature from dividing by zero.
+    """How a release of LeRobot keeps a constant feature from dividing by zero.
 
     Attributes:
         value: the small number.
@@ -52,53 +48,40 @@ class Epsilon:
         return result
 
 
-def identity(dim: int) -> Scaling:
-    """Scaling that changes nothing."""
-    zeros, ones = np.zeros(dim, np.float32), np.ones(dim, np.float32)
-    return Scaling(zeros, ones, zeros)
+# LeRobot's processors replace a range of zero by this.
+EPSILON = Epsilon(1e-8, always=False)
 
 
-def normalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Scaling:
+def normalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
     """Units of the robot -> units of the network."""
-    match mode:
-        case NormalizationMode.MIN_MAX:
-            low, high = stats["min"], stats["max"]
-            scale = np.float32(2) / epsilon.range(low, high)
-            return Scaling(low, scale, np.full_like(low, -1))
-        case NormalizationMode.MEAN_STD:
-            mean, std = stats["mean"], stats["std"]
-            scale = np.float32(1) / (std + np.float32(epsilon.value))
-            return Scaling(mean, scale, np.zeros_like(mean))
-        case NormalizationMode.IDENTITY:
-            raise AssertionError("an identity has no statistics")
+    first, second = (stats[name] for name in STATISTICS[mode])
+    if mode is NormalizationMode.MEAN_STD:
+        scale = np.float32(1) / (second + np.float32(epsilon.value))
+        return Affine(first, scale, np.zeros_like(first))
+    scale = np.float32(2) / epsilon.range(first, second)
+    return Affine(first, scale, np.full_like(first, -1))
 
 
-def unnormalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Scaling:
+def unnormalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
     """Units of the network -> units of the robot."""
-    match mode:
-        case NormalizationMode.MIN_MAX:
-            low, high = stats["min"], stats["max"]
-            # Only from 0.4 on does the inverse use the guarded range.
-            span = high - low if epsilon.always else epsilon.range(low, high)
-            return Scaling(np.full_like(low, -1), span / np.float32(2), low)
-        case NormalizationMode.MEAN_STD:
-            mean, std = stats["mean"], stats["std"]
-            return Scaling(np.zeros_like(mean), std, mean)
-        case NormalizationMode.IDENTITY:
-            raise AssertionError("an identity has no statistics")
+    first, second = (stats[name] for name in STATISTICS[mode])
+    if mode is NormalizationMode.MEAN_STD:
+        return Affine(np.zeros_like(first), second, first)
+    # Only from 0.4 on does the inverse use the guarded range.
+    span = second - first if epsilon.always else epsilon.range(first, second)
+    return Affine(np.full_like(first, -1), span / np.float32(2), first)
 
 
 def required_statistics(
     key: str, mode: NormalizationMode, stored: Statistics, dim: int
 ) -> Statistics:
-    """The statistics that a mode needs, flattened to (dim,) and checked.
+    """The statistics that a checkpoint's mode needs, flattened to (dim,) and checked.
 
     Raises:
         CheckpointError: one is missing, not finite, or of another width than the feature.
     """
-    names = ("min", "max") if mode is NormalizationMode.MIN_MAX else ("mean", "std")
     found = {}
-    for name in names:
+    for name in STATISTICS[mode]:
         if name not in stored:
             raise CheckpointError(
                 f"'{key}' is normalised by {mode.value}, but the checkpoint has no '{name}' of it "
@@ -115,44 +98,46 @@ def required_statistics(
     return found
 
 
-# LeRobot's processors replace a range of zero by this.
-EPSILON = Epsilon(1e-8, always=False)
-
-
 @dataclass(frozen=True)
 class Scalings:
     """Per feature: robot units -> network units, and back."""
 
-    forward: Mapping[str, Scaling]
-    backward: Mapping[str, Scaling]
+    forward: Mapping[str, Affine]
+    backward: Mapping[str, Affine]
 
     @classmethod
     def of(cls, dataset: LeRobotDataset, config: VQBeTConfig) -> "Scalings":
         """What the configuration's `normalization_mapping` makes of the data set's statistics.
 
         Raises:
-            CheckpointError: the data set lacks a statistic that a mode needs.
+            DatasetError: a feature is missing or damaged.
         """
         forward, backward = {}, {}
         for key, feature in {**config.input_features, **config.output_features}.items():
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
             if mode is NormalizationMode.IDENTITY:
-                forward[key] = backward[key] = identity(dim)
-            else:
-                stats = required_statistics(key, mode, dataset.stats.get(key, {}), dim)
-                forward[key] = normalizing(mode, stats, EPSILON)
-                backward[key] = unnormalizing(mode, stats, EPSILON)
+                forward[key] = backward[key] = Affine.identity(dim)
+                continue
+            found = dataset.statistics(key, STATISTICS[mode])
+            stats = {name: values.reshape(dim) for name, values in found.items()}
+            forward[key] = normalizing(mode, stats, EPSILON)
+            backward[key] = unnormalizing(mode, stats, EPSILON)
         return cls(forward, backward)
 
-    def normalize(self, key: str, values: npt.NDArray[np.float32]) -> Tensor:
+    def normalize(self, key: str, values: npt.NDArray[np.generic]) -> Tensor:
         """(..., dim) in the robot's units -> float32 (..., dim) in the network's."""
-        return torch.from_numpy(_apply(self.forward[key], values))
+        return torch.from_numpy(self.forward[key].apply(values.astype(np.float32)))
 
-    def unit(self, key: str) -> npt.NDArray[np.float32]:
+    def unit(self, key: str) -> Floats:
         """float32 (dim,): how much of the robot's unit one of the network's is."""
         return self.backward[key].multiply
 
 
-def _apply(scaling: Scaling, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return (values - scaling.subtract) * scaling.multiply + scaling.add
+def scale_images(images: Tensor, affine: Affine) -> Tensor:
+    """(..., 3, H, W) in [0, 1] -> the network's units."""
+    subtract, multiply, add = (
+        torch.from_numpy(term).view(-1, 1, 1).to(images.device)
+        for term in (affine.subtract, affine.multiply, affine.add)
+    )
+    return (images - subtract) * multiply + add

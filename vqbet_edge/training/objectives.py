@@ -1,17 +1,19 @@
-"""What the two stages minimise, on one batch.
+"""What the two phases minimise, on one batch.
 
 Losses, weights and the order of random draws are those of LeRobot's `VqVae.vqvae_forward` and
 `VQBeTHead.loss_fn`: fed the same batch, weights and random state, both agree.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.codebooks import Reduce, quantize
-from vqbet_edge.training.config import VQBeTConfig
 from vqbet_edge.training.network import ActionHead, VQBeT, VqVae
 from vqbet_edge.training.normalization import Scalings
 
@@ -19,7 +21,7 @@ COMMITMENT_WEIGHT = 5.0
 FOCAL_GAMMA = 2.0
 
 
-class Stage1Losses(NamedTuple):
+class VqVaeLosses(NamedTuple):
     """Losses of the residual VQ-VAE, all ()."""
 
     loss: Tensor
@@ -27,25 +29,25 @@ class Stage1Losses(NamedTuple):
     commitment: Tensor
 
 
-class Stage1(nn.Module):
-    """Action chunk -> codes -> the same action chunk (paper, section 3.1)."""
+class VqVaeObjective(nn.Module):
+    """Phase 1: action chunk -> codes -> the same action chunk."""
 
     def __init__(self, vqvae: VqVae, reduce: Reduce) -> None:
         super().__init__()
         self.vqvae = vqvae
         self._reduce = reduce
 
-    def forward(self, chunks: Tensor) -> Stage1Losses:
-        """Losses on chunks (M, W, A), normalised; moves the code books in training mode."""
-        flat = chunks.flatten(1)
+    def forward(self, chunks: Tensor) -> VqVaeLosses:
+        """Losses on chunks (M, W, A), normalised; moves the codebooks in training mode."""
+        flat = chunks.flatten(1)  # (M, W * A)
         reduce = self._reduce if self.training else None
         result = quantize(self.vqvae.vq_layer, self.vqvae.encoder(flat), reduce)
         reconstruction = F.l1_loss(self.vqvae.decoder(result.latents), flat)
         loss = reconstruction + COMMITMENT_WEIGHT * result.commitment
-        return Stage1Losses(loss, reconstruction.detach(), result.commitment.detach())
+        return VqVaeLosses(loss, reconstruction.detach(), result.commitment.detach())
 
 
-class Stage2Losses(NamedTuple):
+class PolicyLosses(NamedTuple):
     """Losses of code prediction and offsets, all ()."""
 
     loss: Tensor
@@ -56,38 +58,26 @@ class Stage2Losses(NamedTuple):
     secondary_accuracy: Tensor
 
 
-class Prediction(NamedTuple):
-    """What the heads say about M action queries."""
-
-    logits: Tensor  # (M, 2, C)
-    codes: Tensor  # int64 (M, 2), sampled
-    chunks: Tensor  # (M, W, A), decoded plus offset
-
-
-class Stage2(nn.Module):
-    """Window -> codes and offsets of all action queries (paper, section 3.2)."""
-
-    image_multiply: Tensor
-    image_add: Tensor
+class PolicyObjective(nn.Module):
+    """Phase 2: window -> codes and offsets of all action queries."""
 
     def __init__(self, network: VQBeT, scalings: Scalings) -> None:
         super().__init__()
         self.network = network
-        multiply, add = _image_affine(network.config, scalings)
-        self.register_buffer("image_multiply", multiply)
-        self.register_buffer("image_add", add)
+        self.pixels = PixelScaling([scalings.forward[key] for key in network.config.image_keys])
 
-    def train(self, mode: bool = True) -> "Stage2":
-        """Switch the mode of everything but the VQ-VAE, which stays as stage 1 left it."""
+    def train(self, mode: bool = True) -> "PolicyObjective":
+        """Switch the mode of everything but the VQ-VAE, which stays as phase 1 left it."""
         super().train(mode)
         self.network.head.vqvae_model.eval()
         return self
 
-    def forward(self, images: Tensor, states: Tensor, actions: Tensor) -> Stage2Losses:
+    def forward(self, images: Tensor, states: Tensor, actions: Tensor) -> PolicyLosses:
         """Losses on one batch; see `Batch` for the shapes."""
         config, head = self.network.config, self.network.head
-        features = self.network(self.to_network_units(images), states).flatten(0, 1)
-        chunks = actions[:, self.network.vqbet.select_target_actions_indices].flatten(0, 1)
+        features = self.network(self.pixels(images), states).flatten(0, 1)  # (B * Q, D)
+        targets = actions[:, self.network.vqbet.select_target_actions_indices]  # (B, Q, W, A)
+        chunks = targets.flatten(0, 1)
         # The codes of a chunk must not depend on the precision that the rest runs in.
         with torch.no_grad(), torch.autocast(actions.device.type, enabled=False):
             target = head.vqvae_model.encode(chunks).codes
@@ -101,22 +91,46 @@ class Stage2(nn.Module):
             + config.offset_loss_weight * offset
         )
         hits = (predicted.codes == target).float().mean(0)
-        return Stage2Losses(loss, primary.detach(), secondary.detach(), offset.detach(), *hits)
+        return PolicyLosses(loss, primary.detach(), secondary.detach(), offset.detach(), *hits)
 
-    def to_network_units(self, images: Tensor) -> Tensor:
-        """uint8 (..., K, H, W, 3) -> float32 (..., K, 3, H, W)."""
-        return images.movedim(-1, -3).float() * self.image_multiply + self.image_add
+
+class PixelScaling(nn.Module):
+    """Camera frames -> what the network takes: one factor and summand per camera and channel."""
+
+    multiply: Tensor
+    add: Tensor
+
+    def __init__(self, scalings: Sequence[Affine]) -> None:
+        super().__init__()
+        # In float64 until both terms are final.
+        rows = [np.stack([s.subtract, s.multiply, s.add]).astype(np.float64) for s in scalings]
+        subtract, multiply, add = np.stack(rows, axis=1)[..., None, None]  # (K, 3, 1, 1) each
+        dtype = torch.get_default_dtype()
+        self.register_buffer("multiply", torch.tensor(multiply / 255, dtype=dtype))
+        self.register_buffer("add", torch.tensor(add - subtract * multiply, dtype=dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (..., K, H, W, 3) -> float32 (..., K, 3, H, W), normalised."""
+        return images.movedim(-1, -3).float() * self.multiply + self.add
+
+
+class Prediction(NamedTuple):
+    """What the heads say about M action queries."""
+
+    logits: Tensor  # (M, 2, C)
+    codes: Tensor  # int64 (M, 2), sampled
+    chunks: Tensor  # (M, W, A), decoded plus offset
 
 
 def predict(head: ActionHead, features: Tensor, temperature: float) -> Prediction:
     """Sample codes for features (M, D) and predict their chunks."""
+    logits = head.code_logits(features)
     if head.sequential:
-        primary = _sample(head.primary_logits(features), temperature)
+        primary = _sample(logits[:, 0], temperature)
         logits = head.code_logits(features, primary)
         codes = torch.stack([primary, _sample(logits[:, 1], temperature)], dim=-1)
     else:
-        logits = head.code_logits(features, torch.empty(0, device=features.device))
-        codes = _sample(logits.flatten(0, 1), temperature).view(-1, 2)
+        codes = _sample(logits.flatten(0, 1), temperature).view(-1, 2)  # from (2 * M,)
     return Prediction(logits, codes, head.action_chunk(features, codes))
 
 
@@ -135,11 +149,3 @@ def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     log_probability = F.log_softmax(logits, dim=-1).gather(-1, target[:, None])[:, 0]
     return -((1 - log_probability.exp()) ** FOCAL_GAMMA * log_probability).mean()
-
-
-def _image_affine(config: VQBeTConfig, scalings: Scalings) -> tuple[Tensor, Tensor]:
-    """From uint8 to the network's units: one factor and one summand per camera and channel."""
-    parts = [scalings.forward[key] for key in config.image_keys]
-    multiply = torch.stack([torch.from_numpy(p.multiply / 255) for p in parts])
-    add = torch.stack([torch.from_numpy(p.add - p.subtract * p.multiply) for p in parts])
-    return multiply[:, :, None, None], add[:, :, None, None]

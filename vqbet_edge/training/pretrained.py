@@ -21,7 +21,7 @@ from vqbet_edge.training.config import Feature, Hyperparameters, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import write_bytes
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import EPSILON
+from vqbet_edge.training.normalization import EPSILON, STATISTICS
 
 # The fields of our configuration that LeRobot's does not have: it refuses those it does not know.
 _OWN_FIELDS = {"optimizer_grad_clip_norm"}
@@ -40,8 +40,10 @@ def save_pretrained(
     stats = safetensors.numpy.save(
         {
             f"{key}.{name}": np.ascontiguousarray(value)
-            for key in features
-            for name, value in dataset.stats.get(key, {}).items()
+            for key, feature in features.items()
+            for name, value in dataset.statistics(
+                key, STATISTICS[config.normalization_mapping[feature.type.value]]
+            ).items()
         }
     )
     before = [

@@ -1,9 +1,10 @@
-"""One run from the data set to the last checkpoint."""
+"""One run from the data set to the last checkpoint: a loop over two phases."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -11,30 +12,30 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vqbet_edge.errors import UsageError
 from vqbet_edge.cli import TerminatedError
-from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
-from vqbet_edge.training.config import TrainConfig
-from vqbet_edge.training.curves import draw_code_book, draw_curves
+from vqbet_edge.errors import UsageError, VQBeTEdgeError
+from vqbet_edge.training.checkpoints import Checkpoints, Progress
+from vqbet_edge.training.codebooks import initialize, revive
+from vqbet_edge.training.codes import draw_codebook, report_codes
+from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.loop import run_stage, start_stage
-from vqbet_edge.training.metrics import Reporter
+from vqbet_edge.training.metrics import Reporter, draw_curves
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
-from vqbet_edge.training.run import Run
-from vqbet_edge.training.stages import (
-    PolicyStage,
-    VqVaeStage,
-    finish_code_books,
-    learned_code_books,
-)
+from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
 from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
+# Windows that k-means, revival and the reports on codes look at.
+SAMPLE_WINDOWS = 4096
+# So often phase 1's codes are looked at.
+CODE_REPORTS = 20
+# Dead codes are revived in this share of phase 1; the rest lets the codebooks settle.
+REVIVAL_SHARE = 0.7
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a policy in both stages.
+    """Train a policy in both phases.
 
     Args:
         config: the run; with `resume`, goes on from its last checkpoint, bitwise as if it had
@@ -44,6 +45,8 @@ def train(config: TrainConfig) -> Path:
         The directory of the trained policy.
 
     Raises:
+        CheckpointError: the hyperparameters contradict each other, or the checkpoint that is
+            resumed is not whole.
         DatasetError: the data set is corrupt or does not fit.
         UsageError: the configuration contradicts itself or the run that is resumed.
         DiskError: a checkpoint or the metrics cannot be written.
@@ -53,79 +56,158 @@ def train(config: TrainConfig) -> Path:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
-            f"--batch_size {config.batch_size} is not a multiple of the "
+            f"--batch-size {config.batch_size} is not a multiple of the "
             f"{accelerator.num_processes} processes"
         )
     with accelerator.main_process_first():
         dataset = LeRobotDataset.open(config.dataset, cache_dir=config.frame_cache)
-    policy = config.policy(dataset)
-    scalings = Scalings.of(dataset, policy)
-    torch.manual_seed(config.seed)
-    network = VQBeT(policy).to(accelerator.device)
-    checkpoints = Checkpoints(config, dataset)
-    resumed = checkpoints.start()
-    if resumed is not None:
-        network.load_state_dict(resumed.weights)
-    split = dataset.split(config.validation_fraction, config.seed)
-    progress = resumed.progress if resumed else Progress()
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        network=network,
-        scalings=scalings,
-        data=WindowedDataset(dataset, policy, scalings, accelerator.device),
-        shuffle=Shuffle(current_frames(dataset, split.train), config.batch_size, config.seed),
-        validation=_validation(current_frames(dataset, split.validation), config),
-        checkpoints=checkpoints,
-        reporter=Reporter(config, progress.step, accelerator.is_main_process),
-        progress=progress,
-    )
-    with run.reporter, _stop_on_signal(run):
-        _both_stages(run, resumed)
+    trainer = _Trainer(config, accelerator, dataset)
+    trainer.run()
     accelerator.end_training()
-    return checkpoints.last / "pretrained_model"
+    return trainer.checkpoints.last / "pretrained_model"
 
 
-def _both_stages(run: Run, resumed: Resumed | None) -> None:
-    config = run.config
-    if run.progress.step < config.n_vqvae_training_steps:
-        stage = VqVaeStage(config, run.accelerator, run.network, run.data)
-        if resumed is None:
-            learned_code_books(config, run.network, run.data, run.sample())
-        start_stage(stage, resumed, run)
-        run_stage(run, stage, config.n_vqvae_training_steps)
-        resumed = None
-    if run.progress.step == config.n_vqvae_training_steps:
-        resumed = None  # the optimiser in the checkpoint is stage 1's
-        finish_code_books(run.network)
-    policy = PolicyStage(config, run.accelerator, run.network, run.data, run.scalings)
-    start_stage(policy, resumed, run)
-    run_stage(run, policy, config.steps)
-    if run.accelerator.is_main_process:
-        draw_curves(run.reporter.path, config.output / "curves.png")
-        draw_code_book(run.network, run.scalings, config.output / "code_book.png")
+class _Trainer:
+    """The loop, and how far it has come."""
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, dataset: LeRobotDataset
+    ) -> None:
+        self._config, self._accelerator = config, accelerator
+        policy = config.policy(dataset)
+        self._scalings = Scalings.of(dataset, policy)
+        torch.manual_seed(config.seed)
+        self._network = VQBeT(policy).to(accelerator.device)
+        self.checkpoints = Checkpoints(config, dataset)
+        self._resumed = self.checkpoints.start()
+        self._progress = self._resumed.progress if self._resumed else Progress()
+        if self._resumed is not None:
+            self._network.load_state_dict(self._resumed.weights)
+        self._data = WindowedDataset(dataset, policy, self._scalings, accelerator.device)
+        split = dataset.split(config.validation_fraction, config.seed)
+        frames = current_frames(dataset, split.train)
+        self._shuffle = Shuffle(frames, config.batch_size, config.seed)
+        order = np.random.default_rng(config.seed).permutation(len(frames))
+        self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]])
+        self._validation = _batches(current_frames(dataset, split.validation), config)
+        self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
+        self._received: list[KeyboardInterrupt] = []
+
+    def run(self) -> None:
+        """Both phases, or what is left of them."""
+        config = self._config
+        first_steps = config.n_vqvae_training_steps
+        parts = config, self._accelerator, self._network, self._data
+        with self._reporter.bar, _keeping_signals(self._received):
+            if self._progress.step < first_steps:
+                if self._resumed is None:
+                    chunks = config.batch_size * self._network.config.num_queries
+                    initialize(self._network.head.vqvae_model, self._sample, chunks)
+                self._train(VqVaePhase(*parts), first_steps)
+            elif self._progress.step == first_steps:
+                self._resumed = None  # the optimiser in the checkpoint is phase 1's
+            self._train(PolicyPhase(*parts, self._scalings), config.steps)
+        if self._accelerator.is_main_process:
+            draw_curves(config.output / "metrics.jsonl", config.output / "curves.png")
+            draw_codebook(self._network, self._scalings, config.output / "codebook.png")
+
+    def _train(self, phase: Phase, end: int) -> None:
+        """Go on with one phase up to step `end` of the run."""
+        config = self._config
+        if self._resumed is not None:
+            phase.restore(self._resumed)
+            self._resumed = None
+        self._reporter.progress(self._progress.step, phase.name)
+        while self._progress.step < end:
+            done = self._progress.step + 1
+            losses = phase.update(done - 1, self._shuffle.batch(done - 1))
+            self._progress = replace(self._progress, step=done)
+            if done % config.log_every == 0 or done == end:
+                self._log(phase, losses)
+            if isinstance(phase, VqVaePhase) and self._look_at_codes():
+                self._progress = replace(self._progress, step=end)  # what is left is skipped
+            last = self._progress.step == end
+            if self._validation and (done % config.validate_every == 0 or last):
+                means = phase.validate(self._validation)
+                self._reporter.record(done, f"{phase.name} validation", means)
+            stopping = self._told_to_stop()
+            if done % config.save_every == 0 or last or stopping:
+                self._save(phase)
+            if stopping and done < config.steps:
+                self._reporter.note(f"stopped after step {done}; go on with --resume")
+                raise self._received[0] if self._received else KeyboardInterrupt
+
+    def _log(self, phase: Phase, losses: Losses) -> None:
+        values = losses._asdict()
+        stacked = torch.stack([value.detach() for value in values.values()])
+        means = self._accelerator.reduce(stacked, "mean")
+        metrics = dict(zip(values, means.tolist(), strict=True))
+        step = self._progress.step
+        if not np.isfinite(metrics["loss"]):
+            raise VQBeTEdgeError(
+                f"the loss is {metrics['loss']} at step {step}; lower the learning rate "
+                "and go on from an earlier checkpoint with --resume"
+            )
+        self._reporter.record(step, phase.name, {**metrics, "lr": phase.learning_rate})
+        self._reporter.progress(step, phase.name, metrics)
+
+    def _look_at_codes(self) -> bool:
+        """Report on the codes and revive dead ones when it is time; True ends phase 1 early."""
+        config, step = self._config, self._progress.step
+        total = config.n_vqvae_training_steps
+        if step % max(1, total // CODE_REPORTS) and step != total:
+            return False
+        vqvae = self._network.head.vqvae_model
+        report = report_codes(vqvae, self._sample, self._scalings.unit(ACTION_KEY))
+        self._reporter.record(step, "codes", report.metrics())
+        self._progress = self._progress.seen(report.error)
+        if step < REVIVAL_SHARE * total:
+            revive(vqvae, self._sample)
+        early = config.vqvae_early_stop and self._progress.converged
+        if step == total and not self._progress.converged:
+            self._reporter.note(
+                f"[yellow]phase 1 was still learning after {total} steps (error "
+                f"{report.error:.4f}); raise --n-vqvae-training-steps"
+            )
+        if step == total or early:
+            self._reporter.note(str(report))
+        return early
+
+    def _save(self, phase: Phase) -> None:
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            optimizer = phase.optimizer.state_dict()
+            self.checkpoints.save(self._progress, self._network, phase.averaged, optimizer)
+
+    def _told_to_stop(self) -> bool:
+        """Whether any process received a signal; all learn it at the same step."""
+        told = bool(self._received)
+        if self._accelerator.num_processes == 1:
+            return told
+        flag = torch.tensor(int(told), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(flag, "sum"))
 
 
-def _validation(frames: Indices, config: TrainConfig) -> list[Indices]:
+def _batches(frames: Indices, config: TrainConfig) -> list[Indices]:
+    """Some validation batches, the same all along the run."""
     shuffled = np.random.default_rng(config.seed).permutation(frames)
     size = config.batch_size
     return [shuffled[i : i + size] for i in range(0, len(shuffled), size)][:VALIDATION_BATCHES]
 
 
 @contextmanager
-def _stop_on_signal(run: Run) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops at the end of the step, the second one at once."""
+def _keeping_signals(received: list[KeyboardInterrupt]) -> Iterator[None]:
+    """Keep the first SIGINT or SIGTERM for the end of the step; a second one stops at once."""
 
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        interrupt = TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt()
-        if run.stopping is not None:
-            raise interrupt
-        run.stopping = interrupt
+    def keep(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt())
+        if len(received) > 1:
+            raise received[-1]
 
     # Python delivers signals to the main thread only.
     own = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if own else ()
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, keep) for number in numbers}
     try:
         yield
     finally:

@@ -27,53 +27,12 @@ def current_frames(dataset: LeRobotDataset, episodes: tuple[int, ...]) -> Indice
     return np.concatenate(spans) if spans else np.empty(0, np.int64)
 
 
-@dataclass(frozen=True)
-class WindowIndex:
-    """Which frames belong to the window around a frame.
-
-    Attributes:
-        first, last: int64 (frames,), first and last frame of every frame's episode.
-        n_obs_steps: observations up to and with the current frame.
-        num_actions: actions, from the oldest observation's on.
-    """
-
-    first: Indices
-    last: Indices
-    n_obs_steps: int
-    num_actions: int
-
-    @classmethod
-    def of(cls, dataset: LeRobotDataset, config: VQBeTConfig) -> "WindowIndex":
-        """The index of a whole data set."""
-        lengths = np.diff(dataset.bounds)
-        queries = config.n_obs_steps + config.n_action_pred_token - 1
-        return cls(
-            first=np.repeat(dataset.bounds[:-1], lengths),
-            last=np.repeat(dataset.bounds[1:] - 1, lengths),
-            n_obs_steps=config.n_obs_steps,
-            num_actions=queries + config.action_chunk_size - 1,
-        )
-
-    def observations(self, frames: Indices) -> Indices:
-        """(B,) -> (B, N): the window that ends at each frame."""
-        return self._clamped(frames, np.arange(1 - self.n_obs_steps, 1))
-
-    def actions(self, frames: Indices) -> Indices:
-        """(B,) -> (B, num_actions): the actions of all queries' chunks."""
-        start = 1 - self.n_obs_steps
-        return self._clamped(frames, np.arange(start, start + self.num_actions))
-
-    def _clamped(self, frames: Indices, offsets: Indices) -> Indices:
-        low, high = self.first[frames, None], self.last[frames, None]
-        return (frames[:, None] + offsets).clip(low, high)
-
-
 class Batch(NamedTuple):
-    """What one step of stage 2 sees."""
+    """What one step of phase 2 sees."""
 
     images: Tensor  # uint8 (B, N, K, H, W, 3)
     states: Tensor  # (B, N, S), normalised
-    actions: Tensor  # (B, num_actions, A), normalised
+    actions: Tensor  # (B, Q + W - 1, A), normalised, from the oldest observation's on
 
 
 class WindowedDataset:
@@ -91,13 +50,16 @@ class WindowedDataset:
         device: torch.device,
     ) -> None:
         self._dataset, self._config, self._device = dataset, config, device
-        self._index = WindowIndex.of(dataset, config)
+        lengths = np.diff(dataset.bounds)
+        # The first and the last frame of every frame's episode.
+        self._first = np.repeat(dataset.bounds[:-1], lengths)
+        self._last = np.repeat(dataset.bounds[1:] - 1, lengths)
         self._states = scalings.normalize(STATE_KEY, dataset.column(STATE_KEY)).to(device)
         self._actions = scalings.normalize(ACTION_KEY, dataset.column(ACTION_KEY)).to(device)
         self._frames: list[Tensor] | None = None
 
     def chunks(self, frames: Indices) -> Tensor:
-        """Stage 1's data: every query's action chunk of every window.
+        """Phase 1's data: every query's action chunk of every window.
 
         Args:
             frames: int64 (B,), the windows' current frames.
@@ -105,21 +67,18 @@ class WindowedDataset:
         Returns:
             (B x Q, W, A), normalised; no image is touched.
         """
-        actions = self._actions[torch.from_numpy(self._index.actions(frames)).to(self._device)]
-        width = self._config.action_chunk_size
-        # unfold puts the window last: (B, Q, A, W).
-        return actions.unfold(1, width, 1).transpose(2, 3).flatten(0, 1)
+        chunks = self._target_actions(frames).unfold(1, self._config.action_chunk_size, 1)
+        return chunks.transpose(2, 3).flatten(0, 1)  # (B, Q, A, W) -> (B * Q, W, A)
 
     def batch(self, frames: Indices) -> Batch:
-        """Stage 2's data; the first call decodes the cameras' frames.
+        """Phase 2's data; the first call decodes the cameras' frames.
 
         Args:
             frames: int64 (B,), the windows' current frames.
         """
-        observed = torch.from_numpy(self._index.observations(frames))
-        acted = torch.from_numpy(self._index.actions(frames)).to(self._device)
         if self._frames is None:
             self._frames = self._load_frames()
+        observed = self._around(frames, self._config.n_obs_steps)
         images = [
             camera[observed.to(camera.device)].to(self._device, non_blocking=True)
             for camera in self._frames
@@ -127,8 +86,19 @@ class WindowedDataset:
         return Batch(
             images=torch.stack(images, dim=2),
             states=self._states[observed.to(self._device)],
-            actions=self._actions[acted],
+            actions=self._target_actions(frames),
         )
+
+    def _target_actions(self, frames: Indices) -> Tensor:
+        """(B,) -> (B, Q + W - 1, A): the actions of all queries' chunks, which overlap."""
+        count = self._config.num_queries + self._config.action_chunk_size - 1
+        return self._actions[self._around(frames, count).to(self._device)]
+
+    def _around(self, frames: Indices, count: int) -> Tensor:
+        """(B,) -> int64 (B, count): frames from each window's oldest observation on."""
+        offsets = np.arange(count) + 1 - self._config.n_obs_steps
+        low, high = self._first[frames, None], self._last[frames, None]
+        return torch.from_numpy((frames[:, None] + offsets).clip(low, high))
 
     def _load_frames(self) -> list[Tensor]:
         cameras = [torch.from_numpy(self._dataset.frames(k)) for k in self._config.image_keys]
@@ -153,7 +123,7 @@ class Shuffle:
 
     def __post_init__(self) -> None:
         if not len(self.frames):
-            raise DatasetError("no frames are left to train on; lower --validation_fraction")
+            raise DatasetError("no frames are left to train on; lower --validation-fraction")
 
     def batch(self, step: int) -> Indices:
         """int64 (batch_size,): the current frames of one step's windows."""

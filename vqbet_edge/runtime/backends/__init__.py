@@ -4,8 +4,8 @@ import logging
 from functools import cache
 from typing import Literal, get_args
 
-from vqbet_edge.errors import UsageError, VQBeTEdgeError
-from vqbet_edge.runtime.backends.base import Backend
+from vqbet_edge.errors import BackendError, UsageError, VQBeTEdgeError
+from vqbet_edge.runtime.backends.base import Backend, foreign_errors
 from vqbet_edge.runtime.bundle import Bundle
 
 BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
@@ -18,8 +18,8 @@ def create_backend(name: BackendName, bundle: Bundle) -> Backend:
     """Load a bundle into a backend.
 
     `auto` takes TensorRT where its engines have been built, else ONNX Runtime's CUDA provider,
-    else ONNX Runtime on the CPU, and logs why not the better ones; `tensorrt` builds engines that
-    are missing.
+    else ONNX Runtime on the CPU. It says which it took, and at level INFO why not the better
+    ones. `tensorrt` builds engines that are missing, and is the backend or an error.
 
     Raises:
         UsageError: the name is unknown.
@@ -35,24 +35,33 @@ def _fastest(bundle: Bundle) -> Backend:
     for name in _FASTEST_FIRST:
         try:
             backend = _load(name, bundle, build=False)
-        except VQBeTEdgeError as error:  # noqa: PERF203 - three at most
+        except VQBeTEdgeError as error:  # noqa: PERF203 - two at most
             reasons.append(f"not {name}: {error}")
+            _LOG.info(reasons[-1])
         else:
-            break
-    else:
+            _say_once(backend.name)
+            return backend
+    try:
         backend = _load("onnxruntime", bundle, build=False)
-    _say_once("; ".join([backend.name, *reasons]))
+    except BackendError as error:
+        raise BackendError("; ".join([str(error), *reasons])) from error
+    _say_once(backend.name)
     return backend
 
 
 @cache
-def _say_once(choice: str) -> None:
+def _say_once(name: str) -> None:
     # A warning, because without configured logging nothing less is seen, and a robot that runs on
-    # the slower backend unnoticed is what this is for.
-    _LOG.warning("backend: %s", choice)
+    # a slower backend unnoticed is what this is for.
+    _LOG.warning("backend: %s", name)
 
 
 def _load(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
+    with foreign_errors(f"loading the backend '{name}'"):
+        return _create(name, bundle, build=build)
+
+
+def _create(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
     # Each backend imports a library that others need not have.
     match name:
         case "tensorrt":

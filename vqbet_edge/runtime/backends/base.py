@@ -6,12 +6,17 @@ Letters in shapes: N window, K cameras, H and W height and width of a frame as t
 S state width, D token width, C codes per layer, W actions per chunk, A action width.
 """
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vqbet_edge.errors import BackendError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.forks import never_free_in_forks
 
 Frames = NDArray[np.uint8]  # (K, H, W, 3)
@@ -30,11 +35,34 @@ class HeadOutputs(NamedTuple):
     offsets: Floats  # (2, C, W, A), normalised
 
 
-class Backend(ABC):
+class _Closable:
+    """Something to be closed once, and never by a forked process, whose copy is not its own."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._process = os.getpid()
+        never_free_in_forks(self)
+
+    def close(self) -> None:
+        """Free its memory on the device, after which it cannot be used; nothing when repeated."""
+        if not self.closed and self._process == os.getpid():
+            self.closed = True
+            self._free()
+
+    def _free(self) -> None:
+        """What `close` frees that Python would not free by itself."""
+
+    def check_open(self) -> None:
+        """Raise BackendError when it is closed."""
+        if self.closed:
+            raise BackendError("the policy's backend is closed; load the policy again")
+
+
+class Backend(_Closable, ABC):
     """A bundle's graphs, loaded on a device: what any number of windows share.
 
     Windows of one backend may be used by different threads at the same time. A backend is created
-    after any fork.
+    after any fork. `close` closes its windows first, and the last window that is closed closes it.
     """
 
     name: ClassVar[str]
@@ -42,27 +70,48 @@ class Backend(ABC):
     default_prefetch: ClassVar[Prefetch] = "inline"
 
     def __init__(self) -> None:
-        never_free_in_forks(self)
+        super().__init__()
+        self.windows: WeakSet[Window] = WeakSet()
 
     @abstractmethod
     def create_window(self) -> "Window":
         """One robot's window: buffers and history, no weights."""
 
+    def close(self) -> None:
+        """Close the windows, then the backend."""
+        for window in list(self.windows):
+            window.close()
+        super().close()
 
-class Window(ABC):
+
+class Window(_Closable, ABC):
     """Runs the four graphs for one robot and keeps its encoded frames where they are needed.
 
-    Row 0 of the window is the oldest observation, row N - 1 the newest. A window is used by one
-    thread at a time.
+    Row 0 of the window is the oldest observation, row N - 1 the newest. A window is used, and
+    closed, by one thread at a time.
+
+    Args:
+        backend: whose graphs they are.
     """
 
     #: Whether `prefill` is there and pays.
     can_prefill: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        backend.check_open()
         #: Stage name -> seconds of its latest run.
         self.seconds: dict[str, float] = {}
-        never_free_in_forks(self)
+        # Held, so that in a fork it is not freed either.
+        self._backend = backend
+        backend.windows.add(self)
+
+    def close(self) -> None:
+        """Close the window, and the backend if it has no other."""
+        super().close()
+        self._backend.windows.discard(self)
+        if not self._backend.windows:
+            self._backend.close()
 
     @abstractmethod
     def advance(self) -> None:
@@ -102,3 +151,14 @@ class Window(ABC):
         They are encoded already; `states` is (N, S), normalised.
         """
         raise NotImplementedError
+
+
+@contextmanager
+def foreign_errors(doing: str) -> Iterator[None]:
+    """Turn what a library raises into our error, so that users and `auto` can handle it."""
+    try:
+        yield
+    except VQBeTEdgeError:
+        raise
+    except Exception as error:
+        raise BackendError(f"{doing} failed: {type(error).__name__}: {error}") from error

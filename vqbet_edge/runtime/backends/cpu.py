@@ -59,6 +59,9 @@ class CpuBackend(Backend):
         """Arrays of a window, and the graphs tied to them."""
         return CpuWindow(self)
 
+    def _free(self) -> None:
+        self.graphs.clear()
+
 
 class CpuWindow(Window):
     """Runs the graphs over arrays that are allocated once."""
@@ -66,9 +69,7 @@ class CpuWindow(Window):
     can_prefill = True
 
     def __init__(self, backend: CpuBackend) -> None:
-        super().__init__()
-        # The graphs are the backend's, and must not be freed in a fork either.
-        self._backend = backend
+        super().__init__(backend)
         self._create_arrays(backend)
         self._runs: dict[str, Run] = {}
         for stage, graph in backend.graphs.items():
@@ -125,6 +126,9 @@ class CpuWindow(Window):
             self._runs["prefill"] = graph.bind(ahead, {"present": past})
             last = inputs(self._newest_tokens, self._newest_state, window - 1, past)
             self._runs["gpt_last"] = graph.bind(last, feature)
+
+    def _free(self) -> None:
+        self._runs.clear()
 
     def advance(self) -> None:
         """Move every row one step into the past."""

@@ -1,141 +1,287 @@
-"""What TensorRT's and ONNX Runtime's GPU backends share: buffers, window, launches.
+"""What TensorRT's and ONNX Runtime's GPU backends share: buffers, history, launches.
 
-Every tensor has one address for ever. The window of encoded frames stays on the GPU; frames and
-states go in, logits and offsets come out. After loading nothing is allocated.
+Every tensor has one address for ever. The encoded frames stay on the GPU; frames and states go in,
+logits and offsets come out. After loading nothing is allocated.
 """
 
 import functools
+import logging
+import threading
 import time
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import BackendError, BundleError
-from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs, Window
-from vqbet_edge.runtime.backends.cuda import GRAPH_VARIABLE, Buffer, Cuda, Launch, switch
+from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.base import (
+    Backend,
+    Floats,
+    Frames,
+    HeadOutputs,
+    Window,
+    foreign_errors,
+)
+from vqbet_edge.runtime.backends.cuda import Cuda, switch
+from vqbet_edge.runtime.backends.cuda_stream import Buffer, Launch, Stream
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import StageName, StageSpec
-from vqbet_edge.runtime.signatures import TensorSpec
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.signatures import Signature, TensorSpec, signature
 
-#: Tensor name -> (NumPy's name of its type, shape).
-Borders = dict[str, tuple[str, tuple[int | str, ...]]]
+#: Tensor name -> (NumPy's name of its type, shape), as a graph or an engine has them.
+Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int | str, ...]]]
 
+GRAPH_VARIABLE = "VQBET_EDGE_CUDA_GRAPH"
+_LOG = logging.getLogger(__name__)
 # Lazy loading, autotuning and ONNX Runtime's own capture are over after this many runs.
 _WARM_UP_RUNS = 3
-# These two are the window: what leaves the encoder enters the GPT without leaving the GPU.
-_WINDOW_TENSORS = ("frame_tokens", "image_tokens")
+# What leaves the encoder and what enters the GPT: the history lies between them, on the GPU.
+_HISTORY_TENSORS = ("frame_tokens", "image_tokens")
+# ONNX Runtime captures such that no other thread may allocate on the GPU meanwhile.
+_LOADING = threading.RLock()
+
+
+class Execution:
+    """The stages over one set of buffers, on one stream: one run at a time.
+
+    Args:
+        backend: whose stages they are.
+        stream: where they run.
+    """
+
+    def __init__(self, backend: "CudaBackend", stream: Stream) -> None:
+        self.stream, self._lock = stream, threading.Lock()
+        #: Whether the stream may still be reading the inputs of an earlier call.
+        self.reading = False
+        signatures = backend.signatures.values()
+        tensors = {tensor.name: tensor for each in signatures for tensor in each.tensors}
+        inputs = {tensor.name for each in signatures for tensor in each.inputs}
+        outputs = {tensor.name for each in signatures for tensor in each.outputs}
+        # What one stage leaves and no other takes, or the reverse, crosses to the host.
+        crossing = (inputs ^ outputs) - set(_HISTORY_TENSORS)
+        self.buffers = {
+            name: stream.buffer(_size(tensor), host=name in crossing)
+            for name, tensor in tensors.items()
+        }
+        self.arrays = {name: _view(self.buffers[name], tensors[name]) for name in crossing}
+        #: Stage -> what puts one run of it on the stream.
+        self.stages: dict[StageName, Launch] = {}
+        stream.on_close(self.stages.clear)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Use it, in this thread and with the GPU's context."""
+        with self._lock, self.stream.active():
+            try:
+                yield
+            except BaseException:
+                self.reading = True  # what was put on the stream before may still run
+                raise
+
+    def write(self, name: str, value: NDArray[Any]) -> None:
+        """Fill an input, once nothing on the stream reads what is in it."""
+        if self.reading:
+            self.synchronize()
+        np.copyto(self.arrays[name][0], value)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self.stream.synchronize()
+        self.reading = False
+
+    def warm_up(self) -> None:
+        """Run every stage on whatever its buffers hold."""
+        for _ in range(_WARM_UP_RUNS):
+            for stage in self.stages.values():
+                stage()
+            self.synchronize()
 
 
 class CudaBackend(Backend):
-    """Stages on one stream; subclasses say how one stage is put on it.
+    """Stages on the GPU; subclasses load them and say where a window runs.
 
     Args:
         bundle: the verified bundle.
         cuda: the device.
-        capture: replay launches as CUDA graphs, unless $VQBET_EDGE_CUDA_GRAPH is 0.
     """
 
-    def __init__(self, bundle: Bundle, cuda: Cuda, *, capture: bool) -> None:
+    def __init__(self, bundle: Bundle, cuda: Cuda) -> None:
         super().__init__()
-        self._cuda, self._predicted = cuda, False
-        self._graph_wanted = switch(GRAPH_VARIABLE, default=True)
-        specs = [bundle.manifest.stages[stage] for stage in bundle.stages_to_load]
-        tensors = _tensors(specs)
-        inputs = {tensor.name for spec in specs for tensor in spec.inputs}
-        outputs = {tensor.name for spec in specs for tensor in spec.outputs}
-        # What one stage leaves and no other takes, or the reverse, crosses to the host.
-        crossing = (inputs ^ outputs) - set(_WINDOW_TENSORS)
-        self._buffers = {
-            name: cuda.buffer(_size(tensor), host=name in crossing)
-            for name, tensor in tensors.items()
-        }
-        self._arrays = {name: _view(self._buffers[name], tensors[name]) for name in crossing}
-        self._outputs = HeadOutputs(self._arrays["logits"], self._arrays["offsets"])
-        self._batch, self._length = tensors["image_tokens"].shape[:2]
-        self._row_size = _size(tensors["image_tokens"]) // (self._batch * self._length)
-        self._scratch = cuda.buffer(max(1, self._row_size * (self._length - 1)), host=False)
-        self._stages = {stage: self._create_stage(bundle, stage) for stage in bundle.stages_to_load}
-        self._launches = self._prepare(capture and self._graph_wanted)
-
-    def create_window(self) -> Window:
-        """Not divided into weights and windows yet."""
-        raise BackendError("the CUDA backends are being divided into weights and windows")
+        self.capture = switch(GRAPH_VARIABLE, default=True)
+        stages = bundle.stages_to_load
+        self.signatures = {stage: signature(bundle.manifest, stage) for stage in stages}
+        self._cuda = cuda
+        with foreign_errors("loading the policy on the GPU"), _LOADING:
+            self._stream = Stream(cuda)
+            try:
+                with self._stream.active():
+                    self._load(bundle)
+                # Loading includes the first window's warm-up: what fails there must fail here.
+                self._ready = [CudaWindow(self, Stream(cuda))]
+            except BaseException:
+                self.close()
+                raise
 
     @abstractmethod
-    def _create_stage(self, bundle: Bundle, stage: StageName) -> Launch:
-        """Load a stage over `self._buffers`; the result puts one run of it on the stream."""
+    def _load(self, bundle: Bundle) -> None:
+        """Load the stages; the context is the calling thread's."""
 
-    def _prepare(self, capture: bool) -> dict[str, Launch]:
-        launches = {"replan": self._put_replan, "predict": self._put_predict}
-        if "rvq_decoder" in self._stages:  # else a table replaces it
-            launches["rvq_decoder"] = self._put_decode
-        for _ in range(_WARM_UP_RUNS):
-            for put in launches.values():
-                put()
-            self._cuda.synchronize()
-        if not capture:
-            return launches
-        return {name: self._cuda.capture(put) for name, put in launches.items()}
+    @abstractmethod
+    def execution(self, stream: Stream) -> Execution:
+        """Where a window runs that has this stream: there, or where all windows do."""
+
+    def create_window(self) -> "CudaWindow":
+        """Buffers and history of a window, its launches captured."""
+        self.check_open()
+        with foreign_errors("creating a window on the GPU"), _LOADING:
+            return self._ready.pop() if self._ready else CudaWindow(self, Stream(self._cuda))
+
+    def _free(self) -> None:
+        self._stream.close()
+
+
+class CudaWindow(Window):
+    """A robot's history on the GPU.
+
+    `encode` returns while the GPU still works; what fails there is raised by the next prediction.
+
+    Args:
+        backend: whose stages run.
+        stream: owns the window's memory, and is closed with it.
+    """
+
+    def __init__(self, backend: CudaBackend, stream: Stream) -> None:
+        super().__init__(backend)
+        self._stream, self._predicted = stream, False
+        try:
+            with stream.active():
+                self._create(backend)
+        except BaseException:
+            self._free()
+            backend.windows.discard(self)
+            raise
+
+    def _create(self, backend: CudaBackend) -> None:
+        self._execution = backend.execution(self._stream)
+        tokens = next(t for t in backend.signatures["gpt"].inputs if t.name == "image_tokens")
+        self._length = tokens.shape[1]
+        self._row_size = _size(tokens) // self._length
+        self._history = self._stream.buffer(_size(tokens), host=False).address
+        self._stream.synchronize()  # zeroed, whichever stream uses it next
+        arrays = self._execution.arrays
+        self._outputs = HeadOutputs(arrays["logits"][0].copy(), arrays["offsets"][0].copy())
+        #: Launches that replay as CUDA graphs.
+        self._graphs: dict[str, Launch] = {}
+        if self._execution.stream is self._stream:
+            self._capture(backend.capture)
+        else:
+            self._stream.on_close(self._execution.stream.settle)
+
+    def _capture(self, wanted: bool) -> None:
+        puts = {
+            "encode": self._put_encode,
+            "predict": self._put_predict,
+            "replan": self._put_replan,
+        }
+        if "rvq_decoder" in self._execution.stages:  # else a table replaces it
+            puts["rvq_decoder"] = self._put_decode
+        self._execution.warm_up()
+        if not wanted:
+            return
+        try:
+            self._graphs = {name: self._stream.capture(put) for name, put in puts.items()}
+            # The first launch of a graph uploads it; not while the robot moves.
+            for launch in self._graphs.values():
+                launch()
+            self._stream.synchronize()
+        except Exception as error:  # noqa: BLE001 - a library's, raised where it was to be captured
+            self._graphs = {}
+            self._execution.warm_up()  # what has spoiled more than the capture is raised here
+            _LOG.warning("acting without CUDA graphs, which is slower: %s", error)
 
     def stage_launches(self) -> dict[StageName, Launch]:
         """One launch per stage that waits for its end: what benchmarks time."""
-        capture = self._launches["replan"] != self._put_replan
-        puts = {n: self._cuda.capture(s) if capture else s for n, s in self._stages.items()}
+        puts = dict(self._execution.stages)
+        if self._graphs:
+            with self._execution.exclusive():
+                puts = {name: self._stream.capture(put) for name, put in puts.items()}
         return {name: functools.partial(self._run, name, put) for name, put in puts.items()}
 
     def advance(self) -> None:
-        """Move every row one step into the past, by way of a scratch buffer."""
-        self._cuda.make_current()
+        """Move every row one step into the past, by way of the GPT's input."""
         size = self._row_size * (self._length - 1)
-        for batch in range(self._batch if size else 0):
-            self._cuda.copy(self._scratch.address, self._row(batch, 1), size)
-            self._cuda.copy(self._row(batch, 0), self._scratch.address, size)
+        if size:
+            with self._using() as execution:
+                scratch = execution.buffers["image_tokens"].address
+                execution.stream.copy(scratch, self._row(1), size)
+                execution.stream.copy(self._row(0), scratch, size)
 
     def fill(self) -> None:
         """Repeat the newest row."""
-        self._cuda.make_current()
-        for batch in range(self._batch):
-            newest = self._row(batch, self._length - 1)
+        newest = self._row(self._length - 1)
+        with self._using() as execution:
             for row in range(self._length - 1):
-                self._cuda.copy(self._row(batch, row), newest, self._row_size)
+                execution.stream.copy(self._row(row), newest, self._row_size)
 
     def encode(self, frames: Frames, row: int) -> None:
-        """Encode frames (B, K, H, W, 3) into a row."""
+        """Put the encoding of frames (K, H, W, 3) into a row on the stream; do not wait for it."""
         self._forget_seconds(done=False)
-        np.copyto(self._arrays["frames"], frames)
-        self._run("encode", lambda: self._put_encode(row))
+        with self._using("encode") as execution:
+            execution.write("frames", frames)
+            self._graphs.get("encode", self._put_encode)()
+            self._put_row(row)
+            execution.reading = True
 
     def predict(self, states: Floats) -> HeadOutputs:
         """GPT and heads over the window, in one launch."""
         self._forget_seconds(done=True)
-        np.copyto(self._arrays["states"], states)
-        self._run("predict", self._launches["predict"])
-        return self._outputs
+        with self._using("predict") as execution:
+            execution.write("states", states)
+            self._graphs.get("predict", self._put_predict)()
+            return self._finished(execution)
 
     def replan(self, frames: Frames, states: Floats, *, prefilled: bool) -> HeadOutputs:
-        """Encoder, window, GPT and heads in one launch."""
+        """Encoder, history, GPT and heads in one launch."""
         del prefilled
         self._forget_seconds(done=True)
-        np.copyto(self._arrays["frames"], frames)
-        np.copyto(self._arrays["states"], states)
-        self._run("replan", self._launches["replan"])
-        return self._outputs
+        with self._using("replan") as execution:
+            execution.write("frames", frames)
+            execution.write("states", states)
+            self._graphs.get("replan", self._put_replan)()
+            return self._finished(execution)
 
     def decode(self, codes: NDArray[np.int64]) -> Floats:
-        """Code pairs -> chunks by the RVQ decoder's graph."""
-        np.copyto(self._arrays["codes"], codes)
-        self._run("rvq_decoder", self._launches["rvq_decoder"])
-        decoded: Floats = self._arrays["decoded"]
-        return decoded
+        """A code pair (2,) -> a chunk (W, A) by the RVQ decoder's graph."""
+        with self._using("rvq_decoder") as execution:
+            execution.write("codes", codes)
+            self._graphs.get("rvq_decoder", self._put_decode)()
+            execution.synchronize()
+            decoded: Floats = execution.arrays["decoded"][0].copy()
+            return decoded
 
-    def _run(self, name: str, launch: Launch) -> None:
+    def _finished(self, execution: Execution) -> HeadOutputs:
+        """Copies, because other windows may run in the same buffers."""
+        execution.synchronize()
+        for name, mine in self._outputs._asdict().items():
+            np.copyto(mine, execution.arrays[name][0])
+        return self._outputs
+
+    def _run(self, name: str, put: Launch) -> None:
+        with self._using(name) as execution:
+            put()
+            execution.synchronize()
+
+    @contextmanager
+    def _using(self, name: str | None = None) -> Iterator[Execution]:
         start = time.perf_counter()
-        self._cuda.make_current()
-        launch()
-        self._cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - start
+        self.check_open()
+        with foreign_errors("running the policy on the GPU"), self._execution.exclusive():
+            yield self._execution
+        if name is not None:
+            self.seconds[name] = time.perf_counter() - start
 
     def _forget_seconds(self, *, done: bool) -> None:
         """Drop the previous prediction's; `done` when this call makes the next one."""
@@ -143,62 +289,56 @@ class CudaBackend(Backend):
             self.seconds.clear()
         self._predicted = done
 
-    def _put_encode(self, row: int) -> None:
-        self._cuda.upload(self._buffers["frames"])
-        self._stages["vision_encoder"]()
-        tokens = self._buffers["frame_tokens"].address
-        for batch in range(self._batch):
-            source = tokens + batch * self._row_size
-            self._cuda.copy(self._row(batch, row), source, self._row_size)
+    def _put_encode(self) -> None:
+        self._execution.stream.upload(self._execution.buffers["frames"])
+        self._execution.stages["vision_encoder"]()
+
+    def _put_row(self, row: int) -> None:
+        tokens = self._execution.buffers["frame_tokens"].address
+        self._execution.stream.copy(self._row(row), tokens, self._row_size)
 
     def _put_predict(self) -> None:
-        self._cuda.upload(self._buffers["states"])
-        self._stages["gpt"]()
-        self._stages["code_heads"]()
-        self._cuda.download(self._buffers["logits"])
-        self._cuda.download(self._buffers["offsets"])
+        stream, buffers = self._execution.stream, self._execution.buffers
+        size = self._length * self._row_size
+        stream.copy(buffers["image_tokens"].address, self._history, size)
+        stream.upload(buffers["states"])
+        self._execution.stages["gpt"]()
+        self._execution.stages["code_heads"]()
+        stream.download(buffers["logits"])
+        stream.download(buffers["offsets"])
 
     def _put_replan(self) -> None:
-        self._put_encode(self._length - 1)
+        self._put_encode()
+        self._put_row(self._length - 1)
         self._put_predict()
 
     def _put_decode(self) -> None:
-        self._cuda.upload(self._buffers["codes"])
-        self._stages["rvq_decoder"]()
-        self._cuda.download(self._buffers["decoded"])
+        stream, buffers = self._execution.stream, self._execution.buffers
+        stream.upload(buffers["codes"])
+        self._execution.stages["rvq_decoder"]()
+        stream.download(buffers["decoded"])
 
-    def _row(self, batch: int, row: int) -> int:
-        """Address of a row of the window."""
-        window = self._buffers["image_tokens"].address
-        return window + (batch * self._length + row) * self._row_size
+    def _row(self, row: int) -> int:
+        """Address of a row of the history."""
+        return self._history + row * self._row_size
+
+    def _free(self) -> None:
+        self._stream.close()
 
 
-def check_borders(what: str, have: Borders, spec: StageSpec) -> None:
-    """Compare a graph's or an engine's own tensors with the manifest's, before they are bound.
+def check_signature(what: str, have: Tensors, expected: Signature) -> None:
+    """Compare a graph's or an engine's own tensors with ours, before they are bound.
 
     With others it would read and write past our buffers.
 
     Raises:
         BackendError: they differ.
     """
-    need = {t.name: (t.dtype, t.shape) for t in (*spec.inputs, *spec.outputs)}
+    need = {tensor.name: (tensor.dtype, tensor.shape) for tensor in expected.tensors}
     if have != need:
         raise BackendError(
             f"{what} has tensors {have}, expected {need}; export the checkpoint again"
         )
-
-
-def _tensors(specs: list[StageSpec]) -> dict[str, TensorSpec]:
-    """Every tensor by its name, under which it has one buffer."""
-    tensors: dict[str, TensorSpec] = {}
-    for tensor in (t for spec in specs for t in (*spec.inputs, *spec.outputs)):
-        other = tensors.setdefault(tensor.name, tensor)
-        if other != tensor:
-            raise BundleError(
-                f"the manifest's stages disagree on '{tensor.name}': expected {other.dtype} "
-                f"{other.shape}, got {tensor.dtype} {tensor.shape}; export the checkpoint again"
-            )
-    return tensors
 
 
 def _size(tensor: TensorSpec) -> int:

@@ -1,16 +1,14 @@
-"""Engines built on this machine, and why one may not be loaded.
+"""Engines built for this machine, and why one may not be loaded.
 
-An engine is code: deserialising one runs what is inside. So an engine is taken only when this user
-built it on this machine, for exactly this graph, TensorRT, GPU and driver; everything is checked
-before TensorRT sees a byte. SECURITY.md states the stance.
+An engine is code: deserialising one runs what is inside. So an engine is taken only from a folder
+that nobody but root and this user may write to, and only for exactly this graph, TensorRT, GPU and
+driver; everything is checked before TensorRT sees a byte. SECURITY.md states the stance.
 
     engines/<device>/<stage>-<graph>.plan     the engine
-    engines/<device>/<stage>-<graph>.json     its record: key, digest, size, seal; written last
+    engines/<device>/<stage>-<graph>.json     its record: key, digest and size; written last
 """
 
 import hashlib
-import hmac
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,9 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from vqbet_edge.errors import DiskError
 from vqbet_edge.runtime.backends.private_files import (
-    CACHE_VARIABLE,
     RejectedError,
-    create_secret,
-    is_private,
+    check_folder,
     private_user_cache,
     read_private,
     sweep,
@@ -33,8 +28,6 @@ from vqbet_edge.runtime.backends.private_files import (
 from vqbet_edge.runtime.backends.tensorrt_module import Flavour
 from vqbet_edge.runtime.manifest import StageName
 
-_SEAL_NAME = "engine-seal.key"
-_SEAL_BYTES = 32
 _MAX_RECORD_BYTES = 1 << 16
 _MAX_PLAN_BYTES = 1 << 33
 
@@ -94,14 +87,12 @@ class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
         plan_sha256: of the plan.
         size: of the plan, bytes.
         build_seconds: parsing and building.
-        seal: HMAC-SHA-256 of the record without it, under this user's key of this machine.
     """
 
     key: EngineKey
     plan_sha256: str
     size: int
     build_seconds: float
-    seal: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,28 +105,17 @@ class Lookup:
 
 
 class EngineCache:
-    """The engines of one bundle: in the bundle where it can be written, else the user's cache."""
-
-    def __init__(self, bundle: Path) -> None:
-        self._bundle, self._user = bundle, user_cache()
+    """The engines in the cache: $VQBET_EDGE_CACHE, else this user's."""
 
     def find(self, key: EngineKey) -> Lookup:
-        """Look an engine up without trusting it; never raises for what is wrong with an engine.
-
-        Raises:
-            DiskError: the key that seals engines, or its folder, is not this user's alone.
-        """
-        reason = "no engine has been built for this device yet"
-        for root in (self._bundle, self._user):
-            folder = root / "engines" / key.device
-            if not os.path.lexists(folder / f"{key.file_stem}.json"):
-                continue
-            try:
-                plan = _load(folder, key, self._seal_key())
-                return Lookup(plan, folder / f"{key.file_stem}.plan", "")
-            except RejectedError as error:
-                reason = str(error)
-        return Lookup(None, None, reason)
+        """Look an engine up; never raises for what is wrong with an engine."""
+        folder = _folder(key)
+        record = user_cache() / folder / f"{key.file_stem}.json"
+        try:
+            plan = _load(record, key)
+        except RejectedError as error:
+            return Lookup(None, None, str(error))
+        return Lookup(plan, record.with_suffix(".plan"), "")
 
     def store(self, key: EngineKey, plan: bytes, build_seconds: float) -> Path:
         """Keep an engine that was just built here.
@@ -144,13 +124,11 @@ class EngineCache:
             The plan's path.
 
         Raises:
-            DiskError: neither the bundle nor the user's cache can be written.
+            DiskError: the cache cannot be written, or others may write there.
         """
-        digest = hashlib.sha256(plan).hexdigest()
-        record = EngineRecord(key, digest, len(plan), build_seconds)
-        record = msgspec.structs.replace(record, seal=_seal(record, self._seal_key()))
+        record = EngineRecord(key, hashlib.sha256(plan).hexdigest(), len(plan), build_seconds)
         text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
-        folder = self._folder(key)
+        folder = private_user_cache(_folder(key))
         sweep(folder)
         write_private(folder / f"{key.file_stem}.plan", plan)
         # The record names the plan's digest, so dying between the two leaves a pair that is
@@ -158,69 +136,31 @@ class EngineCache:
         write_private(folder / f"{key.file_stem}.json", text)
         return folder / f"{key.file_stem}.plan"
 
-    def _folder(self, key: EngineKey) -> Path:
-        roots = [self._user]
-        if is_private(self._bundle) and os.access(self._bundle, os.W_OK):
-            roots.insert(0, self._bundle)
-        error: OSError | None = None
-        for root in roots:
-            folder = root / "engines" / key.device
-            try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as failure:
-                error = failure
-                continue
-            if is_private(folder):
-                return folder
-        raise DiskError(
-            f"engines can be kept neither in '{self._bundle}' nor in '{self._user}' "
-            f"({error or 'others may write there'}); set {CACHE_VARIABLE} to a directory of yours"
-        )
 
-    def _seal_key(self) -> bytes:
-        """This user's secret of this machine; made on first use."""
-        path = private_user_cache() / _SEAL_NAME
-        try:
-            if not os.path.lexists(path):
-                create_secret(path, _SEAL_BYTES)
-            key = read_private(path, _SEAL_BYTES, secret=True)
-        except OSError as error:
-            raise DiskError(
-                f"cannot keep engines in '{self._user}': {error.strerror}; "
-                f"set {CACHE_VARIABLE} to a directory of yours"
-            ) from error
-        except RejectedError as error:
-            raise DiskError(
-                f"the key that seals engines is not usable: {error}; delete '{path}' "
-                "and build the engines again with vqbet-build"
-            ) from error
-        if len(key) != _SEAL_BYTES:
-            # A short key is one that anybody can guess, who then can seal engines.
-            raise DiskError(
-                f"expected {_SEAL_BYTES} bytes in '{path}', got {len(key)}; "
-                "delete it and build the engines again with vqbet-build"
-            )
-        return key
+def _folder(key: EngineKey) -> str:
+    return f"engines/{key.device}"
 
 
-def _load(folder: Path, key: EngineKey, seal_key: bytes) -> bytes:
-    """The plan, after every check.
+def _load(path: Path, key: EngineKey) -> bytes:
+    """The plan of a record, after every check.
 
     Raises:
         RejectedError: with the reason.
     """
-    if not is_private(folder):
-        raise RejectedError(f"'{folder}' belongs to, or can be written by, somebody else")
     try:
-        record = msgspec.json.decode(
-            read_private(folder / f"{key.file_stem}.json", _MAX_RECORD_BYTES), type=EngineRecord
-        )
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        text = f"no engine has been built for this device in '{path.parent}'"
+        raise RejectedError(text) from error
+    except OSError as error:  # such as another user's home
+        raise RejectedError(f"'{path}' cannot be read ({error.strerror})") from error
+    check_folder(path.parent)
+    try:
+        record = msgspec.json.decode(read_private(path, _MAX_RECORD_BYTES), type=EngineRecord)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RejectedError(f"the engine's record is damaged ({error})") from error
-    if not hmac.compare_digest(_seal(record, seal_key).encode(), record.seal.encode()):
-        raise RejectedError("the engine was not built by this user on this machine")
     _check_key(record.key, key)
-    plan = read_private(folder / f"{key.file_stem}.plan", min(record.size, _MAX_PLAN_BYTES))
+    plan = read_private(path.with_suffix(".plan"), min(record.size, _MAX_PLAN_BYTES))
     if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
         raise RejectedError("the engine is truncated or altered")
     return plan
@@ -231,8 +171,3 @@ def _check_key(built: EngineKey, wanted: EngineKey) -> None:
         have, need = getattr(built, name), getattr(wanted, name)
         if have != need and not (name == "options" and need is None):
             raise RejectedError(f"it was built for {name} {have}, needed is {need}")
-
-
-def _seal(record: EngineRecord, seal_key: bytes) -> str:
-    body = msgspec.json.encode(msgspec.structs.replace(record, seal=""))
-    return hmac.new(seal_key, body, hashlib.sha256).hexdigest()

@@ -23,7 +23,7 @@ def _hold() -> None:
 
 
 def _keep() -> None:
-    for owner in _HELD[-1]:
+    for owner in _HELD.pop():
         # One reference too many, so that not even Python's end frees it.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 

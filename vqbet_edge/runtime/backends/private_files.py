@@ -1,6 +1,7 @@
-"""Files that this user alone may write, and the folder where they are kept.
+"""Files that only root or this user can have written, and the cache where they are kept.
 
-Nothing that another user may have written is read, and links are not followed.
+What root and this user write is as trusted as the programs that they install, so a file needs no
+seal where nobody else may write to it or to any folder above it.
 """
 
 import contextlib
@@ -14,10 +15,12 @@ from pathlib import Path
 from vqbet_edge.errors import DiskError
 
 CACHE_VARIABLE = "VQBET_EDGE_CACHE"
-_TEMPORARY = re.compile(r"\..+\.(plan|json)\.[0-9a-f]{16}")
+# Others may read, so that what root built can be loaded by any user; the umask may forbid it.
+_FOLDER_MODE, _FILE_MODE = 0o755, 0o644
+_ROOT = 0
+_TEMPORARY = re.compile(r"\..+\.(plan|json|cache)\.[0-9a-f]{16}")
 _OLD = 3600  # seconds
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_OTHERS_MAY_DO_ANYTHING = stat.S_IRWXG | stat.S_IRWXO
 
 
 class RejectedError(Exception):
@@ -25,54 +28,89 @@ class RejectedError(Exception):
 
 
 def user_cache() -> Path:
-    """This user's cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where caches go."""
+    """The cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where this user's caches go."""
     if os.environ.get(CACHE_VARIABLE):  # empty means unset, not the current directory
         return Path(os.environ[CACHE_VARIABLE])
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vqbet_edge"
 
 
-def private_user_cache() -> Path:
-    """`user_cache()`, created where it is missing.
+def private_user_cache(folder: str = "") -> Path:
+    """`user_cache()` or a folder in it, created where it is missing, to be written to.
 
     Raises:
-        DiskError: it cannot be created, or others may write there.
+        DiskError: it cannot be created or written, or others may write there.
     """
-    path = user_cache()
+    path = user_cache() / folder
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (user_cache(), path):  # nothing is created where others may write
+            _create_folders(each)
+            check_folder(each)
+        reason = "" if os.access(path, os.W_OK) else "this user may not write there"
     except OSError as error:
+        reason = f"cannot create it: {error.strerror}"
+    except RejectedError as error:
+        reason = str(error)
+    if reason:
         raise DiskError(
-            f"cannot create the cache '{path}': {error.strerror}; "
-            f"set {CACHE_VARIABLE} to a directory of yours"
-        ) from error
-    # Not `is_private`: a link of the user's own to another disk is as good as the folder.
-    status = path.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-        raise DiskError(
-            f"the cache '{path}' belongs to, or can be written by, somebody else; run: "
-            f"chmod go-w '{path}', or set {CACHE_VARIABLE} to a directory of yours alone"
+            f"nothing can be kept in the cache '{path}': {reason}; "
+            f"or set {CACHE_VARIABLE} to a directory of yours"
         )
     return path
 
 
-def is_private(folder: Path) -> bool:
-    """Whether this is a directory of this user that only this user may write."""
+def _create_folders(path: Path) -> None:
+    for folder in reversed((path, *path.parents)):
+        if not folder.exists():
+            # Not `parents=True`: a umask of 002, Ubuntu's, would let the group write to them.
+            folder.mkdir(_FOLDER_MODE, exist_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder to which, or to a folder above which, others may write.
+
+    Raises:
+        RejectedError: with the folder at fault.
+    """
     try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    private = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE
-    return stat.S_ISDIR(status.st_mode) and private
+        real = folder.resolve(strict=True)  # a link is as good as where it leads
+        check_owner(real, real.stat())
+        for above in real.parents:
+            check_owner(above, above.stat(), above=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, until Python 3.13
+        raise RejectedError(f"'{folder}' cannot be read ({error})") from error
 
 
-def read_private(path: Path, limit: int, *, secret: bool = False) -> bytes:
-    """Contents of a regular file of this user that only this user may write.
+def check_owner(path: Path, status: os.stat_result, *, above: bool = False) -> None:
+    """Refuse what others own or may write.
 
     Args:
-        path: the file; a link is not followed.
+        path: a file or folder.
+        status: its status.
+        above: it is a folder above the one in question. In such a one, like /tmp, others may write
+            if they may not rename what is not theirs.
+
+    Raises:
+        RejectedError: with the reason.
+    """
+    trusted = {_ROOT, os.geteuid()}
+    if status.st_uid not in trusted:
+        expected = " or ".join(map(str, sorted(trusted)))
+        raise RejectedError(f"'{path}' belongs to user {status.st_uid}, expected user {expected}")
+    sticky = above and status.st_mode & stat.S_ISVTX
+    if status.st_mode & _OTHERS_MAY_WRITE and not sticky:
+        raise RejectedError(
+            f"'{path}' can be written by somebody else (mode {stat.S_IMODE(status.st_mode):o}); "
+            f"run: chmod go-w '{path}'"
+        )
+
+
+def read_private(path: Path, limit: int) -> bytes:
+    """Contents of a regular file that only root or this user may write.
+
+    Args:
+        path: the file, in a folder that `check_folder` accepts; a link is not followed.
         limit: the most bytes that it may have.
-        secret: nobody else may read it either.
 
     Raises:
         RejectedError: it is missing or another kind of file, owner, mode or size.
@@ -81,66 +119,39 @@ def read_private(path: Path, limit: int, *, secret: bool = False) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         # Closed by hand: `open` refuses a directory and leaves its descriptor open.
         try:
-            _check(path.name, os.fstat(handle), limit, secret=secret)
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise RejectedError(f"'{path}' is not a regular file")
+            check_owner(path, status)
+            if status.st_size > limit:
+                raise RejectedError(f"'{path}' is larger than expected")
             with open(handle, "rb", closefd=False) as file:
                 return file.read(limit)
         finally:
             os.close(handle)
     except OSError as error:
-        raise RejectedError(f"'{path.name}' cannot be read ({error.strerror})") from error
-
-
-def _check(name: str, status: os.stat_result, limit: int, *, secret: bool) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise RejectedError(f"'{name}' is not a regular file")
-    if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
-        raise RejectedError(f"'{name}' belongs to, or can be written by, somebody else")
-    if secret and status.st_mode & _OTHERS_MAY_DO_ANYTHING:
-        raise RejectedError(f"'{name}' can be read by somebody else")
-    if status.st_size > limit:
-        raise RejectedError(f"'{name}' is larger than expected")
-
-
-def _create(path: Path, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(handle, "wb") as file:  # noqa: PTH123 - opened by descriptor
-        file.write(data)
-        file.flush()
-        os.fsync(handle)
-
-
-def create_secret(path: Path, size: int) -> None:
-    """Create a file of `size` random bytes, unless there is one.
-
-    It appears whole: neither dying midway nor reading meanwhile yields a short one.
-    """
-    temporary = _temporary(path)
-    try:
-        _create(temporary, secrets.token_bytes(size))
-        with contextlib.suppress(FileExistsError):  # another process was faster: its secret stays
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        raise RejectedError(f"'{path}' cannot be read ({error.strerror})") from error
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all.
+    """Write a file that only this user may write, whole or not at all.
 
     Raises:
         DiskError: it cannot be written.
     """
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        _create(temporary, data)
+        with open(os.open(temporary, flags, _FILE_MODE), "wb") as file:  # noqa: PTH123 - descriptor
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise DiskError(f"cannot write '{path}' ({len(data)} bytes): {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sweep(folder: Path) -> None:

@@ -1,21 +1,30 @@
 """TensorRT: engines built on this device, run as one CUDA graph."""
 
-import logging
+import functools
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.child import module_command
-from vqbet_edge.runtime.backends.cuda import Cuda, Device, Launch, create_cuda, switch
-from vqbet_edge.runtime.backends.cuda_backend import Borders, CudaBackend, check_borders
+from vqbet_edge.runtime.backends.cuda import Cuda, Device, create_cuda, switch
+from vqbet_edge.runtime.backends.cuda_backend import (
+    CudaBackend,
+    Execution,
+    Tensors,
+    check_signature,
+)
+from vqbet_edge.runtime.backends.cuda_stream import Launch, Stream
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache, EngineKey
-from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
+from vqbet_edge.runtime.backends.tensorrt_module import (
+    ProcessLog,
+    TensorRT,
+    import_tensorrt,
+    process_log,
+)
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import StageName, StageSpec
+from vqbet_edge.runtime.manifest import StageName
 
 BUILD_VARIABLE = "VQBET_EDGE_BUILD_ENGINES"
-_LOG = logging.getLogger(__name__)
-_SEVERE = ("ERROR", "INTERNAL_ERROR")
 
 
 def engine_key(
@@ -39,16 +48,16 @@ def engine_key(
 
 
 class TensorRTBackend(CudaBackend):
-    """One engine and one execution context per stage.
+    """One engine per stage; every window has execution contexts and a stream of its own.
 
     Args:
         bundle: the verified bundle.
         build: build engines that are missing, unless $VQBET_EDGE_BUILD_ENGINES is 0.
-        cuda: the device; None opens device 0.
+        cuda: the device; None takes device 0.
         tensorrt: the module; None takes the installed one.
 
     Raises:
-        BackendError: TensorRT, a CUDA library or the GPU is missing, or an engine is missing or
+        BackendError: TensorRT, the CUDA bindings or the GPU is missing, or an engine is missing or
             not to be trusted and may not be built.
     """
 
@@ -64,50 +73,71 @@ class TensorRTBackend(CudaBackend):
     ) -> None:
         self._tensorrt = tensorrt or import_tensorrt()
         cuda = cuda or create_cuda()
-        self._errors: list[str] = []
-        self._engines: list[Any] = []  # an execution context does not own its engine
-        self._logger = create_logger(self._tensorrt, self._log)
-        self._runtime = self._tensorrt.module.Runtime(self._logger)
+        # Before a context is opened here: on a small board the builder needs the memory.
         self._plans = _plans(bundle, self._tensorrt, cuda.device, build=build)
-        super().__init__(bundle, cuda, capture=True)
+        self._engines: dict[StageName, Any] = {}
+        super().__init__(bundle, cuda)
 
-    def _log(self, severity: str, message: str) -> None:
-        if severity in _SEVERE:
-            self._errors.append(message)
-        _LOG.log(logging.ERROR if severity in _SEVERE else logging.DEBUG, "%s", message)
-
-    def _create_stage(self, bundle: Bundle, stage: StageName) -> Launch:
-        runtime, spec = self._runtime, bundle.manifest.stages[stage]
+    def _load(self, bundle: Bundle) -> None:
+        log = process_log(self._tensorrt)
+        self._failure = functools.partial(_failure, log, self._tensorrt.version)
+        runtime = self._tensorrt.module.Runtime(log.logger)
         # An engine may carry code for the host; ours never do.
         if hasattr(runtime, "engine_host_code_allowed"):
             runtime.engine_host_code_allowed = False
-        engine = runtime.deserialize_cuda_engine(self._plans.pop(stage))
-        if engine is None:
-            raise self._failure(f"refuses the engine of {stage}")
-        _check_borders(self._tensorrt.module, engine, stage, spec)
-        self._engines.append(engine)
-        context = engine.create_execution_context()
-        if context is None:
+        self._stream.on_close(self._engines.clear)
+        for stage in bundle.stages_to_load:
+            engine = runtime.deserialize_cuda_engine(self._plans.pop(stage))
+            if engine is None:
+                raise self._failure(f"refuses the engine of {stage}")
+            have = _tensors(self._tensorrt.module, engine)
+            check_signature(f"the engine of {stage}", have, self.signatures[stage])
+            self._engines[stage] = engine
+
+    def execution(self, stream: Stream) -> Execution:
+        """Contexts of a window's own, over buffers of its own."""
+        execution = Execution(self, stream)
+        for stage in self._engines:
+            execution.stages[stage] = self._bind(stage, execution)
+        return execution
+
+    def _bind(self, stage: StageName, execution: Execution) -> Launch:
+        engine = self._engines[stage]
+        bound = _Bound(engine, engine.create_execution_context())
+        # The caller's is enough, and of an error's traceback nothing is freed in an order.
+        del engine
+        if bound.context is None:
             raise self._failure(f"has no memory for {stage}")
-        for tensor in (*spec.inputs, *spec.outputs):
-            context.set_tensor_address(tensor.name, self._buffers[tensor.name].address)
-        stream = self._cuda.stream
+        for tensor in self.signatures[stage].tensors:
+            address = execution.buffers[tensor.name].address
+            if not bound.context.set_tensor_address(tensor.name, address):
+                raise self._failure(f"refuses the memory of {tensor.name} in {stage}")
+        # No reference to the backend: the stream keeps what it clears, and is the backend's.
+        stream, failure = execution.stream.handle, self._failure
 
         def enqueue() -> None:
-            if not context.execute_async_v3(stream):
-                raise self._failure(f"failed in {stage}")
+            if not bound.context.execute_async_v3(stream):
+                raise failure(f"failed in {stage}")
 
         return enqueue
 
-    def _failure(self, what: str) -> BackendError:
-        reason = self._errors[-1] if self._errors else "it gave no reason"
-        return BackendError(f"TensorRT {self._tensorrt.version} {what}: {reason}")
+
+class _Bound(NamedTuple):
+    """A context does not hold its engine and must not outlive it; tuples are freed from the end."""
+
+    engine: Any
+    context: Any
+
+
+def _failure(log: ProcessLog, version: str, what: str) -> BackendError:
+    reason = log.last_error() or "it gave no reason"
+    return BackendError(f"TensorRT {version} {what}: {reason}")
 
 
 def _plans(
     bundle: Bundle, tensorrt: TensorRT, device: Device, *, build: bool
 ) -> dict[StageName, bytes]:
-    engines = EngineCache(bundle.path)
+    engines = EngineCache()
     keys = {stage: engine_key(bundle, stage, tensorrt, device) for stage in bundle.stages_to_load}
     found = {stage: engines.find(key) for stage, key in keys.items()}
     reasons = {look.reason for look in found.values() if look.plan is None}
@@ -133,13 +163,15 @@ def _build(bundle: Bundle, tensorrt: TensorRT) -> None:
         )
 
 
-def _check_borders(module: Any, engine: Any, stage: StageName, spec: StageSpec) -> None:  # noqa: ANN401
-    have: Borders = {}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        dtype = _type_name(module, engine.get_tensor_dtype(name))
-        have[name] = (dtype, tuple(engine.get_tensor_shape(name)))
-    check_borders(f"the engine of {stage}", have, spec)
+def _tensors(module: Any, engine: Any) -> Tensors:  # noqa: ANN401
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    return {
+        name: (
+            _type_name(module, engine.get_tensor_dtype(name)),
+            tuple(engine.get_tensor_shape(name)),
+        )
+        for name in names
+    }
 
 
 def _type_name(module: Any, dtype: Any) -> str:  # noqa: ANN401

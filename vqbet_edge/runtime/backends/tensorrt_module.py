@@ -4,10 +4,12 @@
 for RTX. Their Python interfaces agree in everything that is used here, from 10.3 on.
 """
 
+import functools
 import importlib
+import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Literal
 
 from vqbet_edge.errors import BackendError
@@ -15,15 +17,10 @@ from vqbet_edge.errors import BackendError
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 
-# What TensorRT 8.5 (JetPack 5) lacks, and what the code cannot do without.
-_REQUIRED = (
-    "Builder.build_serialized_network",
-    "IBuilderConfig.builder_optimization_level",
-    "IBuilderConfig.set_memory_pool_limit",
-    "ICudaEngine.num_io_tensors",
-    "IExecutionContext.execute_async_v3",
-    "IExecutionContext.set_tensor_address",
-)
+# Graphs are of opset 20 and strongly typed; TensorRT for RTX has versions of its own.
+_OLDEST = 10
+_LOG = logging.getLogger(__name__)
+_SEVERE = ("ERROR", "INTERNAL_ERROR")
 _INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack ('sudo apt install python3-libnvinfer'), "
     "elsewhere: pip install tensorrt",
@@ -58,7 +55,7 @@ def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
         flavour: which one; None takes `tensorrt` where it is installed, else `tensorrt_rtx`.
 
     Raises:
-        BackendError: it is not installed, cannot be loaded, or is older than 8.6.
+        BackendError: it is not installed, cannot be loaded, or is too old.
     """
     reasons = []
     for name in FLAVOURS if flavour is None else (flavour,):
@@ -72,14 +69,42 @@ def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
 
 
 def _checked(tensorrt: TensorRT) -> TensorRT:
-    try:
-        attrgetter(*_REQUIRED)(tensorrt.module)
-    except AttributeError as error:
+    major = tensorrt.version.split(".")[0]
+    if tensorrt.flavour == "tensorrt" and (not major.isdigit() or int(major) < _OLDEST):
         raise BackendError(
-            f"TensorRT {tensorrt.version} is too old ({error}); "
-            "use 10.3 or newer (JetPack 6.1 or newer)"
-        ) from error
+            f"TensorRT {tensorrt.version} is too old: the graphs are of ONNX opset 20, which it "
+            f"does not know; expected {_OLDEST}.3 or newer: with JetPack 5 or 6.0, flash "
+            "JetPack 6.1 or newer"
+        )
     return tensorrt
+
+
+class ProcessLog:
+    """What TensorRT logs in this process.
+
+    TensorRT takes the first logger that it is given, ignores every other, and keeps it for ever; so
+    there is one, and it knows of no backend.
+    """
+
+    def __init__(self, tensorrt: TensorRT) -> None:
+        self._errors: deque[str] = deque(maxlen=16)
+        self.logger = create_logger(tensorrt, self._take)
+
+    def _take(self, severity: str, message: str) -> None:
+        severe = severity in _SEVERE
+        if severe:
+            self._errors.append(message.strip())
+        _LOG.log(logging.ERROR if severe else logging.DEBUG, "%s", message)
+
+    def last_error(self) -> str | None:
+        """The latest error, once."""
+        return self._errors.pop() if self._errors else None
+
+
+@functools.cache
+def process_log(tensorrt: TensorRT) -> ProcessLog:
+    """The one log of this TensorRT in this process."""
+    return ProcessLog(tensorrt)
 
 
 def create_logger(tensorrt: TensorRT, sink: Callable[[str, str], None]) -> Any:  # noqa: ANN401

@@ -1,8 +1,8 @@
 """A LeRobot data set, opened and checked."""
 
 import hashlib
-import re
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,28 @@ import numpy as np
 import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.training.dataset.cache import cached_frames
-from vqbet_edge.training.dataset.columns import read_columns
-from vqbet_edge.training.dataset.frames import Frames, Times, check_videos, iter_episode_frames
-from vqbet_edge.training.dataset.metadata import DatasetFeature, DatasetInfo, read_info
+from vqbet_edge.training.dataset.frames import (
+    IMAGE_ERRORS,
+    Frames,
+    Times,
+    Videos,
+    cached_frames,
+    decode_image,
+    unreadable,
+)
+from vqbet_edge.training.dataset.metadata import (
+    DatasetFeature,
+    DatasetInfo,
+    Stats,
+    read_info,
+    stored_statistics,
+)
+from vqbet_edge.training.dataset.table import Array, Table
+from vqbet_edge.training.hub import download, is_hub_id
 
-Array = npt.NDArray[Any]
-Stats = dict[str, npt.NDArray[np.float32]]
+# What a policy reads besides the cameras; checked when a data set is opened.
+_POLICY_VECTORS = ("observation.state", "action")
+_BASIC = ("min", "max", "mean", "std")
 
 
 class Split(NamedTuple):
@@ -30,31 +45,48 @@ class Split(NamedTuple):
 class LeRobotDataset:
     """Demonstrations in LeRobot's format v3.0 or v2.1.
 
-    Vectors are in memory from the start; frames are decoded when asked for, each one once.
+    Vectors are read when asked for, those of a policy at once; frames are decoded when asked for,
+    each one once.
     """
 
-    def __init__(self, info: DatasetInfo, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self, info: DatasetInfo, cameras: Sequence[str] | None, cache_dir: Path | None
+    ) -> None:
         self.info = info
-        self._columns = read_columns(info)
+        self.image_keys = _cameras(info, cameras)
+        self._table = Table(info)
         self._cache_dir = cache_dir
+        self._videos = Videos(info.fps)
+        self._columns: dict[str, Array] = {}
         self._frames: dict[str, Frames] = {}
-        check_videos(info, [self._times(i) for i in range(len(info.episodes))])
+        for key in _POLICY_VECTORS:
+            if key in info.features:
+                self.column(key)
+        self._check_videos()
 
     @classmethod
-    def open(cls, source: str | Path, *, cache_dir: Path | None = None) -> "LeRobotDataset":
-        """Open and check a data set; corrupt or incomplete ones are refused here.
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        cameras: Sequence[str] | None = None,
+        cache_dir: Path | None = None,
+    ) -> "LeRobotDataset":
+        """Open and check a data set; one that is corrupt or incomplete is refused here.
+
+        Only what a policy needs is looked at: state, action, and the cameras.
 
         Args:
-            source: a folder, or the id of a data set on the Hub ("lerobot/pusht").
+            source: a folder, the name of a data set in LeRobot's own folder, or the id of one on
+                the Hub ("lerobot/pusht").
+            cameras: keys of the cameras; None takes all RGB ones.
             cache_dir: where to keep decoded frames between runs; None keeps them in memory.
 
         Raises:
             DatasetError: what is wrong, with the file and the episode.
+            HubError: it is not here and not to be had from the Hub.
         """
-        root = Path(source)
-        if not root.is_dir():
-            root = _download(str(source))
-        return cls(read_info(root), cache_dir)
+        return cls(read_info(_locate(str(source))), cameras, cache_dir)
 
     @property
     def features(self) -> Mapping[str, DatasetFeature]:
@@ -67,52 +99,51 @@ class LeRobotDataset:
         return self.info.fps
 
     @property
-    def image_keys(self) -> tuple[str, ...]:
-        """Keys of the cameras."""
-        return self.info.image_keys
-
-    @property
     def num_episodes(self) -> int:
         """Number of demonstrations."""
-        return len(self.info.episodes)
+        return len(self._table.episodes)
 
     @property
     def num_frames(self) -> int:
         """Number of frames of all demonstrations."""
         return int(self.bounds[-1])
 
-    @cached_property
+    @property
     def bounds(self) -> npt.NDArray[np.int64]:
         """int64 (episodes + 1,): episode i is frames bounds[i] to bounds[i + 1]."""
-        lengths = [episode.length for episode in self.info.episodes]
-        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return self._table.bounds
 
-    @cached_property
-    def stats(self) -> dict[str, Stats]:
-        """Per feature of floats: min, max, mean and std, float32 (dim,).
+    def statistics(self, key: str, names: Sequence[str] = _BASIC) -> Stats:
+        """Statistics over all frames, float32 (dim,); of cameras in [0, 1], (3, 1, 1).
 
-        Images have the statistics of `meta/stats.json`, (3, 1, 1) in [0, 1], where it has them.
+        Vectors' are computed. Cameras' are those of `meta/`, aggregated over the episodes where
+        the whole data set has none, and computed where there are none at all: that decodes.
+
+        Args:
+            key: a vector or a camera.
+            names: of min, max, mean, std, q01, q10, q50, q90, q99 (quantiles).
         """
-        floats = [k for k, f in self.features.items() if f.dtype.startswith("float")]
-        stats = {key: _stats(self.column(key)) for key in floats if key in self._columns}
-        for key in self.image_keys:
-            if key in self.info.stats:
-                stats[key] = {
-                    name: np.asarray(self.info.stats[key][name], np.float32).reshape(3, 1, 1)
-                    for name in ("min", "max", "mean", "std")
-                }
-        return stats
+        if key not in self.info.cameras:
+            return _vector_statistics(self.column(key), names)
+        found = stored_statistics(self.info, key, names) if names else {}
+        if found is None:
+            found = _image_statistics(self.frames(key), names)
+        return {name: value.reshape(3, 1, 1) for name, value in found.items()}
 
     def column(self, key: str) -> Array:
         """(frames, dim): one vector feature over all episodes; see `bounds`.
 
         Raises:
-            DatasetError: the data set has no such vector.
+            DatasetError: the data set has no such vector, or it is not whole.
         """
         if key not in self._columns:
-            raise DatasetError(
-                f"{self.info.root} has no vector '{key}'; it has {', '.join(self._columns)}"
-            )
+            feature = self.features.get(key)
+            if feature is None or not feature.is_vector:
+                vectors = [k for k, f in self.features.items() if f.is_vector]
+                raise DatasetError(
+                    f"{self.info.root} has no vector '{key}'; it has {', '.join(vectors)}"
+                )
+            self._columns[key] = self._table.vectors(key, feature)
         return self._columns[key]
 
     def frames(self, key: str) -> Frames:
@@ -120,34 +151,35 @@ class LeRobotDataset:
 
         Decoded at the first call, in memory or memory-mapped from the cache directory.
         """
-        self._check_camera(key)
+        _cameras(self.info, [key])
         if key not in self._frames:
-            positions = range(self.num_episodes)
-            parts = iter_episode_frames(
-                self.info, key, positions, [self._times(i) for i in positions]
-            )
+            parts = (self._decode(position, key) for position in range(self.num_episodes))
             shape = (self.num_frames, *self.features[key].shape)
             cache = self._cache_dir and self._cache_dir / f"{self._digest(key)}.npy"
             self._frames[key] = cached_frames(parts, shape, cache)
         return self._frames[key]
 
-    def episode(self, position: int, keys: Sequence[str] | None = None) -> dict[str, Array]:
+    def episode(
+        self, position: int, keys: Sequence[str] | None = None, steps: slice = slice(None)
+    ) -> dict[str, Array]:
         """One demonstration.
 
         Args:
             position: 0 to `num_episodes` - 1.
-            keys: the features to return; None is all vectors and cameras.
+            keys: the features to return; None is state, action and the cameras.
+            steps: which of its frames; only they are decoded.
 
         Returns:
             Per key (T, dim), for cameras uint8 (T, height, width, 3).
         """
-        chosen = keys if keys is not None else (*self._columns, *self.image_keys)
+        if keys is None:
+            keys = [*(k for k in _POLICY_VECTORS if k in self.features), *self.image_keys]
         rows = slice(self.bounds[position], self.bounds[position + 1])
         return {
-            key: self._episode_frames(position, key)
-            if key in self.image_keys
-            else self.column(key)[rows]
-            for key in chosen
+            key: self._episode_frames(position, key, steps)
+            if key in self.info.cameras
+            else self.column(key)[rows][steps]
+            for key in keys
         }
 
     def split(self, validation_fraction: float, seed: int = 0) -> Split:
@@ -161,47 +193,121 @@ class LeRobotDataset:
         order = np.random.default_rng(seed).permutation(self.num_episodes).tolist()
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
 
-    def _episode_frames(self, position: int, key: str) -> Frames:
+    def _episode_frames(self, position: int, key: str, steps: slice) -> Frames:
         if key in self._frames:
-            return self._frames[key][self.bounds[position] : self.bounds[position + 1]]
-        return next(iter_episode_frames(self.info, key, [position], [self._times(position)]))
+            return self._frames[key][self.bounds[position] : self.bounds[position + 1]][steps]
+        _cameras(self.info, [key])
+        return self._decode(position, key, steps)
+
+    def _decode(self, position: int, key: str, steps: slice = slice(None)) -> Frames:
+        episode, feature = self._table.episodes[position], self.features[key]
+        if feature.dtype == "video":
+            clip = self.info.clip(episode, key)
+            path, seconds = clip.path, self._times(position)
+            frames = self._videos.read(clip, seconds, episode.index, steps)
+        else:
+            path = self._table.files(position)[0]
+            try:
+                images = self._table.images(position, key)[steps]
+                frames = np.stack([decode_image(png) for png in images])
+            except IMAGE_ERRORS as e:
+                raise unreadable(path, episode.index, e) from e
+        expected = (len(frames), *feature.shape)
+        if frames.shape != expected:
+            raise DatasetError(
+                f"{path}: '{key}' of episode {episode.index} decodes to {frames.shape}, "
+                f"expected {expected}"
+            )
+        return frames
+
+    def _check_videos(self) -> None:
+        for position, episode in enumerate(self._table.episodes):
+            for key in self._video_keys:
+                clip = self.info.clip(episode, key)
+                self._videos.check(clip, self._times(position), episode.index)
+
+    @property
+    def _video_keys(self) -> Iterator[str]:
+        return (key for key in self.image_keys if self.features[key].dtype == "video")
+
+    @cached_property
+    def _seconds(self) -> Array:
+        return self._table.vectors("timestamp", DatasetFeature("float32", (1,)))[:, 0]
 
     def _times(self, position: int) -> Times:
         rows = slice(self.bounds[position], self.bounds[position + 1])
-        seconds: Times = self.column("timestamp")[rows, 0].astype(np.float64)
-        return seconds
-
-    def _check_camera(self, key: str) -> None:
-        if key not in self.image_keys:
-            raise DatasetError(
-                f"{self.info.root} has no camera '{key}'; it has "
-                f"{', '.join(self.image_keys) or 'none'}"
-            )
+        return self._seconds[rows].astype(np.float64)
 
     def _digest(self, key: str) -> str:
         """Changes when any file that holds the camera's frames does."""
-        paths = {e.clips[key].path if key in e.clips else e.data_path for e in self.info.episodes}
+        if self.features[key].dtype == "video":
+            paths = {self.info.clip(episode, key).path for episode in self._table.episodes}
+        else:
+            paths = set(self._table.paths)
         facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
         return hashlib.sha256(repr((key, facts)).encode()).hexdigest()[:32]
 
 
-def _stats(values: Array) -> Stats:
-    # float64: a float32 sum over millions of frames loses digits.
-    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
-    parts = {"min": values.min(0), "max": values.max(0), "mean": mean, "std": std}
-    return {name: np.asarray(value, np.float32) for name, value in parts.items()}
+def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """The chosen cameras, or all RGB ones."""
+    if chosen is None:
+        return tuple(key for key in info.cameras if info.features[key].is_rgb)
+    for key in chosen:
+        has = ", ".join(f"{k} ({info.features[k]})" for k in info.cameras) or "none"
+        if key not in info.cameras:
+            raise DatasetError(f"{info.root} has no camera '{key}'; it has {has}")
+        if not info.features[key].is_rgb:
+            raise DatasetError(
+                f"{info.root}: '{key}' is {info.features[key]}, and a policy sees RGB images "
+                f"(height x width x 3); the cameras are {has}"
+            )
+    return tuple(chosen)
 
 
-def _download(source: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+def _locate(source: str) -> Path:
+    """The data set's folder: as named, else in LeRobot's own folder, else from the Hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not is_hub_id(source):
         raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")
-    try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415 - optional, and slow
-    except ImportError as e:
-        raise DatasetError(
-            f"{source} is no folder; to take it from the Hub: pip install huggingface-hub"
-        ) from e
-    try:
-        return Path(snapshot_download(source, repo_type="dataset"))
-    except Exception as e:  # the client raises many types, all of them mean the same here
-        raise DatasetError(f"{source} is no folder and not to be had from the Hub: {e}") from e
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "lerobot"
+    recorded = Path(os.environ.get("HF_LEROBOT_HOME", cache)) / source
+    return recorded if (recorded / "meta").is_dir() else download(source, "dataset")
+
+
+def _vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:
+    """The named statistics of values (frames, dim)."""
+    # float64: a float32 sum over millions of frames loses digits.
+    wide = values.astype(np.float64)
+    return {name: _statistic(wide, name).astype(np.float32) for name in names}
+
+
+def _statistic(values: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
+    if name.startswith("q"):
+        return np.quantile(values, int(name[1:]) / 100, axis=0)
+    found: npt.NDArray[np.float64] = getattr(values, name)(axis=0)
+    return found
+
+
+def _image_statistics(frames: npt.NDArray[np.uint8], names: Sequence[str]) -> Stats:
+    """The named statistics of the channels of uint8 (frames, H, W, 3), in [0, 1]."""
+    counts = np.zeros((3, 256), np.int64)
+    for frame in frames:
+        for channel in range(3):
+            counts[channel] += np.bincount(frame[..., channel].reshape(-1), minlength=256)
+    levels = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    seen = np.where(counts > 0, levels, np.nan)
+    mean = share @ levels
+    found = {
+        "min": np.nanmin(seen, axis=1),
+        "max": np.nanmax(seen, axis=1),
+        "mean": mean,
+        "std": np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1)),
+    }
+    for name in names:
+        if name.startswith("q"):
+            # The first level up to which lies the share asked for.
+            place = (share.cumsum(axis=1) < int(name[1:]) / 100).sum(axis=1)
+            found[name] = levels[place.clip(max=255)]
+    return {name: found[name].astype(np.float32) for name in names}

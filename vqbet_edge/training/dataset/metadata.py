@@ -1,37 +1,71 @@
-"""What a LeRobot data set says about itself: features, episodes, files.
+"""What a LeRobot data set says about itself in `meta/`: features, episodes, statistics.
 
 Format v3.0 packs many episodes into one parquet and one video file and lists them in
-`meta/episodes/`; format v2.1 has a file per episode and `meta/episodes.jsonl`.
+`meta/episodes/`; format v2.1 has a file per episode and `meta/episodes.jsonl`. What nobody asks
+for is not read, and what is not understood is left out.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vqbet_edge.errors import DatasetError
 
-SUPPORTED_VERSIONS = ("v3.0", "v2.1")
+# LeRobot's templates, where info.json has none.
+_VIDEO_PATHS = {
+    3: "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    2: "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+}
+_DEPTH_MARKS = ("is_depth_map", "video.is_depth_map")
+Json = dict[str, Any]
+# By name: min, max, mean, std, q01, q10, q50, q90, q99; each (dim,), of images per channel.
+Stats = dict[str, npt.NDArray[np.float32]]
+_Wide = dict[str, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class DatasetFeature:
     """One column of a data set.
 
-    `shape` is without the time axis; an image's is (height, width, 3) whatever the file says.
+    Attributes:
+        dtype: as info.json names it.
+        shape: without the time axis; an image's is (height, width, channels) whatever the file
+            says.
+        is_depth: whether it is a depth map.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    is_depth: bool = False
 
     @property
     def is_image(self) -> bool:
         """Whether the feature is a camera."""
         return self.dtype in {"image", "video"}
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether it is a camera that a policy can look through."""
+        rgb = len(self.shape) == 3 and self.shape[2] == 3
+        return self.is_image and rgb and not self.is_depth
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a number or a vector of numbers."""
+        return len(self.shape) == 1 and not self.is_image and self.dtype != "string"
+
+    def __str__(self) -> str:
+        kind = "a depth map" if self.is_depth else self.dtype
+        return f"{kind} of {'x'.join(map(str, self.shape))}"
 
 
 class Clip(NamedTuple):
@@ -43,154 +77,270 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """One demonstration."""
+    """One demonstration.
+
+    Attributes:
+        index: its number in the data.
+        length: frames that `meta/` promises.
+        place: what `meta/` says about its files.
+    """
 
     index: int
     length: int
-    data_path: Path
-    clips: Mapping[str, Clip]
+    place: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The whole of `meta/`."""
+    """The part of `meta/` that is read at once.
+
+    Attributes:
+        root: folder of the data set.
+        version: 3 or 2, the format's.
+        fps: frames per second.
+        features: by key; those that are not understood are left out.
+        episodes: in the order of their indices.
+        video_path: template of the videos' names.
+    """
 
     root: Path
+    version: int
     fps: float
     features: Mapping[str, DatasetFeature]
     episodes: tuple[EpisodeInfo, ...]
-    stats: Mapping[str, Mapping[str, Any]]
+    video_path: str
 
     @property
-    def image_keys(self) -> tuple[str, ...]:
-        """Keys of the cameras."""
+    def cameras(self) -> tuple[str, ...]:
+        """Keys of all cameras, depth maps included."""
         return tuple(key for key, feature in self.features.items() if feature.is_image)
 
-    @property
-    def video_keys(self) -> tuple[str, ...]:
-        """Keys of the cameras that are stored as video."""
-        return tuple(key for key, feature in self.features.items() if feature.dtype == "video")
+    def clip(self, episode: EpisodeInfo, key: str) -> Clip:
+        """Where the video of a camera is.
+
+        Raises:
+            DatasetError: `meta/` does not say it, or the file is missing.
+        """
+        place = episode.place
+        names: dict[str, Any] = {"video_key": key}
+        try:
+            if self.version == 3:
+                chunk, file = (f"videos/{key}/{part}_index" for part in ("chunk", "file"))
+                names |= {"chunk_index": int(place[chunk]), "file_index": int(place[file])}
+                start = float(place[f"videos/{key}/from_timestamp"])
+            else:
+                start = 0.0
+            path = _inside(self.root, self.video_path.format(**names, **place))
+        except (KeyError, IndexError, TypeError, ValueError) as e:
+            raise DatasetError(
+                f"{self.root / 'meta'} does not say where the frames of '{key}' of episode "
+                f"{episode.index} are ({type(e).__name__}: {e}); copy the data set again, or "
+                "choose other cameras with --cameras"
+            ) from e
+        if not path.is_file():
+            raise DatasetError(
+                f"{path} is missing; episode {episode.index} needs it for '{key}'. Copy or "
+                "download the data set again, or choose other cameras with --cameras"
+            )
+        return Clip(path, start)
 
 
 def read_info(root: Path) -> DatasetInfo:
-    """Read and check `meta/`; every file that it names exists when this returns.
+    """Read `meta/`.
 
     Raises:
         DatasetError: a file is missing or unreadable, or the format version is unknown.
     """
-    raw = _read_json(root / "meta" / "info.json")
+    path = root / "meta" / "info.json"
+    raw = _read_json(path)
+    version = _version(path, raw.get("codebase_version"))
     try:
-        features = {key: _feature(value) for key, value in raw["features"].items()}
-        episodes = tuple(_read_episodes(root, raw, features))
+        features = _features(raw["features"])
         fps = float(raw["fps"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as e:
+        rows = _rows_v3(root) if version == 3 else _rows_v2(root, raw)
+        episodes = sorted((_episode(row) for row in rows), key=lambda episode: episode.index)
+    except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException, OSError) as e:
         raise DatasetError(
             f"{root / 'meta'} is not complete ({type(e).__name__}: {e}); "
             "copy or download the data set again"
         ) from e
     if not episodes:
         raise DatasetError(f"{root} has no episodes; record at least one before training")
-    stats_path = root / "meta" / "stats.json"
-    stats = _read_json(stats_path) if stats_path.is_file() else {}
-    info = DatasetInfo(root, fps, features, episodes, stats)
-    _check_files(info)
-    return info
+    indices = [episode.index for episode in episodes]
+    if len(set(indices)) < len(indices):
+        twice = next(i for i in indices if indices.count(i) > 1)
+        raise DatasetError(
+            f"{root / 'meta'} lists episode {twice} twice; number the episodes anew, for instance "
+            "with LeRobot's lerobot-edit-dataset"
+        )
+    template = str(raw.get("video_path") or _VIDEO_PATHS[version])
+    return DatasetInfo(root, version, fps, features, tuple(episodes), template)
+
+
+def _version(path: Path, name: object) -> int:
+    # As LeRobot does, a newer minor version is read and a newer major one is not.
+    match = re.fullmatch(r"v?(\d+)\.\d+(\.\d+)?", str(name))
+    if match is None or int(match[1]) not in _VIDEO_PATHS:
+        raise DatasetError(
+            f"{path} has format {name}; expected one of v3.0, v2.1. "
+            "LeRobot's `lerobot.datasets` conversion scripts bring older data sets up to date"
+        )
+    return int(match[1])
+
+
+def _features(raw: Mapping[str, Any]) -> dict[str, DatasetFeature]:
+    found = {}
+    for key, spec in raw.items():
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            found[key] = _feature(spec)
+    return found
 
 
 def _feature(raw: Mapping[str, Any]) -> DatasetFeature:
     shape = tuple(int(side) for side in raw["shape"])
     dtype = str(raw["dtype"])
-    if dtype in {"image", "video"} and shape[0] == 3 and shape[-1] != 3:
-        shape = (*shape[1:], 3)
-    return DatasetFeature(dtype, shape)
+    if dtype not in {"image", "video"}:
+        return DatasetFeature(dtype, shape)
+    names = raw.get("names")
+    first = isinstance(names, list) and bool(names) and str(names[0]).startswith("channel")
+    if len(shape) == 3 and (first or (shape[0] == 3 and shape[-1] != 3)):
+        shape = (*shape[1:], shape[0])
+    marks = {**(raw.get("video_info") or {}), **(raw.get("info") or {})}
+    return DatasetFeature(dtype, shape, any(marks.get(mark) for mark in _DEPTH_MARKS))
 
 
-def _read_episodes(
-    root: Path, raw: Mapping[str, Any], features: Mapping[str, DatasetFeature]
-) -> Iterator[EpisodeInfo]:
-    videos = [key for key, feature in features.items() if feature.dtype == "video"]
-    match raw["codebase_version"]:
-        case "v3.0":
-            return _episodes_v30(root, raw, videos)
-        case "v2.1":
-            return _episodes_v21(root, raw, videos)
-        case version:
-            raise DatasetError(
-                f"{root} has format {version}; expected one of {', '.join(SUPPORTED_VERSIONS)}. "
-                "LeRobot's `lerobot.datasets` conversion scripts bring older data sets up to date"
-            )
+def _episode(row: Mapping[str, Any]) -> EpisodeInfo:
+    return EpisodeInfo(int(row["episode_index"]), int(row["length"]), row)
 
 
-def _episodes_v30(root: Path, raw: Mapping[str, Any], videos: list[str]) -> Iterator[EpisodeInfo]:
-    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+def _rows_v3(root: Path) -> Iterator[Json]:
+    paths = _episode_files(root)
     if not paths:
         raise DatasetError(f"no file meta/episodes/*/*.parquet in {root}; copy the data set again")
     for path in paths:
         table = pq.ParquetFile(path)
-        names = [name for name in table.schema_arrow.names if not name.startswith("stats/")]
-        for row in table.read(columns=names).to_pylist():
-            yield EpisodeInfo(
-                index=row["episode_index"],
-                length=row["length"],
-                data_path=_inside(root, _numbered(raw["data_path"], row, "data")),
-                clips={key: _clip_v30(root, raw, row, key) for key in videos},
-            )
+        wanted = [
+            name
+            for name in table.schema_arrow.names
+            if name in {"episode_index", "length"} or name.startswith("videos/")
+        ]
+        yield from table.read(columns=wanted).to_pylist()
 
 
-def _numbered(template: str, row: Mapping[str, Any], prefix: str, **names: str) -> str:
-    chunk, file = row[f"{prefix}/chunk_index"], row[f"{prefix}/file_index"]
-    return template.format(chunk_index=chunk, file_index=file, **names)
-
-
-def _clip_v30(root: Path, raw: Mapping[str, Any], row: Mapping[str, Any], key: str) -> Clip:
-    name = _numbered(raw["video_path"], row, f"videos/{key}", video_key=key)
-    return Clip(_inside(root, name), float(row[f"videos/{key}/from_timestamp"]))
-
-
-def _episodes_v21(root: Path, raw: Mapping[str, Any], videos: list[str]) -> Iterator[EpisodeInfo]:
-    for line in _read_text(root / "meta" / "episodes.jsonl").splitlines():
-        row = json.loads(line)
+def _rows_v2(root: Path, raw: Json) -> Iterator[Json]:
+    for row in _read_lines(root / "meta" / "episodes.jsonl"):
         index = int(row["episode_index"])
-        place = {"episode_index": index, "episode_chunk": index // int(raw["chunks_size"])}
-        yield EpisodeInfo(
-            index=index,
-            length=int(row["length"]),
-            data_path=_inside(root, raw["data_path"].format(**place)),
-            clips={
-                key: Clip(_inside(root, raw["video_path"].format(video_key=key, **place)), 0.0)
-                for key in videos
-            },
-        )
+        chunk = index // int(raw.get("chunks_size") or 1000)
+        yield {"episode_index": index, "episode_chunk": chunk, "length": row["length"]}
+
+
+def _episode_files(root: Path) -> list[Path]:
+    return sorted((root / "meta" / "episodes").glob("*/*.parquet"))
 
 
 def _inside(root: Path, name: str) -> Path:
-    """A data set comes from the net: its paths must not lead out of its folder."""
-    path = root / name
-    if not path.absolute().is_relative_to(root.absolute()) or ".." in path.parts:
+    """A data set comes from the net: what it names must not lead out of its folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
         raise DatasetError(f"{root / 'meta/info.json'} names '{name}', which leaves the data set")
-    return path
+    return root / name
 
 
-def _check_files(info: DatasetInfo) -> None:
-    checked: set[Path] = set()
-    for episode in info.episodes:
-        for path in (episode.data_path, *(clip.path for clip in episode.clips.values())):
-            if path not in checked and not path.is_file():
-                raise DatasetError(
-                    f"{path} is missing; episode {episode.index} needs it. "
-                    "Copy or download the data set again"
-                )
-            checked.add(path)
+def stored_statistics(info: DatasetInfo, key: str, names: Sequence[str]) -> Stats | None:
+    """A feature's statistics as `meta/` has them: those of the data set, else of its episodes.
+
+    Returns:
+        The named ones, float32 (channels,) for an image; None where they are not complete.
+    """
+    width = info.features[key].shape[-1]
+    path = info.root / "meta" / "stats.json"
+    whole = _read_json(path).get(key) if path.is_file() else None
+    found = _usable(whole, names, width)
+    if found is None:
+        wanted = {*names, "mean", "count"}
+        parts = [_usable(part, sorted(wanted), width) for part in _per_episode(info, key)]
+        complete = [part for part in parts if part is not None]
+        if not complete or len(complete) < len(parts):
+            return None
+        found = _aggregate(complete, names)
+    return {name: found[name].astype(np.float32) for name in names}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _usable(raw: Any, names: Sequence[str], width: int) -> _Wide | None:  # noqa: ANN401 - a file's
+    """The named statistics, (width,) each, or None if one is missing or not a finite number."""
+    with suppress(KeyError, TypeError, ValueError):
+        found = {name: np.asarray(raw[name], np.float64).reshape(-1) for name in names}
+        sizes = {len(value) for name, value in found.items() if name != "count"}
+        finite = all(np.isfinite(value).all() for value in found.values())
+        if sizes == {width} and finite and ("std" not in names or _plausible(raw)):
+            return found
+    return None
+
+
+def _plausible(raw: Mapping[str, Any]) -> bool:
+    """Whether a deviation can belong to its quantiles, a tenth of the values being beyond each.
+
+    LeRobot 0.4's writer squares pixels as uint8, and its deviations come out near zero.
+    """
+    if "q10" not in raw or "q90" not in raw:
+        return True
+    std, mean, low, high = (np.asarray(raw[n], np.float64) for n in ("std", "mean", "q10", "q90"))
+    least = np.sqrt(0.1 * ((mean - low) ** 2 + (high - mean) ** 2))
+    # Half of it, because the quantiles of many episodes are averages.
+    return bool((std >= least / 2).all())
+
+
+def _per_episode(info: DatasetInfo, key: str) -> Iterator[Any]:
+    if info.version == 2:
+        path = info.root / "meta" / "episodes_stats.jsonl"
+        for row in _read_lines(path) if path.is_file() else ():
+            yield (row.get("stats") or {}).get(key)
+        return
+    prefix = f"stats/{key}/"
+    for path in _episode_files(info.root):
+        table = pq.ParquetFile(path)
+        wanted = [name for name in table.schema_arrow.names if name.startswith(prefix)]
+        for row in table.read(columns=wanted).to_pylist():
+            yield {name.removeprefix(prefix): value for name, value in row.items()}
+
+
+def _aggregate(parts: Sequence[_Wide], names: Sequence[str]) -> _Wide:
+    """Statistics of all episodes from each one's, weighted by their frames.
+
+    Quantiles are averaged too, as LeRobot's `aggregate_feature_stats` does it.
+    """
+    stacked = {name: np.stack([part[name] for part in parts]) for name in {*names, "mean", "count"}}
+    share = stacked["count"][:, :1] / stacked["count"][:, :1].sum()
+    mean = (stacked["mean"] * share).sum(axis=0)
+    found: _Wide = {}
+    for name in names:
+        values = stacked[name]
+        match name:
+            case "min" | "max":
+                found[name] = getattr(values, name)(axis=0)
+            case "std":
+                spread = values**2 + (stacked["mean"] - mean) ** 2
+                found[name] = np.sqrt((spread * share).sum(axis=0))
+            case _:
+                found[name] = (values * share).sum(axis=0)
+    return found
+
+
+def _read_json(path: Path) -> Json:
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, RecursionError) as e:
         raise DatasetError(f"{path} is not JSON: {e}; copy the data set again") from e
     if not isinstance(value, dict):
         raise DatasetError(f"{path} holds no JSON object; copy the data set again")
     return value
+
+
+def _read_lines(path: Path) -> list[Json]:
+    try:
+        return [json.loads(line) for line in _read_text(path).splitlines() if line.strip()]
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise DatasetError(f"{path} is not JSON: {e}; copy the data set again") from e
 
 
 def _read_text(path: Path) -> str:

@@ -18,8 +18,7 @@ from vqbet_edge.runtime.guards import Guards
 from vqbet_edge.runtime.sampling import CodeSampler
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
-from vqbet_edge.training.network import ActionHead
-from vqbet_edge.training.normalization import Scaling
+from vqbet_edge.training.objectives import PixelScaling
 
 Floats = npt.NDArray[np.float32]
 Observations = Mapping[str, npt.NDArray[Any]]  # a leading axis of slots
@@ -63,26 +62,22 @@ def load_actor(source: str, slots: int, options: ActorOptions) -> Actor:
 
 
 class BundleActor:
-    """A bundle on any backend; every slot has a policy of its own."""
+    """A bundle on any backend; every slot has a policy of its own, on the same weights."""
 
     def __init__(self, policies: Sequence[EdgePolicy]) -> None:
         self._policies = policies
 
     @classmethod
     def load(cls, source: str, slots: int, options: ActorOptions) -> "BundleActor":
-        """Open a bundle once per slot."""
-        return cls(
-            [
-                EdgePolicy.load(
-                    source,
-                    options.backend,
-                    temperature=options.temperature,
-                    replan_every=options.replan_every,
-                    guards=Guards(action_limits=None),  # a checkpoint to compare with has none
-                )
-                for _ in range(slots)
-            ]
+        """Open a bundle once for all slots."""
+        policy = EdgePolicy.load(
+            source,
+            options.backend,
+            temperature=options.temperature,
+            replan_every=options.replan_every,
+            guards=Guards(action_limits=None),  # a checkpoint to compare with has none
         )
+        return cls([policy, *(policy.sibling() for _ in range(slots - 1))])
 
     def reset(self, slot: int, seed: int) -> None:
         """See `Actor`."""
@@ -95,108 +90,82 @@ class BundleActor:
         return np.stack(actions)
 
 
+class _Slot:
+    """What one environment has seen, and the actions it still has to execute."""
+
+    def __init__(self, n_obs_steps: int, sampler: CodeSampler) -> None:
+        self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=n_obs_steps)
+        self.actions: deque[Floats] = deque()
+        self.sampler = sampler
+
+    def reset(self, seed: int) -> None:
+        self.seen.clear()
+        self.actions.clear()
+        self.sampler.reseed(seed)
+
+    def see(self, images: Tensor, state: Tensor) -> None:
+        # The first observation fills the window, as in LeRobot's `populate_queues`.
+        self.seen.extend([(images, state)] * (1 if self.seen else self.seen.maxlen or 1))
+
+
 class TorchActor:
     """A checkpoint in PyTorch; draws codes from the same random sequence as a bundle does."""
 
     def __init__(self, checkpoint: Checkpoint, slots: int, options: ActorOptions) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = checkpoint.network.to(self._device)
+        self._dtype = next(self._network.parameters()).dtype
         self._config = config = checkpoint.config
-        self._keys = [checkpoint.renamed.get(k, k) for k in config.image_keys]
+        self._image_keys = [checkpoint.renamed.get(k, k) for k in config.image_keys]
         self._state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
-        self._image_scalings = [checkpoint.inputs[key] for key in config.image_keys]
-        self._state_scaling, self._action_scaling = checkpoint.inputs[STATE_KEY], checkpoint.action
+        pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
+        self._pixels = pixels.to(self._device, self._dtype)
+        self._state, self._action = checkpoint.inputs[STATE_KEY], checkpoint.action
         self._replan_every = options.replan_every or config.action_chunk_size
-        self._windows: list[deque[tuple[Tensor, Tensor]]] = [
-            deque(maxlen=config.n_obs_steps) for _ in range(slots)
-        ]
-        self._queues: list[deque[Floats]] = [deque() for _ in range(slots)]
         trained = config.bet_softmax_temperature
         temperature = trained if options.temperature is None else options.temperature
-        columns = _secondary_columns(checkpoint)
-        self._samplers = [CodeSampler(temperature, trained, columns, 0) for _ in range(slots)]
+        columns = self._network.head.secondary_columns
+        added = None if columns is None else columns.cpu().numpy()
+        self._slots = [
+            _Slot(config.n_obs_steps, CodeSampler(temperature, trained, added, 0))
+            for _ in range(slots)
+        ]
 
     def reset(self, slot: int, seed: int) -> None:
         """See `Actor`."""
-        self._windows[slot].clear()
-        self._queues[slot].clear()
-        self._samplers[slot].reseed(seed)
+        self._slots[slot].reset(seed)
 
     def act(self, observations: Observations) -> Floats:
         """See `Actor`."""
-        images = np.stack([observations[key] for key in self._keys], axis=1)  # (B, K, H, W, 3)
-        states = _scaled(self._state_scaling, observations[self._state_key])
-        for slot, window in enumerate(self._windows):
-            newest = torch.from_numpy(images[slot]), torch.from_numpy(states[slot])
-            # The first observation fills the window, as in LeRobot's `populate_queues`.
-            window.extend([newest] * (1 if window else self._config.n_obs_steps))
-        empty = [slot for slot, queue in enumerate(self._queues) if not queue]
+        images = np.stack([observations[key] for key in self._image_keys], axis=1)
+        states = observations[self._state_key].astype(np.float32)
+        self._state.apply(states, out=states)
+        rows = zip(torch.from_numpy(images), torch.from_numpy(states), strict=True)
+        for slot, (frames, state) in zip(self._slots, rows, strict=True):
+            slot.see(frames, state)  # (K, H, W, 3) and (S,)
+        empty = [index for index, slot in enumerate(self._slots) if not slot.actions]
         if empty:
             self._plan(empty)
-        return np.stack([queue.popleft() for queue in self._queues])
+        return np.stack([slot.actions.popleft() for slot in self._slots])
 
     @torch.no_grad()
     def _plan(self, slots: Sequence[int]) -> None:
-        images = torch.stack([torch.stack([w[0] for w in self._windows[s]]) for s in slots])
-        states = torch.stack([torch.stack([w[1] for w in self._windows[s]]) for s in slots])
-        pixels = self._to_network_units(images.to(self._device))
-        features = self._network(pixels, states.to(self._device))[:, self._config.n_obs_steps - 1]
-        for slot, chunk in zip(slots, self.chunks(features, slots), strict=True):
-            actions = _scaled(self._action_scaling, chunk)
-            self._queues[slot].extend(actions[: self._replan_every])
+        windows = [self._slots[index].seen for index in slots]
+        images = torch.stack([torch.stack([i for i, _ in seen]) for seen in windows])
+        states = torch.stack([torch.stack([s for _, s in seen]) for seen in windows])
+        pixels = self._pixels(images.to(self._device))  # (B, N, K, 3, H, W)
+        features = self._network(pixels, states.to(self._device, self._dtype))
+        chunks = self.chunks(features[:, self._config.n_obs_steps - 1], slots)
+        self._action.apply(chunks, out=chunks)
+        for index, chunk in zip(slots, chunks, strict=True):
+            self._slots[index].actions.extend(chunk[: self._replan_every])
 
     def chunks(self, features: Tensor, slots: Sequence[int]) -> Floats:
-        """(M, D) of the current step -> (M, W, A), normalised."""
+        """(B, D) of the current step -> (B, W, A), normalised."""
         head = self._network.head
-        logits, offsets = _base_logits(head, features), head.offsets(features).cpu().numpy()
-        codes = np.stack(
-            [
-                self._samplers[slot].choose(HeadOutputs(logits[i], offsets[i])).codes
-                for i, slot in enumerate(slots)
-            ]
-        )
-        decoded = head.vqvae_model.decode(torch.from_numpy(codes).to(self._device)).cpu().numpy()
-        rows = np.arange(len(codes))
-        chosen: Floats = offsets[rows, 0, codes[:, 0]] + offsets[rows, 1, codes[:, 1]]
-        return decoded + chosen
-
-    def _to_network_units(self, images: Tensor) -> Tensor:
-        """uint8 (B, N, K, H, W, 3) -> float32 (B, N, K, 3, H, W), normalised."""
-        pixels = images.movedim(-1, -3).float() / 255
-        parts = []
-        for camera, scaling in enumerate(self._image_scalings):
-            subtract, multiply, add = (
-                torch.from_numpy(term).view(-1, 1, 1).to(self._device)
-                for term in (scaling.subtract, scaling.multiply, scaling.add)
-            )
-            parts.append((pixels[:, :, camera] - subtract) * multiply + add)
-        return torch.stack(parts, dim=2)
-
-
-def _base_logits(head: ActionHead, features: Tensor) -> Floats:
-    """(M, 2, C); the sequential head's secondary ones lack the primary code's column.
-
-    `CodeSampler` adds that, the same for a checkpoint as for a bundle.
-    """
-    if head.sequential:
-        none = features.new_zeros(len(features), head.num_codes)
-        secondary = head.map_to_cbet_preds_secondary_bin(torch.cat([features, none], dim=-1))
-        both = torch.stack([head.primary_logits(features), secondary], dim=1)
-    else:
-        both = head.code_logits(features, torch.empty(0))
-    logits: Floats = both.cpu().numpy()
-    return logits
-
-
-def _secondary_columns(checkpoint: Checkpoint) -> Floats | None:
-    head = checkpoint.network.head
-    if not head.sequential:
-        return None
-    weight: Tensor = head.map_to_cbet_preds_secondary_bin[0].weight  # type: ignore[assignment]
-    columns: Floats = weight.detach()[:, checkpoint.config.gpt_output_dim :].T.numpy()
-    return columns
-
-
-def _scaled(scaling: Scaling, values: npt.NDArray[Any]) -> Floats:
-    x = np.asarray(values, np.float32)
-    return (x - scaling.subtract) * scaling.multiply + scaling.add
+        logits, offsets = head.code_logits(features).cpu().numpy(), head.offsets(features).cpu()
+        outputs = map(HeadOutputs, logits, offsets.numpy())
+        choices = [self._slots[i].sampler.choose(o) for i, o in zip(slots, outputs, strict=True)]
+        codes = torch.from_numpy(np.stack([choice.codes for choice in choices]))
+        chunks: Floats = head.action_chunk(features, codes.to(self._device)).cpu().numpy()
+        return chunks

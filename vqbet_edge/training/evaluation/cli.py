@@ -13,6 +13,7 @@ from rich.progress import Progress
 from vqbet_edge.cli import run
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.training.config import check_positive
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.sheet import draw_sheet
@@ -53,9 +54,10 @@ class EvalConfig:
     json: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "num_envs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        replan = () if self.replan_every is None else ("replan_every",)
+        check_positive(self, "episodes", "num_envs", *replan)
+        if self.temperature is not None and not self.temperature >= 0:
+            raise UsageError(f"--temperature must not be negative, got {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = tyro.cli(EvalConfig, prog="vqbet-eval", use_underscores=True)
+    config = tyro.cli(EvalConfig, prog="vqbet-eval")
     result = evaluate(config)
     found: dict[str, Any] = asdict(result)
     sys.stdout.write((json.dumps(found, indent=2) if config.json else _text(result)) + "\n")

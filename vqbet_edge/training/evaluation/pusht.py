@@ -30,78 +30,58 @@ def contact_state(pose: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.concatenate([pose[..., :4], np.stack(seen_from_block, axis=-1)], axis=-1)
 
 
-class PushT(gymnasium.Env[dict[str, Any], Any]):
+class PushT(gymnasium.ObservationWrapper[dict[str, Any], Any, dict[str, Any]]):
     """`gym_pusht/PushT-v0` under the policy's keys.
 
     State and action are positions of the pusher in pixels of the 512x512 board; the reward is the
     covered share of the target over 0.95, at most 1.
     """
 
+    state_dim = 2
+
     def __init__(self) -> None:
         import gym_pusht  # noqa: F401, PLC0415 - an optional package, registers itself
 
-        self._env = gymnasium.make(
+        env = gymnasium.make(
             "gym_pusht/PushT-v0",
             obs_type="pixels_agent_pos",
             observation_width=IMAGE_SIZE,
             observation_height=IMAGE_SIZE,
         )
-        self.action_space = self._env.action_space
+        super().__init__(env)
         self.observation_space = spaces.Dict(
             {
                 "observation.image": spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
-                "observation.state": spaces.Box(-np.inf, np.inf, (self._state_dim(),), np.float32),
+                "observation.state": spaces.Box(-np.inf, np.inf, (self.state_dim,), np.float32),
             }
         )
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode."""
-        observation, info = self._env.reset(seed=seed, options=options)
-        return self._renamed(observation), info
-
-    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        """Move the pusher towards `action`."""
-        observation, reward, terminated, truncated, info = self._env.step(action)
-        return self._renamed(observation), float(reward), terminated, truncated, info
-
-    def close(self) -> None:
-        """Free the environment."""
-        self._env.close()
-
-    @property
-    def simulator(self) -> Any:  # noqa: ANN401
-        """gym-pusht's own environment, with the pymunk bodies `agent` and `block`."""
-        return self._env.unwrapped
-
-    def _renamed(self, observation: dict[str, Any]) -> dict[str, Any]:
-        state = np.asarray(self._state(observation), np.float32)
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """From gym-pusht's keys to the policy's."""
+        state = np.asarray(self.state(observation["agent_pos"]), np.float32)
         return {"observation.image": observation["pixels"], "observation.state": state}
 
-    def _state(self, observation: dict[str, Any]) -> Any:  # noqa: ANN401
-        return observation["agent_pos"]
-
-    def _state_dim(self) -> int:
-        return 2
+    def state(self, pusher: Any) -> Any:  # noqa: ANN401
+        """`observation.state` for the pusher's x, y."""
+        return pusher
 
 
 class PushTWithPose(PushT):
     """PushT whose state is the pusher's x, y and the block's x, y, angle in radians."""
 
-    def _state(self, observation: dict[str, Any]) -> Any:  # noqa: ANN401
-        block = self.simulator.block
-        return [*observation["agent_pos"], *block.position, block.angle]
+    state_dim = 5
 
-    def _state_dim(self) -> int:
-        return 5
+    def state(self, pusher: Any) -> Any:  # noqa: ANN401
+        """See `PushT`."""
+        block = self.unwrapped.block  # type: ignore[attr-defined] # gym-pusht's pymunk body
+        return [*pusher, *block.position, block.angle]
 
 
 class PushTWithContact(PushTWithPose):
     """PushT whose state is `contact_state` of the pose."""
 
-    def _state(self, observation: dict[str, Any]) -> Any:  # noqa: ANN401
-        return contact_state(np.asarray(super()._state(observation), np.float32))
+    state_dim = 8
 
-    def _state_dim(self) -> int:
-        return 8
+    def state(self, pusher: Any) -> Any:  # noqa: ANN401
+        """See `PushT`."""
+        return contact_state(np.asarray(super().state(pusher), np.float32))

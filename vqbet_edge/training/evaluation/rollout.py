@@ -1,13 +1,14 @@
 """Running episodes in vectorised environments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from vqbet_edge.errors import VQBeTEdgeError
 from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.evaluation.actors import Actor
 from vqbet_edge.training.evaluation.tasks import Environment
@@ -39,32 +40,27 @@ class Episode:
         return len(self.states)
 
 
-class _Slot:
-    """One environment of the vector and the episode that it is in."""
+class _Recorder:
+    """Collects an episode while it goes on."""
 
-    def __init__(self) -> None:
-        self.seed: int | None = None
-
-    def begin(self, seed: int, keep_frames: bool) -> None:
-        self.seed, self.success, self.max_reward = seed, False, -np.inf
-        self.states: list[npt.NDArray[np.float32]] = []
-        self.frames: list[Frames] | None = [] if keep_frames else None
+    def __init__(self, seed: int, keep_frames: bool) -> None:
+        self.seed, self._success, self._max_reward = seed, False, -np.inf
+        self._states: list[npt.NDArray[np.float32]] = []
+        self._frames: list[Frames] | None = [] if keep_frames else None
 
     def see(self, frame: Frames, state: npt.NDArray[np.float32]) -> None:
-        if self.seed is not None:
-            self.states.append(state.copy())
-            if self.frames is not None:
-                self.frames.append(frame.copy())
+        self._states.append(state.copy())
+        if self._frames is not None:
+            self._frames.append(frame.copy())
 
-    def add(self, reward: float, success: bool) -> None:
-        self.max_reward = max(self.max_reward, reward)
-        self.success |= success
+    def score(self, reward: float, success: bool) -> None:
+        self._max_reward = max(self._max_reward, reward)
+        self._success |= success
 
     def episode(self) -> Episode:
-        frames = None if self.frames is None else np.stack(self.frames)
-        assert self.seed is not None  # noqa: S101 - only slots in use end an episode
-        states = np.stack(self.states)
-        return Episode(self.seed, self.success, float(self.max_reward), states, frames)
+        frames = None if self._frames is None else np.stack(self._frames)
+        states = np.stack(self._states)
+        return Episode(self.seed, self._success, float(self._max_reward), states, frames)
 
 
 def run_episodes(
@@ -90,53 +86,58 @@ def run_episodes(
 
     Returns:
         The episodes in the order of their seeds.
+
+    Raises:
+        VQBeTEdgeError: an environment's process ended by itself.
     """
     vector = AsyncVectorEnv if processes else SyncVectorEnv
     envs = vector([make] * slots, autoreset_mode=AutoresetMode.DISABLED)
     kept = set(seeds[:keep_frames])
-    camera = next(k for k, s in envs.single_observation_space.items() if len(s.shape) == 3)  # type: ignore[attr-defined]
-    waiting, places = list(seeds), [_Slot() for _ in range(slots)]
+    waiting = iter([_Recorder(seed, seed in kept) for seed in seeds])
     ended: dict[int, Episode] = {}
-    free = np.ones(slots, bool)
-    observations: dict[str, npt.NDArray[Any]] = {}
     try:
-        while len(ended) < len(seeds):
-            if free.any():
-                _fill(places, free, waiting, kept, actor)
-                # Slots without work are reset too: they step along and nobody looks.
-                resets = [place.seed for place in places]
-                observations, _ = envs.reset(
-                    seed=[s if f else None for s, f in zip(resets, free, strict=True)],
-                    options={"reset_mask": free.copy()},
-                )
-            for slot, place in enumerate(places):
-                place.see(observations[camera][slot], observations[STATE_KEY][slot])
-            actions = actor.act(observations)
-            observations, rewards, terminated, truncated, info = envs.step(actions)
-            successes = info.get("is_success", np.zeros(slots, bool))
-            free = terminated | truncated
-            for slot in np.flatnonzero([place.seed is not None for place in places]).tolist():
-                places[slot].add(float(rewards[slot]), bool(successes[slot]))
-                if free[slot]:
-                    episode = places[slot].episode()
-                    ended[episode.seed] = episode
-                    on_end(episode)
+        for episode in _episodes(envs, actor, waiting, slots):
+            ended[episode.seed] = episode
+            on_end(episode)
+    except (EOFError, ConnectionError) as error:
+        # gymnasium's `close` would wait for an answer from the process that is gone.
+        envs.closed = True
+        for process in getattr(envs, "processes", ()):
+            process.terminate()
+        raise VQBeTEdgeError(
+            f"the process of an environment ended by itself ({type(error).__name__}); run fewer "
+            "with --num-envs, or without --processes to see why"
+        ) from error
     finally:
         envs.close()
     return [ended[seed] for seed in seeds]
 
 
-def _fill(
-    places: Sequence[_Slot],
-    free: npt.NDArray[np.bool_],
-    waiting: list[int],
-    kept: set[int],
-    actor: Actor,
-) -> None:
-    for slot in np.flatnonzero(free).tolist():
-        if waiting:
-            seed = waiting.pop(0)
-            places[slot].begin(seed, seed in kept)
-        else:
-            places[slot].seed = None
-        actor.reset(slot, places[slot].seed or 0)
+def _episodes(
+    envs: VectorEnv[Any, Any, Any], actor: Actor, waiting: Iterator[_Recorder], slots: int
+) -> Iterator[Episode]:
+    """Step all environments together until nothing waits and none is in an episode."""
+    camera = next(k for k, s in envs.single_observation_space.items() if len(s.shape) == 3)  # type: ignore[attr-defined]
+    # A slot without work steps along, and nobody looks at what it records.
+    idle = _Recorder(0, keep_frames=False)
+    running = [idle] * slots
+    free = np.ones(slots, bool)
+    while True:
+        if free.any():
+            for slot in np.flatnonzero(free).tolist():
+                running[slot] = next(waiting, idle)
+                actor.reset(slot, running[slot].seed)
+            if all(recorder is idle for recorder in running):
+                return
+            seeds: Any = [recorder.seed for recorder in running]
+            observations, _ = envs.reset(seed=seeds, options={"reset_mask": free.copy()})
+        for slot, recorder in enumerate(running):
+            recorder.see(observations[camera][slot], observations[STATE_KEY][slot])
+        actions = actor.act(observations)
+        observations, rewards, terminated, truncated, info = envs.step(actions)
+        successes = info.get("is_success", np.zeros(slots, bool))
+        free = terminated | truncated
+        for slot, recorder in enumerate(running):
+            recorder.score(float(rewards[slot]), bool(successes[slot]))
+            if free[slot] and recorder is not idle:
+                yield recorder.episode()

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import gymnasium
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.demo.task import DetourEnv
+from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.metaworld import MetaWorldPush
 from vqbet_edge.training.evaluation.pusht import PushT, PushTWithContact, PushTWithPose
 

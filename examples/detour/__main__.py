@@ -1,4 +1,7 @@
-"""The demo's two halves: prepare a policy, then drive with it or with its bundle."""
+"""The demo: `python -m examples.detour prepare`, then `python -m examples.detour drive POLICY`.
+
+Run it in the repository's root; `demo.sh` does all of it, with the export in between.
+"""
 
 import functools
 import shutil
@@ -8,26 +11,27 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 
+from examples.detour.baseline import RegressionActor
+from examples.detour.expert import collect
+from examples.detour.picture import draw_paths, passes_left
+from vqbet_edge.cli import run
 from vqbet_edge.errors import VerificationError
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.config import NormalizationMode, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
-from vqbet_edge.training.demo.baseline import RegressionActor
-from vqbet_edge.training.demo.expert import collect
-from vqbet_edge.training.demo.picture import draw_paths, passes_left
-from vqbet_edge.training.demo.task import DetourEnv, Scene
 from vqbet_edge.training.evaluation.actors import Actor, ActorOptions, load_actor
+from vqbet_edge.training.evaluation.detour import DetourEnv, Scene
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import summarize
 from vqbet_edge.training.files import writing
 from vqbet_edge.training.trainer import train
 
 DEMONSTRATIONS = 300
+VQVAE_STEPS, POLICY_STEPS = 600, 1200
 BASELINE_STEPS = 300
 SLOTS = 8
 SCENE_SEED = 3
@@ -37,12 +41,12 @@ NEEDED_SUCCESS = 0.9
 
 @dataclass(frozen=True)
 class Prepare:
-    """Collect demonstrations and train both stages."""
+    """Collect demonstrations and train both phases."""
 
     # Folder of the demo.
     output: Path = Path("outputs/demo")
-    # Optimisation steps of stage 2.
-    stage2_steps: int = 1200
+    # Optimisation steps of phase 2.
+    policy_steps: int = POLICY_STEPS
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,13 @@ class Drive:
     episodes: int = 50
 
 
-def training(output: Path, stage2_steps: int = 1200) -> TrainConfig:
+def training(output: Path, policy_steps: int = POLICY_STEPS) -> TrainConfig:
     """The demo's configuration: small, and nothing but scale differs from a large one."""
     return TrainConfig(
         dataset=str(output / "demonstrations"),
         output=output / "training",
-        steps=600 + stage2_steps,
-        n_vqvae_training_steps=600,
+        steps=VQVAE_STEPS + policy_steps,
+        n_vqvae_training_steps=VQVAE_STEPS,
         batch_size=32,
         n_obs_steps=3,
         action_chunk_size=5,
@@ -101,13 +105,13 @@ def prepare(config: Prepare) -> Path:
     Raises:
         DiskError: there is no room for the output.
     """
-    run = training(config.output, config.stage2_steps)
+    planned = training(config.output, config.policy_steps)
     with writing(config.output):
-        for folder in (Path(run.dataset), run.output):
+        for folder in (Path(planned.dataset), planned.output):
             shutil.rmtree(folder, ignore_errors=True)
-        demonstrations = collect(DEMONSTRATIONS, run.seed)
-        write_dataset(Path(run.dataset), demonstrations, fps=10, task="reach the goal")
-    return train(run)
+        demonstrations = collect(DEMONSTRATIONS, planned.seed)
+        write_dataset(Path(planned.dataset), demonstrations, fps=10, task="reach the goal")
+    return train(planned)
 
 
 def drive(config: Drive) -> None:
@@ -132,20 +136,32 @@ def drive(config: Drive) -> None:
     if solved.success.mean < NEEDED_SUCCESS:
         raise VerificationError(
             f"the policy succeeds in {solved.success.mean:.0%} of the episodes, expected "
-            f"{NEEDED_SUCCESS:.0%}; prepare it with more --stage2_steps"
+            f"{NEEDED_SUCCESS:.0%}; prepare it with more --policy-steps"
         )
 
 
 def _baseline(output: Path) -> RegressionActor:
-    run = training(output)
+    planned = training(output)
     Console(stderr=True).print("training the regression that averages ...")
-    directory = run.output / "checkpoints/last/pretrained_model"
+    directory = planned.output / "checkpoints/last/pretrained_model"
     actor = RegressionActor(load_checkpoint(str(directory)), SLOTS)
-    with torch.enable_grad():
-        actor.fit(run, LeRobotDataset.open(run.dataset), BASELINE_STEPS)
+    actor.fit(planned, LeRobotDataset.open(planned.dataset), BASELINE_STEPS)
     return actor
 
 
 def _in_one_scene(actor: Actor) -> list[Episode]:
     make = functools.partial(DetourEnv, scene_seed=SCENE_SEED)
     return run_episodes(make, actor, range(FIRST_SEED, FIRST_SEED + 4 * SLOTS), slots=SLOTS)
+
+
+def _main() -> None:
+    config = tyro.cli(Prepare | Drive, prog="python -m examples.detour")
+    match config:
+        case Prepare():
+            sys.stdout.write(f"{prepare(config)}\n")
+        case Drive():
+            drive(config)
+
+
+if __name__ == "__main__":
+    run(_main)

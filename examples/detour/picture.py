@@ -3,23 +3,19 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
 
-from vqbet_edge.training.demo.task import GOAL_RADIUS, Scene
+from vqbet_edge.training.evaluation.detour import GOAL_RADIUS, Scene
 from vqbet_edge.training.evaluation.rollout import Episode
 from vqbet_edge.training.files import writing
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Circle, Rectangle
 
 
 def draw_paths(scene: Scene, paths: Mapping[str, Sequence[Episode]], target: Path) -> None:
     """A panel per policy: solved episodes in blue, crashed ones in red."""
-    figure, axes = plt.subplots(
-        1, len(paths), figsize=(5 * len(paths), 5.4), squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(5 * len(paths), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(paths), squeeze=False)
     for axis, (name, episodes) in zip(axes.flat, paths.items(), strict=True):
         axis.add_patch(
             Rectangle(tuple(scene.bar - scene.half_size), *2 * scene.half_size, color="0.2")
@@ -36,7 +32,6 @@ def draw_paths(scene: Scene, paths: Mapping[str, Sequence[Episode]], target: Pat
         axis.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
     with writing(target):
         figure.savefig(target, dpi=120)
-    plt.close(figure)
 
 
 def passes_left(episode: Episode, scene: Scene) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqbet_edge.training.dataset.writer import Demonstration
-from vqbet_edge.training.demo.task import DetourEnv, Scene, Vector
+from vqbet_edge.training.evaluation.detour import DetourEnv, Scene, Vector
 
 SPEED = 0.045
 NOISE = 0.008

@@ -15,7 +15,6 @@ from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.evaluation.actors import ActorOptions, Floats, TorchActor
 from vqbet_edge.training.normalization import Scalings
-from vqbet_edge.training.objectives import Stage2
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 LEARNING_RATE = 5e-4
@@ -27,17 +26,17 @@ class RegressionActor(TorchActor):
     def __init__(self, checkpoint: Checkpoint, slots: int) -> None:
         super().__init__(checkpoint, slots, ActorOptions())
         config = checkpoint.config
-        self._head = nn.Linear(config.gpt_output_dim, config.action_chunk_size * config.action_dim)
+        flat = config.action_chunk_size * config.action_dim
+        self._head = nn.Linear(config.gpt_output_dim, flat).to(self._device)
 
     def fit(self, config: TrainConfig, dataset: LeRobotDataset, steps: int) -> None:
         """Minimise the squared error of the current step's chunk."""
         policy = self._config
         scalings = Scalings.of(dataset, policy)
-        data = WindowedDataset(dataset, policy, scalings, torch.device("cpu"))
+        data = WindowedDataset(dataset, policy, scalings, self._device)
         everything = current_frames(dataset, tuple(range(dataset.num_episodes)))
         shuffle = Shuffle(everything, config.batch_size, config.seed)
         network = copy.deepcopy(self._network).requires_grad_(True)
-        units = Stage2(network, scalings)
         torch.manual_seed(config.seed)
         trained = [*network.vqbet.parameters(), *self._head.parameters()]
         optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
@@ -45,7 +44,7 @@ class RegressionActor(TorchActor):
         first, width = policy.n_obs_steps - 1, policy.action_chunk_size
         for step in range(steps):
             batch = data.batch(shuffle.batch(step))
-            features = network(units.to_network_units(batch.images), batch.states)[:, first]
+            features = network(self._pixels(batch.images), batch.states)[:, first]
             chunks = batch.actions[:, first : first + width].flatten(1)
             loss = F.mse_loss(self._head(features), chunks)
             optimizer.zero_grad()

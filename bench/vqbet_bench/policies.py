@@ -1,0 +1,246 @@
+"""The policies compared, each behind the same methods."""
+
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_bench.observations import Observations
+from vqbet_edge import EdgePolicy, __version__
+from vqbet_edge.runtime.backends import BackendName, create_backend
+from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
+from vqbet_edge.runtime.bundle import Bundle
+
+PeerName = Literal["lerobot", "single-graph"]
+PEERS: tuple[PeerName, ...] = ("lerobot", "single-graph")
+PolicyKind = Literal["bundle", "lerobot", "single-graph"]
+BundleBackend = BackendName | Literal["tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to load.
+
+    Attributes:
+        kind: a bundle or which peer.
+        path: bundle, checkpoint or ONNX file.
+        observations: what it acts on.
+        chunk: actions between two predictions.
+        window: observations that the policy sees.
+        threads: processors that it may use.
+        backend: of a bundle.
+        prefetch: of a bundle; None is the backend's default.
+        device: "cpu" or "cuda", of LeRobot.
+    """
+
+    kind: PolicyKind
+    path: str
+    observations: Observations
+    chunk: int
+    window: int
+    threads: int
+    backend: BundleBackend = "auto"
+    prefetch: Prefetch | None = None
+    device: str = "cpu"
+
+
+class Policy(ABC):
+    """What the benchmark asks of a policy.
+
+    Attributes:
+        chunk: actions between two predictions.
+        details: backend, precision, versions.
+    """
+
+    chunk: int
+    details: dict[str, str]
+
+    @abstractmethod
+    def start(self, *, every: bool) -> None:
+        """Forget the history; from now on predict on every step, or once per chunk."""
+
+    @abstractmethod
+    def prepare(self, step: int) -> Any:
+        """The observation of a step as this policy takes it; not timed."""
+
+    @abstractmethod
+    def act(self, observation: Any) -> Any:
+        """One step of the control loop; timed. Returns the action."""
+
+    def stages(self) -> dict[str, float]:
+        """Stage -> seconds in the latest prediction; empty when it does not tell."""
+        return {}
+
+
+class BundlePolicy(Policy):
+    """`EdgePolicy`: `act` with checks, normalisation and un-normalisation included."""
+
+    def __init__(self, job: Job) -> None:
+        bundle = Bundle.open(job.path)
+        self._job, self._backend = job, _create_backend(job.backend, bundle)
+        self._bundle = bundle.without_graphs()
+        self.chunk, self._every = job.chunk, False
+        self._policy = self._create()
+        precisions = {spec.precision for spec in bundle.manifest.stages.values()}
+        self.details = {
+            "backend": self._backend.name,
+            "prefetch": job.prefetch or self._backend.default_prefetch,
+            "precision": ", ".join(sorted(precisions)),
+            "vqbet_edge": __version__,
+        }
+
+    def _create(self) -> EdgePolicy:
+        return EdgePolicy(
+            self._bundle,
+            self._backend,
+            replan_every=1 if self._every else self.chunk,
+            prefetch=self._job.prefetch,
+        )
+
+    def start(self, *, every: bool) -> None:
+        """A new window on the same weights where the way of re-planning changes."""
+        if every != self._every:
+            self._every = every
+            self._policy = self._create()
+        self._policy.reset()
+
+    def prepare(self, step: int) -> Any:
+        """uint8 (H, W, 3) and float32 (S,) in the robot's units."""
+        return self._job.observations[step]
+
+    def act(self, observation: Any) -> Any:
+        """`EdgePolicy.act`."""
+        return self._policy.act(observation)
+
+    def stages(self) -> dict[str, float]:
+        """What `EdgePolicy.last` says."""
+        return {} if self._policy.last is None else self._policy.last.seconds
+
+    def stage_launches(self) -> dict[str, Callable[[], object]]:
+        """Stage -> a call that runs it alone, of backends that run all stages in one launch."""
+        launches = getattr(self._backend.create_window(), "stage_launches", dict)
+        return dict(launches())
+
+    def sibling(self, seed: int) -> EdgePolicy:
+        """The policy of one more robot on the same weights."""
+        return self._policy.sibling(seed=seed)
+
+
+class LeRobot(Policy):
+    """LeRobot's `select_action` in eager PyTorch.
+
+    Its processors (normalisation, batch axis, float conversion) are left out of the time, which
+    favours it: `EdgePolicy.act` does that work inside.
+    """
+
+    def __init__(self, job: Job) -> None:
+        import torch  # noqa: PLC0415
+        from lerobot.policies.vqbet.modeling_vqbet import VQBeTPolicy  # noqa: PLC0415
+
+        torch.set_num_threads(job.threads)
+        self._torch, self._observations = torch, job.observations
+        self._device = torch.device(job.device)
+        self._policy: Any = VQBeTPolicy.from_pretrained(job.path).eval().to(self._device)
+        self.chunk, self._every = job.chunk, False
+        self._policy.reset()
+        self.details = _versions("lerobot", "torch")
+
+    def start(self, *, every: bool) -> None:
+        """Clears LeRobot's own queues."""
+        self._every = every
+        self._policy.reset()
+
+    def prepare(self, step: int) -> Any:
+        """float32 (1, 3, H, W) in [0, 1] and normalised states (1, S), on the CPU."""
+        if self._every:
+            self._policy._queues["action"].clear()  # noqa: SLF001 - when empty, LeRobot re-plans
+        kept, row = self._observations, step % len(self._observations)
+        frames = {key: self._image(images[row]) for key, images in kept.images.items()}
+        state = self._torch.from_numpy(kept.normalized_states[row].copy())
+        return {**frames, kept.state_key: state[None]}
+
+    def _image(self, frame: NDArray[np.uint8]) -> Any:
+        return self._torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+
+    def act(self, observation: Any) -> Any:
+        """`select_action`, upload and download included."""
+        with self._torch.inference_mode():
+            batch = {key: value.to(self._device) for key, value in observation.items()}
+            return self._policy.select_action(batch).cpu()
+
+
+class SingleGraph(Policy):
+    """What a plain export gives: one ONNX graph, every token, all frames; in ONNX Runtime.
+
+    A window of whole observations and a queue of actions around one call per chunk.
+    """
+
+    def __init__(self, job: Job) -> None:
+        import onnxruntime  # noqa: PLC0415
+
+        self._observations, self._window = job.observations, job.window
+        self.chunk, self._every = job.chunk, False
+        self._frames: deque[Floats] = deque(maxlen=self._window)
+        self._states: deque[Floats] = deque(maxlen=self._window)
+        self._queue: deque[Floats] = deque()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        self._session = onnxruntime.InferenceSession(
+            Path(job.path).read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+        self.details = _versions("onnxruntime")
+
+    def start(self, *, every: bool) -> None:
+        """An empty window and queue."""
+        self._every = every
+        for kept in (self._frames, self._states, self._queue):
+            kept.clear()
+
+    def prepare(self, step: int) -> Any:
+        """float32 (K, 3, H, W) in [0, 1] and (S,) in the robot's units."""
+        kept, row = self._observations, step % len(self._observations)
+        frames = np.stack([images[row] for images in kept.images.values()])
+        return np.moveaxis(frames, -1, 1).astype(np.float32) / 255, kept.states[row]
+
+    def act(self, observation: Any) -> Any:
+        """The next action; predicts from the whole window when there is none."""
+        frames, state = observation
+        repeats = 1 if self._frames else self._window
+        self._frames.extend([frames] * repeats)
+        self._states.extend([state] * repeats)
+        if self._every or not self._queue:
+            images, states = (np.stack(kept)[None] for kept in (self._frames, self._states))
+            (chunks,) = self._session.run(None, {"images": images, "states": states})
+            self._queue = deque(chunks[self._window - 1])
+        return self._queue.popleft()
+
+
+def load_policy(job: Job) -> Policy:
+    """Load the policy that a job names."""
+    match job.kind:
+        case "bundle":
+            return BundlePolicy(job)
+        case "lerobot":
+            return LeRobot(job)
+        case "single-graph":
+            return SingleGraph(job)
+
+
+def _create_backend(name: BundleBackend, bundle: Bundle) -> Backend:
+    """As `EdgePolicy.load` does, and TensorRT for RTX, which it takes no name for."""
+    if name == "tensorrt_rtx":
+        from vqbet_edge.runtime.backends.tensorrt import TensorRTBackend  # noqa: PLC0415
+        from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt  # noqa: PLC0415
+
+        return TensorRTBackend(bundle, tensorrt=import_tensorrt("tensorrt_rtx"))
+    return create_backend(name, bundle)
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,1 @@
+"""Programs to read and to begin with; not part of the installed package."""

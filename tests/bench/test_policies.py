@@ -1,0 +1,118 @@
+"""Every peer computes the same policy, or comparing times would mean nothing."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from vqbet_bench.observations import Observations, create_observations
+from vqbet_bench.policies import BundlePolicy, Job, LeRobot, SingleGraph
+from vqbet_bench.whole_policy import export_single_graph
+from workshop import Exported
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.errors import DatasetError
+from vqbet_edge.runtime.bundle import Bundle
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def observations(tiny: Exported) -> Any:
+    return create_observations(Bundle.open(tiny.bundle), None)
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny: Exported, observations: Observations) -> Any:
+    """Actions of the bundle for the first observations, with the most probable codes."""
+    policy = EdgePolicy.load(tiny.bundle, "onnxruntime", temperature=0)
+    return [policy.act(observations[step]).copy() for step in range(STEPS)]
+
+
+def job(tiny: Exported, kind: Any, path: Any, observations: Observations) -> Job:
+    policy = Bundle.open(tiny.bundle).manifest.policy
+    return Job(kind, str(path), observations, policy.action_chunk_size, policy.n_obs_steps, 1)
+
+
+def test_the_single_graph_acts_as_the_bundle(
+    tiny: Exported, observations: Observations, greedy: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "single.onnx"
+    export_single_graph(str(tiny.checkpoint), str(path))
+    policy = SingleGraph(job(tiny, "single-graph", path, observations))
+    policy.start(every=False)
+    actions = [policy.act(policy.prepare(step)) for step in range(STEPS)]
+    np.testing.assert_allclose(actions, greedy, rtol=1e-4, atol=1e-2)
+
+
+def test_lerobot_gets_the_observations_that_the_bundle_gets(
+    tiny: Exported, observations: Observations, greedy: list[Any]
+) -> None:
+    oracle.lerobot("policies.vqbet.modeling_vqbet")
+    policy = LeRobot(job(tiny, "lerobot", tiny.checkpoint, observations))
+    policy.start(every=False)
+    stats = oracle.make_statistics(tiny.case)["action"]
+    low, high = stats["min"].numpy(), stats["max"].numpy()
+
+    def most_probable(weights: Any, num_samples: Any) -> Any:
+        assert num_samples == 1
+        return weights.argmax(dim=-1, keepdim=True)
+
+    with mock.patch.object(torch, "multinomial", most_probable):
+        normalized = [policy.act(policy.prepare(step))[0].numpy() for step in range(STEPS)]
+    actions = (np.array(normalized) + 1) / 2 * (high - low) + low
+    np.testing.assert_allclose(actions, greedy, rtol=1e-4, atol=1e-2)
+
+
+def test_lerobot_plans_on_every_step_when_asked(tiny: Exported, observations: Observations) -> None:
+    oracle.lerobot("policies.vqbet.modeling_vqbet")
+    policy = LeRobot(job(tiny, "lerobot", tiny.checkpoint, observations))
+    for every, expected in ((False, 2), (True, STEPS - 2)):
+        policy.start(every=every)
+        with mock.patch.object(
+            policy._policy, "predict_action_chunk", wraps=policy._policy.predict_action_chunk
+        ) as predict:
+            for step in range(STEPS - 2):
+                policy.act(policy.prepare(step))
+        assert predict.call_count == expected
+
+
+def test_random_observations_vary_are_seeded_and_within_the_policys_range(tiny: Exported) -> None:
+    bundle = Bundle.open(tiny.bundle)
+    first, again = create_observations(bundle, None), create_observations(bundle, None)
+    assert np.array_equal(first.states, again.states)
+    assert len(np.unique(first.states, axis=0)) == len(first.states)
+    assert np.abs(first.normalized_states).max() <= 1.001
+
+
+def test_a_data_set_of_another_robot_is_refused(tiny: Exported) -> None:
+    with pytest.raises(DatasetError, match="observes images"):
+        create_observations(Bundle.open(tiny.bundle), "tests/data/pusht")
+
+
+def test_a_bundle_predicts_on_every_step_when_asked(
+    tiny: Exported, observations: Observations
+) -> None:
+    policy = BundlePolicy(job(tiny, "bundle", tiny.bundle, observations))
+    for every, expected in ((False, 2), (True, STEPS - 2)):
+        policy.start(every=every)
+        decisions = []
+        for step in range(STEPS - 2):
+            policy.act(policy.prepare(step))
+            if not decisions or decisions[-1] is not policy._policy.last:
+                decisions.append(policy._policy.last)
+        assert len(decisions) == expected
+
+
+def test_stages_are_launched_alone_where_the_backend_has_that(
+    tiny: Exported, observations: Observations
+) -> None:
+    policy = BundlePolicy(job(tiny, "bundle", tiny.bundle, observations))
+    assert policy.stage_launches() == {}
+    window = SimpleNamespace(stage_launches=lambda: {"gpt": list})
+    with mock.patch.object(policy, "_backend", SimpleNamespace(create_window=lambda: window)):
+        assert policy.stage_launches() == {"gpt": list}

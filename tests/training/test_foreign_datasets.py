@@ -1,0 +1,397 @@
+"""Data sets as other people have them: a healthy one with one property changed.
+
+LeRobot's own reader says what is right: what it loads, we load, frame by frame the same.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vqbet_edge.errors import DatasetError
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.writer import write_dataset
+
+DATA, OTHER = "data/chunk-000/file-000.parquet", "data/chunk-000/file-001.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+INFO, STATS = "meta/info.json", "meta/stats.json"
+CAMERA, STATE = "observation.image", "observation.state"
+LENGTHS = (9, 12, 7)
+SIZE = 32
+Lerobot = Callable[[str], ModuleType]
+
+
+def demonstrations() -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [
+        {
+            CAMERA: random.integers(0, 256, (length, SIZE, SIZE, 3), np.uint8),
+            STATE: random.normal(size=(length, 3)).astype(np.float32),
+            "action": random.normal(size=(length, 2)).astype(np.float32),
+            "next.reward": random.normal(size=(length, 1)).astype(np.float32),
+            "observation.effort": random.normal(size=(length, 3)).astype(np.float32),
+        }
+        for length in LENGTHS
+    ]
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "healthy", demonstrations(), 10.0, "x")
+    return tmp_path / "healthy"
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_column(path: Path, key: str, values: object) -> None:
+    """Replace or append a column; None drops it."""
+    table = pq.read_table(path)
+    if key in table.column_names:
+        position = table.schema.get_field_index(key)
+        table = table.remove_column(position)
+    if values is not None:
+        table = table.append_column(
+            key, values if isinstance(values, pa.Array) else pa.array(values)
+        )
+    pq.write_table(table, path)
+
+
+def split_file(root: Path, second: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """Move the rows that `second` chooses by episode and frame into another file."""
+    table = pq.read_table(root / DATA)
+    chosen = second(np.asarray(table["episode_index"]), np.asarray(table["frame_index"]))
+    pq.write_table(table.filter(pa.array(~chosen)), root / DATA)
+    pq.write_table(table.filter(pa.array(chosen)), root / OTHER)
+
+
+def add_feature(root: Path, key: str, values: object, **spec: object) -> None:
+    edit_column(root / DATA, key, values)
+    feature = {"dtype": "float32", "shape": [1], "names": None} | spec
+    edit_json(root / INFO, lambda info: info["features"].update({key: feature}))
+
+
+def set_nan(root: Path, key: str) -> None:
+    column = pq.read_table(root / DATA)[key].combine_chunks()
+    values = np.array(column.flatten() if pa.types.is_nested(column.type) else column)
+    values[-1] = np.nan
+    width = len(values) // sum(LENGTHS)
+    new = pa.array(values)
+    edit_column(
+        root / DATA, key, new if width == 1 else pa.FixedSizeListArray.from_arrays(new, width)
+    )
+
+
+def add_depth_camera(root: Path, mark: str) -> None:
+    depth = pq.read_table(root / DATA)[CAMERA].combine_chunks()
+    add_feature(
+        root,
+        "observation.images.depth",
+        depth,
+        dtype="image",
+        shape=[SIZE, SIZE, 1],
+        names=["height", "width", "channels"],
+        info={mark: True},
+    )
+    one = {name: [[[900.0]]] for name in ("min", "max", "mean", "std", "count")}
+    edit_json(root / STATS, lambda stats: stats.update({"observation.images.depth": one}))
+
+
+def stale_index(values: object) -> Callable[[Path], None]:
+    """Another file than `meta/` says; or `meta/` says nothing."""
+
+    def change(root: Path) -> None:
+        split_file(root, lambda episode, _: episode == 2)
+        edit_column(root / EPISODES, "data/file_index", values)
+
+    return change
+
+
+HARMLESS: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda _: None,
+    "stale file_index": stale_index([0, 0, 0]),
+    "file_index of a merge": stale_index([0, 5, 7]),
+    "file_index of floats": stale_index([0.0, 0.0, 1.0]),
+    "file_index absent": stale_index(None),
+    "file_index null": stale_index(pa.array([None, None, None], pa.int64())),
+    "an episode over two files": lambda root: split_file(
+        root, lambda episode, frame: (episode == 2) | ((episode == 1) & (frame >= 5))
+    ),
+    "NaN in next.reward": lambda root: set_nan(root, "next.reward"),
+    "NaN in observation.effort": lambda root: set_nan(root, "observation.effort"),
+    "nulls in a bool column": lambda root: add_feature(
+        root, "next.success", pa.array([None] * (sum(LENGTHS) - 1) + [True]), dtype="bool"
+    ),
+    "a column of words": lambda root: add_feature(
+        root, "language", ["push"] * sum(LENGTHS), dtype="string"
+    ),
+    "a depth camera": lambda root: add_depth_camera(root, "is_depth_map"),
+    "an older depth camera": lambda root: add_depth_camera(root, "video.is_depth_map"),
+    "no statistics": lambda root: (root / STATS).unlink(),
+    "statistics of a camera that is gone": lambda root: edit_json(
+        root / STATS, lambda stats: stats.update(gone=stats[CAMERA])
+    ),
+    "a newer minor version": lambda root: edit_json(
+        root / INFO, lambda info: info.update(codebase_version="v3.1")
+    ),
+    "no templates of paths": lambda root: edit_json(
+        root / INFO, lambda info: [info.pop(key) for key in ("data_path", "video_path")]
+    ),
+    "fields from the future": lambda root: edit_json(
+        root / INFO, lambda info: info.update(tools=None, depth={"unit": "mm"})
+    ),
+    "shuffled episodes in meta": lambda root: pq.write_table(
+        pq.read_table(root / EPISODES).take([2, 0, 1]), root / EPISODES
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_is_read_as_lerobot_reads_it(healthy: Path, name: str, lerobot: Lerobot) -> None:
+    HARMLESS[name](healthy)
+    ours = LeRobotDataset.open(healthy)
+    assert ours.image_keys == (CAMERA,)
+    assert np.diff(ours.bounds).tolist() == list(LENGTHS)
+    try:
+        theirs = lerobot("datasets.lerobot_dataset").LeRobotDataset("t/x", root=healthy)
+        rows = [theirs[index] for index in range(len(theirs))]
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        pytest.fail(f"LeRobot does not load it: {error!r}")
+    # Rows lie in LeRobot's order of files.
+    rows.sort(key=lambda row: (int(row["episode_index"]), int(row["frame_index"])))
+    for key in (STATE, "action"):
+        np.testing.assert_array_equal(ours.column(key), np.stack([row[key] for row in rows]))
+    frames = np.stack([row[CAMERA].permute(1, 2, 0).numpy() for row in rows])
+    np.testing.assert_array_equal(ours.frames(CAMERA), np.rint(frames * 255).astype(np.uint8))
+    written = demonstrations()
+    for position, demonstration in enumerate(written):
+        for key, values in LeRobotDataset.open(healthy).episode(position).items():
+            np.testing.assert_array_equal(values, demonstration[key])
+
+
+def test_a_path_may_lead_upwards(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (healthy.parent / "sub").mkdir()
+    monkeypatch.chdir(healthy.parent / "sub")
+    assert LeRobotDataset.open("../healthy").num_frames == sum(LENGTHS)
+
+
+def test_a_data_set_in_lerobots_own_folder_is_found_by_its_name(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where LeRobot records to, and looks first."""
+    (healthy.parent / "me").mkdir()
+    healthy.rename(healthy.parent / "me" / "pusht")
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(healthy.parent))
+    assert LeRobotDataset.open("me/pusht").num_frames == sum(LENGTHS)
+
+
+def test_what_is_asked_for_is_checked_then(healthy: Path) -> None:
+    set_nan(healthy, "observation.effort")
+    dataset = LeRobotDataset.open(healthy)
+    with pytest.raises(
+        DatasetError, match=r"'observation.effort' of episode 2 is not finite at fr"
+    ):
+        dataset.column("observation.effort")
+    add_feature(healthy, "note", ["a"] * sum(LENGTHS), dtype="float32")
+    with pytest.raises(DatasetError, match="'note' holds string, expected numbers"):
+        LeRobotDataset.open(healthy).column("note")
+
+
+def test_whole_numbers_and_shuffled_rows(healthy: Path) -> None:
+    """Joints in encoder ticks; rows as a merge through a hash table leaves them."""
+    random = np.random.default_rng(1)
+    ticks = random.integers(0, 4096, (sum(LENGTHS), 2))
+    add_feature(healthy, "action", list(ticks), dtype="int64", shape=[2])
+    table = pq.read_table(healthy / DATA)
+    pq.write_table(table.take(random.permutation(len(table))), healthy / DATA)
+    dataset = LeRobotDataset.open(healthy)
+    np.testing.assert_array_equal(dataset.column("action"), ticks)
+    np.testing.assert_allclose(dataset.statistics("action")["mean"], ticks.mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(dataset.frames(CAMERA)[9:21], demonstrations()[1][CAMERA])
+
+
+def incomplete(root: Path) -> None:
+    split_file(root, lambda episode, frame: (episode == 1) & (frame >= 5))
+    (root / OTHER).unlink()
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "the second file of an episode is missing": (
+        incomplete,
+        "file-000.parquet: episode 1 has 5 frames, meta/ says 12",
+    ),
+    "an episode is missing": (
+        lambda root: (split_file(root, lambda e, _: e == 1), (root / OTHER).unlink()),
+        r"episode 1 has 0 frames, meta/ says 12",
+    ),
+    "a frame is there twice": (
+        lambda root: pq.write_table(pq.read_table(root / DATA).slice(0, 1), root / OTHER),
+        "episode 0 are not 0, 1, 2, ...: frame 1 is missing or there twice",
+    ),
+    "an episode is not in meta": (
+        lambda root: pq.write_table(pq.read_table(root / EPISODES).slice(0, 2), root / EPISODES),
+        "has frames of episode 2, which .*meta does not list",
+    ),
+    "two episodes of one number": (
+        lambda root: edit_column(root / EPISODES, "episode_index", [0, 1, 1]),
+        "meta lists episode 1 twice; number the episodes anew",
+    ),
+    "no data": (lambda root: (root / DATA).unlink(), r"no file data/\*/\*.parquet"),
+    "no fps": (
+        lambda root: edit_json(root / INFO, lambda info: info.pop("fps")),
+        "meta is not complete .*fps",
+    ),
+    "no images in the file": (
+        lambda root: edit_column(
+            root / DATA,
+            CAMERA,
+            pa.array(
+                [{"bytes": None, "path": "images/0.png"}] * sum(LENGTHS),
+                pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+            ),
+        ),
+        "episode 0 lacks images of 'observation.image'; they have to be embedded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_named(healthy: Path, name: str) -> None:
+    damage, message = DAMAGED[name]
+    damage(healthy)
+    with pytest.raises(DatasetError, match=message):
+        LeRobotDataset.open(healthy).episode(0)
+
+
+def test_cameras_are_chosen_by_name(healthy: Path) -> None:
+    add_depth_camera(healthy, "is_depth_map")
+    assert LeRobotDataset.open(healthy, cameras=()).image_keys == ()
+    with pytest.raises(DatasetError, match=r"no camera 'wrist'; it has observation.image \(image"):
+        LeRobotDataset.open(healthy, cameras=["wrist"])
+    with pytest.raises(DatasetError, match=r"'observation.images.depth' is a depth map of 32x32x1"):
+        LeRobotDataset.open(healthy, cameras=["observation.images.depth"])
+
+
+BROKEN_STATISTICS: dict[str, Callable[[dict], object]] = {
+    "without std": lambda stats: stats[CAMERA].pop("std"),
+    "null": lambda stats: stats.update({CAMERA: None}),
+    "null inside": lambda stats: stats[CAMERA].update(std=None),
+    "of one channel": lambda stats: stats[CAMERA].update(std=[[[0.2]]]),
+    "NaN": lambda stats: stats[CAMERA].update(std=[[[float("nan")]]] * 3),
+    "absent": lambda stats: stats.pop(CAMERA),
+}
+NAMES = ("min", "max", "mean", "std", "q01", "q10", "q90", "q99")
+
+
+def lerobots_statistics(judge: ModuleType, frames: np.ndarray) -> dict[str, np.ndarray]:
+    """What LeRobot's writer keeps of an episode's camera."""
+    pixels = frames.transpose(0, 3, 1, 2).astype(np.float64)
+    found = judge.get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
+    return {k: v if k == "count" else np.squeeze(v / 255, axis=0) for k, v in found.items()}
+
+
+@pytest.mark.parametrize("name", BROKEN_STATISTICS)
+def test_statistics_of_a_camera_are_computed_where_they_are_missing(
+    healthy: Path, name: str, lerobot: Lerobot
+) -> None:
+    edit_json(healthy / STATS, BROKEN_STATISTICS[name])
+    judge = lerobot("datasets.compute_stats")
+    frames = np.concatenate([d[CAMERA] for d in demonstrations()])
+    expected = lerobots_statistics(judge, frames)
+    got = LeRobotDataset.open(healthy).statistics(CAMERA, NAMES)
+    for statistic in NAMES:
+        assert got[statistic].shape == (3, 1, 1)
+        # LeRobot takes quantiles from a histogram of 5,000 bins.
+        limit = 1 / 255 if statistic.startswith("q") else 1e-6
+        np.testing.assert_allclose(got[statistic], expected[statistic], rtol=1e-6, atol=limit)
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_statistics_of_episodes_are_aggregated_as_lerobot_does(
+    healthy: Path, version: str, lerobot: Lerobot
+) -> None:
+    judge = lerobot("datasets.compute_stats")
+    parts = [lerobots_statistics(judge, d[CAMERA]) for d in demonstrations()]
+    # Not those of the frames, so that it shows which ones are taken.
+    for part in parts:
+        part["mean"] = part["mean"] + 0.25
+    expected = judge.aggregate_stats([{CAMERA: part} for part in parts])[CAMERA]
+    (healthy / STATS).unlink()
+    if version == "v3.0":
+        for name in parts[0]:
+            values = pa.array([part[name].tolist() for part in parts])
+            edit_column(healthy / EPISODES, f"stats/{CAMERA}/{name}", values)
+    else:
+        to_v21(healthy, [{k: v.tolist() for k, v in part.items()} for part in parts])
+    got = LeRobotDataset.open(healthy).statistics(CAMERA, NAMES)
+    for name in NAMES:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-6)
+
+
+def to_v21(root: Path, stats: list[dict[str, Any]]) -> None:
+    """Rewrite in the older format, images in the parquet files."""
+    table = pq.read_table(root / DATA)
+    (root / DATA).unlink()
+    lines, start = [], 0
+    for index, length in enumerate(LENGTHS):
+        name = f"data/chunk-000/episode_{index:06d}.parquet"
+        pq.write_table(table.slice(start, length), root / name)
+        lines.append({"episode_index": index, "tasks": ["x"], "length": length})
+        start += length
+    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    rows = [{"episode_index": i, "stats": {CAMERA: part}} for i, part in enumerate(stats)]
+    (root / "meta/episodes_stats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    edit_json(root / INFO, lambda info: info.update(codebase_version="v2.1"))
+    for path in (root / "meta/episodes").rglob("*.parquet"):
+        path.unlink()
+
+
+def test_format_v21_with_images_in_the_file(healthy: Path) -> None:
+    to_v21(healthy, [])
+    dataset = LeRobotDataset.open(healthy)
+    for position, demonstration in enumerate(demonstrations()):
+        for key, values in dataset.episode(position).items():
+            np.testing.assert_array_equal(values, demonstration[key])
+
+
+def test_vectors_have_the_quantiles_of_the_data(pusht: Path, lerobot: Lerobot) -> None:
+    dataset = LeRobotDataset.open(pusht)
+    values = dataset.column("action")
+    judge = lerobot("datasets.compute_stats").get_feature_stats(values, axis=0, keepdims=False)
+    got = dataset.statistics("action", NAMES)
+    for name in ("min", "max", "mean", "std"):
+        # LeRobot adds up in float32.
+        np.testing.assert_allclose(got[name], judge[name], rtol=1e-4)
+    for name in ("q01", "q10", "q90", "q99"):
+        # LeRobot takes them from a histogram: they may be a value or two of the data apart.
+        apart = np.abs((values < got[name]).mean(0) - (values < judge[name]).mean(0))
+        assert (apart <= 2 / len(values)).all(), name
+
+
+def test_a_deviation_that_cannot_be_is_not_believed(tmp_path: Path, lerobot: Lerobot) -> None:
+    """LeRobot 0.4's writer squares pixels as uint8, so its deviations come out near zero."""
+    judge = lerobot("datasets.lerobot_dataset")
+    image = {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    vector = {"dtype": "float32", "shape": (3,), "names": None}
+    features = {CAMERA: image, STATE: vector, "action": vector}
+    root = tmp_path / "written"
+    written = judge.LeRobotDataset.create("t/x", 10, features, root=root, use_videos=False)
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (8, SIZE, SIZE, 3), np.uint8)
+    for frame in frames:
+        numbers = random.normal(size=3).astype(np.float32)
+        written.add_frame({CAMERA: frame, STATE: numbers, "action": numbers, "task": "t"})
+    written.save_episode()
+    written.finalize()
+    got = LeRobotDataset.open(root).statistics(CAMERA, ("mean", "std"))
+    np.testing.assert_allclose(got["std"].ravel(), (frames / 255).std((0, 1, 2)), rtol=1e-3)
+    np.testing.assert_allclose(got["mean"].ravel(), (frames / 255).mean((0, 1, 2)), rtol=1e-3)

@@ -1,0 +1,287 @@
+"""Observations to verify, calibrate and measure on: pieces of episodes, spread over their source.
+
+The source is a data set in LeRobot's format, or what `EdgePolicy.record` wrote on the robot.
+
+Letters: M steps of a piece, K cameras, H and W image height and width, S state width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from vqbet_edge.errors import DatasetError, UsageError
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.recording import EPISODE, FILE_PATTERN
+
+# Long enough for the window to fill and move on.
+PIECE_STEPS = 16
+# Of so many episodes or fewer, quarters are what pieces are spread over.
+_FEW_EPISODES = 3
+_QUARTERS = 4
+# However many pieces there are, their places in time are spread evenly.
+_GOLDEN = 0.6180339887
+
+Array = NDArray[Any]
+
+
+class Piece(NamedTuple):
+    """Consecutive observations of one episode, as a robot with an empty history would see them."""
+
+    frames: NDArray[np.uint8]  # (M, K, H, W, 3), whole frames
+    states: NDArray[np.float32]  # (M, S), in the robot's units
+
+
+class Place(NamedTuple):
+    """Where a piece comes from.
+
+    Attributes:
+        episode: position of the episode in its source.
+        start, stop: its steps there.
+        stretch: number of the stretch that it was taken from: an episode, or a part of one. No
+            step is in two stretches.
+    """
+
+    episode: int
+    start: int
+    stop: int
+    stretch: int
+
+
+class Source(ABC):
+    """Observations by episode, read when asked for.
+
+    Attributes:
+        name: as the user gave it.
+        lengths: steps of every episode.
+        shapes: of one value of every key.
+    """
+
+    name: str
+    lengths: Sequence[int]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @abstractmethod
+    def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
+        """Arrays (M, ...) of some keys."""
+
+
+def open_source(source: str | Path) -> Source:
+    """A folder of recordings, or a LeRobot data set.
+
+    Raises:
+        DatasetError: it is neither, or damaged.
+        UsageError: it is a data set, and the packages that read one are not installed.
+    """
+    folder = Path(source)
+    if folder.is_dir() and any(folder.glob(FILE_PATTERN)):
+        return _Recording(str(source), sorted(folder.glob(FILE_PATTERN)))
+    return _Dataset(str(source))
+
+
+class _Dataset(Source):
+    """A LeRobot data set; only what is asked for is decoded."""
+
+    def __init__(self, source: str) -> None:
+        try:
+            from vqbet_edge.training.dataset.dataset import LeRobotDataset  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"reading a data set needs '{error.name}'; type: pip install 'vqbet-edge[data]'"
+            ) from error
+        self._dataset = LeRobotDataset.open(source, cameras=())
+        self.name = source
+        self.lengths = np.diff(self._dataset.bounds).tolist()
+        self.shapes = {key: feature.shape for key, feature in self._dataset.features.items()}
+
+    def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
+        """See `Source`."""
+        return self._dataset.episode(place.episode, keys, slice(place.start, place.stop))
+
+
+class _Recording(Source):
+    """Files that `vqbet_edge.runtime.recording` describes; rows are read when asked for."""
+
+    def __init__(self, source: str, paths: Sequence[Path]) -> None:
+        self.name = source
+        self._paths = paths
+        try:
+            episodes = [self._episodes(path) for path in paths]
+            with safe_open(paths[0], "numpy") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(error) from error
+        # Rows of all files, counted through.
+        self._firsts = np.cumsum([0, *map(len, episodes)])
+        numbers = np.concatenate(episodes)
+        cuts = np.flatnonzero(np.diff(numbers)) + 1
+        self._bounds = [0, *cuts.tolist(), len(numbers)]
+        self.lengths = np.diff(self._bounds).tolist()
+        self.shapes = {k: tuple(shape[1:]) for k, shape in shapes.items() if k != EPISODE}
+
+    def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
+        """See `Source`."""
+        start, stop = (self._bounds[place.episode] + step for step in (place.start, place.stop))
+        parts = [self._rows(i, start, stop, keys) for i in self._files(start, stop)]
+        try:
+            joined = {key: np.concatenate([part[key] for part in parts]) for key in keys}
+        except ValueError as error:
+            raise self._unreadable(error) from error
+        if any(len(values) != stop - start for values in joined.values()):
+            raise self._unreadable("observations are missing")
+        return joined
+
+    def _files(self, start: int, stop: int) -> range:
+        first, last = np.searchsorted(self._firsts, [start, stop - 1], side="right").tolist()
+        return range(first - 1, last)
+
+    def _rows(self, number: int, start: int, stop: int, keys: Sequence[str]) -> dict[str, Array]:
+        first, last = self._firsts[number : number + 2].tolist()
+        rows = slice(max(start, first) - first, min(stop, last) - first)
+        try:
+            with safe_open(self._paths[number], "numpy") as file:
+                return {key: file.get_slice(key)[rows] for key in keys}
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _episodes(self, path: Path) -> Array:
+        with safe_open(path, "numpy") as file:
+            if EPISODE not in file.keys():  # noqa: SIM118 - it is no mapping
+                raise DatasetError(f"'{path}' holds no recording of observations; record again")
+            numbers: Array = file.get_tensor(EPISODE)
+            return numbers
+
+    def _unreadable(self, reason: object) -> DatasetError:
+        return DatasetError(
+            f"the recordings in '{self.name}' cannot be read: {reason}; record again"
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Pieces of a source that fit a policy.
+
+    Attributes:
+        source: where they come from.
+        manifest: of the policy's bundle.
+    """
+
+    source: Source
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, source: str | Path, manifest: Manifest) -> "Sampler":
+        """Open a source and check that it is this policy's.
+
+        Args:
+            source: a folder that `EdgePolicy.record` wrote, a folder in LeRobot's format, or the
+                name of such a data set; see `LeRobotDataset.open`.
+            manifest: of the policy's bundle.
+
+        Raises:
+            DatasetError: it is damaged, lacks a key, or a key has another shape.
+            HubError: it is not here and not to be had from the Hub.
+            UsageError: see `open_source`.
+        """
+        opened = open_source(source)
+        _check_features(opened, manifest)
+        return cls(opened, manifest)
+
+    def pieces(self, steps: int) -> Iterator[Piece]:
+        """Pieces of `places(steps)`, one in memory at a time."""
+        return map(self.read, self.places(steps))
+
+    def places(self, steps: int) -> list[Place]:
+        """Places of about `steps` observations, spread over episodes and time.
+
+        None overlap, so of a small source there are fewer.
+        """
+        stretches = _stretches(self.source.lengths)
+        wanted = -(-steps // PIECE_STEPS)
+        count = min(wanted, len(stretches))
+        chosen = np.linspace(0, len(stretches) - 1, count).round().astype(int).tolist()
+        places: list[Place] = []
+        for i, number in enumerate(chosen):
+            stretch = stretches[number]
+            length = stretch.stop - stretch.start
+            cells = min(wanted // count + (i < wanted % count), max(1, length // PIECE_STEPS))
+            for cell in range(cells):
+                free = max(0, length // cells - PIECE_STEPS)
+                start = stretch.start + length * cell // cells
+                start += int((free + 1) * (len(places) * _GOLDEN % 1))
+                stop = min(start + PIECE_STEPS, stretch.stop)
+                places.append(Place(stretch.episode, start, stop, i))
+        return places
+
+    def read(self, place: Place) -> Piece:
+        """The observations of one place.
+
+        Raises:
+            DatasetError: they are damaged, or a state is not finite.
+        """
+        keys = (*self.manifest.image_keys, self.manifest.state_key)
+        arrays = self.source.read(place, keys)
+        states = arrays[self.manifest.state_key].astype(np.float32)
+        finite = np.isfinite(states).all(axis=1)
+        if not finite.all():
+            raise DatasetError(
+                f"the state of episode {place.episode}, step {place.start + int(finite.argmin())} "
+                f"is not finite in '{self.source.name}'; repair the data or leave the episode out"
+            )
+        return Piece(np.stack([arrays[key] for key in keys[:-1]], axis=1), states)
+
+
+def _stretches(lengths: Sequence[int]) -> list[Place]:
+    """The episodes, or quarters of them when there are few; short ones if there are no others."""
+    parts = 1 if len(lengths) > _FEW_EPISODES else _QUARTERS
+    longest = max(lengths, default=0) // parts
+    return [
+        Place(episode, length * part // parts, length * (part + 1) // parts, 0)
+        for episode, length in enumerate(lengths)
+        for part in range(parts)
+        if length // parts >= min(PIECE_STEPS, max(longest, 1))
+    ]
+
+
+def _check_features(source: Source, manifest: Manifest) -> None:
+    expected = {
+        **dict.fromkeys(manifest.image_keys, manifest.image_shape),
+        manifest.state_key: (manifest.state_dim,),
+    }
+    missing = [key for key in expected if key not in source.shapes]
+    if missing:
+        raise DatasetError(
+            f"the observations in '{source.name}' lack {missing}, which the policy observes; they "
+            f"have {sorted(source.shapes)}; use the data set that the policy was trained on, or a "
+            "recording of its own robot"
+        )
+    for key, shape in expected.items():
+        if source.shapes[key] != shape:
+            raise DatasetError(
+                f"the policy observes '{key}' of shape {shape}, '{source.name}' has "
+                f"{source.shapes[key]}; use the data set that the policy was trained on, or a "
+                "recording of its own robot"
+            )
+
+
+def random_pieces(manifest: Manifest, state_scaling: Affine, steps: int) -> Iterator[Piece]:
+    """Frames of noise, and states over the range that normalisation maps to [-1, 1].
+
+    Args:
+        manifest: of the policy's bundle.
+        state_scaling: of its states.
+        steps: how many observations in all.
+    """
+    random = np.random.default_rng(0)
+    for first in range(0, steps, PIECE_STEPS):
+        count = min(PIECE_STEPS, steps - first)
+        shape = (count, len(manifest.image_keys), *manifest.image_shape)
+        normalized = random.uniform(-1, 1, (count, manifest.state_dim))
+        states = (normalized - state_scaling.add) / state_scaling.multiply + state_scaling.subtract
+        yield Piece(random.integers(0, 256, shape, np.uint8), states.astype(np.float32))
