@@ -1,8 +1,8 @@
 """The command `vqbet-serve`."""
 
 import asyncio
+import logging
 import ssl
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import tyro
 from vqbet_edge import EdgePolicy, UsageError, cli
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_serve.server import PolicyServer, ServeConfig, read_key, run_until_stopped
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class Arguments:
     # Address to listen on; any but loopback needs a key.
     host: str = "127.0.0.1"
     port: int = 8000
-    # File with the key that clients must send, 16 characters or more.
+    # File with the key that clients must send: 16 or more ASCII characters.
     api_key_file: Path | None = None
     # Certificate and private key, for wss://.
     tls_cert: Path | None = None
     tls_key: Path | None = None
-    # Robots at the same time.
+    # Robots at the same time; each has a window, a history and a thread.
     max_robots: int = 16
     # Seconds without a request after which a connection is closed.
     idle_s: float = 30.0
@@ -53,9 +55,11 @@ def _main() -> None:
         max_robots=arguments.max_robots,
         idle_s=arguments.idle_s,
     )
-    policy = EdgePolicy.load(arguments.bundle, arguments.backend)
-    sys.stderr.write(f"serving '{arguments.bundle}' on {arguments.host}:{arguments.port}\n")
-    asyncio.run(run_until_stopped(PolicyServer(policy, config)))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if config.api_key is not None and config.tls is None:
+        _LOG.warning("without --tls-cert, the key and the images can be read on the way")
+    with EdgePolicy.load(arguments.bundle, arguments.backend) as policy:
+        asyncio.run(run_until_stopped(PolicyServer(policy, config)))
 
 
 def _tls(arguments: Arguments) -> ssl.SSLContext | None:

@@ -1,29 +1,37 @@
 """`RemotePolicy`: `EdgePolicy`'s methods, answered by a server."""
 
+import math
+import ssl
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from websockets.exceptions import WebSocketException
-from websockets.sync.client import ClientConnection, connect
 
 from vqbet_edge.errors import (
     BackendError,
+    ConcurrentUseError,
     DeadlineError,
-    HistoryError,
+    NonFiniteError,
     ObservationError,
     UsageError,
     VQBeTEdgeError,
 )
-from vqbet_edge.runtime.guards.actions import ActionGuard
+from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
-from vqbet_edge.runtime.observation import Observation
-from vqbet_edge.runtime.worker import Job, Worker
-from vqbet_serve.frames import FrameError, array, pack, unpack
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.observation import Observation, feature_array
+from vqbet_edge.runtime.worker import Job  # noqa: TC001 - annotations of locals too
+from vqbet_serve.frames import array, pack, unpack
+from vqbet_serve.link import Link
+from vqbet_serve.metadata import PolicyMetadata
 
 Floats = NDArray[np.float32]
+_BAD_OBSERVATION = "ObservationError: "
 
 
 class RemotePolicy:
@@ -35,14 +43,19 @@ class RemotePolicy:
 
     Args:
         url: such as ws://192.168.1.20:8000, or wss://.
-        api_key: the server's.
-        session_id: keeps this robot's random sequence apart from others'.
         guards: as of `EdgePolicy`; `deadline_s` and `on_late` are required, and `continue` is not
-            available, for chunks stay on the server. `action_limits="data"` is the server's part.
-        connect_s: seconds that connecting may take.
+            available, for chunks stay on the server. `action_limits="data"` is the server's part:
+            the robot does not know that range. Other limits hold on the robot too.
+        api_key: the server's.
+        session_id: gives this robot a random sequence of its own.
+        tls: whom to trust, for wss://; None trusts whom the system trusts.
+        connect_s: seconds that connecting, and `reset`, may take.
+
+    Attributes:
+        dropped: observations that were not sent, for the server still worked on an earlier one.
 
     Raises:
-        UsageError: the guards lack a deadline.
+        UsageError: the guards lack a deadline, or do not fit the policy.
         BackendError: the server cannot be reached or refuses the key.
     """
 
@@ -53,6 +66,7 @@ class RemotePolicy:
         guards: Guards,
         api_key: str | None = None,
         session_id: str | None = None,
+        tls: ssl.SSLContext | None = None,
         connect_s: float = 5.0,
     ) -> None:
         if guards.deadline_s is None or guards.on_late == "continue":
@@ -60,94 +74,165 @@ class RemotePolicy:
                 "a network can always be late: pass guards=Guards(deadline_s=0.05, "
                 "on_late='raise') or 'hold'"
             )
-        self._url, self._key, self._session = url, api_key, session_id
         self._guards, self._deadline_s, self._connect_s = guards, guards.deadline_s, connect_s
+        self._url, self._api_key, self._tls = url, api_key, tls
+        self._name = {} if session_id is None else {"session_id": session_id}
         self._clock = ObservationClock(guards.max_age_s)
-        self._worker = Worker("vqbet-remote", finish=False)
-        self._job: Job[Floats] | None = None
+        self._lock = threading.Lock()
+        self._job: Job[bytes | str] | None = None
         self._handed: Floats | None = None
-        self._lost = False
-        self.late = self.dropped = 0
-        self._open()
+        self._late = self.dropped = 0
+        self._link = self._connected()
+        dim = self.metadata.action_dim
+        try:
+            # Nothing is known here of the data's range: "data" limits nothing.
+            self._actions = ActionGuard(guards, Affine.identity(dim), dim)
+        except UsageError:
+            self._link.close()
+            raise
+
+    @property
+    def metadata(self) -> PolicyMetadata:
+        """What the server says of its policy."""
+        return self._link.metadata
+
+    @property
+    def guard_counts(self) -> GuardCounts:
+        """How often the guards on the robot stepped in."""
+        return GuardCounts(self._actions.clamped, self._actions.slowed, self._late)
 
     def act(self, observation: Observation, observation_time: float | None = None) -> Floats:
         """The action (A,) for this observation, within `guards.deadline_s` or not at all.
+
+        Args:
+            observation: as for `EdgePolicy.act`.
+            observation_time: as for `EdgePolicy.act`.
 
         Raises:
             ObservationError: the observation does not fit; the history is as before.
             StaleObservationError: its time does not; likewise.
             DeadlineError: the answer is late, and nothing stands for it.
-            HistoryError: the connection was lost, and the history with it; call `reset`.
+            HistoryError: the connection is lost, and the history with it; call `reset`.
+            ConcurrentUseError: another call on this object is running.
         """
         end = time.monotonic() + self._deadline_s
-        self._check_history()
-        self._clock.check(observation_time)
-        if self._job is not None and not self._finished(self._job, end):
-            self.dropped += 1
-            return self._on_late()
-        self._job = self._worker.submit(lambda: self._ask(self._request(observation)))
-        self._clock.accept(observation_time)
-        if not self._finished(self._job, end):
-            return self._on_late()
-        job, self._job = self._job, None
-        action = self._actions.handed_out(job.result())
-        self._handed = action
-        return action.copy()
+        with self._exclusive():
+            if self._link.failure is not None:
+                raise self._link.lost()
+            self._clock.check(observation_time)
+            frame = self._request(observation)
+            if not self._is_answered(end):
+                self.dropped += 1
+                return self._on_late()
+            self._take()  # what is late is of no use, but may be an error
+            self._job = self._link.ask(frame)
+            self._clock.accept(observation_time)
+            if not self._is_answered(end):
+                return self._on_late()
+            action = self._take()
+            assert action is not None  # noqa: S101 - for the type checker
+            self._actions.planned(action)
+            self._handed = self._actions.handed_out(action)
+            return self._handed.copy()
 
-    def reset(self) -> None:
-        """Forget the history, on a new connection if the old one is lost.
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the history, on a new connection if the old one is lost or still busy.
+
+        Args:
+            seed: a new start of the random sequence; None lets it run on. On a new connection it
+                starts anew in any case.
 
         Raises:
-            DeadlineError: the server still works on a call that was late.
-            BackendError: the server cannot be reached.
+            BackendError: the server cannot be reached, or refuses.
+            DeadlineError: it does not answer.
         """
-        if self._job is not None and not self._job.done():
-            raise DeadlineError("the server still works on a call that was late; wait for it")
-        if self._lost:
-            self._connection.close()
-            self._open()
-        self._job = self._handed = None
-        self._clock.clear()
-        self._actions.clear()
-        answer = self._exchange(pack({"endpoint": "reset", **self._name()}))
-        if answer != "reset successful":
-            raise BackendError(f"the server did not reset: {answer!r}")
+        with self._exclusive():
+            if self._link.failure is not None or not self._is_answered(time.monotonic()):
+                self._link.close()
+                self._link = self._reconnected()
+            self._job = self._handed = None
+            self._clock.clear()
+            self._actions.clear()
+            start = {} if seed is None else {"seed": seed}
+            job = self._link.ask(pack({"endpoint": "reset", **start, **self._name}))
+            if not job.done(self._connect_s):
+                self._link.lose("reset was not answered")
+                raise DeadlineError(f"'{self._url}' did not reset within {self._connect_s} s")
+            answer = job.result()
+            if answer != "reset successful":
+                self._link.lose("reset was refused")
+                raise BackendError(f"'{self._url}' did not reset: {answer!r}")
 
     def close(self) -> None:
-        """End the session."""
-        self._connection.close()
+        """End the session; nothing acts afterwards. Also at the end of a `with` block."""
+        self._link.close()
 
-    def _open(self) -> None:
-        headers = {"Authorization": f"Api-Key {self._key}"} if self._key else None
+    def __enter__(self) -> "RemotePolicy":  # noqa: PYI034 - Self needs Python 3.11
+        """The policy itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _connected(self) -> Link:
+        return Link(self._url, self._api_key, self._tls, self._connect_s)
+
+    def _reconnected(self) -> Link:
+        link, before = self._connected(), self.metadata
+        if link.metadata.observation != before.observation or (
+            link.metadata.action_dim != before.action_dim
+        ):
+            link.close()
+            raise BackendError(f"'{self._url}' now serves a policy for another robot")
+        return link
+
+    def _request(self, observation: Observation) -> bytes:
+        """Packed here, for the caller may write the next frame into the same array."""
+        arrays: dict[str, Any] = {}
+        expected = self.metadata.observation
+        for key, feature in expected.items():
+            value = feature_array(observation, key, list(expected))
+            if value.size != math.prod(feature.shape):
+                raise ObservationError(
+                    f"'{key}': expected {feature.dtype} {feature.shape}, got {value.dtype} "
+                    f"{value.shape}"
+                )
+            arrays[key] = value
+        return pack(arrays | self._name)
+
+    def _is_answered(self, end: float) -> bool:
+        return self._job is None or self._job.done(max(0.0, end - time.monotonic()))
+
+    def _take(self) -> Floats | None:
+        """The action (A,) in the answer, None where nothing was asked."""
+        job, self._job = self._job, None
+        if job is None:
+            return None
+        answer = job.result()
+        if isinstance(answer, str):
+            if answer.startswith(_BAD_OBSERVATION):
+                raise ObservationError(answer.removeprefix(_BAD_OBSERVATION))
+            raise self._link.lose(answer)
         try:
-            self._connection: ClientConnection = connect(
-                self._url,
-                compression=None,
-                additional_headers=headers,
-                open_timeout=self._connect_s,
-                max_size=1 << 20,
-            )
-            self.metadata = unpack(self._received(self._connect_s))
-        except (OSError, WebSocketException, FrameError) as error:
-            raise BackendError(f"'{self._url}' cannot be used: {error}") from error
-        self._lost = False
-        limits = Guards(
-            action_limits=None if self._guards.action_limits == "data" else self._guards.action_limits,
-            max_change=self._guards.max_change,
-        )
-        self._actions = ActionGuard(limits, None, int(self.metadata["action_dim"]))
+            return self._action(answer)
+        except VQBeTEdgeError as error:
+            raise self._link.lose(str(error)) from error
 
-    def _check_history(self) -> None:
-        if self._lost:
-            raise HistoryError(
-                "the connection was lost, and with it the history; stop the robot and call reset()"
-            )
-
-    def _finished(self, job: Job[Floats], end: float) -> bool:
-        return job.done(max(0.0, end - time.monotonic()))
+    def _action(self, answer: bytes) -> Floats:
+        message = unpack(answer)
+        if "actions" not in message:
+            raise UsageError("the answer has no actions")
+        actions = array("actions", message["actions"])
+        if actions.shape != (1, self.metadata.action_dim) or actions.dtype != np.float32:
+            raise UsageError(f"expected one action as float32, got {actions.dtype} {actions.shape}")
+        if not np.isfinite(actions).all():
+            raise NonFiniteError("an action is not finite")
+        action: Floats = actions[0].copy()
+        return action
 
     def _on_late(self) -> Floats:
-        self.late += 1
+        self._late += 1
         if self._guards.on_late == "hold" and self._handed is not None:
             return self._handed.copy()
         raise DeadlineError(
@@ -155,38 +240,13 @@ class RemotePolicy:
             "time, or choose what to return then with Guards(on_late='hold')"
         )
 
-    def _request(self, observation: Observation) -> bytes:
-        keys = self.metadata["observation"]
-        return pack({k: np.asarray(observation[k]) for k in keys if k in observation} | self._name())
-
-    def _name(self) -> dict[str, Any]:
-        return {} if self._session is None else {"session_id": self._session}
-
-    def _ask(self, frame: bytes) -> Floats:
-        answer = self._exchange(frame)
-        if isinstance(answer, str):
-            raise ObservationError(answer)
-        actions = array("actions", unpack(answer).get("actions"))
-        if actions.shape != (1, int(self.metadata["action_dim"])) or not np.isfinite(actions).all():
-            raise FrameError(f"expected one finite action, got {actions.shape}")
-        action: Floats = actions[0].astype(np.float32)
-        return action
-
-    def _exchange(self, frame: bytes) -> bytes | str:
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(
+                "another call on this policy is still running; use one RemotePolicy per thread"
+            )
         try:
-            self._connection.send(frame)
-            return self._connection.recv()
-        except (OSError, WebSocketException) as error:
-            self._lost = True
-            raise HistoryError(
-                f"the connection to '{self._url}' was lost ({error}); stop the robot and call reset()"
-            ) from error
-
-    def _received(self, seconds: float) -> bytes:
-        frame = self._connection.recv(timeout=seconds)
-        if isinstance(frame, str):
-            raise FrameError(frame)
-        return frame
-
-
-__all__ = ["RemotePolicy", "VQBeTEdgeError"]
+            yield
+        finally:
+            self._lock.release()

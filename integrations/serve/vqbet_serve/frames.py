@@ -1,38 +1,46 @@
 """The openpi protocol's frames: MessagePack with NumPy arrays as maps.
 
 An array is the map {b"__ndarray__": True, b"data": bytes, b"dtype": NumPy's code, b"shape": [...]}
-with binary keys (`openpi_client.msgpack_numpy`). Nothing in a frame is code, and nothing reaches
-NumPy before its type, its shape and its number of bytes agree.
+with binary keys (`openpi_client.msgpack_numpy`). Nothing in a frame is code. What nobody asks for
+is never decoded, and nothing reaches NumPy before its type, its shape and its number of bytes
+agree.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import ObservationError, VQBeTEdgeError
+from vqbet_edge.errors import ObservationError, UsageError
 
-#: Types that an observation's arrays may have.
+#: A frame's keys and their values, which are not decoded yet.
+Message: TypeAlias = dict[str, msgspec.Raw]
+#: Types that arrays may have.
 DTYPES = {code: np.dtype(code) for code in ("|u1", "<f4", "<f8")}
-_MAX_AXES = 8
+_Shape = Annotated[list[Annotated[int, msgspec.Meta(ge=1)]], msgspec.Meta(max_length=8)]
 _ENCODER = msgspec.msgpack.Encoder()
+_Type = TypeVar("_Type")
 
 
-class FrameError(VQBeTEdgeError):
-    """A frame that is no request, or no answer."""
+def pack(message: object) -> bytes:
+    """A frame: an array, or a map of arrays, numbers, texts and such maps.
+
+    Raises:
+        ObservationError: an array has another type than `DTYPES`.
+    """
+    return _ENCODER.encode(_plain("array", message))
 
 
-def pack(message: Mapping[str, Any]) -> bytes:
-    """A frame; arrays, numbers, texts and maps of them."""
-    return _ENCODER.encode(_plain(message))
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a message holds
+def _plain(key: str, value: object) -> object:
     match value:
         case np.ndarray():
+            if value.dtype.str not in DTYPES:
+                raise ObservationError(
+                    f"'{key}': expected uint8, float32 or float64, got {value.dtype}"
+                )
             return {
                 b"__ndarray__": True,
                 b"data": value.tobytes(),
@@ -40,45 +48,83 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a message holds
                 b"shape": value.shape,
             }
         case Mapping():
-            return {key: _plain(child) for key, child in value.items()}
+            return {name: _plain(name, child) for name, child in value.items()}
         case _:
             return value
 
 
-def unpack(frame: bytes) -> dict[str, Any]:
-    """The map in a frame, its arrays still maps; `array` makes them arrays.
+def unpack(frame: bytes) -> Message:
+    """The keys of a frame's map.
 
     Raises:
-        FrameError: it is no MessagePack map with texts as keys.
+        UsageError: it is no MessagePack map with texts as keys.
     """
     try:
-        return msgspec.msgpack.decode(frame, type=dict[str, Any])
-    # RecursionError: maps in maps without end; UnicodeDecodeError: bytes that are no text.
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise FrameError(f"expected a MessagePack map of an observation, got {error}") from error
+        return _decoded(frame, Message)
+    except ValueError as error:
+        raise UsageError(f"expected a MessagePack map, got {error}") from error
 
 
-def array(key: str, value: Any) -> NDArray[Any]:  # noqa: ANN401 - whatever a frame holds
+def text(message: Message, key: str, longest: int) -> str | None:
+    """A text of a frame; None where the key is missing or its value is nil.
+
+    Raises:
+        UsageError: it is none, or longer than allowed.
+    """
+    value: str | None = _value(message, key, str | None, f"text of 1 to {longest} characters")
+    if value is not None and not 0 < len(value) <= longest:
+        raise UsageError(f"'{key}': expected 1 to {longest} characters, got {len(value)}")
+    return value
+
+
+def number(message: Message, key: str) -> int | None:
+    """A number of a frame, 0 or more; None where the key is missing or its value is nil.
+
+    Raises:
+        UsageError: it is none.
+    """
+    limits = Annotated[int, msgspec.Meta(ge=0)] | None
+    value: int | None = _value(message, key, limits, "whole number of 0 or more")
+    return value
+
+
+def _value(message: Message, key: str, kind: Any, expected: str) -> Any:  # noqa: ANN401
+    try:
+        return _decoded(message[key], kind) if key in message else None
+    except ValueError as error:
+        raise UsageError(f"'{key}': expected a {expected}, got {error}") from error
+
+
+def array(key: str, value: msgspec.Raw) -> NDArray[Any]:
     """An array of a frame, as a read-only view of its bytes.
 
     Raises:
         ObservationError: it is none, or its parts contradict each other.
     """
-    if not isinstance(value, dict) or value.get(b"__ndarray__") is not True:
-        raise ObservationError(f"'{key}': expected an array, got {type(value).__name__}")
-    data, code, shape = (value.get(part) for part in (b"data", b"dtype", b"shape"))
-    if not isinstance(code, str) or code not in DTYPES:
-        raise ObservationError(f"'{key}': expected dtype {', '.join(DTYPES)}, got {str(code)[:40]!r}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MAX_AXES
-        or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape)
-    ):
-        raise ObservationError(f"'{key}': expected a shape of at most {_MAX_AXES} lengths")
+    try:
+        parts = _decoded(value, dict[bytes, msgspec.Raw])
+        marked = _decoded(parts[b"__ndarray__"], bool)
+        data = _decoded(parts[b"data"], bytes)
+        code = _decoded(parts[b"dtype"], str)
+        shape = _decoded(parts[b"shape"], _Shape)
+    except (ValueError, KeyError) as error:
+        raise ObservationError(f"'{key}': expected an array, got {error}") from error
+    if not marked or code not in DTYPES:
+        raise ObservationError(f"'{key}': expected dtype {', '.join(DTYPES)}, got {code[:40]!r}")
     expected = math.prod(shape) * DTYPES[code].itemsize
-    if not isinstance(data, bytes) or len(data) != expected:
+    if len(data) != expected:
         raise ObservationError(
-            f"'{key}': expected {expected} bytes for {code} {tuple(shape)}, got "
-            f"{len(data) if isinstance(data, bytes) else type(data).__name__}"
+            f"'{key}': {code} {tuple(shape)} takes {expected} bytes, got {len(data)}"
         )
     return np.frombuffer(data, DTYPES[code]).reshape(shape)
+
+
+def _decoded(data: bytes | msgspec.Raw, kind: type[_Type]) -> _Type:
+    """Decode, and raise nothing but ValueError: msgspec's errors and UnicodeDecodeError are."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except RecursionError as error:
+        raise ValueError("maps within maps without end") from error
+
+
+__all__ = ["DTYPES", "Message", "array", "number", "pack", "text", "unpack"]

@@ -3,27 +3,28 @@
 import hashlib
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, UsageError
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_serve.frames import array
-
-MAX_ID_LENGTH = 256
+from vqbet_serve.frames import Message, array
 
 
-@dataclass
 class Session:
-    """A robot's policy and when it was last asked, in seconds of `time.monotonic()`."""
+    """A robot's policy. Its methods compute, and are called one at a time.
 
-    policy: EdgePolicy
-    used: float = field(default_factory=time.monotonic)
+    Attributes:
+        name: the session's id, None for a connection's session without one.
+        used: when it was last asked, in seconds of `time.monotonic()`.
+    """
 
-    def act(self, request: Mapping[str, Any]) -> NDArray[Any]:
+    def __init__(self, policy: EdgePolicy, name: str | None) -> None:
+        self._policy, self.name = policy, name
+        self.used = time.monotonic()
+
+    def act(self, request: Message) -> NDArray[Any]:
         """The action (A,) for a request's observation.
 
         Raises:
@@ -31,14 +32,18 @@ class Session:
             VQBeTEdgeError: the policy cannot act.
         """
         self.used = time.monotonic()
-        manifest = self.policy.manifest
+        manifest = self._policy.manifest
         keys = (*manifest.image_keys, manifest.state_key)
-        return self.policy.act({key: array(key, request[key]) for key in keys if key in request})
+        return self._policy.act({key: array(key, request[key]) for key in keys if key in request})
 
     def reset(self, seed: int | None) -> None:
-        """A new episode."""
+        """A new episode, as by `EdgePolicy.reset`."""
         self.used = time.monotonic()
-        self.policy.reset(seed=seed)
+        self._policy.reset(seed=seed)
+
+    def close(self) -> None:
+        """Free the robot's memory."""
+        self._policy.close()
 
 
 class Sessions:
@@ -52,8 +57,7 @@ class Sessions:
 
     def __init__(self, policy: EdgePolicy, seed: int, most: int) -> None:
         self._policy, self._seed, self._most = policy, seed, most
-        self._open: set[str] = set()
-        self._unnamed = 0
+        self._names: list[str | None] = []
         self._lock = threading.Lock()
 
     @property
@@ -62,40 +66,56 @@ class Sessions:
         return self._policy.manifest
 
     def __len__(self) -> int:
-        return len(self._open) + self._unnamed
+        return len(self._names)
+
+    def has_room(self, name: str | None) -> bool:
+        """Whether `open` would find a place."""
+        return len(self._names) < self._most and not self._in_use(name)
 
     def open(self, name: str | None) -> Session:
-        """A session, named by the client or not.
+        """A session, named by the client or not; takes as long as making a policy's buffers.
 
         Raises:
             UsageError: there are as many robots as allowed, or one with this name.
         """
         with self._lock:
-            if len(self) >= self._most:
+            if len(self._names) >= self._most:
                 raise UsageError(
                     f"this server drives {self._most} robots already; end a session, or start it "
                     "with a larger --max-robots"
                 )
-            if name is not None and name in self._open:
-                raise UsageError(f"the session '{name}' is in use by another connection")
-            policy = self._policy.sibling(seed=self.seed(name))
-            if name is None:
-                self._unnamed += 1
-            else:
-                self._open.add(name)
-        return Session(policy)
+            if self._in_use(name):
+                raise UsageError("this session_id is in use by another connection; end that one")
+            self._names.append(name)
+        try:
+            return Session(self._policy.sibling(seed=self._start(name)), name)
+        except BaseException:
+            self._give_back(name)
+            raise
 
-    def close(self, name: str | None) -> None:
-        """Give a session's place back."""
+    def close(self, session: Session) -> None:
+        """End a session and give its place back."""
+        try:
+            session.close()
+        finally:
+            self._give_back(session.name)
+
+    def _in_use(self, name: str | None) -> bool:
+        return name is not None and name in self._names
+
+    def _give_back(self, name: str | None) -> None:
         with self._lock:
-            if name is None:
-                self._unnamed -= 1
-            else:
-                self._open.discard(name)
+            self._names.remove(name)
 
-    def seed(self, name: str | None) -> int:
+    def _start(self, name: str | None) -> int:
         """Where a session's random sequence starts: with an id, at a number derived from it."""
-        if name is None:
-            return self._seed
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
+        return self._seed if name is None else derived_seed(self._seed, name)
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """The seed of a session with an id.
+
+    The first 8 bytes, little-endian, of the SHA-256 of "SEED/NAME", without the lowest bit.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
