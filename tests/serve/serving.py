@@ -3,11 +3,12 @@
 import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -33,8 +34,10 @@ def serving(policy: Any, **config: Any) -> Iterator[PolicyServer]:
     thread.start()
     try:
         asyncio.run_coroutine_threadsafe(server.start(), loop).result(SECONDS)
-        yield server
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
+        try:
+            yield server
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
         assert len(server.sessions) == 0
     finally:
         loop.call_soon_threadsafe(loop.stop)
@@ -75,6 +78,12 @@ def ask(client: ClientConnection, message: dict[str, Any]) -> np.ndarray | str:
     if isinstance(answer, str):
         return answer
     return array("actions", unpack(answer)["actions"])[0]
+
+
+def vanish(client: ClientConnection) -> None:
+    """End a connection as the end of a process does, without a goodbye."""
+    with suppress(OSError):  # the server has ended it
+        client.socket.shutdown(socket.SHUT_RDWR)
 
 
 def get(url: str, path: str, **headers: str) -> tuple[int, str]:

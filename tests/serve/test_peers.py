@@ -83,12 +83,15 @@ def test_openpi_client(policy: EdgePolicy, openpi_python: str) -> None:
 
 
 def test_roboarena_client(policy: EdgePolicy, openpi_python: str) -> None:
-    with serving(policy, seed=7) as server, policy.sibling(seed=derived_seed(7, "arm-1")) as local:
-        with peer(openpi_python, "roboarena", server.url) as (act, reset):
-            for episode in range(2):
-                reset()
-                local.reset()
-                assert drive(act, local, episode) > 5
+    with (
+        serving(policy, seed=7) as server,
+        policy.sibling(seed=derived_seed(7, "arm-1")) as local,
+        peer(openpi_python, "roboarena", server.url) as (act, reset),
+    ):
+        for episode in range(2):
+            reset()
+            local.reset()
+            assert drive(act, local, episode) > 5
 
 
 @pytest.mark.parametrize("name", [None, "arm-2"])
