@@ -126,9 +126,8 @@ def test_mutated_frames(policy: EdgePolicy) -> None:
             try:
                 client.send(frame)
                 answer = client.recv(SECONDS)
-            except ConnectionClosed as closed:
-                assert closed.rcvd is not None
-                assert closed.rcvd.code == 1009  # it had grown beyond the limit
+            except ConnectionClosed:
+                assert client.close_code == 1009  # it had grown beyond the limit
                 client = None
                 continue
             if isinstance(answer, str):

@@ -15,6 +15,7 @@ from vqbet_edge.errors import (
     BackendError,
     ConcurrentUseError,
     DeadlineError,
+    HistoryError,
     NonFiniteError,
     ObservationError,
     UsageError,
@@ -26,7 +27,7 @@ from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, feature_array
 from vqbet_edge.runtime.worker import Job  # noqa: TC001 - annotations of locals too
-from vqbet_serve.frames import array, pack, unpack
+from vqbet_serve.frames import RESET_DONE, array, pack, unpack
 from vqbet_serve.link import Link
 from vqbet_serve.metadata import PolicyMetadata
 
@@ -143,25 +144,20 @@ class RemotePolicy:
                 starts anew in any case.
 
         Raises:
-            BackendError: the server cannot be reached, or refuses.
-            DeadlineError: it does not answer.
+            BackendError: the server cannot be reached, does not answer or refuses.
         """
         with self._exclusive():
-            if self._link.failure is not None or not self._is_answered(time.monotonic()):
-                self._link.close()
-                self._link = self._reconnected()
+            # Only a request shows whether a connection that stands still leads somewhere.
+            usable = self._link.failure is None and self._is_answered(time.monotonic())
             self._job = self._handed = None
             self._clock.clear()
             self._actions.clear()
-            start = {} if seed is None else {"seed": seed}
-            job = self._link.ask(pack({"endpoint": "reset", **start, **self._name}))
-            if not job.done(self._connect_s):
-                self._link.lose("reset was not answered")
-                raise DeadlineError(f"'{self._url}' did not reset within {self._connect_s} s")
-            answer = job.result()
-            if answer != "reset successful":
-                self._link.lose("reset was refused")
-                raise BackendError(f"'{self._url}' did not reset: {answer!r}")
+            if usable and self._restarted(seed):
+                return
+            self._link.close()
+            self._link = self._reconnected()
+            if not self._restarted(seed):
+                raise BackendError(f"'{self._url}' does not reset: {self._link.failure}")
 
     def close(self) -> None:
         """End the session; nothing acts afterwards. Also at the end of a `with` block."""
@@ -186,6 +182,20 @@ class RemotePolicy:
             link.close()
             raise BackendError(f"'{self._url}' now serves a policy for another robot")
         return link
+
+    def _restarted(self, seed: int | None) -> bool:
+        """Whether the server has begun a new episode; the connection is lost otherwise."""
+        start = {} if seed is None else {"seed": seed}
+        try:
+            job = self._link.ask(pack({"endpoint": "reset", **start, **self._name}))
+            if not job.done(self._connect_s):
+                raise self._link.lose(f"no answer to reset within {self._connect_s} s")
+            answer = job.result()
+        except HistoryError:
+            return False
+        if answer != RESET_DONE:
+            self._link.lose(str(answer))
+        return answer == RESET_DONE
 
     def _request(self, observation: Observation) -> bytes:
         """Packed here, for the caller may write the next frame into the same array."""

@@ -13,12 +13,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from vqbet_edge import ObservationError, UsageError, VQBeTEdgeError
-from vqbet_serve.frames import Message, number, pack, text, unpack
+from vqbet_serve.frames import RESET_DONE, Message, number, pack, text, unpack
 from vqbet_serve.metrics import Metrics
 from vqbet_serve.sessions import Session, Sessions
 
-#: RoboArena's answer to `endpoint: reset`.
-RESET_DONE = "reset successful"
 _LONGEST_ID = 256
 # Clients send a request in one fragment; a great many empty ones would fill the memory.
 _MOST_FRAGMENTS = 64

@@ -18,6 +18,8 @@ from vqbet_edge.errors import ObservationError, UsageError
 
 #: A frame's keys and their values, which are not decoded yet.
 Message: TypeAlias = dict[str, msgspec.Raw]
+#: RoboArena's answer to `endpoint: reset`.
+RESET_DONE = "reset successful"
 #: Types that arrays may have.
 DTYPES = {code: np.dtype(code) for code in ("|u1", "<f4", "<f8")}
 _Shape = Annotated[list[Annotated[int, msgspec.Meta(ge=1)]], msgspec.Meta(max_length=8)]
@@ -125,6 +127,3 @@ def _decoded(data: bytes | msgspec.Raw, kind: type[_Type]) -> _Type:
         return msgspec.msgpack.decode(data, type=kind)
     except RecursionError as error:
         raise ValueError("maps within maps without end") from error
-
-
-__all__ = ["DTYPES", "Message", "array", "number", "pack", "text", "unpack"]

@@ -38,7 +38,7 @@ class Link:
     ) -> None:
         self.failure: str | None = None
         self._url = url
-        self._worker = Worker("vqbet-remote", finish=False)
+        self._worker: Worker | None = Worker("vqbet-remote", finish=False)
         end = time.monotonic() + seconds
         try:
             self._connection = connect(
@@ -61,8 +61,15 @@ class Link:
             raise
 
     def ask(self, frame: bytes) -> "Job[bytes | str]":
-        """Send a request, behind earlier ones; the job ends with the answer, or HistoryError."""
-        return self._worker.submit(lambda: self._exchange(frame))
+        """Send a request, behind earlier ones; the job ends with the answer, or HistoryError.
+
+        Raises:
+            HistoryError: the connection is lost already.
+        """
+        worker = self._worker
+        if worker is None:
+            raise self.lost()
+        return worker.submit(lambda: self._exchange(frame))
 
     def lose(self, reason: str) -> HistoryError:
         """Give the connection up; the error to raise."""
@@ -80,6 +87,8 @@ class Link:
     def close(self) -> None:
         """End the connection at once, though a request may be waiting in it."""
         self.failure = self.failure or "it was closed"
+        # Its thread ends with it, and not when the garbage collector finds this object.
+        self._worker = None
         # The library's own `close` waits for a thread that hangs in `send`.
         with contextlib.suppress(OSError):  # it is closed already
             self._connection.socket.shutdown(socket.SHUT_RDWR)

@@ -33,8 +33,8 @@ from vqbet_serve.sessions import Sessions
 _LOG = logging.getLogger(__name__)
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _SHORTEST_KEY = 16
-# What may take how long: opening a connection; answering the last requests after SIGTERM.
-_OPEN_S, _DRAIN_S = 10.0, 10.0
+# What may take how long: opening a connection, a peer's goodbye, the last answers after SIGTERM.
+_OPEN_S, _CLOSE_S, _DRAIN_S = 10.0, 2.0, 10.0
 # Websockets' own log has a traceback for everybody who opens a connection and says nothing.
 _QUIET = logging.getLogger(f"{__name__}.websockets")
 _QUIET.setLevel(logging.CRITICAL)
@@ -138,6 +138,7 @@ class PolicyServer:
             ssl=self._config.tls,
             process_request=self._answer_http,
             open_timeout=_OPEN_S,
+            close_timeout=_CLOSE_S,
             max_size=self._max_size,
             # A request and the one behind it: more would be a queue of stale observations.
             max_queue=2,
