@@ -71,10 +71,12 @@ def open_client(url: str, **options: Any) -> ClientConnection:
     return client
 
 
-def ask(client: ClientConnection, message: dict[str, Any]) -> np.ndarray | str:
+def ask(
+    client: ClientConnection, message: dict[str, Any], seconds: float = SECONDS
+) -> np.ndarray | str:
     """A request's action (A,), or the error."""
     client.send(pack(message))
-    answer = client.recv(SECONDS)
+    answer = client.recv(seconds)
     if isinstance(answer, str):
         return answer
     return array("actions", unpack(answer)["actions"])[0]

@@ -24,6 +24,7 @@ from serve.serving import (
     open_client,
     serving_process,
 )
+from torture import cases
 from vqbet_serve import RemotePolicy
 from vqbet_serve.server import ServeConfig
 from websockets.exceptions import ConnectionClosed
@@ -177,16 +178,22 @@ def _unanswered(client: Any) -> None:
 def test_health_while_a_policy_computes_for_long(
     mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.serving.COMMAND", [sys.executable, "-c", SLOW])
+    slow = SLOW.replace("sleep(1)", f"sleep({cases(1, 30)})")
+    monkeypatch.setattr("serve.serving.COMMAND", [sys.executable, "-c", slow])
     with serving_process(mini) as (_, url), open_client(url) as client:
-        thread = threading.Thread(target=ask, args=(client, observations(0, 1)[0]))
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(ask(client, observations(0, 1)[0], 60))
+        )
         thread.start()
         answered = 0
         while thread.is_alive():
             assert client.ping().wait(SECONDS)
             assert get(url, "/healthz") == (200, "OK\n")
             answered += 1
+            time.sleep(0.05)
         assert answered > 3
+        assert isinstance(answers[0], np.ndarray)
 
 
 LOADED = """

@@ -40,7 +40,8 @@ class RemotePolicy:
 
     An observation that comes while the server still works on an earlier one is dropped, never
     queued: the robot acts on what it sees now. When an answer is late, `guards.on_late` decides, on
-    the robot. When the connection is lost, so is the history: `HistoryError`, until `reset`.
+    the robot; after as many late calls in a row as a chunk has actions, the connection counts as
+    lost. When it is lost, so is the history: `HistoryError`, until `reset`.
 
     Args:
         url: such as ws://192.168.1.20:8000, or wss://.
@@ -82,7 +83,7 @@ class RemotePolicy:
         self._lock = threading.Lock()
         self._job: Job[bytes | str] | None = None
         self._handed: Floats | None = None
-        self._late = self.dropped = 0
+        self._late = self.dropped = self._unanswered = 0
         self._link = self._connected()
         dim = self.metadata.action_dim
         try:
@@ -123,6 +124,7 @@ class RemotePolicy:
             self._clock.check(observation_time)
             frame = self._request(observation)
             if not self._is_answered(end):
+                self._check_unanswered()
                 self.dropped += 1
                 return self._on_late()
             self._take()  # what is late is of no use, but may be an error
@@ -132,6 +134,7 @@ class RemotePolicy:
                 return self._on_late()
             action = self._take()
             assert action is not None  # noqa: S101 - for the type checker
+            self._unanswered = 0
             self._actions.planned(action)
             self._handed = self._actions.handed_out(action)
             return self._handed.copy()
@@ -150,6 +153,7 @@ class RemotePolicy:
             # Only a request shows whether a connection that stands still leads somewhere.
             usable = self._link.failure is None and self._is_answered(time.monotonic())
             self._job = self._handed = None
+            self._unanswered = 0
             self._clock.clear()
             self._actions.clear()
             if usable and self._restarted(seed):
@@ -241,8 +245,14 @@ class RemotePolicy:
         action: Floats = actions[0].copy()
         return action
 
+    def _check_unanswered(self) -> None:
+        """A window with longer gaps shows nothing, and what is held grows old."""
+        if self._unanswered >= self.metadata.action_chunk_size:
+            raise self._link.lose(f"no answer to {self._unanswered} calls")
+
     def _on_late(self) -> Floats:
         self._late += 1
+        self._unanswered += 1
         if self._guards.on_late == "hold" and self._handed is not None:
             return self._handed.copy()
         raise DeadlineError(
