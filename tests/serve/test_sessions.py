@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from pathlib import Path
 
 import miniature
 import numpy as np
@@ -16,10 +17,12 @@ from serve.serving import (
     observations,
     open_client,
     serving,
+    serving_process,
     stalling_observation,
     vanish,
 )
 from torture import cases
+from vqbet_serve.load import pss_mb
 from vqbet_serve.sessions import derived_seed
 
 from vqbet_edge import EdgePolicy
@@ -214,6 +217,22 @@ def test_nothing_grows_with_robots_that_have_left(policy: EdgePolicy) -> None:
         after = settled()
     assert after[0] <= before[0] + 2
     assert after[1] <= before[1] + 2
+
+
+def test_memory_grows_by_windows(mini: Path) -> None:
+    """A robot adds its buffers, and neither weights nor graphs."""
+    graphs = sum(path.stat().st_size for path in mini.iterdir()) / (1 << 20)
+    with serving_process(mini, "--max-robots", "40") as (process, url):
+        clients, memory = [], []
+        for number in range(40):
+            clients.append(open_client(url))
+            for seen in observations(number, 7):
+                assert isinstance(ask(clients[-1], seen), np.ndarray)
+            memory.append(pss_mb(process.pid))
+        # The first ones start the pool's threads.
+        assert (memory[-1] - memory[7]) / 32 < graphs
+        for client in clients:
+            client.close()
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics"])

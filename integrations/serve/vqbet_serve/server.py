@@ -191,13 +191,14 @@ class PolicyServer:
         self._conversations.add(conversation)
         try:
             await conversation.run()
+            await conversation.close_sessions()
         except Exception:  # noqa: BLE001 - logged; a peer learns nothing of our insides
             _LOG.exception("a connection failed")
             self.metrics.refusal("InternalError")
             await conversation.refuse("InternalError: the server's log tells more")
+            await conversation.close_sessions()
         finally:
             self._conversations.discard(conversation)
-        await conversation.close_sessions()
 
 
 async def run_until_stopped(server: PolicyServer) -> None:
