@@ -116,7 +116,9 @@ def no_traceback(answer: str) -> None:
 
 def test_mutated_frames(policy: EdgePolicy) -> None:
     random, acted, refused = np.random.default_rng(21), 0, 0
-    with serving(policy) as server, unharmed(server, policy), policy.sibling() as local:
+    # The robot beside it says nothing for minutes in a full run.
+    patient = serving(policy, idle_s=3600)
+    with patient as server, unharmed(server, policy), policy.sibling() as local:
         client = None
         for case in range(cases(3000, 100_000)):
             frame = mutated(pack(observations(case % 50, 1)[0]), random)
@@ -328,7 +330,7 @@ def test_more_connections_than_twice_the_robots(policy: EdgePolicy) -> None:
 
 def test_garbage_instead_of_a_websocket(policy: EdgePolicy) -> None:
     random = np.random.default_rng(23)
-    with serving(policy) as server, unharmed(server, policy):
+    with serving(policy, idle_s=3600) as server, unharmed(server, policy):
         port = int(server.url.rpartition(":")[2])
         for case in range(cases(200, 10_000)):
             with socket.create_connection(("127.0.0.1", port), SECONDS) as raw:
