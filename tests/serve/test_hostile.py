@@ -249,18 +249,24 @@ def test_frames_that_are_no_requests(policy: EdgePolicy, frame: bytes | str, err
 
 
 def test_oversized_frames(policy: EdgePolicy) -> None:
-    with serving(policy) as server, unharmed(server, policy):
+    with serving(policy) as server:
         limit = server._max_size
         assert limit < 200_000
-        for size, fragments in [(limit + 1, 1), (1 << 26, 1), (limit + 100, 10)]:
-            client = open_client(server.url)
-            step = -(-size // fragments)
-            with pytest.raises(ConnectionClosed) as closed:  # noqa: PT012 - while it is sent or later
-                pieces = [b"\0" * step] * fragments
-                client.send(pieces if fragments > 1 else pieces[0])
-                client.recv(SECONDS)
-            # A peer that is still sending may see no more than the end of the connection.
-            assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
+        with unharmed(server, policy):
+            oversize(server.url, limit)
+        assert 'refusals_total{reason="MessageTooBig"} 3' in server.metrics.text(0)
+
+
+def oversize(url: str, limit: int) -> None:
+    for size, fragments in [(limit + 1, 1), (1 << 26, 1), (limit + 100, 10)]:
+        client = open_client(url)
+        step = -(-size // fragments)
+        with pytest.raises(ConnectionClosed) as closed:  # noqa: PT012 - while it is sent or later
+            pieces = [b"\0" * step] * fragments
+            client.send(pieces if fragments > 1 else pieces[0])
+            client.recv(SECONDS)
+        # A peer that is still sending may see no more than the end of the connection.
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
 
 def test_a_flood_of_empty_fragments(policy: EdgePolicy) -> None:
@@ -316,6 +322,14 @@ def test_wrong_keys(policy: EdgePolicy) -> None:
         assert f'refusals_total{{reason="Unauthorized"}} {len(wrong)}' in text
         with pytest.raises(OSError, match="401"):
             get(server.url, "/metrics")
+
+
+def test_a_web_page(policy: EdgePolicy) -> None:
+    """Any page in a browser can open websockets to loopback; browsers say which page it is."""
+    with serving(policy) as server, unharmed(server, policy):
+        for origin in ("http://example.com", "null", "http://127.0.0.1"):
+            with pytest.raises(InvalidStatus, match="403"):
+                open_client(server.url, origin=origin)
 
 
 def test_more_connections_than_twice_the_robots(policy: EdgePolicy) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from websockets.asyncio.server import ServerConnection
@@ -22,6 +23,12 @@ _LONGEST_ID = 256
 _MOST_FRAGMENTS = 64
 # A robot that reconnects may come before its old connection's session has ended.
 _GRACE_S, _LOOK_S = 1.0, 0.02
+# What the websocket library refuses by itself.
+_BROKEN: dict[int, str] = {
+    CloseCode.PROTOCOL_ERROR: "ProtocolError",
+    CloseCode.INVALID_DATA: "InvalidData",
+    CloseCode.MESSAGE_TOO_BIG: "MessageTooBig",
+}
 _Result = TypeVar("_Result")
 
 
@@ -68,8 +75,9 @@ class Conversation:
                 answer = await self._answer(unpack(await self._request()))
                 await self._connection.send(answer)
             await self._connection.close(CloseCode.GOING_AWAY, "the server stops")
-        except ConnectionClosed:
-            pass
+        except ConnectionClosed as closed:
+            if closed.sent is not None and closed.sent.code in _BROKEN:
+                self._shared.metrics.refusal(_BROKEN[closed.sent.code])
         except VQBeTEdgeError as error:
             self._shared.metrics.refusal(type(error).__name__)
             await self.refuse(_said(error))
@@ -92,7 +100,7 @@ class Conversation:
         """End this connection's sessions."""
         while self._own:
             _, session = self._own.popitem()
-            await self._shared.compute(lambda session=session: self._shared.sessions.close(session))  # type: ignore[misc]
+            await self._shared.compute(partial(self._shared.sessions.close, session))
 
     async def _request(self) -> bytes:
         self._waiting = True
@@ -155,7 +163,7 @@ class Conversation:
         latest = time.monotonic() - self._shared.idle_s
         for session in [each for each in self._own.values() if each.used < latest]:
             del self._own[session.name]
-            await self._shared.compute(lambda left=session: self._shared.sessions.close(left))  # type: ignore[misc]
+            await self._shared.compute(partial(self._shared.sessions.close, session))
 
     async def _room(self, name: str | None) -> None:
         end = time.monotonic() + _GRACE_S

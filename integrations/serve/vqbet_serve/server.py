@@ -137,6 +137,8 @@ class PolicyServer:
             self._config.port,
             ssl=self._config.tls,
             process_request=self._answer_http,
+            # Browsers name one: a web page may not drive robots that this machine can reach.
+            origins=[None],
             open_timeout=_OPEN_S,
             close_timeout=_CLOSE_S,
             max_size=self._max_size,
