@@ -10,8 +10,6 @@ import pytest
 
 from vqbet_edge import EdgePolicy
 
-pytest.importorskip("websockets", reason="the extra `serve` is not installed")
-
 
 @pytest.fixture
 def policy(mini: Path) -> Iterator[EdgePolicy]:
