@@ -22,6 +22,7 @@ from serve.serving import (
     vanish,
 )
 from torture import cases
+from vqbet_serve.frames import array, pack, unpack
 from vqbet_serve.load import pss_mb
 from vqbet_serve.sessions import derived_seed
 
@@ -96,6 +97,28 @@ def test_many_sessions_on_one_connection(policy: EdgePolicy) -> None:
                 action = ask(client, {**seen, "session_id": name})
                 assert isinstance(action, np.ndarray)
                 assert action.tobytes() == actions[step]
+
+
+def test_requests_that_do_not_wait_for_answers_are_answered_in_order(policy: EdgePolicy) -> None:
+    count = cases(100, 2000)
+    with serving(policy) as server, policy.sibling() as local, open_client(server.url) as client:
+        for seen in observations(3, count):
+            client.send(pack(seen))
+        for seen in observations(3, count):
+            actions = array("actions", unpack(client.recv(SECONDS))["actions"])
+            assert actions[0].tobytes() == local.act(seen).tobytes()
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_reset_with_a_seed(policy: EdgePolicy, seed: int) -> None:
+    seen = observations(8, 12)
+    expected = alone(policy, seed, seen)
+    with serving(policy, seed=1) as server, open_client(server.url) as client:
+        for _ in range(2):
+            client.send(pack({"endpoint": "reset", "seed": seed}))
+            assert client.recv(SECONDS) == "reset successful"
+            acted = [ask(client, each) for each in seen]
+            assert [np.asarray(action).tobytes() for action in acted] == expected
 
 
 def test_an_observation_that_does_not_fit_leaves_the_history(policy: EdgePolicy) -> None:
