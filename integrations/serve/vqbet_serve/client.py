@@ -111,7 +111,8 @@ class RemotePolicy:
             observation_time: as for `EdgePolicy.act`.
 
         Raises:
-            ObservationError: the observation does not fit; the history is as before.
+            ObservationError: the observation does not fit, or the one whose answer was late; it is
+                not in the history.
             StaleObservationError: its time does not; likewise.
             DeadlineError: the answer is late, and nothing stands for it.
             HistoryError: the connection is lost, and the history with it; call `reset`.
