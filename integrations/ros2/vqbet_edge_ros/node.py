@@ -4,6 +4,7 @@ import functools
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -66,12 +67,12 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
     def on_configure(self, _: Any) -> TransitionCallbackReturn:
         """Load, check, prove, subscribe."""
         try:
-            self._run = _Run(self, self._parameters())
+            self._run = _Run(self, self._read_parameters())
         except VQBeTEdgeError as error:
             self.get_logger().error(f"cannot be configured: {error}")
             return TransitionCallbackReturn.FAILURE
         except Exception as error:  # noqa: BLE001 - rclpy would swallow it
-            self.get_logger().error(f"cannot be configured: {type(error).__name__}: {error}")
+            self.get_logger().error(f"cannot be configured: {error}\n{traceback.format_exc()}")
             return TransitionCallbackReturn.FAILURE
         return TransitionCallbackReturn.SUCCESS
 
@@ -81,7 +82,7 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
         try:
             self._run.start(self._ended)
         except Exception as error:  # noqa: BLE001
-            self.get_logger().error(f"cannot be activated: {type(error).__name__}: {error}")
+            self.get_logger().error(f"cannot be activated: {error}\n{traceback.format_exc()}")
             return TransitionCallbackReturn.FAILURE
         return TransitionCallbackReturn.SUCCESS
 
@@ -121,7 +122,7 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
             self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
         return TransitionCallbackReturn.SUCCESS
 
-    def _parameters(self) -> Parameters:
+    def _read_parameters(self) -> Parameters:
         # rclpy shows the names that nobody declared nowhere else.
         overrides = dict.fromkeys(getattr(self, "_parameter_overrides", ()))
         ours = {name: None for name in overrides if not name.startswith(("use_sim_time", "qos_"))}
