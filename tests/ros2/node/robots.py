@@ -1,6 +1,7 @@
 """A simulated robot, and the node as a process beside it."""
 
 import array
+import contextlib
 import json
 import os
 import signal
@@ -163,9 +164,13 @@ class Simulator:
         client = self.node.create_client(kind, f"{NAME}/{service}")
         try:
             assert client.wait_for_service(SECONDS)
-            future = client.call_async(kind.Request(**request))
-            wait(future.done)
-            return future.result()
+            # The response gets lost where the server has not found the client yet.
+            for _ in range(10):
+                future = client.call_async(kind.Request(**request))
+                with contextlib.suppress(AssertionError):
+                    wait(future.done, SECONDS / 10)
+                    return future.result()
+            raise AssertionError(f"no response of {service}")
         finally:
             self.node.destroy_client(client)
 
@@ -260,8 +265,8 @@ class Robot:
         """Wait until they have found each other, and the node is active."""
         simulator = self.simulator
         try:
-            wait(lambda: simulator.images.get_subscription_count())
-            wait(lambda: simulator.joints.get_subscription_count())
+            wait(simulator.images.get_subscription_count)
+            wait(simulator.joints.get_subscription_count)
             wait(lambda: simulator.node.count_publishers("/commands"))
             wait(lambda: "waiting for" in simulator.said()[0])
         except AssertionError as error:
