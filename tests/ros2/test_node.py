@@ -19,7 +19,7 @@ def run(ros: Ros, bundle: Path, *tests: str) -> None:
     """The outcome of the inner tests."""
     command = [
         str(ros.python), "-m", "pytest", "-q", "-rs", "--noconftest", "-c", "/dev/null",
-        "-p", "no:cacheprovider", "-p", "robots", "--rootdir", str(NODE_TESTS), "--tb=short",
+        "-p", "no:cacheprovider", "-p", "no:logging", "-p", "robots", "--rootdir", str(NODE_TESTS), "--tb=short",
         *(str(NODE_TESTS / test) for test in tests),
     ]  # fmt: skip
     environment = ros.environment(

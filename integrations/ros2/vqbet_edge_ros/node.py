@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -152,6 +153,8 @@ class _Run:
         self._period = 1 / parameters.rate
         self._loop: Loop | None = None
         self._made: list[tuple[Callable[[Any], Any], Any]] = []
+        # The node's own group would remember everything that was ever in it.
+        self._group = MutuallyExclusiveCallbackGroup()
         self._policy = load_policy(parameters)
         try:
             self._assemble()
@@ -189,22 +192,28 @@ class _Run:
     # Publishers, subscriptions, services and timers are made through these, so that none is left.
 
     def _publisher(self, kind: Any, topic: str, qos: Any = 1) -> Any:
-        made = self._node.create_publisher(kind, topic, qos)
+        made = self._node.create_publisher(kind, topic, qos, callback_group=self._group)
         self._made.append((self._node.destroy_publisher, made))
         return made
 
     def _subscription(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
-        made = self._node.create_subscription(kind, topic, self._contained(callback), _SENSOR)
+        made = self._node.create_subscription(
+            kind, topic, self._contained(callback), _SENSOR, callback_group=self._group
+        )
         self._made.append((self._node.destroy_subscription, made))
 
     def _service(self, kind: Any, name: str, callback: Callable[[Any, Any], Any]) -> None:
-        made = self._node.create_service(kind, name, self._contained(callback))
+        made = self._node.create_service(
+            kind, name, self._contained(callback), callback_group=self._group
+        )
         self._made.append((self._node.destroy_service, made))
 
     def _timer(self, period: float, callback: Callable[[], None]) -> None:
         # The node's own clock may be set, and timers with it.
         clock = Clock(clock_type=ClockType.STEADY_TIME)
-        made = self._node.create_timer(period, self._contained(callback), clock=clock)
+        made = self._node.create_timer(
+            period, self._contained(callback), callback_group=self._group, clock=clock
+        )
         self._made.append((self._node.destroy_timer, made))
 
     def _contained(self, callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -96,6 +96,7 @@ class Simulator:
         self.commands: list[Any] = []
         self.diagnostics: list[Any] = []
         self.heard: dict[str, list[Any]] = {}
+        self._clients: dict[str, Any] = {}
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
         self._ended = threading.Event()
@@ -161,18 +162,17 @@ class Simulator:
 
     def call(self, kind: Any, service: str, **request: Any) -> Any:
         """The response of a service."""
-        client = self.node.create_client(kind, f"{NAME}/{service}")
-        try:
-            assert client.wait_for_service(SECONDS)
-            # The response gets lost where the server has not found the client yet.
-            for _ in range(10):
-                future = client.call_async(kind.Request(**request))
-                with contextlib.suppress(AssertionError):
-                    wait(future.done, SECONDS / 10)
-                    return future.result()
-            raise AssertionError(f"no response of {service}")
-        finally:
-            self.node.destroy_client(client)
+        if service not in self._clients:
+            self._clients[service] = self.node.create_client(kind, f"{NAME}/{service}")
+        client = self._clients[service]
+        assert client.wait_for_service(SECONDS)
+        # The response gets lost where the server has not found the client yet.
+        for _ in range(10):
+            future = client.call_async(kind.Request(**request))
+            with contextlib.suppress(AssertionError):
+                wait(future.done, SECONDS / 10)
+                return future.result()
+        raise AssertionError(f"no response of {service}")
 
     def enable(self, enabled: bool) -> Any:
         return self.call(SetBool, "enable", data=enabled)
