@@ -3,8 +3,8 @@
 python integrations/ros2/measure.py pusht-fp16.bundle --minutes 10
 
 The simulator publishes random frames at the control rate and joint states at 100 Hz, and notes when
-commands come. Where rclpy comes from wheels (`tests/ros2`), run it with that environment's Python and
-PYTHONPATH=.:integrations/ros2; on a robot, source ROS first. Nothing else should run meanwhile.
+commands come. Where rclpy comes from wheels (`tests/ros2`), run it with that environment's Python
+and PYTHONPATH=.:integrations/ros2; on a robot, source ROS first. Nothing else may run meanwhile.
 """
 
 import argparse
@@ -120,12 +120,12 @@ def node_parameters(bundle: Path, manifest: Manifest, rate: float) -> dict[str, 
 
 def report(simulator: Simulator, rate: float) -> str:
     """The figures, as Markdown."""
-    periods = np.diff(simulator.arrived) * 1e3
+    arrived = np.array(simulator.arrived)
+    count, seconds = len(arrived), arrived[-1] - arrived[0]
     names = [f"p{each:g}" for each in PERCENTILES[:-1]] + ["max"]
-    figures = np.percentile(periods, PERCENTILES)
+    figures = np.percentile(np.diff(arrived) * 1e3, PERCENTILES)
     lines = [
-        f"{len(simulator.arrived)} commands in {simulator.arrived[-1] - simulator.arrived[0]:.1f} s "
-        f"at {rate:g} Hz (a period of {1e3 / rate:.2f} ms)",
+        f"{count} commands in {seconds:.1f} s at {rate:g} Hz (a period of {1e3 / rate:.2f} ms)",
         "",
         "| ms | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),

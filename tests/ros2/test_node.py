@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from environment import NODE_TESTS, ROOT, Ros, prepare
+from ros_environment import NODE_TESTS, ROOT, Ros, prepare
 from torture import FULL
 
 pytestmark = pytest.mark.xdist_group("ros2")

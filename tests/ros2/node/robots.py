@@ -23,7 +23,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
@@ -91,7 +91,7 @@ def joint_message(state: np.ndarray, names: tuple[str, ...] = ("x", "y")) -> Any
 class Simulator:
     """Publishes observations, and keeps what comes back."""
 
-    def __init__(self, command: str = "array") -> None:
+    def __init__(self, command: str = "array", camera: str = "/camera") -> None:
         self.node = rclpy.create_node("simulator")
         self.commands: list[Any] = []
         self.diagnostics: list[Any] = []
@@ -100,7 +100,8 @@ class Simulator:
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
         self._ended = threading.Event()
-        self.images = self.node.create_publisher(Image, "/camera", 1)
+        kind = CompressedImage if camera.endswith("/compressed") else Image
+        self.images = self.node.create_publisher(kind, camera, 1)
         self.joints = self.node.create_publisher(JointState, "/joints", 1)
         deep = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
         self.node.create_subscription(COMMANDS[command], "/commands", self.commands.append, deep)
@@ -258,7 +259,8 @@ class Robot:
     def __init__(self, folder: Path, changed: dict[str, Any], before: str = "") -> None:
         changed = dict(changed)
         before = changed.pop("before", before)
-        self.simulator = Simulator(changed.get("command.type", "array"))
+        given = PARAMETERS | changed
+        self.simulator = Simulator(given.get("command.type", "array"), given["cameras.topics"][0])
         self.process = Process(write_parameters(folder, changed), before)
 
     def ready(self) -> None:
@@ -275,6 +277,3 @@ class Robot:
     def close(self) -> None:
         self.process.end()
         self.simulator.close()
-
-
-__all__ = ["CompressedImage", "String"]

@@ -1,9 +1,12 @@
 """Two processes, a robot and the node: what comes out of what goes in."""
 
+import array
+import io
 import json
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from robots import (
     BUNDLE,
@@ -18,7 +21,7 @@ from robots import (
     observations,
     wait,
 )
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
 from vqbet_edge import EdgePolicy
@@ -136,3 +139,18 @@ def test_degrees(robot: Robot) -> None:
     sent = robot.simulator.answer(lambda: robot.simulator.publish(image, joints))
     [action] = expected([observation])
     np.testing.assert_allclose(np.rad2deg(sent.data) + np.array([1.0, -2.0]), action, rtol=1e-4)
+
+
+PNG = {"cameras.topics": ["/camera/compressed"]}
+
+
+@pytest.mark.parametrize("robot", [PNG], indirect=True)
+def test_compressed_images(robot: Robot) -> None:
+    """The same frame, and so the same command."""
+    simulator, [observation] = robot.simulator, observations(1)
+    out = io.BytesIO()
+    PIL.Image.fromarray(observation[IMAGE]).save(out, "PNG")
+    image = CompressedImage(format="png", data=array.array("B", out.getvalue()))
+    joints = joint_message(observation[STATE])
+    sent = simulator.answer(lambda: simulator.publish(image, joints))
+    assert [list(sent.data)] == expected([observation])

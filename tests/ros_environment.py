@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-NODE_TESTS = Path(__file__).with_name("node")
+ROOT = Path(__file__).parents[1]
+REQUIREMENTS = ROOT / "tests" / "ros2" / "requirements.txt"
+NODE_TESTS = ROOT / "tests" / "ros2" / "node"
 
 
 @dataclass(frozen=True)
