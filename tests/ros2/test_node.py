@@ -1,5 +1,6 @@
 """The node itself: what is in `node` runs in an environment with ROS, whose pytest this starts."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -46,20 +47,25 @@ def test_other_pythons(mini: Path, version: str, numpy: str) -> None:
 
 
 def test_the_package_is_installed_as_ament_expects(ros: Ros, tmp_path: Path) -> None:
-    source = ROOT / "integrations" / "ros2"
-    subprocess.run(
-        [ros.python, "-m", "pip", "install", "-q", "--no-deps", "--prefix", tmp_path, source],
-        check=True,
-    )
+    """By the command that colcon installs Python packages with."""
+    source = shutil.copytree(ROOT / "integrations" / "ros2", tmp_path / "source")
+    prefix = tmp_path / "install"
+    done = subprocess.run(
+        [
+            ros.python, "setup.py", "-q", "install", "--prefix", prefix,
+            "--single-version-externally-managed", "--record", tmp_path / "record",
+        ],
+        cwd=source, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     for name in (
         "share/ament_index/resource_index/packages/vqbet_edge_ros",
         "share/vqbet_edge_ros/package.xml",
         "share/vqbet_edge_ros/launch/policy.launch.py",
         "share/vqbet_edge_ros/config/pusht.yaml",
     ):
-        assert (tmp_path / name).is_file(), name
-    [script] = tmp_path.glob("**/policy")
-    assert script.parent.name == "vqbet_edge_ros"
+        assert (prefix / name).is_file(), name
+    script = prefix / "lib" / "vqbet_edge_ros" / "policy"
     done = subprocess.run(
         [ros.python, "-c", f"import runpy; runpy.run_path({str(script)!r})"],
         env=ros.environment(), capture_output=True, text=True,
