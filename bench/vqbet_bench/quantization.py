@@ -19,10 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 from vqbet_calibration.samples import load_samples
 from vqbet_calibration.targets import TARGETS, Target
-from vqbet_export.metrics import Verification
-from vqbet_export.portable import PortableBackend
-from vqbet_export.quantization import verification_segments
-from vqbet_export.verification import verify
+from vqbet_export.onnx_graphs import TensorRTGraphs
+from vqbet_export.verification import Verification, Verifier
 
 from vqbet_edge import EdgePolicy
 from vqbet_edge.cli import run
@@ -32,6 +30,7 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import load_checkpoint
+from vqbet_edge.training.dataset.samples import Piece
 from vqbet_edge.training.evaluation.actors import BundleActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
@@ -85,12 +84,13 @@ def measure(config: Config) -> list[Row]:
     manifest = bundles[0].manifest
     scaling = Affine.from_arrays(bundles[0].arrays, "state", manifest.state_dim)
     samples = load_samples(config.data, manifest, scaling, config.steps)
-    segments = verification_segments(samples, manifest.batch_size)
+    pieces = [Piece(piece.frames, piece.states) for piece in samples.verification]
     rows: list[Row] = []
     reference: list[Episode] = []
     for bundle in bundles:
         for target in (None,) if bundle.manifest.calibration is None else TARGETS:
-            verification = verify(bundle, checkpoint, segments, "real", target)
+            verifier = Verifier(bundle, checkpoint, [target])
+            verification = verifier.verify(pieces, "real")[0]
             episodes = _drive(config, bundle, target)
             reference = reference or episodes
             rows.append(_row(bundle, verification, episodes, reference))
@@ -116,7 +116,7 @@ def _drive(config: Config, bundle: Bundle, target: Target | None) -> list[Episod
 
 def _backend(bundle: Bundle, target: Target | None) -> Backend:
     if target == "tensorrt":
-        return PortableBackend(bundle)
+        return TensorRTGraphs(bundle)
     return create_backend("onnxruntime", bundle)
 
 
@@ -124,11 +124,10 @@ def _row(
     bundle: Bundle, verification: Verification, episodes: list[Episode], reference: list[Episode]
 ) -> Row:
     target, name = verification.target, bundle.path.name.removesuffix(".bundle")
-    spec = bundle.cpu_stage if target == "cpu" else bundle.manifest.stages.__getitem__
-    files = {spec(stage).file for stage in STAGES}
+    graph = bundle.cpu_graph if target == "cpu" else bundle.graph
     return Row(
         name=name if target is None else f"{name} ({target})",
-        megabytes=sum(len(bundle.contents[file]) for file in files) / 1e6,
+        megabytes=sum(len(graph(stage)) for stage in STAGES) / 1e6,
         verification=verification,
         closed_loop=summarize(episodes) if episodes else None,
         versus_first=compare(reference, episodes) if episodes is not reference else None,

@@ -1,17 +1,11 @@
 """The whole way from a checkpoint to a published bundle."""
 
-import hashlib
-import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-from safetensors.numpy import save
-from torch import nn
 from vqbet_calibration.quantize import Quantization
 from vqbet_calibration.samples import Samples, load_samples
 from vqbet_calibration.targets import TARGETS, Target
@@ -19,57 +13,20 @@ from vqbet_engines.boards import Board, load_board
 from vqbet_engines.suitability import check_graphs
 
 from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
-from vqbet_edge.runtime.bundle import (
-    CAUSAL_MASK,
-    DECODE_TABLE,
-    RUNTIME_NAME,
-    SECONDARY_COLUMNS,
-    TOKEN_CONSTANTS,
-    Bundle,
-)
-from vqbet_edge.runtime.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    STAGES,
-    CropSpec,
-    FeatureSpec,
-    FileSpec,
-    Manifest,
-    PolicySpec,
-    Precision,
-    SourceSpec,
-    StageName,
-    StageSpec,
-)
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
+from vqbet_edge.runtime.comparison import LIMITS
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, STAGES, Precision
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
-from vqbet_export.graph import export_graph
-from vqbet_export.metrics import LIMITS, Verification, summarize
-from vqbet_export.observations import Segment, dataset_segments, random_segments
+from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
+from vqbet_export.assembly import assemble
+from vqbet_export.cases import CaseChooser
 from vqbet_export.publishing import publish
-from vqbet_export.quantization import quantize_bundle, verification_segments
+from vqbet_export.quantization import quantize_bundle
 from vqbet_export.report import report_data, report_markdown
 from vqbet_export.sensitivity import CHART_NAME, sensitivity_chart
-from vqbet_export.stages import (
-    CACHED_GPT_FREE_AXES,
-    CachedGptStage,
-    CodeHeadsStage,
-    GptStage,
-    RvqDecoderStage,
-    VisionEncoderStage,
-    causal_mask,
-    decode_table,
-    runtime_crop,
-    secondary_columns,
-    token_constants,
-)
-from vqbet_export.verification import verify
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-# Larger code books are decoded by their graph.
-MAX_TABLE_BYTES = 64 << 20
+from vqbet_export.verification import Verification, Verifier, summarize
 
 
 @dataclass(frozen=True)
@@ -110,7 +67,10 @@ class ExportResult:
     report: dict[str, Any]
 
 
-def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: None) -> ExportResult:
+Progress = Callable[[str], None]
+
+
+def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportResult:
     """Export a checkpoint, verify the graphs and publish the bundle.
 
     Args:
@@ -129,69 +89,27 @@ def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: Non
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
     draft = _draft(checkpoint, config, progress)
-    notes: tuple[str, ...] = ()
-    if board is not None:
-        progress(f"building for {board.name}")
-        notes = _check_board(board, {name: draft.bundle.graph(name) for name in STAGES})
-    results = _verify(draft, checkpoint, config, progress)
+    board_notes = _check_board(draft.bundle, board, progress)
+    results, cases = _verify(draft, checkpoint, config, progress)
     progress("writing the bundle")
     manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summarize(results))
-    report = report_data(manifest, config.precision, LIMITS[config.precision], results)
-    report["board_notes"] = list(notes)
-    report["quantization"] = [found.report() for found in draft.quantizations]
-    contents = dict(draft.bundle.contents)
+    report = report_data(manifest, config.precision, results, draft.quantizations, board_notes)
+    contents = {**draft.bundle.contents, CASES_NAME: cases.encode()}
     if draft.quantizations:
         contents[CHART_NAME] = sensitivity_chart(report["quantization"])
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)
-    contents["report.md"] = report_markdown(report, _sizes(draft.bundle)).encode()
-    publish(config.output, contents, msgspec.structs.replace(manifest, files=_file_specs(contents)))
+    contents["report.md"] = report_markdown(report, draft.bundle).encode()
+    publish(config.output, contents, manifest)
     return ExportResult(config.output, report)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A bundle to be verified; for INT8, with how it was quantised and on what."""
-
-    bundle: Bundle
-    samples: Samples | None = None
-    quantizations: tuple[Quantization, ...] = ()
-
-
-def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]) -> _Draft:
-    if config.calibration_data is None:
-        return _Draft(_floating(checkpoint, config, progress))
-    floating = _floating(checkpoint, replace(config, precision="fp32"), progress)
-    progress(f"reading {config.calibration_data}")
-    manifest = floating.manifest
-    scaling = Affine.from_arrays(floating.arrays, "state", manifest.state_dim)
-    samples = load_samples(config.calibration_data, manifest, scaling, config.calibration_steps)
-    half = _floating(checkpoint, replace(config, precision="fp16"), progress)
-    found = quantize_bundle(floating, half, samples, config.targets, progress)
-    return _Draft(found.bundle, samples, found.quantizations)
-
-
-def _floating(
-    checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
-) -> Bundle:
-    """All graphs in one floating-point precision."""
-    precision, manifest = config.precision, _manifest(checkpoint, config)
-    contents: dict[str, bytes] = {RUNTIME_NAME: save(_runtime_arrays(checkpoint))}
-    for name, stage in _stages(checkpoint, DTYPES[precision]).items():
-        progress(f"exporting {name} in {precision}")
-        graph = export_graph(stage, signature(manifest, name))
-        contents[manifest.stages[name].file] = graph
-    progress(f"exporting gpt for the CPU in {precision}")
-    cached = CachedGptStage(checkpoint, DTYPES[precision])
-    graph = export_graph(cached, cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES)
-    contents[manifest.cpu_stages["gpt"].file] = graph
-    return Bundle.of(config.output, manifest, contents)
-
-
-def _sizes(bundle: Bundle) -> dict[Target | None, dict[StageName, int]]:
-    """Bytes of every graph, for reports on the portable and on the CPU's ones."""
-    portable = {name: len(bundle.graph(name)) for name in STAGES}
-    cpu = {name: len(bundle.cpu_graph(name)) for name in STAGES}
-    return {None: portable, "tensorrt": portable, "cpu": cpu}
+def _check_output(config: ExportConfig) -> None:
+    if not config.output.exists():
+        return
+    if not (config.output / MANIFEST_NAME).exists():
+        raise UsageError(f"'{config.output}' exists and is no bundle; choose another place with -o")
+    if not config.force:
+        raise UsageError(f"'{config.output}' exists; replace it with --force, or choose another -o")
 
 
 def _check_calibration(config: ExportConfig) -> None:
@@ -207,93 +125,38 @@ def _check_calibration(config: ExportConfig) -> None:
         raise UsageError("--calibration-data is for --int8; add it, or verify with --verify-data")
 
 
-def _check_output(config: ExportConfig) -> None:
-    if not config.output.exists():
-        return
-    if not (config.output / MANIFEST_NAME).exists():
-        raise UsageError(f"'{config.output}' exists and is no bundle; choose another place with -o")
-    if not config.force:
-        raise UsageError(f"'{config.output}' exists; replace it with --force, or choose another -o")
+@dataclass(frozen=True)
+class _Draft:
+    """A bundle to be verified; for INT8, with how it was quantised and on what."""
+
+    bundle: Bundle
+    samples: Samples | None = None
+    quantizations: tuple[Quantization, ...] = ()
 
 
-def _stages(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[StageName, nn.Module]:
-    return {
-        "vision_encoder": VisionEncoderStage(checkpoint, dtype),
-        "gpt": GptStage(checkpoint, dtype),
-        "code_heads": CodeHeadsStage(checkpoint, dtype),
-        "rvq_decoder": RvqDecoderStage(checkpoint, dtype),
-    }
+def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> _Draft:
+    if config.calibration_data is None:
+        return _Draft(assemble(checkpoint, config.output, config.precision, progress))
+    floating = assemble(checkpoint, config.output, "fp32", progress)
+    progress(f"reading {config.calibration_data}")
+    manifest = floating.manifest
+    scaling = Affine.from_arrays(floating.arrays, "state", manifest.state_dim)
+    samples = load_samples(config.calibration_data, manifest, scaling, config.calibration_steps)
+    half = assemble(checkpoint, config.output, "fp16", progress)
+    found = quantize_bundle(floating, half, samples, config.targets, progress)
+    return _Draft(found.bundle, samples, found.quantizations)
 
 
-def _runtime_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
-    scalings = {"state": checkpoint.inputs[STATE_KEY], "action": checkpoint.action}
-    arrays = {
-        f"{key}.{term}": getattr(scaling, term)
-        for key, scaling in scalings.items()
-        for term in ("subtract", "multiply", "add")
-    }
-    config = checkpoint.config
-    tokens = config.n_obs_steps * config.tokens_per_step
-    arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
-    arrays[CAUSAL_MASK] = causal_mask(tokens).numpy()
-    values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
-    if values * 4 <= MAX_TABLE_BYTES:
-        arrays[DECODE_TABLE] = decode_table(checkpoint).numpy()
-    if config.sequentially_select:
-        arrays[SECONDARY_COLUMNS] = secondary_columns(checkpoint).numpy()
-    return arrays
-
-
-def _manifest(checkpoint: Checkpoint, config: ExportConfig) -> Manifest:
-    policy = checkpoint.config
-    inputs = {checkpoint.renamed.get(k, k): _feature(f) for k, f in policy.input_features.items()}
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        policy=PolicySpec(
-            n_obs_steps=policy.n_obs_steps,
-            action_chunk_size=policy.action_chunk_size,
-            vqvae_n_embed=policy.vqvae_n_embed,
-            gpt_hidden_dim=policy.gpt_hidden_dim,
-            gpt_output_dim=policy.gpt_output_dim,
-            gpt_n_layer=policy.gpt_n_layer,
-            gpt_n_head=policy.gpt_n_head,
-            bet_softmax_temperature=policy.bet_softmax_temperature,
-            sequentially_select=policy.sequentially_select,
-        ),
-        input_features=inputs,
-        output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
-        crop=CropSpec(**runtime_crop(policy)._asdict()),
-        stages={name: StageSpec(f"{name}.onnx", config.precision) for name in STAGES},
-        cpu_stages={"gpt": StageSpec("gpt_cached.onnx", config.precision)},
-        files={},
-        verification=None,
-        calibration=None,
-        source=SourceSpec(checkpoint.name, checkpoint.sha256, checkpoint.layout.value),
-        tools={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("vqbet-edge", "torch", "onnx", "onnxruntime")},
-        },
-    )
-
-
-def _feature(feature: Feature) -> FeatureSpec:
-    return FeatureSpec(type=feature.type.value, shape=feature.shape)
-
-
-def _file_specs(contents: Mapping[str, bytes]) -> dict[str, FileSpec]:
-    return {
-        name: FileSpec(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-        for name, data in sorted(contents.items())
-    }
-
-
-def _check_board(board: Board, graphs: Mapping[StageName, bytes]) -> tuple[str, ...]:
+def _check_board(bundle: Bundle, board: Board | None, progress: Progress) -> tuple[str, ...]:
     """How far the check went.
 
     Raises:
         VerificationError: the board's TensorRT will not take the graphs.
     """
-    suitability = check_graphs(graphs, board)
+    if board is None:
+        return ()
+    progress(f"building for {board.name}")
+    suitability = check_graphs({stage: bundle.graph(stage) for stage in STAGES}, board)
     if suitability.problems:
         raise VerificationError(
             f"the graphs do not suit {board.name}, nothing was published: "
@@ -303,32 +166,39 @@ def _check_board(board: Board, graphs: Mapping[StageName, bytes]) -> tuple[str, 
 
 
 def _verify(
-    draft: _Draft, checkpoint: Checkpoint, config: ExportConfig, progress: Callable[[str], None]
-) -> list[Verification]:
-    steps, batch = config.verify_steps, 1
-    sets: dict[str, list[Segment]] = {}
-    if draft.samples is None:
-        sets["random"] = random_segments(checkpoint, steps, batch)
-    else:  # noise is outside the calibrated ranges
-        sets["held-out"] = verification_segments(draft.samples, batch)
-    if config.verify_data is not None:
-        sets["real"] = dataset_segments(checkpoint, config.verify_data, steps, batch)
-    targets = (None,) if draft.samples is None else TARGETS
-    results = []
+    draft: _Draft, checkpoint: Checkpoint, config: ExportConfig, progress: Progress
+) -> tuple[list[Verification], ReferenceCases]:
+    """The results on all observations, and reference cases from the last."""
+    limits, targets = LIMITS[config.precision], (None,) if draft.samples is None else TARGETS
+    verifier = Verifier(draft.bundle, checkpoint, targets)
+    results: list[Verification] = []
     try:
-        for name, segments in sets.items():
+        for name, pieces in _observations(draft, config):
             progress(f"verifying on {name} observations")
-            results += [verify(draft.bundle, checkpoint, segments, name, t) for t in targets]
+            chooser = CaseChooser(checkpoint)
+            results += verifier.verify(pieces, name, chooser.consider)
     except NonFiniteError as error:
         raise VerificationError(
             f"the {config.precision} graphs overflow, nothing was published: {error}"
         ) from error
-    violations = [
-        line for result in results for line in result.violations(LIMITS[config.precision])
-    ]
+    violations = [line for result in results for line in result.violations(limits)]
     if violations:
         raise VerificationError(
             f"the {config.precision} graphs differ from the checkpoint, nothing was published: "
             + "; ".join(violations)
         )
-    return results
+    uncertainty = max(result.policy.probability_error for result in results)
+    return results, chooser.choose(uncertainty, verifier.proves)
+
+
+def _observations(draft: _Draft, config: ExportConfig) -> Iterator[tuple[str, Iterator[Piece]]]:
+    """What to verify on, with its name in the report; read a piece at a time."""
+    manifest, steps = draft.bundle.manifest, config.verify_steps
+    if draft.samples is None:
+        scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
+        yield "random", random_pieces(manifest, scaling, steps)
+    else:  # noise is outside the calibrated ranges
+        held_out = draft.samples.verification
+        yield "held-out", (Piece(piece.frames, piece.states) for piece in held_out)
+    if config.verify_data is not None:
+        yield "real", Sampler.open(config.verify_data, manifest).pieces(steps)

@@ -3,14 +3,17 @@
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from vqbet_edge.errors import DiskError, UsageError
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, Manifest, encode_manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -18,14 +21,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def publish(target: Path, contents: Mapping[str, bytes], manifest: Manifest) -> None:
     """Write a complete bundle, replacing what is there.
 
-    The files are written next to the target and moved there in one step. What a killed run left
-    behind is removed by the next run.
+    The manifest gets the contents' digests. The files are written next to the target and moved
+    there in one step. What a killed run left behind is removed by the next run.
 
     Raises:
         UsageError: another export is writing the same bundle.
         DiskError: no space, no permission or a read-only disk; the previous bundle is intact.
     """
     needed = sum(map(len, contents.values()))
+    manifest = msgspec.structs.replace(manifest, files=file_specs(contents))
     # A link to a bundle stands for it: the link itself must not be exchanged.
     target = target.resolve()
     try:
@@ -45,6 +49,14 @@ def publish(target: Path, contents: Mapping[str, bytes], manifest: Manifest) -> 
             f"cannot write '{target}' ({needed} bytes): {error.strerror}; what was there before is "
             "intact; free space or choose another place with -o"
         ) from error
+
+
+def file_specs(contents: Mapping[str, bytes]) -> dict[str, FileSpec]:
+    """Digest and size of every file, as the manifest lists them."""
+    return {
+        name: FileSpec(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+        for name, data in sorted(contents.items())
+    }
 
 
 @contextmanager

@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
-import numpy as np
 from vqbet_calibration.quantize import STAGES, Quantization, quantize
-from vqbet_calibration.samples import Piece, Samples, batches
+from vqbet_calibration.samples import Samples
 from vqbet_calibration.targets import Target
 
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import CalibrationSpec, Precision, StageName, StageSpec
-from vqbet_export.observations import Segment
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,3 @@ class _Draft:
 
 def _with(spec: StageSpec, precision: Precision) -> StageSpec:
     return msgspec.structs.replace(spec, precision=precision)
-
-
-def verification_segments(samples: Samples, batch: int) -> list[Segment]:
-    """The pieces that nothing was chosen by, as a batch of robots sees them."""
-    return [_segment(group) for group in batches(samples.verification, batch)]
-
-
-def _segment(pieces: Sequence[Piece]) -> Segment:
-    return Segment(
-        np.stack([piece.frames for piece in pieces], axis=1),
-        np.stack([piece.states for piece in pieces], axis=1),
-    )

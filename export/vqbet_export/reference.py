@@ -1,6 +1,5 @@
 """The policy in PyTorch, as it was trained: what every export is compared with."""
 
-from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -8,73 +7,81 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqbet_edge.runtime.cases import PolicyOutputs
+from vqbet_edge.runtime.window import sliding_windows
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import STATE_KEY
+from vqbet_edge.training.dataset.samples import Piece
 from vqbet_edge.training.normalization import scale_images
-from vqbet_export.observations import Segment
 
 Floats = NDArray[np.float32]
 
+# Of images at a time, so that a camera's resolution does not decide how much memory is needed.
+_MAX_VALUES = 1 << 22
 
-class ReferenceRun(NamedTuple):
-    """Everything that the policy computes for the M observations of a segment.
 
-    Letters: B batch, N window, K cameras, S state width, C codes, W actions per chunk, A action
-    width. The codes are the most probable ones.
+class Reference(NamedTuple):
+    """What the policy computes for the M observations of a piece.
+
+    Letters: N window, K cameras, D `gpt_hidden_dim`, S state width, C codes per layer, W actions
+    per chunk, A action width.
     """
 
-    frame_tokens: Floats  # (M, B, K, gpt_hidden_dim), behind the token embedding
-    image_tokens: Floats  # (M, B, N, K, gpt_hidden_dim)
-    states: Floats  # (M, B, N, S), normalised
-    features: Floats  # (M, B, gpt_output_dim)
-    codes: NDArray[np.int64]  # (M, B, 2)
-    logits: Floats  # (M, B, 2, C), the secondary ones given the primary code
-    offsets: Floats  # (M, B, 2, C, W, A)
-    chunks: Floats  # (M, B, W, A), normalised
+    image_tokens: Floats  # (M, N, K, D): what the GPT sees
+    states: Floats  # (M, N, S), normalised: likewise
+    offsets: Floats  # (M, 2, C, W, A), normalised: of every code
+    outputs: PolicyOutputs
 
 
 @torch.no_grad()
-def run_reference(checkpoint: Checkpoint, segment: Segment) -> ReferenceRun:
-    """Run the training network over a segment, window by window."""
-    steps = [_window_step(checkpoint, *window) for window in _windows(checkpoint, segment)]
-    return ReferenceRun(*map(np.stack, zip(*steps, strict=True)))
-
-
-def _windows(checkpoint: Checkpoint, segment: Segment) -> list[tuple[Tensor, Tensor]]:
-    """Images (B, N, K, 3, H, W) and states (B, N, S) of every step, normalised."""
-    config = checkpoint.config
-    scalings = [checkpoint.inputs[key] for key in config.image_keys]
-    history: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.n_obs_steps)
-    windows = []
-    for frames, states in zip(segment.frames, segment.states, strict=True):
-        images = torch.from_numpy(frames).permute(0, 1, 4, 2, 3) / 255  # (B, K, 3, H, W)
-        scaled = [scale_images(images[:, k], s) for k, s in enumerate(scalings)]
-        state = torch.from_numpy(checkpoint.inputs[STATE_KEY].apply(states))
-        newest = torch.stack(scaled, dim=1), state
-        # The first observation fills the window, as in LeRobot's `populate_queues`.
-        history.extend([newest] * (1 if history else config.n_obs_steps))
-        windows.append(
-            (torch.stack([h[0] for h in history], 1), torch.stack([h[1] for h in history], 1))
-        )
-    return windows
-
-
-def _window_step(checkpoint: Checkpoint, images: Tensor, states: Tensor) -> ReferenceRun:
+def run_reference(checkpoint: Checkpoint, piece: Piece) -> Reference:
+    """Run the training network over a piece: each frame once, then all windows at once."""
     network, config = checkpoint.network, checkpoint.config
-    head = network.head
-    embed = network.vqbet.policy.transformer["wte"]
-    image_tokens = embed(network.encode_images(images))
-    features = network(images, states)[:, config.n_obs_steps - 1]
+    head, length = network.head, config.n_obs_steps
+    encoded = _encode(checkpoint, piece)  # (M, K, gpt_input_dim)
+    states = torch.from_numpy(checkpoint.inputs[STATE_KEY].apply(piece.states))
+    states = _windows(states, length)
+    features = network.features(_windows(encoded, length), states)[:, length - 1]
     primary = head.primary_logits(features).argmax(dim=-1)
     logits = head.code_logits(features, primary)
     codes = torch.stack([primary, logits[:, 1].argmax(dim=-1)], dim=-1)
-    return ReferenceRun(
-        frame_tokens=image_tokens[:, -1].numpy(),
-        image_tokens=image_tokens.numpy(),
+    offsets = head.offsets(features)
+    rows = torch.arange(len(codes))
+    frame_tokens = network.vqbet.policy.transformer["wte"](encoded)
+    return Reference(
+        image_tokens=_windows(frame_tokens, length).numpy(),
         states=states.numpy(),
-        features=features.numpy(),
-        codes=codes.numpy(),
-        logits=logits.numpy(),
-        offsets=head.offsets(features).numpy(),
-        chunks=head.action_chunk(features, codes).numpy(),
+        offsets=offsets.numpy(),
+        outputs=PolicyOutputs(
+            frame_tokens=frame_tokens.numpy(),
+            feature=features.numpy(),
+            logits=logits.numpy(),
+            codes=codes.numpy(),
+            decoded_chunk=head.vqvae_model.decode(codes).numpy(),
+            offset_chunk=(offsets[rows, 0, codes[:, 0]] + offsets[rows, 1, codes[:, 1]]).numpy(),
+        ),
     )
+
+
+def _encode(checkpoint: Checkpoint, piece: Piece) -> Tensor:
+    """(M, K, gpt_input_dim): every frame's token."""
+    network, config = checkpoint.network, checkpoint.config
+    frames = torch.from_numpy(piece.frames).permute(0, 1, 4, 2, 3)  # (M, K, 3, H, W)
+    if config.resize_shape is None:
+        # The same pixels as after scaling, and only they are ever float.
+        frames = network.vqbet.rgb_encoder.center_crop(frames)
+    rows = max(1, _MAX_VALUES // frames[0].numel())
+    images = (_images(part, checkpoint)[:, None] for part in torch.split(frames, rows))
+    return torch.cat([network.encode_images(part)[:, 0] for part in images])
+
+
+def _images(frames: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """uint8 (M, K, 3, H, W) -> float32, normalised."""
+    images, keys = frames / 255, checkpoint.config.image_keys
+    scaled = [scale_images(images[:, k], checkpoint.inputs[key]) for k, key in enumerate(keys)]
+    return torch.stack(scaled, dim=1)
+
+
+def _windows(rows: Tensor, length: int) -> Tensor:
+    """(M, ...) -> (M, N, ...)."""
+    return torch.from_numpy(sliding_windows(rows.numpy(), length).copy())

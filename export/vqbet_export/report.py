@@ -5,30 +5,36 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
-from vqbet_calibration.targets import Target
+from vqbet_calibration.quantize import Quantization
 
-from vqbet_edge.runtime.manifest import Manifest, Precision, StageName
-from vqbet_export.metrics import Limits, Verification
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.comparison import LIMITS
+from vqbet_edge.runtime.manifest import STAGES, Manifest, Precision, StageName
 from vqbet_export.sensitivity import quantization_markdown
+from vqbet_export.verification import Verification
 
 
 def report_data(
-    manifest: Manifest, precision: Precision, limits: Limits, results: Sequence[Verification]
+    manifest: Manifest,
+    precision: Precision,
+    results: Sequence[Verification],
+    quantizations: Sequence[Quantization],
+    board_notes: Sequence[str],
 ) -> dict[str, Any]:
     """The report as plain data, with the fields' own names."""
     return {
         "source": msgspec.to_builtins(manifest.source),
         "precision": precision,
         "tools": manifest.tools,
-        "limits": asdict(limits),
+        "limits": asdict(LIMITS[precision]),
         "results": [asdict(result) for result in results],
+        "board_notes": list(board_notes),
+        "quantization": [found.report() for found in quantizations],
     }
 
 
-def report_markdown(
-    data: Mapping[str, Any], sizes: Mapping[Target | None, Mapping[StageName, int]]
-) -> str:
-    """The report as Markdown tables; `sizes` has the bytes of every graph by target."""
+def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
+    """The report as Markdown tables."""
     source = data["source"]
     lines = [
         f"# Verification of {source['name']}",
@@ -39,8 +45,10 @@ def report_markdown(
     for result in data["results"]:
         target = result["target"]
         graphs = "" if target is None else f", graphs for {target}"
+        graph = bundle.cpu_graph if target == "cpu" else bundle.graph
+        sizes = {name: len(graph(name)) for name in STAGES}
         heading = f"## On {result['samples']} {result['observations']} observations{graphs}"
-        lines += ["", heading, "", *_stage_table(result["stages"], sizes[target])]
+        lines += ["", heading, "", *_stage_table(result["stages"], sizes)]
         lines += ["", *_policy_table(result["policy"])]
     limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
     lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]

@@ -13,8 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from attacks.saving import checkpoints, network, progress
-from vqbet_export.exporter import _file_specs
-from vqbet_export.publishing import publish
+from vqbet_export.publishing import file_specs, publish
 
 from vqbet_edge import DiskError
 from vqbet_edge.runtime.bundle import Bundle
@@ -55,7 +54,7 @@ PROBLEMS = {"full": (fill, "No space left"), "read-only": (forbid, "Read-only fi
 def export(mini: Path, target: Path, note: bytes) -> None:
     bundle = Bundle.open(mini)
     contents = {**bundle.contents, "report.md": note}
-    publish(target, contents, msgspec.structs.replace(bundle.manifest, files=_file_specs(contents)))
+    publish(target, contents, msgspec.structs.replace(bundle.manifest, files=file_specs(contents)))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

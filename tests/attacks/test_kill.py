@@ -10,8 +10,7 @@ import msgspec
 import numpy as np
 from attacks.saving import checkpoints, network, progress
 from torture import cases
-from vqbet_export.exporter import _file_specs
-from vqbet_export.publishing import publish
+from vqbet_export.publishing import file_specs, publish
 
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.training.checkpoint import load_checkpoint
@@ -37,7 +36,7 @@ def test_an_export(mini: Path, tmp_path: Path) -> None:
     variants = {}
     for note in (b"old", b"new"):
         contents = {**original.contents, "report.md": note}
-        manifest = msgspec.structs.replace(original.manifest, files=_file_specs(contents))
+        manifest = msgspec.structs.replace(original.manifest, files=file_specs(contents))
         variants[note] = contents, manifest
 
     def work() -> None:

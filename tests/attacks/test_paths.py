@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import onnx
 import pytest
-from vqbet_export.exporter import _file_specs
+from vqbet_export.publishing import file_specs
 
 from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
@@ -257,5 +257,5 @@ def _reseal(bundle: Path, graph: bytes) -> None:
     contents = {name: (bundle / name).read_bytes() for name in manifest.files}
     contents["code_heads.onnx"] = graph
     (bundle / "code_heads.onnx").write_bytes(graph)
-    sealed = msgspec.structs.replace(manifest, files=_file_specs(contents))
+    sealed = msgspec.structs.replace(manifest, files=file_specs(contents))
     (bundle / MANIFEST_NAME).write_bytes(encode_manifest(sealed))

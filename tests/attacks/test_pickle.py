@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from vqbet_export.exporter import _file_specs
+from vqbet_export.publishing import file_specs
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
@@ -89,7 +89,7 @@ def test_in_a_bundle_with_digests_that_fit(
     manifest = decode_manifest((bundle / MANIFEST_NAME).read_bytes())
     contents = {each: (bundle / each).read_bytes() for each in manifest.files} | {name: poison}
     contents.pop(MANIFEST_NAME, None)
-    sealed = msgspec.structs.replace(manifest, files=_file_specs(contents))
+    sealed = msgspec.structs.replace(manifest, files=file_specs(contents))
     (bundle / MANIFEST_NAME).write_bytes(encode_manifest(sealed))
     (bundle / name).write_bytes(poison)
     with pytest.raises(VQBeTEdgeError):

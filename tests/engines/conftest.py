@@ -20,8 +20,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.numpy import save
-from vqbet_export import exporter
-from vqbet_export.exporter import ExportConfig
+from vqbet_export.assembly import assemble
 from vqbet_export.publishing import publish
 
 from vqbet_edge.runtime.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
@@ -181,13 +180,8 @@ def small_checkpoint(**fields: Any) -> Checkpoint:
 
 def write_bundle(path: Path, precision: Any, checkpoint: Checkpoint) -> None:
     """As the exporter does, but unverified, and without the table that replaces the decoder."""
-    config = ExportConfig("test", path, precision)
-    draft = exporter._floating(checkpoint, config, lambda _: None)
+    draft = assemble(checkpoint, path, precision)
     arrays = {name: array for name, array in draft.arrays.items() if name != DECODE_TABLE}
     contents = {**draft.contents, RUNTIME_NAME: save(arrays)}
-    manifest = msgspec.structs.replace(
-        draft.manifest,
-        files=exporter._file_specs(contents),
-        verification=VerificationSpec("random", 1, 0.0, 1.0, 1.0),
-    )
-    publish(path, contents, manifest)
+    verification = VerificationSpec("random", 1, 0.0, 1.0, 1.0)
+    publish(path, contents, msgspec.structs.replace(draft.manifest, verification=verification))

@@ -12,10 +12,11 @@ import oracle
 import pytest
 from command import run
 from safetensors.torch import load_file, save_file
-from vqbet_export import cli, metrics
+from vqbet_export import cli
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy
+from vqbet_edge.runtime import comparison
 from vqbet_edge.training.dataset import LeRobotDataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
@@ -65,7 +66,7 @@ def test_existing_bundle_needs_force(
 def test_failed_verification_publishes_nothing_and_exits_3(
     cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
 ) -> None:
-    monkeypatch.setitem(metrics.LIMITS, "fp16", metrics.Limits(relative_error=1e-6))
+    monkeypatch.setitem(comparison.LIMITS, "fp16", comparison.Limits(relative_error=1e-6))
     arguments = [str(pusht_checkpoint), "--fp16", "-o", "a.bundle", "--verify-steps", "2"]
     assert run(monkeypatch, *arguments) == 3
     assert "nothing was published: " in capsys.readouterr().err
@@ -91,7 +92,7 @@ def test_overflow_in_float16_is_a_failed_verification(
     [
         (["nowhere"], 4, "'nowhere' does not exist"),
         (["nowhere", "--fp16", "--fp32"], 2, "exclude each other"),
-        (["nowhere", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
+        (["nowhere", "--verify-steps", "0"], 2, "--verify-steps must be at least 1"),
         (["policy.pt"], 4, "pickled file"),
         (["nowhere", "--board", "toaster"], 2, "unknown board 'toaster'"),
     ],

@@ -13,6 +13,7 @@ from workshop import Exported, Workshop
 from vqbet_edge import VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES, Precision
+from vqbet_edge.runtime.signatures import Signature, TensorSpec
 
 
 def graphs(exported: Exported) -> dict[str, onnx.ModelProto]:
@@ -30,7 +31,7 @@ def initializers(model: onnx.ModelProto) -> list[np.ndarray]:
     return [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
 
 
-def test_opset_ir_and_borders_suit_tensorrt_10_3(exported: Exported) -> None:
+def test_opset_ir_and_signatures_suit_tensorrt_10_3(exported: Exported) -> None:
     for model in graphs(exported).values():
         assert [(o.domain, 17 <= o.version <= 20) for o in model.opset_import] == [("", True)]
         assert model.ir_version <= 9
@@ -91,5 +92,6 @@ def test_unknown_operators_are_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.topk(2).values
 
+    x, y = TensorSpec("x", "float32", (1, 4)), TensorSpec("y", "float32", (1, 2))
     with pytest.raises(VerificationError, match="operators that no backend was tested with"):
-        export_graph(Sorting(), {"x": torch.zeros(1, 4)}, ["y"], {})
+        export_graph(Sorting(), Signature((x,), (y,)))

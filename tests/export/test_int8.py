@@ -11,7 +11,7 @@ import pytest
 from command import run
 from vqbet_calibration.quantize import Goal, Quantization, quantize
 from vqbet_calibration.ranges import METHODS
-from vqbet_export.portable import PortableBackend
+from vqbet_export.onnx_graphs import TensorRTGraphs
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.sensitivity import CHART_NAME
 from workshop import Workshop
@@ -147,7 +147,7 @@ def test_the_bundle_acts(exported: Path) -> None:
     episode = LeRobotDataset.open(int8.PUSHT).episode(1)
     policies = [
         EdgePolicy.load(exported, "onnxruntime", temperature=0),
-        EdgePolicy(bundle, PortableBackend(bundle), temperature=0),
+        EdgePolicy(bundle, TensorRTGraphs(bundle), temperature=0),
     ]
     chunks = []
     for policy in policies:

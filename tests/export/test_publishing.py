@@ -11,8 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 from vqbet_export import publishing
-from vqbet_export.exporter import _file_specs
-from vqbet_export.publishing import publish
+from vqbet_export.publishing import file_specs, publish
 from workshop import Exported
 
 from vqbet_edge import DiskError, UsageError
@@ -30,7 +29,7 @@ def source(tiny: Exported) -> tuple[Contents, Manifest]:
 
 def variant(source: tuple[Contents, Manifest], note: bytes) -> tuple[Contents, Manifest]:
     contents = {**source[0], "report.md": note}
-    return contents, msgspec.structs.replace(source[1], files=_file_specs(contents))
+    return contents, msgspec.structs.replace(source[1], files=file_specs(contents))
 
 
 def note(path: Path) -> bytes:

@@ -9,7 +9,7 @@ import msgspec
 import onnx
 import pytest
 from attacks.manifests import spelled
-from vqbet_export.exporter import _file_specs
+from vqbet_export.publishing import file_specs
 from workshop import Exported
 
 from vqbet_edge import BackendError, BundleError, DiskError, EdgePolicy
@@ -40,7 +40,7 @@ def reseal(bundle: Path, change: Callable[[dict[str, bytes]], object]) -> None:
     change(contents)
     for name, data in contents.items():
         (bundle / name).write_bytes(data)
-    sealed = msgspec.structs.replace(manifest, files=_file_specs(contents))
+    sealed = msgspec.structs.replace(manifest, files=file_specs(contents))
     (bundle / MANIFEST_NAME).write_bytes(encode_manifest(sealed))
 
 

@@ -10,11 +10,12 @@ import miniature
 import numpy as np
 import oracle
 import pytest
-import torch
 from torture import cases
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, Guards
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import load_checkpoint
 
 ACTING = """
@@ -60,8 +61,9 @@ def test_how_long_the_robot_waits_does_not_change_a_bit(mini: Path) -> None:
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.999), ("fp16", 0.99)])
 def test_codes_agree_with_pytorch(workshop: Workshop, precision: str, share: float) -> None:
     """PyTorch is the other backend that every machine has."""
-    from vqbet_export.observations import random_segments
     from vqbet_export.reference import run_reference
+
+    from vqbet_edge.training.dataset.samples import random_pieces
 
     exported = workshop.bundle(oracle.TINY, precision)  # type: ignore[arg-type]
     checkpoint = load_checkpoint(str(exported.checkpoint))
@@ -69,14 +71,14 @@ def test_codes_agree_with_pytorch(workshop: Workshop, precision: str, share: flo
         exported.bundle, "onnxruntime", temperature=0, guards=Guards(action_limits=None)
     )
     equal = []
-    for segment in random_segments(checkpoint, cases(100, 1000), 1):
-        with torch.no_grad():
-            run = run_reference(checkpoint, segment)
+    bundle = Bundle.open(exported.bundle)
+    scaling = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
+    for piece in random_pieces(bundle.manifest, scaling, cases(100, 1000)):
+        codes = run_reference(checkpoint, piece).outputs.codes
         policy.reset()
-        for frames, states, expected in zip(segment.frames, segment.states, run.codes, strict=True):
-            keys = policy.manifest.image_keys
-            images = {key: frames[0, camera] for camera, key in enumerate(keys)}
-            policy.act_chunk({**images, policy.manifest.state_key: states[0]})
+        for frames, state, expected in zip(piece.frames, piece.states, codes, strict=True):
+            images = dict(zip(policy.manifest.image_keys, frames, strict=True))
+            policy.act_chunk({**images, policy.manifest.state_key: state})
             assert policy.last is not None
-            equal += (policy.last.codes == expected[0]).tolist()
+            equal += (policy.last.codes == expected).tolist()
     assert np.mean(equal) >= share

@@ -163,9 +163,9 @@ def test_actions_are_fresh_arrays(tiny: Exported, observations: Any) -> None:
 def test_large_code_books_are_decoded_by_their_graph(
     workshop: Workshop, tiny: Exported, observations: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vqbet_export import exporter
+    from vqbet_export import assembly
 
-    monkeypatch.setattr(exporter, "MAX_TABLE_BYTES", 0)
+    monkeypatch.setattr(assembly, "MAX_TABLE_BYTES", 0)
     case = oracle.small("untabulated", image=(40, 48), crop_shape=(36, 40))
     graph, table = load(workshop.bundle(case)), load(tiny)
     assert graph._planner._table is None

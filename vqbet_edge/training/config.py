@@ -219,7 +219,8 @@ def _check_features(config: VQBeTConfig) -> None:
     shapes = {config.input_features[key].shape for key in config.image_keys}
     if len(shapes) != 1 or len(next(iter(shapes))) != 3 or next(iter(shapes))[0] != 3:
         raise CheckpointError(
-            f"expected cameras of one shape (3, height, width), got {sorted(shapes)}"
+            f"expected cameras of one shape (3, height, width), got {sorted(shapes)}; choose "
+            "cameras of one size with --cameras"
         )
 
 
@@ -302,6 +303,10 @@ class TrainConfig(Hyperparameters):
 
     # A LeRobot data set: a folder, or an id on the Hub.
     dataset: str
+    # Keys of the cameras to look through, in this order; None takes all RGB ones of one size.
+    cameras: tuple[str, ...] | None = None
+    # Start the backbone from ImageNet weights, with BatchNorm: the defaults of LeRobot 0.6.
+    imagenet: bool = False
     # Folder of the run: checkpoints, metrics and curves go there.
     output: Path
     # Optimisation steps of both phases together.
@@ -355,6 +360,8 @@ class TrainConfig(Hyperparameters):
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        if self.imagenet:
+            self._start_from_imagenet()
         check_positive(self, "batch_size", "log_every", "save_every", "validate_every")
         if not 0 < self.n_vqvae_training_steps < self.steps:
             raise UsageError(
@@ -363,6 +370,17 @@ class TrainConfig(Hyperparameters):
             )
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+
+    def _start_from_imagenet(self) -> None:
+        if not self.vision_backbone.startswith("resnet") or "_" in self.vision_backbone:
+            raise UsageError(
+                f"--imagenet: there are no ImageNet weights for {self.vision_backbone}; choose "
+                "one of torchvision's ResNets with --vision-backbone, or leave --imagenet out"
+            )
+        number = self.vision_backbone.removeprefix("resnet")
+        name = f"ResNet{number}_Weights.IMAGENET1K_V1"
+        object.__setattr__(self, "pretrained_backbone_weights", name)
+        object.__setattr__(self, "use_group_norm", False)
 
     def policy(self, dataset: LeRobotDataset) -> VQBeTConfig:
         """The architecture for a data set: its cameras, state and action.
@@ -379,7 +397,7 @@ class TrainConfig(Hyperparameters):
                 )
         images = {
             key: Feature(FeatureType.VISUAL, (3, *dataset.features[key].shape[:2]))
-            for key in dataset.image_keys
+            for key in dataset.chosen_cameras.keys
         }
         state = Feature(FeatureType.STATE, dataset.features[STATE_KEY].shape)
         action = Feature(FeatureType.ACTION, dataset.features[ACTION_KEY].shape)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import CenterCrop, RandomCrop
 
-from vqbet_edge.errors import CheckpointError, HubError
+from vqbet_edge.training.backbone_weights import pretrained_weights
 from vqbet_edge.training.config import BACKBONES, NUM_CODE_LAYERS, VQBeTConfig
 
 # ---- Image encoder: LeRobot's `VQBeTRgbEncoder`.
@@ -69,27 +69,15 @@ def build_backbone(config: VQBeTConfig) -> nn.Sequential:
     """A torchvision ResNet up to its last feature map, children numbered as in LeRobot.
 
     Raises:
-        CheckpointError: torchvision does not know the pretrained weights.
-        HubError: it cannot download them.
+        UsageError, HubError: the pretrained weights are unknown, or not to be had.
     """
     norm = _group_norm if config.use_group_norm else nn.BatchNorm2d
     if config.vision_backbone == "resnet10_small":
         return small_backbone(norm)
-    weights = config.pretrained_backbone_weights
-    try:
-        resnet = torchvision.models.get_model(
-            config.vision_backbone, weights=weights, norm_layer=norm
-        )
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"torchvision has no pretrained_backbone_weights '{weights}' for "
-            f"{config.vision_backbone}; its DEFAULT are the newest, None trains from scratch"
-        ) from error
-    except OSError as error:
-        raise HubError(
-            f"torchvision's weights '{weights}' are neither in $TORCH_HOME nor to be had from the "
-            f"network: {error}. Check the network, or copy them there"
-        ) from error
+    resnet = torchvision.models.get_model(config.vision_backbone, weights=None, norm_layer=norm)
+    if config.pretrained_backbone_weights is not None:
+        weights = config.pretrained_backbone_weights
+        resnet.load_state_dict(pretrained_weights(config.vision_backbone, weights))
     return nn.Sequential(*list(resnet.children())[:-2])
 
 
@@ -362,16 +350,10 @@ class ActionHead(nn.Module):
         self.map_to_cbet_preds_offset = mlp(width, math.prod(self.offset_shape))
 
     def code_logits(self, features: Tensor, primary: Tensor | None = None) -> Tensor:
-        """Logits of both layers' codes.
+        """(..., D), int64 (...) -> (..., 2, C): logits of both layers' codes.
 
-        Args:
-            features: (..., D).
-            primary: int64 (...), the primary code that the secondary logits are conditioned on
-                when codes are selected sequentially; None leaves its part out, which is a row of
-                `secondary_columns`.
-
-        Returns:
-            (..., 2, C).
+        When codes are selected sequentially, the secondary logits are conditioned on the primary
+        code; without it its part is left out, which is a row of `secondary_columns`.
         """
         if not self.sequential:
             joint: Tensor = self.map_to_cbet_preds_bin(features)
@@ -444,18 +426,18 @@ class VQBeT(nn.Module):
         return self.vqbet.action_head
 
     def forward(self, images: Tensor, states: Tensor) -> Tensor:
-        """Features of every action query: the window's first, then the future's.
+        """(B, N, K, 3, H, W) and (B, N, S), normalised -> (B, Q, D): features of action queries.
 
-        Args:
-            images: (B, N, K, 3, H, W) in [0, 1], normalised as the checkpoint asks.
-            states: (B, N, S), normalised.
-
-        Returns:
-            (B, Q, D). Index N - 1 is the current step, the only one used at rollout.
+        The window's queries come first, then the future's; index N - 1 is the current step, the
+        only one used at rollout.
         """
+        return self.features(self.encode_images(images), states)
+
+    def features(self, image_tokens: Tensor, states: Tensor) -> Tensor:
+        """The same for images that are encoded already, (B, N, K, gpt_input_dim)."""
         per_step = self.config.tokens_per_step
         seen = self.config.n_obs_steps * per_step
-        out = self.vqbet.policy(self._tokens(images, states))  # (B, T, D)
+        out = self.vqbet.policy(self._tokens(image_tokens, states))  # (B, T, D)
         # The query is the last token of its step; behind the window there are queries only.
         return torch.cat([out[:, per_step - 1 : seen : per_step], out[:, seen:]], dim=1)
 
@@ -465,13 +447,13 @@ class VQBeT(nn.Module):
         tokens: Tensor = self.vqbet.rgb_feature_projector(features)
         return tokens.view(*images.shape[:3], -1)  # (B, N, K, gpt_input_dim)
 
-    def _tokens(self, images: Tensor, states: Tensor) -> Tensor:
+    def _tokens(self, image_tokens: Tensor, states: Tensor) -> Tensor:
         """Interleave cameras, state and action query step by step, then the future queries."""
         batch, window = states.shape[:2]
         query = self.vqbet.action_token
         steps = torch.cat(
             [
-                self.encode_images(images),  # (B, N, K, gpt_input_dim)
+                image_tokens,  # (B, N, K, gpt_input_dim)
                 self.vqbet.state_projector(states)[:, :, None],  # (B, N, 1, gpt_input_dim)
                 query[:, :, None].expand(batch, window, 1, -1),  # (B, N, 1, gpt_input_dim)
             ],

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 import safetensors.torch
 
-from vqbet_edge.training.config import Feature, Hyperparameters, TrainConfig
+from vqbet_edge.training.config import Feature, Hyperparameters, TrainConfig, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import write_bytes
 from vqbet_edge.training.network import VQBeT
@@ -55,6 +55,18 @@ def save_pretrained(
     after = [_normalizer("unnormalizer_processor", network.config.output_features, config), _DEVICE]
     _write_processor(directory, "policy_preprocessor", before, stats)
     _write_processor(directory, "policy_postprocessor", after, stats)
+
+
+def lerobots_objections(config: VQBeTConfig) -> list[str]:
+    """Why LeRobot's own VQ-BeT will not load a policy; empty if it will."""
+    found = []
+    if len(config.image_keys) > 1:
+        found.append(f"it takes one camera, this policy has {len(config.image_keys)}")
+    if config.resize_shape is not None:
+        found.append("it does not know resize_shape")
+    if config.vision_backbone == "resnet10_small":
+        found.append("it does not know the backbone resnet10_small")
+    return found
 
 
 def _policy_json(network: VQBeT, config: TrainConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vqbet_edge.training.metrics import Reporter, draw_curves
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
+from vqbet_edge.training.pretrained import lerobots_objections
 from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
@@ -60,7 +61,9 @@ def train(config: TrainConfig) -> Path:
             f"{accelerator.num_processes} processes"
         )
     with accelerator.main_process_first():
-        dataset = LeRobotDataset.open(config.dataset, cache_dir=config.frame_cache)
+        dataset = LeRobotDataset.open(
+            config.dataset, cameras=config.cameras, cache_dir=config.frame_cache
+        )
     trainer = _Trainer(config, accelerator, dataset)
     trainer.run()
     accelerator.end_training()
@@ -77,9 +80,11 @@ class _Trainer:
         policy = config.policy(dataset)
         self._scalings = Scalings.of(dataset, policy)
         torch.manual_seed(config.seed)
-        self._network = VQBeT(policy).to(accelerator.device)
         self.checkpoints = Checkpoints(config, dataset)
         self._resumed = self.checkpoints.start()
+        if self._resumed is not None:  # the backbone's weights are in the checkpoint
+            policy = replace(policy, pretrained_backbone_weights=None)
+        self._network = VQBeT(policy).to(accelerator.device)
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
             self._network.load_state_dict(self._resumed.weights)
@@ -92,6 +97,10 @@ class _Trainer:
         self._validation = _batches(current_frames(dataset, split.validation), config)
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []
+        for key, what in dataset.chosen_cameras.left_out.items():
+            self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
+        for reason in lerobots_objections(policy):
+            self._reporter.note(f"LeRobot cannot load this policy's checkpoints: {reason}")
 
     def run(self) -> None:
         """Both phases, or what is left of them."""

@@ -22,6 +22,8 @@ from vqbet_edge.runtime.backends.forks import never_free_in_forks
 Frames = NDArray[np.uint8]  # (K, H, W, 3)
 Floats = NDArray[np.float32]
 Prefetch: TypeAlias = Literal["thread", "inline", "off"]
+# What passes between graphs, by its name in the I/O signatures.
+Intermediate: TypeAlias = Literal["frame_tokens", "feature"]
 
 
 class HeadOutputs(NamedTuple):
@@ -149,6 +151,14 @@ class Window(_Closable, ABC):
         """Compute what the prediction after the next `advance` needs of rows 1 to N - 1.
 
         They are encoded already; `states` is (N, S), normalised.
+        """
+        raise NotImplementedError
+
+    def read(self, tensor: Intermediate) -> Floats:
+        """What the latest prediction passed between its graphs, for a proof: not fast.
+
+        Returns:
+            A copy: `frame_tokens` of the newest observation (K, D), or the `feature` (F,).
         """
         raise NotImplementedError
 

@@ -12,7 +12,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs, Window
+from vqbet_edge.runtime.backends.base import (
+    Backend,
+    Floats,
+    Frames,
+    HeadOutputs,
+    Intermediate,
+    Window,
+)
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
 from vqbet_edge.runtime.manifest import Manifest, StageName
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
@@ -173,6 +180,11 @@ class CpuWindow(Window):
         self._run("rvq_decoder")
         decoded: Floats = self._arrays["decoded"][0]
         return decoded
+
+    def read(self, tensor: Intermediate) -> Floats:
+        """What a graph wrote last."""
+        latest: Floats = self._arrays[tensor][0].copy()
+        return latest
 
     def _run(self, name: str, report_as: str | None = None) -> None:
         start = time.perf_counter()

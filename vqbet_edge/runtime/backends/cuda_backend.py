@@ -22,6 +22,7 @@ from vqbet_edge.runtime.backends.base import (
     Floats,
     Frames,
     HeadOutputs,
+    Intermediate,
     Window,
     foreign_errors,
 )
@@ -171,6 +172,12 @@ class CudaWindow(Window):
         self._row_size = _size(tokens) // self._length
         self._history = self._stream.buffer(_size(tokens), host=False).address
         self._stream.synchronize()  # zeroed, whichever stream uses it next
+        outputs = (
+            *backend.signatures["vision_encoder"].outputs,
+            *backend.signatures["gpt"].outputs,
+        )
+        self._intermediates = {tensor.name: tensor for tensor in outputs}
+        self._read_into: dict[str, Buffer] = {}
         arrays = self._execution.arrays
         self._outputs = HeadOutputs(arrays["logits"][0].copy(), arrays["offsets"][0].copy())
         #: Launches that replay as CUDA graphs.
@@ -261,6 +268,19 @@ class CudaWindow(Window):
             execution.synchronize()
             decoded: Floats = execution.arrays["decoded"][0].copy()
             return decoded
+
+    def read(self, tensor: Intermediate) -> Floats:
+        """What the latest prediction left on the GPU between two stages."""
+        spec = self._intermediates[tensor]
+        with self._using() as execution:
+            if tensor not in self._read_into:
+                self._read_into[tensor] = execution.stream.buffer(_size(spec), host=True)
+            buffer = self._read_into[tensor]
+            execution.stream.copy(buffer.address, execution.buffers[tensor].address, _size(spec))
+            execution.stream.download(buffer)
+            execution.synchronize()
+            latest: Floats = _view(buffer, spec)[0].copy()
+            return latest
 
     def _finished(self, execution: Execution) -> HeadOutputs:
         """Copies, because other windows may run in the same buffers."""

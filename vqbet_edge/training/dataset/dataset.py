@@ -42,6 +42,13 @@ class Split(NamedTuple):
     validation: tuple[int, ...]
 
 
+class Cameras(NamedTuple):
+    """Which cameras a policy can look through together, and why not the others."""
+
+    keys: tuple[str, ...]
+    left_out: dict[str, str]
+
+
 class LeRobotDataset:
     """Demonstrations in LeRobot's format v3.0 or v2.1.
 
@@ -54,6 +61,7 @@ class LeRobotDataset:
     ) -> None:
         self.info = info
         self.image_keys = _cameras(info, cameras)
+        self._asked_for = cameras is not None
         self._table = Table(info)
         self._cache_dir = cache_dir
         self._videos = Videos(info.fps)
@@ -97,6 +105,17 @@ class LeRobotDataset:
     def fps(self) -> float:
         """Frames per second."""
         return self.info.fps
+
+    @cached_property
+    def chosen_cameras(self) -> Cameras:
+        """Those that were asked for, else all RGB ones of the size that most of them have."""
+        if self._asked_for:
+            return Cameras(self.image_keys, {})
+        shapes = [self.features[key].shape for key in self.image_keys]
+        common = max(shapes, key=shapes.count, default=())  # the first one's of equally many
+        keys = tuple(k for k in self.image_keys if self.features[k].shape == common)
+        others = [key for key in self.info.cameras if key not in keys]
+        return Cameras(keys, {key: str(self.features[key]) for key in others})
 
     @property
     def num_episodes(self) -> int:

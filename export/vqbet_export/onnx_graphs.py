@@ -1,4 +1,4 @@
-"""A bundle's graphs in ONNX Runtime, whichever target they are for."""
+"""A bundle's ONNX graphs in ONNX Runtime, whichever target they are for: for verification only."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 from vqbet_calibration.graphs import Session
 from vqbet_calibration.targets import Target
 
-from vqbet_edge.runtime.backends.base import Backend, Floats, Frames, HeadOutputs, Window
+from vqbet_edge.runtime.backends.base import (
+    Backend,
+    Floats,
+    Frames,
+    HeadOutputs,
+    Intermediate,
+    Window,
+)
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
 from vqbet_edge.runtime.manifest import Manifest, StageName
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
@@ -22,25 +29,28 @@ class StageSession:
     Args:
         bundle: where it is.
         stage: which.
-        target: whose graph; None is the portable one, which TensorRT builds from.
+        target: whose graph; None is the one for TensorRT.
     """
 
     def __init__(self, bundle: Bundle, stage: StageName, target: Target | None = None) -> None:
-        cached = target == "cpu" and stage == "gpt"
         manifest, for_cpu = bundle.manifest, target == "cpu"
-        borders = cached_gpt_signature(manifest) if cached else signature(manifest, stage)
-        self._names = [tensor.name for tensor in borders.inputs]
+        cached = for_cpu and stage == "gpt"
+        inputs = (cached_gpt_signature(manifest) if cached else signature(manifest, stage)).inputs
+        self._names = [tensor.name for tensor in inputs]
         # The CPU's GPT can continue behind tokens that it has seen; here it never has.
-        self._rest = _nothing_seen(bundle, borders.inputs[-1].shape) if cached else []
+        self._rest = _nothing_seen(bundle, inputs[-1].shape) if cached else []
         # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
         exact = manifest.stages[stage].precision == "int8" and not for_cpu
         graph = bundle.cpu_graph(stage) if for_cpu else bundle.graph(stage)
         self._session = Session(graph, optimize=not exact)
 
     def run(self, *inputs: Array) -> list[Array]:
-        """The outputs; inputs in the graph's order."""
-        values = [*inputs, *self._rest]
-        return self._session.run(dict(zip(self._names, values, strict=True)))
+        """The outputs for each of M inputs (M, ...), which are in the graph's order."""
+        rows = [self._run([x[i : i + 1] for x in inputs]) for i in range(len(inputs[0]))]
+        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+
+    def _run(self, inputs: list[Array]) -> list[Array]:
+        return self._session.run(dict(zip(self._names, [*inputs, *self._rest], strict=True)))
 
 
 def _nothing_seen(bundle: Bundle, past: tuple[int, ...]) -> list[Array]:
@@ -49,23 +59,23 @@ def _nothing_seen(bundle: Bundle, past: tuple[int, ...]) -> list[Array]:
     return [bundle.arrays[TOKEN_CONSTANTS], bundle.arrays[CAUSAL_MASK], nothing]
 
 
-class PortableBackend(Backend):
-    """The graphs for TensorRT, which no CPU backend takes, end to end: for verification only."""
+class TensorRTGraphs(Backend):
+    """The ONNX graphs for TensorRT end to end, which no CPU backend takes."""
 
-    name = "portable"
+    name = "tensorrt-graphs"
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
         self._manifest = bundle.manifest
         self._sessions = {stage: StageSession(bundle, stage) for stage in bundle.stages_to_load}
 
-    def create_window(self) -> "PortableWindow":
+    def create_window(self) -> "TensorRTGraphsWindow":
         """See `Backend`."""
-        return PortableWindow(self, self._manifest, self._sessions)
+        return TensorRTGraphsWindow(self, self._manifest, self._sessions)
 
 
-class PortableWindow(Window):
-    """A window of the graphs for TensorRT."""
+class TensorRTGraphsWindow(Window):
+    """A window of `TensorRTGraphs`."""
 
     def __init__(
         self, backend: Backend, manifest: Manifest, sessions: Mapping[StageName, StageSession]
@@ -74,6 +84,7 @@ class PortableWindow(Window):
         self._sessions = sessions
         shape = signature(manifest, "gpt").inputs[0].shape
         self._window: Floats = np.zeros(shape, np.float32)  # (1, N, K, D)
+        self._latest: dict[str, Floats] = {}
 
     def advance(self) -> None:
         """See `Window`."""
@@ -81,7 +92,8 @@ class PortableWindow(Window):
 
     def encode(self, frames: Frames, row: int) -> None:
         """See `Window`."""
-        self._window[:, row] = self._sessions["vision_encoder"].run(frames[None])[0]
+        tokens = self._window[:, row] = self._sessions["vision_encoder"].run(frames[None])[0]
+        self._latest["frame_tokens"] = tokens[0]
 
     def fill(self) -> None:
         """See `Window`."""
@@ -91,9 +103,14 @@ class PortableWindow(Window):
         """See `Window`."""
         feature = self._sessions["gpt"].run(self._window, states[None])[0]
         logits, offsets = self._sessions["code_heads"].run(feature)
+        self._latest["feature"] = feature[0]
         return HeadOutputs(logits[0], offsets[0])
 
     def decode(self, codes: NDArray[np.int64]) -> Floats:
         """See `Window`."""
         decoded: Floats = self._sessions["rvq_decoder"].run(codes[None])[0][0]
         return decoded
+
+    def read(self, tensor: Intermediate) -> Floats:
+        """See `Window`."""
+        return self._latest[tensor]

@@ -1,0 +1,142 @@
+"""A checkpoint's graphs, arrays and manifest, put together as a bundle in memory."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import nn
+
+from vqbet_edge.runtime.bundle import (
+    CAUSAL_MASK,
+    DECODE_TABLE,
+    RUNTIME_NAME,
+    SECONDARY_COLUMNS,
+    TOKEN_CONSTANTS,
+    Bundle,
+)
+from vqbet_edge.runtime.manifest import (
+    FORMAT_VERSION,
+    STAGES,
+    CropSpec,
+    FeatureSpec,
+    Manifest,
+    PolicySpec,
+    Precision,
+    SourceSpec,
+    StageName,
+    StageSpec,
+)
+from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
+from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
+from vqbet_export.graph import export_graph
+from vqbet_export.stages import (
+    CACHED_GPT_FREE_AXES,
+    CachedGptStage,
+    CodeHeadsStage,
+    GptStage,
+    RvqDecoderStage,
+    VisionEncoderStage,
+    causal_mask,
+    decode_table,
+    runtime_crop,
+    secondary_columns,
+    token_constants,
+)
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+# Larger codebooks are decoded by their graph.
+MAX_TABLE_BYTES = 64 << 20
+MODULES: dict[StageName, type[nn.Module]] = {
+    "vision_encoder": VisionEncoderStage,
+    "gpt": GptStage,
+    "code_heads": CodeHeadsStage,
+    "rvq_decoder": RvqDecoderStage,
+}
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    path: Path,
+    precision: Precision,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """Export every graph in one floating-point precision.
+
+    Args:
+        checkpoint: the policy.
+        path: where the bundle will be; nothing is written.
+        precision: "fp32" or "fp16".
+        progress: is told what happens next.
+    """
+    manifest, dtype = _manifest(checkpoint, precision), DTYPES[precision]
+    contents = {RUNTIME_NAME: save(runtime_arrays(checkpoint))}
+    for name, module in MODULES.items():
+        progress(f"exporting {name} in {precision}")
+        stage = module(checkpoint, dtype)
+        contents[manifest.stages[name].file] = export_graph(stage, signature(manifest, name))
+    progress(f"exporting gpt for the CPU in {precision}")
+    contents[manifest.cpu_stages["gpt"].file] = export_graph(
+        CachedGptStage(checkpoint, dtype), cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES
+    )
+    return Bundle.of(path, manifest, contents)
+
+
+def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+    """What the runtime needs beside the graphs: docs/bundle.md says what each array is."""
+    config = checkpoint.config
+    scalings = {"state": checkpoint.inputs[STATE_KEY], "action": checkpoint.action}
+    arrays = {
+        f"{key}.{term}": getattr(scaling, term)
+        for key, scaling in scalings.items()
+        for term in ("subtract", "multiply", "add")
+    }
+    arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
+    arrays[CAUSAL_MASK] = causal_mask(config.n_obs_steps * config.tokens_per_step).numpy()
+    values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
+    if values * 4 <= MAX_TABLE_BYTES:
+        arrays[DECODE_TABLE] = decode_table(checkpoint).numpy()
+    if config.sequentially_select:
+        arrays[SECONDARY_COLUMNS] = secondary_columns(checkpoint).numpy()
+    return arrays
+
+
+def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
+    policy = checkpoint.config
+    inputs = {checkpoint.renamed.get(k, k): _feature(f) for k, f in policy.input_features.items()}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        policy=PolicySpec(
+            n_obs_steps=policy.n_obs_steps,
+            action_chunk_size=policy.action_chunk_size,
+            vqvae_n_embed=policy.vqvae_n_embed,
+            gpt_hidden_dim=policy.gpt_hidden_dim,
+            gpt_output_dim=policy.gpt_output_dim,
+            gpt_n_layer=policy.gpt_n_layer,
+            gpt_n_head=policy.gpt_n_head,
+            bet_softmax_temperature=policy.bet_softmax_temperature,
+            sequentially_select=policy.sequentially_select,
+        ),
+        input_features=inputs,
+        output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
+        crop=CropSpec(**runtime_crop(policy)._asdict()),
+        stages={name: StageSpec(f"{name}.onnx", precision) for name in STAGES},
+        cpu_stages={"gpt": StageSpec("gpt_cached.onnx", precision)},
+        files={},
+        verification=None,
+        calibration=None,
+        source=SourceSpec(checkpoint.name, checkpoint.sha256, checkpoint.layout.value),
+        tools={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("vqbet-edge", "torch", "onnx", "onnxruntime")},
+        },
+    )
+
+
+def _feature(feature: Feature) -> FeatureSpec:
+    return FeatureSpec(type=feature.type.value, shape=feature.shape)

@@ -1,0 +1,189 @@
+"""Reference cases: short episodes in a bundle, with all that the reference computes for them.
+
+The file is at most about a megabyte whatever the camera: of large images every stored pixel stands
+for a square of `magnification` pixels, and nothing outside the crop is stored, because it must not
+matter: it is black.
+
+Letters in shapes: T steps of all cases, M of one, K cameras, h and w height and width of a stored
+frame, S state width, D `gpt_hidden_dim`, F `gpt_output_dim`, C codes per layer, W actions per
+chunk, A action width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from vqbet_edge.errors import BundleError
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import CropSpec, Manifest
+from vqbet_edge.runtime.observation import Observation
+
+CASES_NAME = "reference.safetensors"
+MAX_STEPS = 1024
+
+Floats = NDArray[np.float32]
+Frames = NDArray[np.uint8]
+
+
+class PolicyOutputs(NamedTuple):
+    """What the reference computes for consecutive observations, from an empty history."""
+
+    frame_tokens: Floats  # (M, K, D), behind the token embedding
+    feature: Floats  # (M, F)
+    logits: Floats  # (M, 2, C), the secondary ones given the primary code
+    codes: NDArray[np.int64]  # (M, 2), the most probable ones
+    decoded_chunk: Floats  # (M, W, A), normalised: the codes' chunk without their offsets
+    offset_chunk: Floats  # (M, W, A), normalised: the codes' offsets, summed over both layers
+
+
+class Case(NamedTuple):
+    """One short episode, from an empty history."""
+
+    frames: Frames  # (M, K, h, w, 3), as stored
+    states: Floats  # (M, S), in the robot's units
+    outputs: PolicyOutputs
+    actions: Floats  # (M, W, A), in the robot's units
+    # (M,): whether no other code is nearly as probable, so that rounding cannot exchange them.
+    clear: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ReferenceCases:
+    """All cases of a bundle.
+
+    Attributes:
+        crop: where the reference looks in the camera's image.
+        magnification: a stored pixel stands for so many rows and columns of the crop.
+        cases: the episodes.
+    """
+
+    crop: CropSpec
+    magnification: int
+    cases: tuple[Case, ...]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "ReferenceCases":
+        """Read those of a bundle.
+
+        Raises:
+            BundleError: it has none, or they do not fit its policy.
+        """
+        data = bundle.contents.get(CASES_NAME)
+        if data is None:
+            raise BundleError(
+                f"the bundle has no reference cases ({CASES_NAME}), so it cannot prove itself; "
+                "export its checkpoint again: vqbet-export model.safetensors --force"
+            )
+        try:
+            arrays = load(data)
+        except Exception as error:  # its own class, and what NumPy makes of an impossible shape
+            raise BundleError(f"{CASES_NAME} is damaged: {error}; export again") from error
+        return cls._decode(arrays, bundle.manifest)
+
+    @classmethod
+    def _decode(
+        cls, arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest
+    ) -> "ReferenceCases":
+        _check_arrays(arrays, manifest)
+        *crop, magnification = arrays["geometry"].tolist()
+        starts = np.cumsum(arrays["lengths"])[:-1].tolist()
+        parts = {name: np.split(arrays[name], starts) for name in _shapes(manifest)}
+        cases = [
+            Case(
+                frames=frames,
+                states=parts["states"][i],
+                outputs=PolicyOutputs(*(parts[name][i] for name in PolicyOutputs._fields)),
+                actions=parts["actions"][i],
+                clear=parts["clear"][i] != 0,
+            )
+            for i, frames in enumerate(np.split(arrays["frames"], starts))
+        ]
+        return cls(CropSpec(*crop), magnification, tuple(cases))
+
+    def encode(self) -> bytes:
+        """The file."""
+        columns: dict[str, Sequence[NDArray[np.generic]]] = {
+            "frames": [case.frames for case in self.cases],
+            "states": [case.states for case in self.cases],
+            "actions": [case.actions for case in self.cases],
+            "clear": [case.clear.astype(np.uint8) for case in self.cases],
+            **{n: [getattr(c.outputs, n) for c in self.cases] for n in PolicyOutputs._fields},
+        }
+        crop = self.crop
+        geometry = [crop.top, crop.left, crop.height, crop.width, self.magnification]
+        arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+        arrays["geometry"] = np.array(geometry, np.int64)
+        arrays["lengths"] = np.array([len(case.states) for case in self.cases], np.int64)
+        data: bytes = save(arrays)
+        return data
+
+    def observations(self, case: Case, manifest: Manifest) -> Iterator[Observation]:
+        """What the robot would have passed, step by step: whole images."""
+        for frames, state in zip(case.frames, case.states, strict=True):
+            images = self.images(frames, manifest.image_shape)
+            yield {**dict(zip(manifest.image_keys, images, strict=True)), manifest.state_key: state}
+
+    def images(self, frames: Frames, shape: tuple[int, int, int]) -> Frames:
+        """Stored frames (..., h, w, 3) -> images (..., H, W, 3)."""
+        images = np.zeros((*frames.shape[:-3], *shape), np.uint8)
+        large = frames.repeat(self.magnification, axis=-3).repeat(self.magnification, axis=-2)
+        part = self.crop.cut(images)
+        part[...] = large[..., : self.crop.height, : self.crop.width, :]
+        return images
+
+
+def _shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of one step of every array but the frames."""
+    policy, cameras = manifest.policy, len(manifest.image_keys)
+    chunk = policy.action_chunk_size, manifest.action_dim
+    return {
+        "states": ("float32", (manifest.state_dim,)),
+        "frame_tokens": ("float32", (cameras, policy.gpt_hidden_dim)),
+        "feature": ("float32", (policy.gpt_output_dim,)),
+        "logits": ("float32", (2, policy.vqvae_n_embed)),
+        "codes": ("int64", (2,)),
+        "decoded_chunk": ("float32", chunk),
+        "offset_chunk": ("float32", chunk),
+        "actions": ("float32", chunk),
+        "clear": ("uint8", ()),
+    }
+
+
+def _check_arrays(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest) -> None:
+    """Raise BundleError unless they are what the policy's sizes ask for."""
+    steps = dict(_shapes(manifest))
+    geometry, lengths = arrays.get("geometry"), arrays.get("lengths")
+    if not (_fits(geometry, "int64", (5,)) and _fits(lengths, "int64", (None,))):
+        raise _misfit("geometry or lengths")
+    assert geometry is not None and lengths is not None  # noqa: S101, PT018 - for the type checker
+    top, left, height, width, magnification = (int(value) for value in geometry.tolist())
+    rows, columns, _ = manifest.image_shape
+    inside = 0 <= top <= rows - height and 0 <= left <= columns - width
+    if not (inside and min(height, width, magnification) > 0):
+        raise _misfit("geometry")
+    values: list[int] = lengths.tolist()  # Python's integers do not overflow
+    total = sum(values)
+    if not (values and min(values) > 0 and total <= MAX_STEPS):
+        raise _misfit("lengths")
+    stored = -(-height // magnification), -(-width // magnification)
+    steps["frames"] = ("uint8", (len(manifest.image_keys), *stored, 3))
+    for name, (dtype, shape) in steps.items():
+        if not _fits(arrays.get(name), dtype, (total, *shape)):
+            raise _misfit(name)
+    codes = arrays["codes"]
+    if codes.min() < 0 or codes.max() >= manifest.policy.vqvae_n_embed:
+        raise _misfit("codes")
+
+
+def _fits(array: NDArray[np.generic] | None, dtype: str, shape: tuple[int | None, ...]) -> bool:
+    if array is None or array.dtype != dtype or array.ndim != len(shape):
+        return False
+    return all(want is None or have == want for have, want in zip(array.shape, shape, strict=True))
+
+
+def _misfit(what: str) -> BundleError:
+    return BundleError(f"{CASES_NAME}: {what} do not fit the bundle's policy; export again")
