@@ -144,9 +144,12 @@ def test_after_a_long_stop_it_waits_for_somebody(watched: bool) -> None:
     assert robot.dog.reason == STALE.reason
     assert not robot.dog.asks_policy()
     robot.took()
+    # By now somebody may have moved it: nothing is sent, nor held when the policy goes on.
     robot.dog.watch(60.0)
-    assert robot.took() == [[[1, 2]]]
     assert robot.dog.enable(True)
+    robot.dog.refuse(STALE, 60.5)
+    robot.dog.watch(60.5)
+    assert robot.took() == []
     ticket = robot.dog.admit(61.0)
     assert ticket is not None
     assert ticket.reset
@@ -173,6 +176,51 @@ def test_the_first_observation_may_take_its_time() -> None:
     assert robot.dog.reason == "no message came"
     assert robot.took() == [[[0, 0]], [[0, 0]]]
     assert robot.step(1000.0)
+
+
+CONFLICT = Refusal("conflict", "another node sends commands")
+
+
+@pytest.mark.parametrize(("when_stopped", "sent"), [("hold", [[[1, 2]]]), ("zero", [[[0, 0]]])])
+def test_nobody_is_fought_over_the_robot(when_stopped: str, sent: Any) -> None:
+    robot = running(when_stopped=when_stopped)
+    robot.dog.refuse(CONFLICT, 10.03)
+    assert robot.dog.mode is Mode.WAITING
+    assert robot.took() == sent
+    robot.dog.watch(10.06)
+    robot.dog.close("deactivated")
+    robot.dog.open()
+    robot.dog.watch(10.1)
+    robot.dog.refuse(CONFLICT, 10.13)
+    robot.dog.watch(10.16)
+    robot.dog.close("deactivated")
+    assert robot.took() == []
+
+
+def test_what_was_last_is_forgotten_with_the_activation() -> None:
+    robot = running()
+    robot.dog.close("deactivated")
+    robot.took()
+    robot.dog.open()
+    robot.dog.refuse(STALE, 60.0)
+    robot.dog.watch(60.0)
+    robot.dog.close("deactivated")
+    assert robot.took() == []
+
+
+def test_a_stop_that_cannot_be_sent_is_a_stop() -> None:
+    robot = running()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+
+    def broken() -> None:
+        raise RuntimeError("the network is gone")
+
+    robot.dog._output.stand = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        robot.dog.close("signal 15")
+    assert robot.dog.mode is Mode.CLOSED
+    assert not robot.command(ticket, 10.04)
 
 
 def test_hold_has_nothing_to_hold_before_the_first_command() -> None:

@@ -25,9 +25,12 @@ def main(arguments: list[str] | None = None) -> None:
     signals, ending = _Signals(), threading.Event()
     rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
     node = PolicyNode()
-    spinning = threading.Thread(target=_spin, args=(node, ending), name="vqbet-ros", daemon=True)
+    spinning = threading.Thread(
+        target=_spin, args=(node, ending, signals), name="vqbet-ros", daemon=True
+    )
     spinning.start()
-    node.stop(f"signal {signals.wait()}")
+    number = signals.wait()
+    node.stop(f"signal {number}")
     ending.set()
     spinning.join(_PATIENCE_S)
     if spinning.is_alive():
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(1)
     rclpy.shutdown()
+    if number == 0:
+        sys.exit(1)
 
 
 class _Signals:
@@ -52,12 +57,16 @@ class _Signals:
             signal.signal(number, lambda *_: None)
 
     def wait(self) -> int:
-        """The number of the first signal."""
+        """The number of the first signal, 0 if spinning ended by itself."""
         select.select([self._read], [], [])
         return os.read(self._read, 1)[0]
 
+    def end(self) -> None:
+        """Spinning ended."""
+        os.write(self._write, b"\0")
 
-def _spin(node: PolicyNode, ending: threading.Event) -> None:
+
+def _spin(node: PolicyNode, ending: threading.Event, signals: _Signals) -> None:
     try:
         if node.get_parameter("autostart").value:
             _autostart(node)
@@ -67,6 +76,7 @@ def _spin(node: PolicyNode, ending: threading.Event) -> None:
             _spin_once(executor)
     finally:
         node.destroy_node()
+        signals.end()
 
 
 def _spin_once(executor: SingleThreadedExecutor) -> None:

@@ -62,8 +62,11 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
         """Commands stop for good before this returns; any thread may call it."""
         self._ended.set()
         run = self._run
-        if run is not None:
-            run.watchdog.close(reason)
+        try:
+            if run is not None:
+                run.watchdog.close(reason)
+        except Exception as error:  # noqa: BLE001 - it is closed all the same
+            self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
 
     def on_configure(self, _: Any) -> TransitionCallbackReturn:
         """Load, check, prove, subscribe."""
@@ -324,7 +327,10 @@ class _Run:
     def _look_for_conflicts(self) -> None:
         topics = [each.name for each in self._inputs_by_key.values()]
         command = self._parameters.command.topic
-        counts = {name: self._node.count_publishers(name) for name in (*topics, command)}
+        counts = {
+            name: self._node.count_publishers(self._node.resolve_topic_name(name))
+            for name in (*topics, command)
+        }
         self._inputs.conflict = conflicts(counts, command)
 
     def _fail(self, error: Exception) -> None:

@@ -32,6 +32,10 @@ class Output:
         self._planned: NDArray[np.float32] | None = None
         self._moving = False
 
+    def clear(self) -> None:
+        """Forget the last command: by the next one, others may have moved the robot elsewhere."""
+        self._last, self._planned, self._moving = None, None, False
+
     def command(self, action: NDArray[np.float32], upcoming: NDArray[np.float32]) -> None:
         """Send an action (A,), or of a trajectory all that is planned (n, A), beginning with it."""
         self._last = self._joints.to_ros(action)

@@ -21,7 +21,7 @@ class Mode(enum.Enum):
 
     CLOSED: nobody, the node is not active. STARTING: the policy, once there is an observation.
     RUNNING: the policy. STOPPED: the policy again, once there is an observation. WAITING: nobody
-    until somebody calls `~/enable`. TELEOP: an operator.
+    until somebody calls `~/enable`, and nothing is sent. TELEOP: an operator.
     """
 
     CLOSED = "closed"
@@ -74,7 +74,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._mode, self._reason = Mode.CLOSED, ""
         self._generation = 0
-        self._reset = False
+        self._reset = self._quiet = False
         # Monotonic times: the latest command, the latest sign that the policy is at work, and the
         # operator's latest command.
         self._commanded = self._alive = self._teleoperated = 0.0
@@ -93,14 +93,16 @@ class Watchdog:
     def open(self) -> None:
         """The node is active: the policy may begin an episode."""
         with self._lock:
+            self._output.clear()
             self._enter(Mode.STARTING, "")
 
     def close(self, reason: str) -> None:
         """Nothing moves the robot from here on; what keeps it where it is is sent a last time."""
         with self._lock:
-            if self._mode is not Mode.CLOSED:
+            if self._mode is Mode.WAITING or self._quiet:
                 self._enter(Mode.CLOSED, reason)
-                self._output.stand()
+            elif self._mode is not Mode.CLOSED:
+                self._halt(Mode.CLOSED, reason)
 
     def enable(self, enabled: bool) -> bool:
         """Let the policy move the robot, in a new episode, or not; says whether it is so now."""
@@ -150,15 +152,19 @@ class Watchdog:
         """There is no observation."""
         with self._lock:
             match self._mode:
+                case Mode.RUNNING if refusal.cause == "conflict":
+                    self._halt(Mode.WAITING, refusal.reason)
                 case Mode.RUNNING if refusal.stops or now - self._alive > self._timeout:
                     self._halt(Mode.STOPPED, refusal.reason)
                 case Mode.STARTING | Mode.STOPPED:
                     self._reason = refusal.reason
+                    # Somebody else may be commanding the robot.
+                    self._quiet = refusal.cause == "conflict"
 
     def admit(self, now: float) -> Ticket | None:
         """There is an observation: whether the policy may act on it."""
         with self._lock:
-            self._give_up(now)
+            self._gives_up(now)
             if self._mode in {Mode.STARTING, Mode.STOPPED}:
                 if self._mode is Mode.STARTING:
                     self._commanded = now
@@ -193,9 +199,9 @@ class Watchdog:
                 case Mode.RUNNING if now - self._alive > self._timeout:
                     late = f"no command for {now - self._alive:.3f} s: the policy is late"
                     self._halt(Mode.STOPPED, late)
-                case Mode.STARTING | Mode.STOPPED | Mode.WAITING:
-                    self._give_up(now)
-                    self._output.stand()
+                case Mode.STARTING | Mode.STOPPED:
+                    if not self._gives_up(now) and not self._quiet:
+                        self._output.stand()
                 case Mode.TELEOP if now - self._teleoperated > self._teleop_timeout:
                     self._halt(self._after_teleop, "the operator has given back")
 
@@ -206,11 +212,19 @@ class Watchdog:
         self._mode, self._reason = mode, reason
         self._generation += 1
         self._reset = True
+        self._quiet = mode is Mode.STARTING  # until it is known what hinders
+        if mode is Mode.WAITING:
+            self._output.clear()
 
     def _halt(self, mode: Mode, reason: str) -> None:
-        self._enter(mode, reason)
-        self._output.stand()
+        try:
+            self._output.stand()
+        finally:
+            self._enter(mode, reason)
 
-    def _give_up(self, now: float) -> None:
-        if self._mode is Mode.STOPPED and now - self._commanded > self._resume_within:
+    def _gives_up(self, now: float) -> bool:
+        """Whether the stop has just become too long to go on by itself."""
+        long = self._mode is Mode.STOPPED and now - self._commanded > self._resume_within
+        if long:
             self._enter(Mode.WAITING, self._reason)
+        return long

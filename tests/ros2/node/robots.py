@@ -206,13 +206,14 @@ def write_parameters(folder: Path, changed: dict[str, Any]) -> Path:
 class Process:
     """The node, in a process of its own."""
 
-    def __init__(self, parameters: Path, before: str = "") -> None:
-        """`before` is run first in there."""
+    def __init__(self, parameters: Path, before: str = "", remap: list[str] | None = None) -> None:
+        """`before` is run first in there; `remap` is of topics, from:=to."""
+        rules = [text for rule in remap or [] for text in ("-r", rule)]
         code = f"{before}\nfrom vqbet_edge_ros.main import main\nmain()"
         self.output = parameters.with_suffix(".log")
         with self.output.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", code, "--ros-args", "--params-file", parameters],
+                [sys.executable, "-u", "-c", code, "--ros-args", "--params-file", parameters, *rules],
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -258,10 +259,12 @@ class Robot:
 
     def __init__(self, folder: Path, changed: dict[str, Any], before: str = "") -> None:
         changed = dict(changed)
-        before = changed.pop("before", before)
+        before, remap = changed.pop("before", before), changed.pop("remap", [])
         given = PARAMETERS | changed
-        self.simulator = Simulator(given.get("command.type", "array"), given["cameras.topics"][0])
-        self.process = Process(write_parameters(folder, changed), before)
+        [topic] = given["cameras.topics"]
+        camera = dict(rule.split(":=") for rule in remap).get(topic, topic)
+        self.simulator = Simulator(given.get("command.type", "array"), camera)
+        self.process = Process(write_parameters(folder, changed), before, remap)
 
     def ready(self) -> None:
         """Wait until they have found each other, and the node is active."""

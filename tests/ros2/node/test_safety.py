@@ -152,7 +152,21 @@ def test_two_publishers(robot: Robot, topic: str) -> None:
     wait(lambda: f"'{topic}' has 2 publishers" in simulator.said()[0])
     stands(simulator)
     simulator.node.destroy_publisher(other)
+    stands(simulator)
+    assert simulator.enable(True).success
     simulator.act(observation)
+
+
+REMAPPED = {"remap": ["/camera:=/cam0"], "cameras.topics": ["/camera"]}
+
+
+@pytest.mark.parametrize("robot", [REMAPPED], indirect=True)
+def test_two_publishers_of_a_remapped_topic(robot: Robot) -> None:
+    simulator, [observation] = robot.simulator, observations(1)
+    simulator.act(observation)
+    simulator.node.create_publisher(Image, "/cam0", 1)
+    wait(lambda: "'/camera' has 2 publishers" in simulator.said()[0])
+    stands(simulator)
 
 
 TELEOP = {"teleop.topic": "/teleop", "teleop.timeout": 0.3}
