@@ -58,13 +58,13 @@ def test_positions_end_with_the_last_one(robot: Robot) -> None:
 
 LOADING = """
 import time
-import vqbet_edge_ros.node as node
-load = node.load_policy
+import vqbet_edge_ros.session as session
+load = session.load_policy
 def slow(parameters):
     print("loading", flush=True)
     time.sleep(1.0)
     return load(parameters)
-node.load_policy = slow
+session.load_policy = slow
 """
 
 
