@@ -24,7 +24,7 @@ bench: $(VENV)/.judge
 
 # The abuse cases, the soak and the guards in full: hours instead of minutes.
 torture: $(VENV)/.judge
-	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/runtime tests/serve $(PYTEST_ARGS)
+	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/runtime tests/serve tests/ros2 $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .

@@ -25,8 +25,8 @@ from vqbet_edge.runtime.backends.base import (
     foreign_errors,
 )
 from vqbet_edge.runtime.backends.cuda import Cuda, switch
-from vqbet_edge.runtime.backends.cuda_execution import Execution, size_of
-from vqbet_edge.runtime.backends.cuda_stream import Launch, Stream
+from vqbet_edge.runtime.backends.cuda_execution import Execution, size_of, view_of
+from vqbet_edge.runtime.backends.cuda_stream import Buffer, Launch, Stream
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.runtime.signatures import signature
@@ -210,12 +210,12 @@ class CudaWindow(Window):
         spec = self._intermediates[tensor]
         with self._using() as execution:
             if tensor not in self._read_into:
-                self._read_into[tensor] = execution.stream.buffer(_size(spec), host=True)
+                self._read_into[tensor] = execution.stream.buffer(size_of(spec), host=True)
             buffer = self._read_into[tensor]
-            execution.stream.copy(buffer.address, execution.buffers[tensor].address, _size(spec))
+            execution.stream.copy(buffer.address, execution.buffers[tensor].address, size_of(spec))
             execution.stream.download(buffer)
             execution.synchronize()
-            latest: Floats = _view(buffer, spec)[0].copy()
+            latest: Floats = view_of(buffer, spec)[0].copy()
             return latest
 
     def _finished(self, execution: Execution) -> HeadOutputs:

@@ -44,7 +44,7 @@ class Execution:
             name: stream.buffer(size_of(tensor), host=name in crossing)
             for name, tensor in tensors.items()
         }
-        self.arrays = {name: _view(self.buffers[name], tensors[name]) for name in crossing}
+        self.arrays = {name: view_of(self.buffers[name], tensors[name]) for name in crossing}
         #: Stage -> what puts one run of it on the stream.
         self.stages: dict[StageName, Launch] = {}
         stream.on_close(self.stages.clear)
@@ -98,6 +98,6 @@ def size_of(tensor: TensorSpec) -> int:
     return int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
 
 
-def _view(buffer: Buffer, tensor: TensorSpec) -> NDArray[Any]:
+def view_of(buffer: Buffer, tensor: TensorSpec) -> NDArray[Any]:
     assert buffer.host is not None  # noqa: S101 - crossing tensors have a host side
     return buffer.host.view(tensor.dtype).reshape(tensor.shape)
