@@ -99,5 +99,6 @@ def size_of(tensor: TensorSpec) -> int:
 
 
 def view_of(buffer: Buffer, tensor: TensorSpec) -> NDArray[Any]:
+    """A tensor's array over its page-locked buffer."""
     assert buffer.host is not None  # noqa: S101 - crossing tensors have a host side
     return buffer.host.view(tensor.dtype).reshape(tensor.shape)
