@@ -17,8 +17,8 @@ CASES = [
 
 def force_codes(policy: EdgePolicy, judge: oracle.JudgedPolicy) -> None:
     """Make the runtime decide as the judge is told to."""
-    choose = policy._sampler.choose
-    policy._sampler.choose = lambda outputs, _=None: choose(  # type: ignore[method-assign]
+    choose = policy._planner.sampler.choose
+    policy._planner.sampler.choose = lambda outputs, _=None: choose(  # type: ignore[method-assign]
         outputs, np.array(judge.injected.codes)
     )
 
