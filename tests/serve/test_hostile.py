@@ -200,7 +200,7 @@ def part(**changes: Any) -> dict[bytes, Any]:
         msgspec.msgpack.Ext(5, b"\0" * 8),
         pickle.dumps(np.zeros(2, np.float32)),
     ],
-    ids=lambda value: str(value)[:60],
+    ids=lambda value: type(value).__name__ + str(value)[:40].partition(" at ")[0],
 )
 def test_arrays_that_are_none(policy: EdgePolicy, state: Any) -> None:
     image = msgspec.msgpack.decode(pack({"i": observations(0, 1)[0][miniature.IMAGE]}))["i"]
