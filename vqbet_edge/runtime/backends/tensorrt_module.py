@@ -56,6 +56,8 @@ def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
     for name in FLAVOURS if flavour is None else (flavour,):
         try:
             module = importlib.import_module(name)
+        except MemoryError:
+            raise  # says nothing of TensorRT
         except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
             reasons.append(f"{name}: {error} ({_INSTALL[name]})")
             continue
