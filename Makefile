@@ -1,10 +1,14 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# Two commands do all the set-up: `make demo` and `make test`. Another Python, on the path or pyenv's,
+# gets an environment of its own: `make test PYTHON=python3.12` works in .venv-3.12.
 PYTHON ?= python3
-VENV ?= .venv
+FOUND := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null \
+	|| ls -d $(HOME)/.pyenv/versions/$(PYTHON:python%=%).*/bin/python 2>/dev/null | tail -1)
+VERSION := $(if $(FOUND),$(shell $(FOUND) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(VERSION))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench torture check clean
+.PHONY: demo test bench torture check clean python
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" examples/detour/demo.sh
@@ -20,7 +24,7 @@ bench: $(VENV)/.judge
 
 # The abuse cases, the soak and the guards in full: hours instead of minutes.
 torture: $(VENV)/.judge
-	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/runtime $(PYTEST_ARGS)
+	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/runtime tests/serve tests/ros2 $(PYTEST_ARGS)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .
@@ -28,18 +32,24 @@ check: $(VENV)/.judge
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Which Python the environment is made with; fails if there is none.
+python:
+	@test -n "$(FOUND)" && echo $(FOUND)
+
 clean:
-	rm -rf $(VENV) outputs build dist
+	rm -rf .venv .venv-* outputs build dist
 
 $(VENV)/.package: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(FOUND)" || { echo "there is no $(PYTHON) here" >&2; exit 1; }
+	$(FOUND) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) --editable '.[export,train,sim]'
 	touch $@
 
-# LeRobot judges our results. Its own pins ask for an older torch, so it comes without them.
+# LeRobot judges our results: from Python 3.12 on the newest one. The newest for older Pythons pins a
+# torch that is too old, so it comes without its pins.
 $(VENV)/.judge: $(VENV)/.package tests/requirements-judge.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --requirement tests/requirements-judge.txt
-	$(BIN)/python -m pip install --quiet --no-deps lerobot==0.4.4
+	$(if $(filter 3.10 3.11,$(VERSION)),$(BIN)/python -m pip install --quiet --no-deps lerobot==0.4.4)
 	touch $@

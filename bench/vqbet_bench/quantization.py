@@ -30,7 +30,6 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import load_checkpoint
-from vqbet_edge.training.dataset.samples import Piece
 from vqbet_edge.training.evaluation.actors import BundleActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
@@ -84,13 +83,12 @@ def measure(config: Config) -> list[Row]:
     manifest = bundles[0].manifest
     scaling = Affine.from_arrays(bundles[0].arrays, "state", manifest.state_dim)
     samples = load_samples(config.data, manifest, scaling, config.steps)
-    pieces = [Piece(piece.frames, piece.states) for piece in samples.verification]
     rows: list[Row] = []
     reference: list[Episode] = []
     for bundle in bundles:
         for target in (None,) if bundle.manifest.calibration is None else TARGETS:
             verifier = Verifier(bundle, checkpoint, [target])
-            verification = verifier.verify(pieces, "real")[0]
+            verification = verifier.verify(samples.verification, "real")[0]
             episodes = _drive(config, bundle, target)
             reference = reference or episodes
             rows.append(_row(bundle, verification, episodes, reference))

@@ -1,22 +1,24 @@
-"""The policy as a chain of graphs over held-out observations: what a changed graph does to it."""
+"""The policy as a chain of graphs over observations: what a changed graph does to it.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+Letters: T observations, N window, K cameras, D `gpt_hidden_dim`, S state width, F `gpt_output_dim`,
+C codes per layer, W actions per chunk, A action width.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_calibration.graphs import Session
-from vqbet_calibration.ranges import Feed
-from vqbet_calibration.samples import Piece, batches
+from vqbet_calibration.graphs import Array, Feed, Session, parts
 from vqbet_edge.runtime.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.comparison import cosines
 from vqbet_edge.runtime.manifest import StageName
-from vqbet_edge.runtime.normalization import Affine
-
-Array = NDArray[Any]
-
-_CHAIN: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads")
+from vqbet_edge.runtime.normalization import Affine, Floats
+from vqbet_edge.runtime.sampling import softmax
+from vqbet_edge.runtime.window import sliding_windows
+from vqbet_edge.training.dataset.samples import Piece
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Outcome:
         total_variation: mean distance between the code distributions, 0 to 1.
         code_agreement: share of observations in which both most probable codes agree.
         cosine: the smallest between a changed stage's outputs and the floating-point ones, per
-            stage that was changed.
+            stage that was changed as a whole.
     """
 
     action_error: float
@@ -43,13 +45,38 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Outputs of a chain for T observations, B robots each."""
+class _Outputs:
+    features: Floats  # (T, F)
+    logits: Floats  # (T, 2, C)
+    offsets: Floats  # (T, 2, C, W, A)
 
-    tokens: list[Array]  # per piece (M, B, K, D)
-    features: Array  # (T, B, F)
-    logits: Array  # (T, B, 2, C)
-    offsets: Array  # (T, B, 2, C, W, A)
+
+Inputs = Sequence[Sequence[Array]]
+
+
+def encoder_feeds(bundle: Bundle, pieces: Iterable[Piece]) -> Iterator[Feed]:
+    """Inputs of the encoder, one observation at a time."""
+    for piece in pieces:
+        yield from ({"frames": frames} for (frames,) in _encoder_inputs(bundle, piece))
+
+
+def gpt_feeds(bundle: Bundle, pieces: Iterable[Piece]) -> Iterator[Feed]:
+    """Inputs of the transformer, one observation at a time; a piece in memory."""
+    encoder, length = Session(bundle.graph("vision_encoder")), bundle.manifest.policy.n_obs_steps
+    for piece in pieces:
+        tokens = encoder.run_first(_encoder_inputs(bundle, piece))
+        windows = (sliding_windows(x, length) for x in (tokens, _scaled_states(bundle, piece)))
+        for image_tokens, states in zip(*windows, strict=True):
+            yield {"image_tokens": image_tokens[None], "states": states[None]}
+
+
+def _encoder_inputs(bundle: Bundle, piece: Piece) -> list[list[Array]]:
+    return [[frames[None]] for frames in bundle.manifest.crop.cut(piece.frames)]
+
+
+def _scaled_states(bundle: Bundle, piece: Piece) -> Floats:
+    scaling = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
+    return scaling.apply(piece.states, np.empty_like(piece.states))
 
 
 class Chain:
@@ -57,126 +84,138 @@ class Chain:
 
     Args:
         bundle: the policy in float32.
-        pieces: of one length; they are grouped for a batch of robots.
+        pieces: what it observes; cropped frames are kept.
+        stride: the transformer sees every observation of so many.
     """
 
-    def __init__(self, bundle: Bundle, pieces: Sequence[Piece]) -> None:
-        self._manifest = bundle.manifest
+    def __init__(self, bundle: Bundle, pieces: Iterable[Piece], stride: int = 1) -> None:
+        self._bundle, self._stride = bundle, stride
         self._columns = bundle.arrays.get(SECONDARY_COLUMNS)
-        scaling = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
-        crop, groups = bundle.manifest.crop, batches(pieces, 1)
-        self._frames = [np.stack([crop.cut(p.frames) for p in g], 1) for g in groups]
-        states = [np.stack([_scaled(scaling, p.states) for p in g], 1) for g in groups]
-        self._states = [window for s in states for window in self._windows(s)]  # (B, N, S) each
-        self._sessions = {name: Session(bundle.graph(name)) for name in _CHAIN}
-        self._reference = self._run({})
+        self._frames: list[list[Array]] = []
+        self._lengths: list[int] = []
+        states: list[Floats] = []
+        for piece in pieces:
+            self._frames += _encoder_inputs(bundle, piece)
+            self._lengths.append(len(piece.states))
+            states.append(_scaled_states(bundle, piece))
+        self._states = self._windows(np.concatenate(states))
+        self._heads = Session(bundle.graph("code_heads"))
+        self._gpt = Session(bundle.graph("gpt"))
+        self._outputs: WeakKeyDictionary[Session, Floats] = WeakKeyDictionary()
+        tokens = Session(bundle.graph("vision_encoder")).run_first(self._frames)
+        self._tokens = tokens
+        self._reference = self._behind_gpt(self._gpt.run_first(self._gpt_inputs(tokens)))
 
-    def feeds(self, stage: StageName) -> list[Feed]:
-        """Inputs of a stage, one entry per run."""
-        match stage:
-            case "vision_encoder":
-                return [{"frames": frames} for piece in self._frames for frames in piece]
-            case "gpt":
-                return self._gpt_feeds(self._reference.tokens)
-            case _:
-                return [{"feature": feature} for feature in self._reference.features]
+    def inputs(self, stage: StageName) -> Inputs:
+        """Floating-point inputs of the encoder or the transformer, per observation."""
+        return self._frames if stage == "vision_encoder" else self._gpt_inputs(self._tokens)
 
-    def outcome(self, changed: Mapping[StageName, bytes]) -> Outcome:
+    def outcome(self, changed: Mapping[StageName, Session]) -> Outcome:
         """Exchange graphs and compare; each stage's cosine is taken on floating-point inputs."""
-        sessions = {name: Session(graph) for name, graph in changed.items()}
-        run = self._run(sessions)
-        cosines: dict[StageName, float] = {}
-        for name, session in sessions.items():
-            first = name == "vision_encoder" or len(sessions) == 1
-            alone = run if first else self._run({name: session})
-            cosines[name] = self._cosine(name, alone)
-        return replace(self._compare(run), cosine=cosines)
+        cosine: dict[StageName, float] = {}
+        run = self._reference
+        if "gpt" in changed:
+            run = self._behind_gpt(self._alone("gpt", changed["gpt"]))
+            cosine["gpt"] = float(cosines(run.features, self._reference.features).min())
+        if "vision_encoder" in changed:
+            tokens = self._alone("vision_encoder", changed["vision_encoder"])
+            cosine["vision_encoder"] = float(cosines(tokens, self._tokens).min())
+            run = self._behind_encoder(tokens, changed.get("gpt", self._gpt))
+        return self._compare(run, cosine)
 
-    def _run(self, changed: Mapping[StageName, Session]) -> _Run:
-        """Only what differs from the reference is computed."""
-        sessions, reference = {**self._sessions, **changed}, getattr(self, "_reference", None)
-        if reference is not None and "vision_encoder" not in changed:
-            tokens = reference.tokens
-        else:
-            encode = sessions["vision_encoder"]
-            tokens = [
-                np.stack([encode.run({"frames": frames})[0] for frames in piece])
-                for piece in self._frames
-            ]
-        if reference is not None and not {"vision_encoder", "gpt"} & changed.keys():
-            features = reference.features
-        else:
-            features = np.stack([sessions["gpt"].run(f)[0] for f in self._gpt_feeds(tokens)])
-        heads = [sessions["code_heads"].run({"feature": feature}) for feature in features]
-        logits, offsets = (np.stack(values) for values in zip(*heads, strict=True))
-        return _Run(tokens, features, logits, offsets)
+    def parts(self, stage: StageName) -> Iterator["Part"]:
+        """The parts of a stage, from the input on, with what enters them.
 
-    def _windows(self, piece: Array) -> list[Array]:
-        """(M, B, ...) -> M windows (B, N, ...); the first observation fills the window."""
-        length = self._manifest.policy.n_obs_steps
-        padded = np.concatenate([np.repeat(piece[:1], length - 1, 0), piece])
-        return [padded[i : i + length].swapaxes(0, 1) for i in range(len(piece))]
+        Only one part's inputs are in memory.
+        """
+        graphs = parts(self._bundle.graph(stage))
+        sessions = [Session(graph) for graph in graphs]
+        inputs = self.inputs(stage)
+        for i, (graph, session) in enumerate(zip(graphs, sessions, strict=True)):
+            yield Part(self, stage, graph, inputs, sessions[i + 1 :])
+            inputs = session.run_all(inputs)
 
-    def _gpt_feeds(self, tokens: list[Array]) -> list[Feed]:
-        windows = [window for piece in tokens for window in self._windows(piece)]
-        return [
-            {"image_tokens": image_tokens, "states": states}
-            for image_tokens, states in zip(windows, self._states, strict=True)
-        ]
+    def behind(self, stage: StageName, outputs: Floats) -> Outcome:
+        """What other outputs (T, ...) of a stage do to the policy."""
+        if stage == "vision_encoder":
+            return self._compare(self._behind_encoder(outputs, self._gpt), {})
+        return self._compare(self._behind_gpt(outputs), {})
 
-    def _cosine(self, stage: StageName, run: _Run) -> float:
+    def _alone(self, stage: StageName, session: Session) -> Floats:
+        """Outputs of a stage on floating-point inputs; once per session."""
+        if session not in self._outputs:
+            self._outputs[session] = session.run_first(self.inputs(stage))
+        return self._outputs[session]
+
+    def _behind_encoder(self, tokens: Floats, gpt: Session) -> _Outputs:
+        return self._behind_gpt(gpt.run_first(self._gpt_inputs(tokens)))
+
+    def _behind_gpt(self, features: Floats) -> _Outputs:
+        heads = self._heads.run_all([feature[None]] for feature in features)
+        logits, offsets = (np.concatenate(values) for values in zip(*heads, strict=True))
+        return _Outputs(features, logits, offsets)
+
+    def _gpt_inputs(self, tokens: Floats) -> Inputs:
+        rows = zip(self._windows(tokens), self._states, strict=True)
+        return [[window[None], states[None]] for window, states in rows]
+
+    def _windows(self, rows: NDArray[np.float32]) -> Floats:
+        """(T, ...) -> (T', N, ...): the windows of the observations that the transformer sees."""
+        length = self._bundle.manifest.policy.n_obs_steps
+        pieces = np.split(rows, np.cumsum(self._lengths)[:-1])
+        return np.concatenate([sliding_windows(p, length)[:: self._stride] for p in pieces])
+
+    def _compare(self, run: _Outputs, cosine: dict[StageName, float]) -> Outcome:
         reference = self._reference
-        match stage:
-            case "vision_encoder":
-                return min(map(_smallest_cosine, run.tokens, reference.tokens))
-            case "gpt":
-                return _smallest_cosine(run.features, reference.features)
-            case _:
-                parts = (run.logits, reference.logits), (run.offsets, reference.offsets)
-                return min(_smallest_cosine(got, wanted) for got, wanted in parts)
-
-    def _compare(self, run: _Run) -> Outcome:
-        reference = self._reference
-        primary = reference.logits[:, :, 0].argmax(-1)  # (T, B)
+        primary = reference.logits[:, 0].argmax(-1)  # (T,)
         wanted, got = (self._conditioned(r.logits, primary) for r in (reference, run))
         codes = wanted.argmax(-1)
         errors = np.abs(_chosen(run.offsets, codes) - _chosen(reference.offsets, codes))
-        temperature = self._manifest.policy.bet_softmax_temperature
-        distance = np.abs(_softmax(wanted / temperature) - _softmax(got / temperature)).sum(-1) / 2
+        temperature = self._bundle.manifest.policy.bet_softmax_temperature
+        distance = np.abs(softmax(wanted, temperature) - softmax(got, temperature)).sum(-1) / 2
         return Outcome(
             # Normalised actions span [-1, 1].
             action_error=float(errors.mean()) / 2,
             total_variation=float(distance.mean()),
             code_agreement=float((got.argmax(-1) == codes).all(-1).mean()),
-            cosine={},
+            cosine=cosine,
         )
 
-    def _conditioned(self, logits: Array, primary: Array) -> Array:
+    def _conditioned(self, logits: Floats, primary: NDArray[np.int64]) -> Floats:
+        """The secondary logits (T, 2, C) given the primary codes (T,)."""
         if self._columns is None:
             return logits
-        columns = self._columns[primary]  # (T, B, C)
-        return np.stack([logits[:, :, 0], logits[:, :, 1] + columns], axis=2)
+        return np.stack([logits[:, 0], logits[:, 1] + self._columns[primary]], axis=1)
 
 
-def _scaled(scaling: Affine, states: NDArray[np.float32]) -> NDArray[np.float32]:
-    return scaling.apply(states, np.empty_like(states))
+@dataclass(frozen=True)
+class Part:
+    """A part of a stage within its chain.
+
+    Attributes:
+        chain, stage: what it is a part of.
+        graph: float32 ONNX.
+        inputs: per observation.
+        rest: the parts behind it.
+    """
+
+    chain: Chain
+    stage: StageName
+    graph: bytes
+    inputs: Inputs
+    rest: Sequence[Session]
+
+    def outcome(self, changed: Session) -> Outcome:
+        """Exchange this part alone, and compare."""
+        values: Inputs = self.inputs
+        *inner, last = changed, *self.rest
+        for session in inner:
+            values = session.run_all(values)
+        return self.chain.behind(self.stage, last.run_first(values))
 
 
-def _smallest_cosine(got: Array, wanted: Array) -> float:
-    """Per observation: all axes but the first are one vector."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, wanted))
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(np.min((a * b).sum(1) / np.maximum(norms, 1e-30)))
-
-
-def _chosen(offsets: Array, codes: Array) -> Array:
-    """Offsets (T, B, 2, C, W, A) of codes (T, B, 2), summed over both layers: (T, B, W, A)."""
+def _chosen(offsets: Floats, codes: NDArray[np.int64]) -> Floats:
+    """Offsets (T, 2, C, W, A) of codes (T, 2), summed over both layers: (T, W, A)."""
     index = codes[..., None, None, None]
-    chosen: Array = np.take_along_axis(offsets, index, axis=3)[:, :, :, 0].sum(axis=2)
+    chosen: Floats = np.take_along_axis(offsets, index, axis=2)[:, :, 0].sum(axis=1)
     return chosen
-
-
-def _softmax(x: Array) -> Array:
-    weights = np.exp(x - x.max(axis=-1, keepdims=True))
-    normalized: Array = weights / weights.sum(axis=-1, keepdims=True)
-    return normalized

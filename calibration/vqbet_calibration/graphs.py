@@ -1,6 +1,8 @@
-"""ONNX graphs as this room sees them: what can be quantised, and running them."""
+"""ONNX graphs as this package sees them: what can be quantised, their parts, and running them."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +10,16 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx.utils import Extractor
 
 Array = NDArray[Any]
+Feed = Mapping[str, Array]
 
 # Products with fewer rows, or columns, than the INT8 units work on gain nothing and cost accuracy.
 MIN_WIDTH = 16
 _FORWARDING = {"Cast", "Reshape", "Transpose"}
+# Nodes that no part begins with: they belong to the layer before them.
+_FOLLOWING = {"Relu", "MaxPool", *_FORWARDING}
 
 
 @dataclass(frozen=True)
@@ -24,50 +29,43 @@ class Layer:
     Attributes:
         name: the module's, such as `blocks.0.query`; the same in every precision.
         node: name of its node.
-        weight: name of its weights.
-        axis: of the weights along which the outputs lie.
         feeds_softmax: its outputs are what a softmax is taken of.
     """
 
     name: str
     node: str
-    weight: str
-    axis: int
     feeds_softmax: bool
 
 
 def layers(model: onnx.ModelProto) -> list[Layer]:
     """The layers that are worth quantising, from the input on."""
     weights = {w.name: w for w in model.graph.initializer}
-    readers = consumers(model)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
     found = []
     for node in model.graph.node:
         if node.op_type not in {"Conv", "Gemm", "MatMul"} or node.input[1] not in weights:
             continue
         weight = weights[node.input[1]]
-        axis = _output_axis(node, len(weight.dims))
-        if min(weight.dims[axis], np.prod(weight.dims) // weight.dims[axis]) < MIN_WIDTH:
+        outputs = weight.dims[0 if node.op_type == "Conv" or is_transposed(node) else -1]
+        if min(outputs, np.prod(weight.dims) // outputs) < MIN_WIDTH:
             continue
         name = weight.name if weight.name.endswith(".weight") else node.name
         softmax = _feeds(node.output[0], "Softmax", readers)
-        found.append(Layer(name.removesuffix(".weight"), node.name, weight.name, axis, softmax))
+        found.append(Layer(name.removesuffix(".weight"), node.name, softmax))
     return found
 
 
-def _output_axis(node: onnx.NodeProto, rank: int) -> int:
-    if node.op_type == "Conv":
-        return 0
-    transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    return 0 if transposed else rank - 1
+def chosen_layers(model: onnx.ModelProto, names: Collection[str]) -> list[Layer]:
+    """Those of some names that the graph, which may be a part of a stage's, has."""
+    return [layer for layer in layers(model) if layer.name in names]
 
 
-def consumers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """Tensor -> the nodes that read it."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
+def is_transposed(gemm: onnx.NodeProto) -> bool:
+    """Whether a Gemm's weights are (outputs, inputs)."""
+    return any(a.name == "transB" and a.i for a in gemm.attribute)
 
 
 def _feeds(tensor: str, kind: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
@@ -79,15 +77,36 @@ def _feeds(tensor: str, kind: str, readers: Mapping[str, list[onnx.NodeProto]]) 
     )
 
 
-def with_outputs(graph: bytes, tensors: Sequence[str]) -> bytes:
-    """The graph with inner tensors as further outputs."""
+def parts(graph: bytes) -> list[bytes]:
+    """Cut a graph where a single tensor goes on: the output of a part is the next one's input.
+
+    Every part has layers.
+    """
     model = onnx.load_from_string(graph)
-    known = {output.name for output in model.graph.output}
-    for name in tensors:
-        if name not in known:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
-    data: bytes = model.SerializeToString()
-    return data
+    borders = _borders(model)
+    inputs = [value.name for value in model.graph.input]
+    outputs = [value.name for value in model.graph.output]
+    extractor = Extractor(model)
+    ends = zip([inputs, *([b] for b in borders)], [*([b] for b in borders), outputs], strict=True)
+    return [extractor.extract_model(*end).SerializeToString() for end in ends]
+
+
+def _borders(model: onnx.ModelProto) -> list[str]:
+    nodes = model.graph.node
+    last_use = {name: i for i, node in enumerate(nodes) for name in node.input}
+    last_use |= {value.name: len(nodes) for value in model.graph.output}
+    live = {value.name for value in model.graph.input}
+    by_node = {layer.node for layer in layers(model)}
+    borders: list[str] = []
+    has_layers = False
+    for i, node in enumerate(nodes[:-1]):
+        live = {name for name in (*live, *node.output) if last_use.get(name, 0) > i}
+        has_layers |= node.name in by_node
+        more = any(following.name in by_node for following in nodes[i + 1 :])
+        if has_layers and more and len(live) == 1 and nodes[i + 1].op_type not in _FOLLOWING:
+            borders += live
+            has_layers = False
+    return borders
 
 
 class Session:
@@ -95,32 +114,34 @@ class Session:
 
     Args:
         graph: ONNX.
-        outputs: which outputs to compute; None is all.
-        optimize: let ONNX Runtime rewrite the graph first.
+        optimize: let ONNX Runtime put integer kernels in the place of Q/DQ, as a robot's CPU does.
+            Those for signed values are slow, and with float16 scales they compute something else;
+            without them, the graph is computed as it is written.
     """
 
-    def __init__(
-        self, graph: bytes, outputs: Sequence[str] | None = None, *, optimize: bool = True
-    ) -> None:
+    def __init__(self, graph: bytes, *, optimize: bool = True) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Others compute in between, PyTorch among them; spinning threads would take their cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimize:
-            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.graph_optimization_level = level
+        # One core per run, and as many runs at a time as there are cores: see `run_all`.
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.disable_quant_qdq", "0" if optimize else "1")
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
-        self._outputs = None if outputs is None else list(outputs)
+        self._names = [value.name for value in self._session.get_inputs()]
 
-    def run(self, feed: Mapping[str, Array]) -> list[Array]:
+    def run(self, feed: Feed) -> list[Array]:
         """The outputs for inputs by name."""
         contiguous = {name: np.ascontiguousarray(value) for name, value in feed.items()}
-        values: list[Array] = self._session.run(self._outputs, contiguous)
+        values: list[Array] = self._session.run(None, contiguous)
         return values
 
+    def run_all(self, inputs: Iterable[Sequence[Array]]) -> list[list[Array]]:
+        """The outputs for each of some inputs, which are in the graph's order."""
+        feeds = [dict(zip(self._names, values, strict=True)) for values in inputs]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.run, feeds))
 
-def initializer_array(model: onnx.ModelProto, name: str) -> Array:
-    """A constant of the graph."""
-    return next(numpy_helper.to_array(w) for w in model.graph.initializer if w.name == name)
+    def run_first(self, inputs: Iterable[Sequence[Array]]) -> Array:
+        """The first output for each of some inputs, joined along its first axis."""
+        return np.concatenate([first for first, *_ in self.run_all(inputs)])

@@ -1,19 +1,18 @@
-"""INT8 graphs of a policy: ranges, layers and methods chosen by what they do to the decision."""
+"""INT8 graphs of a policy: layers and methods chosen by what they do to the decision."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
-import msgspec
+import onnx
 
-from vqbet_calibration.chain import Chain, Outcome
-from vqbet_calibration.quantizers import Dynamic, Quantizer, Static
+from vqbet_calibration.blocks import Blocks, slowdown
+from vqbet_calibration.chain import Chain, Outcome, encoder_feeds, gpt_feeds
+from vqbet_calibration.graphs import Session, layers
 from vqbet_calibration.samples import Samples
+from vqbet_calibration.static import Static, collect_ranges
 from vqbet_calibration.targets import Target
-from vqbet_edge.errors import VerificationError, VQBeTEdgeError
-from vqbet_edge.runtime.backends.private_files import private_user_cache
+from vqbet_edge.errors import VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
 
@@ -23,8 +22,36 @@ Progress = Callable[[str], None]
 # a few small products, where eight bits save nothing and may change the codes.
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt")
 DECISION = "lm_head"
-# Bump when the placement changes, so that cached figures are measured anew.
-_CACHE_VERSION = 1
+# An order needs fewer observations than a limit does: of so many, the transformer sees every other.
+_RANKED_OBSERVATIONS, _RANKED_STRIDE = 64, 2
+
+
+class Quantizer(Protocol):
+    """One stage and one way of quantising it."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that can be quantised, from the input on."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What may be done to a layer, the cheapest first, the most exact last."""
+
+    def quantize(self, graph: bytes, chosen: Mapping[str, str]) -> bytes:
+        """Quantise the stage's graph, or a part of it.
+
+        Args:
+            graph: float32 ONNX.
+            chosen: layer -> method; the others stay in floating point.
+        """
+
+    def of_twin(self, graph: bytes) -> "Quantizer":
+        """The same for another graph with the same layers, such as the float16 one."""
+
+
+# Per stage, layer -> method; the others stay in floating point.
+Plan = Mapping[StageName, Mapping[str, str]]
+Quantizers = Mapping[StageName, Quantizer]
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantising one layer alone does."""
+    """What quantising one layer alone, the cheapest way, does."""
 
     stage: StageName
     layer: str
@@ -62,153 +89,220 @@ class Quantization:
 
     Attributes:
         target: whose kernels the graphs are for.
-        methods: how ranges were chosen, per stage.
         by_method: what every layer quantised by a method does to the chain, per stage.
         ranking: every layer alone, the most harmful first.
+        plan: what is done to every layer.
         kept: layers left in floating point, the most harmful first, then the decision's.
         outcome: of all quantised graphs together, on held-out samples.
+        notes: what else to know.
         quantizers: to quantise graphs of a stage with, see `twin`.
     """
 
     target: Target
-    methods: dict[StageName, str]
     by_method: dict[StageName, dict[str, Outcome]]
     ranking: tuple[Sensitivity, ...]
+    plan: Plan
     kept: tuple[str, ...]
     outcome: Outcome
-    quantizers: Mapping[StageName, Quantizer]
+    notes: tuple[str, ...]
+    quantizers: Quantizers
 
     def twin(self, stage: StageName, graph: bytes) -> bytes:
         """A graph of a stage, such as the float16 one, quantised as was found best."""
-        quantizer = self.quantizers[stage]
-        names = [name for name in quantizer.layers if f"{stage}.{name}" not in self.kept]
-        return quantizer.quantize(names, self.methods[stage], graph)
+        return self.quantizers[stage].of_twin(graph).quantize(graph, self.plan[stage])
 
     def report(self) -> dict[str, Any]:
         """Everything but the graphs, as plain data."""
         return {
             "target": self.target,
-            "methods": self.methods,
             "by_method": {
                 stage: {method: asdict(outcome) for method, outcome in outcomes.items()}
                 for stage, outcomes in self.by_method.items()
             },
+            "plan": {stage: dict(plan) for stage, plan in self.plan.items()},
             "kept": list(self.kept),
             "outcome": asdict(self.outcome),
             "ranking": [asdict(entry) for entry in self.ranking],
+            "notes": list(self.notes),
         }
 
 
 def quantize(
     bundle: Bundle,
     samples: Samples,
-    target: Target,
+    targets: Sequence[Target],
     progress: Progress = lambda _: None,
     goal: Goal | None = None,
-) -> Quantization:
+) -> tuple[Quantization, ...]:
     """Quantise a policy's encoder and transformer.
 
     Args:
         bundle: the policy in float32.
         samples: what the robot sees.
-        target: whose kernels the graphs are for.
+        targets: whose kernels to quantise for; the float32 policy runs once for all of them.
         progress: is told what happens next.
         goal: what to keep; None takes the usual.
 
     Raises:
+        UsageError: ONNX Runtime is too old.
         VerificationError: the goal is out of reach.
     """
-    progress(f"{target}: calibrating on {samples.observations} observations")
-    quantizers = _quantizers(bundle, Chain(bundle, samples.calibration), target)
-    search = _Search(bundle, Chain(bundle, samples.held_out), quantizers, progress)
-    by_method = {stage: search.by_method(stage) for stage in STAGES}
-    methods = {s: min(found, key=lambda m: found[m].damage) for s, found in by_method.items()}
-    ranking = search.ranking(methods, f"{target} {samples.digest}")
-    kept, outcome = search.fewest_kept(methods, ranking, goal or Goal())
-    decision = tuple(f"gpt.{name}" for name in quantizers["gpt"].layers if name == DECISION)
-    return Quantization(
-        target, methods, by_method, ranking, (*kept, *decision), outcome, quantizers
-    )
+    progress(f"calibrating on {samples.observations} observations")
+    quantizers = _quantizers(bundle, samples, targets)
+    rankings = _rankings(bundle, samples, quantizers, progress)
+    chain = Chain(bundle, samples.held_out)
+    searches = [_Search(t, quantizers[t], chain, bundle, progress) for t in targets]
+    return tuple(s.choose(rankings[s.target], goal or Goal()) for s in searches)
 
 
-def _quantizers(bundle: Bundle, chain: Chain, target: Target) -> dict[StageName, Quantizer]:
-    def static(stage: StageName) -> Static:
-        return Static.calibrate(bundle.graph(stage), target, chain.feeds(stage))
+def _quantizers(
+    bundle: Bundle, samples: Samples, targets: Sequence[Target]
+) -> dict[Target, Quantizers]:
+    encoder, gpt = (bundle.graph(stage) for stage in STAGES)
+    of_encoder = collect_ranges(encoder, encoder_feeds(bundle, samples.calibration))
+    found: dict[Target, Quantizers] = {}
+    if "tensorrt" in targets:
+        of_gpt = collect_ranges(gpt, gpt_feeds(bundle, samples.calibration))
+        found["tensorrt"] = {
+            "vision_encoder": Static(encoder, "tensorrt", of_encoder),
+            "gpt": Static(gpt, "tensorrt", of_gpt),
+        }
+    if "cpu" in targets:
+        static = Static(encoder, "cpu", of_encoder)
+        found["cpu"] = {"vision_encoder": static, "gpt": Blocks(gpt)}
+    return found
 
-    transformer = static("gpt") if target == "tensorrt" else Dynamic(bundle.graph("gpt"))
-    return {"vision_encoder": static("vision_encoder"), "gpt": transformer}
+
+def _session(graph: bytes, target: Target) -> Session:
+    """A quantised graph, computed as the target does."""
+    return Session(graph, optimize=target == "cpu")
+
+
+def _rankings(
+    bundle: Bundle, samples: Samples, quantizers: Mapping[Target, Quantizers], progress: Progress
+) -> dict[Target, tuple[Sensitivity, ...]]:
+    """Every layer alone, the decision's too; the most harmful first.
+
+    What lies before a layer is computed once, for all that comes behind and for every target.
+    """
+    chain = Chain(bundle, samples.held_out.spread(_RANKED_OBSERVATIONS), _RANKED_STRIDE)
+    found: dict[Target, list[Sensitivity]] = {target: [] for target in quantizers}
+    for stage in STAGES:
+        for part in chain.parts(stage):
+            names = [layer.name for layer in layers(onnx.load_from_string(part.graph))]
+            progress(f"sensitivity of {stage}: {', '.join(names)}")
+            for target, by_stage in quantizers.items():
+                quantizer = by_stage[stage]
+                for name in filter(quantizer.layers.__contains__, names):
+                    graph = quantizer.quantize(part.graph, {name: quantizer.methods[0]})
+                    outcome = part.outcome(_session(graph, target))
+                    found[target].append(Sensitivity(stage, name, outcome))
+    return {t: tuple(sorted(f, key=lambda entry: -entry.outcome.damage)) for t, f in found.items()}
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Tries quantised graphs on held-out samples."""
+    """Tries quantised graphs for one target on held-out samples."""
 
-    bundle: Bundle
+    target: Target
+    quantizers: Quantizers
     chain: Chain
-    quantizers: Mapping[StageName, Quantizer]
+    bundle: Bundle
     progress: Progress
+    # The latest of every stage, with its plan.
+    sessions: dict[StageName, tuple[Mapping[str, str], Session]] = field(default_factory=dict)
 
-    def layers(self, stage: StageName) -> list[str]:
-        return [name for name in self.quantizers[stage].layers if name != DECISION]
+    def choose(self, ranking: tuple[Sensitivity, ...], goal: Goal) -> Quantization:
+        """Quantise as cheaply as reaches the goal."""
+        by_method = {stage: self._by_method(stage) for stage in STAGES}
+        harmful = [entry for entry in ranking if entry.layer != DECISION]
+        plan, outcome = self._cheapest(harmful, goal)
+        kept = [f"{e.stage}.{e.layer}" for e in harmful if e.layer not in plan[e.stage]]
+        kept += [f"gpt.{name}" for name in self.quantizers["gpt"].layers if name == DECISION]
+        return Quantization(
+            target=self.target,
+            by_method=by_method,
+            ranking=ranking,
+            plan=plan,
+            kept=tuple(kept),
+            outcome=outcome,
+            notes=self._notes(plan),
+            quantizers=self.quantizers,
+        )
 
-    def by_method(self, stage: StageName) -> dict[str, Outcome]:
+    def _by_method(self, stage: StageName) -> dict[str, Outcome]:
         """Every layer of the stage quantised, per method."""
-        outcomes, quantizer = {}, self.quantizers[stage]
-        for method in quantizer.methods:
-            self.progress(f"{stage}: ranges by {method}")
-            graph = quantizer.quantize(self.layers(stage), method)
-            outcomes[method] = self.chain.outcome({stage: graph})
+        quantizer, outcomes = self.quantizers[stage], {}
+        # The cheapest one last: its session is what the search begins with.
+        for method in reversed(quantizer.methods):
+            self.progress(f"{self.target}: {stage} by {method}")
+            plan = dict.fromkeys(self._layers(stage), method)
+            outcomes[method] = self.chain.outcome({stage: self._session(stage, plan)})
         return outcomes
 
-    def ranking(self, methods: Mapping[StageName, str], key: str) -> tuple[Sensitivity, ...]:
-        """Every layer alone, the decision's too; the most harmful first. Takes minutes: cached."""
-        graphs = b"".join(self.bundle.graph(stage) for stage in (*STAGES, "code_heads"))
-        facts = f"{_CACHE_VERSION} {key} {sorted(methods.items())}".encode()
-        path = f"sensitivity-{hashlib.sha256(facts + graphs).hexdigest()[:32]}.json"
-        with suppress(VQBeTEdgeError, OSError, msgspec.DecodeError):
-            cached = (private_user_cache() / path).read_bytes()
-            return msgspec.json.decode(cached, type=tuple[Sensitivity, ...])
-        todo = [(stage, name) for stage in STAGES for name in self.quantizers[stage].layers]
-        found = []
-        for i, (stage, name) in enumerate(todo):
-            self.progress(f"sensitivity of layer {i + 1} of {len(todo)} ({stage}: {name})")
-            graph = self.quantizers[stage].quantize([name], methods[stage])
-            found.append(Sensitivity(stage, name, self.chain.outcome({stage: graph})))
-        ranking = tuple(sorted(found, key=lambda entry: -entry.outcome.damage))
-        with suppress(VQBeTEdgeError, OSError):  # a full disk costs time, not the export
-            (private_user_cache() / path).write_bytes(msgspec.json.encode(ranking))
-        return ranking
+    def _layers(self, stage: StageName) -> list[str]:
+        return [name for name in self.quantizers[stage].layers if name != DECISION]
 
-    def fewest_kept(
-        self, methods: Mapping[StageName, str], ranking: Sequence[Sensitivity], goal: Goal
-    ) -> tuple[tuple[str, ...], Outcome]:
-        """Keep the most harmful layers in floating point, as few as reach the goal."""
-        harmful = [(entry.stage, entry.layer) for entry in ranking if entry.layer != DECISION]
-        enough: dict[int, Outcome] = {}
-        # None is tried first: mostly it does. From then on the interval is halved.
+    def _session(self, stage: StageName, plan: Mapping[str, str]) -> Session:
+        if stage not in self.sessions or self.sessions[stage][0] != plan:
+            graph = self.quantizers[stage].quantize(self.bundle.graph(stage), plan)
+            self.sessions[stage] = plan, _session(graph, self.target)
+        return self.sessions[stage][1]
+
+    def _cheapest(self, harmful: Sequence[Sensitivity], goal: Goal) -> tuple[Plan, Outcome]:
+        """Be more exact with the most harmful layers, as few as reach the goal."""
+        enough: dict[int, tuple[Plan, Outcome]] = {}
+        # None is tried first: mostly it does.
         low, tried, high = 0, 0, len(harmful) - 1
         while low <= high:
-            self.progress(f"leaving out {tried} of {len(harmful)} layers")
-            outcome = self.chain.outcome(self._graphs(methods, set(harmful[:tried])))
+            self.progress(f"{self.target}: {tried} of {len(harmful)} layers more exactly")
+            plan = self._plan(harmful[:tried])
+            outcome = self.chain.outcome({s: self._session(s, plan[s]) for s in STAGES})
             if goal.reached(outcome):
-                enough[tried], high = outcome, tried - 1
+                enough[tried], high = (plan, outcome), tried - 1
             else:
                 low = tried + 1
-            tried = (low + high) // 2
+            expected = _expected(harmful, tried, outcome, goal)
+            tried = expected if low <= expected <= high else (low + high) // 2
         if not enough:
             raise VerificationError(
                 "no layer can be quantised within the limits; export with --fp16, or calibrate on "
                 "more observations of the robot at work"
             )
-        fewest = min(enough)
-        return tuple(f"{stage}.{name}" for stage, name in harmful[:fewest]), enough[fewest]
+        return enough[min(enough)]
 
-    def _graphs(
-        self, methods: Mapping[StageName, str], kept: set[tuple[StageName, str]]
-    ) -> dict[StageName, bytes]:
-        return {
-            stage: self.quantizers[stage].quantize(
-                [name for name in self.layers(stage) if (stage, name) not in kept], methods[stage]
-            )
-            for stage in STAGES
-        }
+    def _plan(self, harmful: Sequence[Sensitivity]) -> Plan:
+        """The cheapest method for all layers but some, the most harmful first.
+
+        Of those, the first are left in floating point; where a stage has several methods, those
+        behind them get the most exact one, and so on.
+        """
+        plan = {s: dict.fromkeys(self._layers(s), self.quantizers[s].methods[0]) for s in STAGES}
+        for rank, entry in enumerate(harmful):
+            methods = self.quantizers[entry.stage].methods
+            step = 1 + len(methods) * (len(harmful) - 1 - rank) // len(harmful)
+            if step < len(methods):
+                plan[entry.stage][entry.layer] = methods[step]
+            else:
+                del plan[entry.stage][entry.layer]
+        return plan
+
+    def _notes(self, plan: Plan) -> tuple[str, ...]:
+        if self.target != "cpu":
+            return ()
+        floating = self.bundle.graph("gpt")
+        quantized = self.quantizers["gpt"].quantize(floating, plan["gpt"])
+        times = slowdown(floating, quantized, self.chain.inputs("gpt")[:16])
+        note = (
+            f"On this computer the quantised transformer takes {times:.1f} times as long as the "
+            "one in float32: ONNX Runtime has no fast kernel for MatMulNBits here. Measure on the "
+            "robot before choosing INT8, or upgrade ONNX Runtime on both."
+        )
+        return (note,) if times > 1.5 else ()
+
+
+def _expected(harmful: Sequence[Sensitivity], tried: int, outcome: Outcome, goal: Goal) -> int:
+    """How many layers it probably takes, if what the others do alone adds up."""
+    alone = [entry.outcome.total_variation for entry in harmful]
+    allowed = sum(alone[tried:]) * goal.total_variation / max(outcome.total_variation, 1e-12)
+    return next(k for k in range(len(alone) + 1) if sum(alone[k:]) <= allowed)

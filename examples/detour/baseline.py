@@ -1,6 +1,7 @@
 """What the demo compares with: the same network with a plain regression head.
 
-It learns the mean of the demonstrated chunks, and the mean of left and right is the bar.
+It learns the mean of the demonstrated chunks, and the mean of left and right is the bar: it never
+goes both ways in one scene, and crashes where its own first steps have not settled the side.
 """
 
 import copy

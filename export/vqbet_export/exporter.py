@@ -207,7 +207,6 @@ def _observations(
         scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
         yield "random", random_pieces(manifest, scaling, steps)
     else:  # noise is outside the calibrated ranges
-        held_out = draft.samples.verification
-        yield "held-out", (Piece(piece.frames, piece.states) for piece in held_out)
+        yield "held-out", iter(draft.samples.verification)
     if real is not None:
         yield "real", real.pieces(steps)

@@ -36,7 +36,6 @@ class StageSession:
         manifest, for_cpu = bundle.manifest, target == "cpu"
         cached = for_cpu and stage == "gpt"
         inputs = (cached_gpt_signature(manifest) if cached else signature(manifest, stage)).inputs
-        self._names = [tensor.name for tensor in inputs]
         # The CPU's GPT can continue behind tokens that it has seen; here it never has.
         self._rest = _nothing_seen(bundle, inputs[-1].shape) if cached else []
         # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
@@ -46,11 +45,9 @@ class StageSession:
 
     def run(self, *inputs: Array) -> list[Array]:
         """The outputs for each of M inputs (M, ...), which are in the graph's order."""
-        rows = [self._run([x[i : i + 1] for x in inputs]) for i in range(len(inputs[0]))]
-        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
-
-    def _run(self, inputs: list[Array]) -> list[Array]:
-        return self._session.run(dict(zip(self._names, [*inputs, *self._rest], strict=True)))
+        rows = ([*(x[i : i + 1] for x in inputs), *self._rest] for i in range(len(inputs[0])))
+        outputs = zip(*self._session.run_all(rows), strict=True)
+        return [np.concatenate(parts) for parts in outputs]
 
 
 def _nothing_seen(bundle: Bundle, past: tuple[int, ...]) -> list[Array]:

@@ -29,7 +29,7 @@ def quantize_bundle(
 ) -> Int8:
     """Quantise a policy for some targets.
 
-    The portable stages, which TensorRT builds from, are float16 with INT8 inside; those of CPUs
+    The graphs for TensorRT are float16 with INT8 inside; those of CPUs
     are float32 with INT8 inside. A target that is not asked for gets float16.
 
     Args:
@@ -42,7 +42,8 @@ def quantize_bundle(
     Raises:
         VerificationError: no layer can be quantised within the limits.
     """
-    found = {target: quantize(floating, samples, target, progress) for target in targets}
+    quantizations = quantize(floating, samples, targets, progress)
+    found = {quantization.target: quantization for quantization in quantizations}
     draft = _Draft(half)
     for stage in STAGES:
         if "tensorrt" in found:
@@ -50,7 +51,7 @@ def quantize_bundle(
             if stage not in draft.cpu_stages:
                 draft.set_cpu(stage, half.graph(stage), "fp16")
             graph = found["tensorrt"].twin(stage, half.graph(stage))
-            draft.set_portable(stage, graph)
+            draft.set_tensorrt(stage, graph)
         if "cpu" in found:
             draft.set_cpu(stage, found["cpu"].twin(stage, floating.cpu_graph(stage)), "int8")
     if "cpu" in found:
@@ -58,7 +59,7 @@ def quantize_bundle(
     calibration = CalibrationSpec(
         source=samples.source, sha256=samples.digest, observations=samples.observations
     )
-    return Int8(draft.bundle(calibration), tuple(found.values()))
+    return Int8(draft.bundle(calibration), quantizations)
 
 
 class _Draft:
@@ -69,7 +70,7 @@ class _Draft:
         self._stages = dict(base.manifest.stages)
         self.cpu_stages = dict(base.manifest.cpu_stages)
 
-    def set_portable(self, stage: StageName, graph: bytes) -> None:
+    def set_tensorrt(self, stage: StageName, graph: bytes) -> None:
         spec = self._stages[stage] = _with(self._stages[stage], "int8")
         self._contents[spec.file] = graph
 

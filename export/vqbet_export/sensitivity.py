@@ -26,6 +26,8 @@ def quantization_markdown(quantizations: Sequence[Mapping[str, Any]]) -> list[st
             "",
             f"Left in floating point: {', '.join(found['kept']) or 'nothing'}.",
             "",
+            *_exact_layers(found),
+            *(line for note in found["notes"] for line in (note, "")),
             *_method_table(found),
             "",
             "Each layer quantised alone, the most harmful first:",
@@ -35,16 +37,27 @@ def quantization_markdown(quantizations: Sequence[Mapping[str, Any]]) -> list[st
     return [*lines, "", f"![sensitivity]({CHART_NAME})"] if quantizations else []
 
 
+def _exact_layers(found: Mapping[str, Any]) -> list[str]:
+    """Layers for which the cheapest method of their stage was too coarse."""
+    lines: list[str] = []
+    for stage, outcomes in found["by_method"].items():
+        for method in list(outcomes)[1:]:
+            names = [name for name, chosen in found["plan"][stage].items() if chosen == method]
+            if names:
+                lines += [f"In {stage} by {method}: {', '.join(names)}.", ""]
+    return lines
+
+
 def _method_table(found: Mapping[str, Any]) -> list[str]:
     rows = [
-        f"| {stage} | {method}{' (taken)' if method == found['methods'][stage] else ''} "
+        f"| {stage} | {method} "
         f"| {o['action_error']:.2e} | {o['total_variation']:.2e} | {o['code_agreement']:.2%} "
         f"| {o['cosine'][stage]:.5f} |"
         for stage, outcomes in found["by_method"].items()
         for method, o in outcomes.items()
     ]
     return [
-        "| stage | ranges by | action error | total variation | code agreement | cosine |",
+        "| stage | every layer by | action error | total variation | code agreement | cosine |",
         "|---|---|---:|---:|---:|---:|",
         *rows,
     ]

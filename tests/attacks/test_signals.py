@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,13 +130,21 @@ def test_eval(mini: Path, number: signal.Signals) -> None:
     assert code in {CODES[number], 4}, command.text  # 4: the bundle is not of that task
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """Interrupts are heeded; a shell's background job ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def raising(number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(SECONDS)
 
 
 @pytest.mark.parametrize("number", CODES)
-def test_handlers_are_given_back(number: signal.Signals) -> None:
+def test_handlers_are_given_back(number: signal.Signals, heeding: None) -> None:  # noqa: ARG001
     before = [signal.getsignal(each) for each in CODES]
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: raising(number))

@@ -32,15 +32,16 @@ def episode() -> dict[str, Any]:
 def test_samples_are_spread(floating: Bundle) -> None:
     samples = samples_for(floating, PUSHT, 160)
     assert samples.observations == 160
-    pieces = [*samples.calibration, *samples.held_out, *samples.verification]
-    assert {piece.episode for piece in pieces} == {0, 1, 2, 3}
-    starts = sorted(piece.start for piece in pieces if piece.episode == 0)
+    parts = (samples.calibration, samples.held_out, samples.verification)
+    places = [place for part in parts for place in part.places]
+    assert {place.episode for place in places} == {0, 1, 2, 3}
+    starts = sorted(place.start for place in places if place.episode == 0)
     assert len(starts) >= 2
     assert starts[-1] - starts[0] > 16
     dataset = LeRobotDataset.open(PUSHT)
-    for piece in pieces:
-        wanted = dataset.episode(piece.episode)
-        rows = slice(piece.start, piece.start + 16)
+    for place, piece in zip(places, (p for part in parts for p in part), strict=True):
+        wanted = dataset.episode(place.episode)
+        rows = slice(place.start, place.start + 16)
         np.testing.assert_array_equal(piece.frames[:, 0], wanted[IMAGE][rows])
         np.testing.assert_array_equal(piece.states, wanted[STATE][rows])
 
@@ -48,7 +49,7 @@ def test_samples_are_spread(floating: Bundle) -> None:
 def test_every_part_has_episodes_of_its_own(floating: Bundle) -> None:
     samples = samples_for(floating, PUSHT, 160)
     parts = [samples.calibration, samples.held_out, samples.verification]
-    episodes = [{piece.episode for piece in part} for part in parts]
+    episodes = [{place.episode for place in part.places} for part in parts]
     assert sum(map(len, episodes)) == len(set.union(*episodes)) == 4
 
 
@@ -64,11 +65,11 @@ def test_a_recording_does_as_well(
     folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
     samples = samples_for(floating, folder)
     assert samples.observations == 64
-    seen = (*samples.calibration, *samples.held_out)
-    last_seen = max(piece.start for piece in seen) + 16
-    for piece in samples.verification:
-        assert piece.start >= last_seen
-        np.testing.assert_array_equal(piece.states, episode[STATE][piece.start : piece.start + 16])
+    seen = (*samples.calibration.places, *samples.held_out.places)
+    last_seen = max(place.start for place in seen) + 16
+    for place, piece in zip(samples.verification.places, samples.verification, strict=True):
+        assert place.start >= last_seen
+        np.testing.assert_array_equal(piece.states, episode[STATE][place.start : place.start + 16])
 
 
 def test_too_few_samples(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ RELEASES = {
     "10.16.0": "tensorrt-cu13-bindings==10.16.0.72",
     "11.4.0": "tensorrt-cu13-bindings==11.4.0.106",
 }
-BEST_EFFORT = {"8.6.1": "tensorrt-bindings==8.6.1"}
+REFUSED = {"8.6.1": "tensorrt-bindings==8.6.1"}
 REPOSITORY = Path(__file__).parents[2]
 # The last is C++: the parsers of TensorRT 8.
 _PREFIXES = ("create", "get", "initLib", "_ZN")
@@ -81,9 +81,9 @@ def release(request: pytest.FixtureRequest) -> Bindings:
     return _bindings(request, request.param)
 
 
-@pytest.fixture(params=_each(BEST_EFFORT))
+@pytest.fixture(params=_each(REFUSED))
 def old_release(request: pytest.FixtureRequest) -> Bindings:
-    """Bindings of a release that works as well as it can."""
+    """Bindings of a release that is refused."""
     return _bindings(request, request.param)
 
 
@@ -94,7 +94,7 @@ def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
         if shutil.which("gcc") is None or shutil.which("nm") is None:
             _unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
         shutil.rmtree(root, ignore_errors=True)
-        _fetch((RELEASES | BEST_EFFORT)[name], root)
+        _fetch((RELEASES | REFUSED)[name], root)
         _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
 

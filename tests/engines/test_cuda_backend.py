@@ -6,6 +6,7 @@ backend.
 """
 
 import gc
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,13 @@ import pytest
 from fake_driver import OTHERS, FakeDriver
 from sizes import SMALL
 
+from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends import forks
 from vqbet_edge.runtime.backends.base import Backend, Window
 from vqbet_edge.runtime.backends.cuda import Cuda
-from vqbet_edge.runtime.backends.cuda_backend import (
-    GRAPH_VARIABLE,
-    CudaBackend,
-    Execution,
-)
+from vqbet_edge.runtime.backends.cuda_backend import GRAPH_VARIABLE, CudaBackend
+from vqbet_edge.runtime.backends.cuda_execution import Execution
 from vqbet_edge.runtime.backends.cuda_stream import (
     BLOCK_VARIABLE,
     MAPPED_VARIABLE,
@@ -37,6 +37,7 @@ from vqbet_edge.runtime.window import ObservationWindow
 onnxruntime = pytest.importorskip("onnxruntime")
 
 WINDOWED = SMALL | {"gpt_n_layer": 2, "n_obs_steps": 3}
+NOTHING = dict.fromkeys(("contexts", "memory", "streams", "events", "graphs", "executables"), 0)
 FRAMES, STATES, ROWS = (1, 84, 84, 3), (3, 2), 3
 
 
@@ -69,7 +70,7 @@ class HostStages(CudaBackend):
         return self.common or self._new(stream)
 
     def _new(self, stream: Stream) -> Execution:
-        execution = Execution(self, stream)
+        execution = Execution(self.signatures, stream)
         for stage in self.sessions:
             execution.stages[stage] = self.put(stage, self.run(stage, execution), stream)
         return execution
@@ -223,6 +224,36 @@ def test_siblings_in_threads(bundle: Bundle, kind: type[HostStages]) -> None:
 
 def zeros() -> tuple[Any, Any]:
     return np.zeros(FRAMES, np.uint8), np.zeros(STATES, np.float32)
+
+
+@KINDS
+def test_policies_act_on_it(bundle: Bundle, kind: type[HostStages]) -> None:
+    """Queued steps included, whose frames are encoded behind the robot's program's back."""
+
+    def actions(policy: EdgePolicy) -> Any:
+        random = np.random.default_rng(5)
+        return np.stack(
+            [
+                policy.act(
+                    {
+                        "observation.image": random.integers(0, 256, (96, 96, 3), np.uint8),
+                        "observation.state": random.standard_normal(2).astype(np.float32),
+                    }
+                )
+                for _ in range(20)
+            ]
+        )
+
+    expected = actions(EdgePolicy(bundle, OnnxRuntimeBackend(bundle), temperature=0))
+    driver = FakeDriver()
+    with EdgePolicy(bundle, kind(bundle, driver), temperature=0) as policy:
+        np.testing.assert_allclose(actions(policy), expected, rtol=1e-5, atol=1e-5)
+        with policy.sibling() as sibling:
+            np.testing.assert_array_equal(actions(sibling), actions(policy.sibling()))
+    del policy, sibling
+    gc.collect()
+    assert driver.books == NOTHING
+    assert driver.misuses == []
 
 
 @KINDS
@@ -385,9 +416,6 @@ def test_seconds_are_those_of_the_latest_prediction(bundle: Bundle) -> None:
     assert set(window.seconds) == {"predict"}
 
 
-NOTHING = dict.fromkeys(("contexts", "memory", "streams", "events", "graphs", "executables"), 0)
-
-
 @KINDS
 def test_closing_frees_everything(bundle: Bundle, kind: type[HostStages]) -> None:
     """In whatever order, once; the last window takes the backend with it."""
@@ -470,6 +498,23 @@ def test_ten_thousand_loads_leave_nothing(bundle: Bundle) -> None:
     gc.collect()
     assert driver.books == NOTHING
     assert driver.misuses == []
+
+
+def test_a_fork_frees_nothing_and_piles_nothing_up(bundle: Bundle) -> None:
+    """What a forked process closes is its parent's, again and again."""
+    backend = HostStages(bundle)
+    window = backend.create_window()
+    before = backend.driver.books
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            window.close()
+            same = backend.driver.books == before and not window.closed
+            os._exit(0 if same and not forks._HELD else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert forks._HELD == []
+    window.close()
+    assert backend.driver.books == NOTHING
 
 
 @KINDS

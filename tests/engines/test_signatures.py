@@ -16,7 +16,7 @@ from sizes import SMALL
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends import onnxruntime_cuda
 from vqbet_edge.runtime.backends.cuda import Cuda
-from vqbet_edge.runtime.backends.cuda_backend import check_signature
+from vqbet_edge.runtime.backends.cuda_execution import check_signature
 from vqbet_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from vqbet_edge.runtime.backends.tensorrt import _tensors
 from vqbet_edge.runtime.bundle import Bundle

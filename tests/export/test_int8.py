@@ -7,31 +7,23 @@ from typing import Any
 import int8
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from command import run
+from vqbet_calibration.blocks import METHODS
 from vqbet_calibration.quantize import Goal, Quantization, quantize
-from vqbet_calibration.ranges import METHODS
+from vqbet_calibration.targets import Target
 from vqbet_export.onnx_graphs import TensorRTGraphs
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.sensitivity import CHART_NAME
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.errors import VerificationError
+from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.training.dataset import LeRobotDataset
 
 STEPS = 128
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setenv("VQBET_EDGE_CACHE", str(cache))
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +32,10 @@ def checkpoint(workshop: Workshop) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An INT8 bundle for both targets."""
     bundle = tmp_path_factory.mktemp("int8") / "pusht-int8.bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VQBET_EDGE_CACHE", str(cache))
         arguments = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", str(STEPS)]
         assert run(patch, str(checkpoint), "--int8", *arguments, "-o", str(bundle)) == 0
     return bundle
@@ -86,17 +77,15 @@ def operators(graph: bytes) -> set[str]:
 
 
 def test_both_kinds_of_graph_are_in_one_bundle(exported: Path) -> None:
-    """TensorRT's are signed with float16 around, the CPU's unsigned and dynamic with float32."""
+    """TensorRT's are signed with float16 around, the CPU's unsigned and in blocks with float32."""
     bundle = Bundle.open(exported)
     manifest = bundle.manifest
     for stage in ("vision_encoder", "gpt"):
         assert manifest.stages[stage].precision == manifest.cpu_stages[stage].precision == "int8"
         assert "QuantizeLinear" in operators(bundle.graph(stage))
-    cpu_encoder, cpu_gpt = (
-        bundle.contents[bundle.cpu_stage(stage).file] for stage in ("vision_encoder", "gpt")
-    )
+    cpu_encoder, cpu_gpt = (bundle.cpu_graph(stage) for stage in ("vision_encoder", "gpt"))
     assert "QuantizeLinear" in operators(cpu_encoder)
-    assert "MatMulInteger" in operators(cpu_gpt)
+    assert "MatMulNBits" in operators(cpu_gpt)
     assert manifest.stages["code_heads"].precision == "fp16"
     assert manifest.cpu_stages["code_heads"].precision == "fp32"
 
@@ -134,7 +123,8 @@ def test_the_report_says_what_every_layer_cost(exported: Path) -> None:
         assert damage == sorted(damage, reverse=True)
         assert damage[0] > 0
         assert "gpt.lm_head" in found["kept"]
-        assert set(found["by_method"]["vision_encoder"]) == set(METHODS)
+        assert set(found["by_method"]["vision_encoder"]) == {"min-max"}
+    assert set(report["quantization"][1]["by_method"]["gpt"]) == set(METHODS)
     markdown = (exported / "report.md").read_text()
     assert "## INT8 for tensorrt" in markdown
     assert "| gpt.lm_head (kept) |" in markdown
@@ -159,42 +149,69 @@ def test_the_bundle_acts(exported: Path) -> None:
     np.testing.assert_allclose(chunks[:6], chunks[6:], atol=0.02 * span)
 
 
+def test_a_robot_without_the_kernels_is_told(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too old an ONNX Runtime refuses the graph; a processor without a kernel is only slow."""
+    from vqbet_edge.runtime.backends import onnxruntime as backend
+
+    durations = iter([0.01, 0.5])
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_quickest", lambda _: next(durations))
+        EdgePolicy.load(exported, "onnxruntime").sibling()  # asked once
+    assert "takes 500 ms" in caplog.text
+    assert "no fast kernel for it on this processor; pip install --upgrade" in caplog.text
+
+    class Old:
+        __version__ = "1.21.1"
+        SessionOptions = onnxruntime.SessionOptions
+
+        @staticmethod
+        def InferenceSession(*_: Any, **__: Any) -> Any:  # noqa: N802
+            raise RuntimeError("Only 4b quantization is supported")
+
+    monkeypatch.setattr(backend, "import_onnxruntime", lambda: Old)
+    graph = Bundle.open(exported).cpu_graph("gpt")
+    with pytest.raises(BackendError, match=r"4b.*needs ONNX Runtime 1\.22.*1\.21\.1: pip install"):
+        backend._Session("gpt", graph)
+
+
 @pytest.fixture(scope="module")
 def floating(workshop: Workshop) -> Bundle:
     return Bundle.open(workshop.bundle(int8.CASE, "fp32").bundle)
 
 
 def test_one_target_alone_leaves_the_other_in_float16(
-    floating: Bundle, workshop: Workshop, exported: Path, cache: Path
+    floating: Bundle, workshop: Workshop, exported: Path
 ) -> None:
-    """And the sensitivity comes from the cache."""
-    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("sensitivity-*")}
-    assert len(before) == 2
     half = Bundle.open(workshop.bundle(int8.CASE, "fp16").bundle)
     samples = int8.samples_for(floating, int8.PUSHT, STEPS)
-    said: list[str] = []
-    found = quantize_bundle(floating, half, samples, ("tensorrt",), said.append).bundle
-    assert {p.name: p.stat().st_mtime_ns for p in cache.glob("sensitivity-*")} == before
-    assert not any("sensitivity" in line for line in said)
+    found = quantize_bundle(floating, half, samples, ("tensorrt",), lambda _: None).bundle
     assert {stage.precision for stage in found.manifest.cpu_stages.values()} == {"fp16"}
     for stage in ("vision_encoder", "gpt"):
         assert found.graph(stage) == Bundle.open(exported).graph(stage)
-        assert "QuantizeLinear" not in operators(found.contents[found.cpu_stage(stage).file])
+        assert "QuantizeLinear" not in operators(found.cpu_graph(stage))
 
 
-def test_the_fewest_layers_are_left_out(floating: Bundle, exported: Path) -> None:
-    """A stricter goal keeps the head of the ranking, and one layer fewer misses it."""
-    assert exported.exists()  # the sensitivity is cached
+def strict_goal(floating: Bundle, target: Target) -> Goal:
+    """Half of what is off when the cheapest method is good enough for all layers."""
     samples = int8.samples_for(floating, int8.PUSHT, STEPS)
     loose = quantize(
-        floating, samples, "cpu", goal=Goal(cosine=0.5, code_agreement=0, total_variation=1)
-    )
+        floating, samples, (target,), goal=Goal(cosine=0.5, code_agreement=0, total_variation=1)
+    )[0]
     assert loose.kept == ("gpt.lm_head",)
-    strict = Goal(
-        cosine=1 - (1 - min(loose.outcome.cosine.values())) / 2, code_agreement=0, total_variation=1
-    )
+    assert {m for plan in loose.plan.values() for m in plan.values()} <= {"min-max", METHODS[0]}
+    cosine = 1 - (1 - min(loose.outcome.cosine.values())) / 2
+    strict = Goal(cosine=cosine, code_agreement=0, total_variation=1)
     assert not strict.reached(loose.outcome)
-    found: Quantization = quantize(floating, samples, "cpu", goal=strict)
+    return strict
+
+
+def test_the_fewest_layers_are_left_out(floating: Bundle) -> None:
+    """A stricter goal keeps the head of the ranking, and one layer fewer misses it."""
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
+    strict = strict_goal(floating, "tensorrt")
+    found: Quantization = quantize(floating, samples, ("tensorrt",), goal=strict)[0]
     assert strict.reached(found.outcome)
     harmful = [f"{e.stage}.{e.layer}" for e in found.ranking if e.layer != "lm_head"]
     count = len(found.kept) - 1
@@ -202,11 +219,24 @@ def test_the_fewest_layers_are_left_out(floating: Bundle, exported: Path) -> Non
     assert found.kept == (*harmful[:count], "gpt.lm_head")
 
 
-def test_a_goal_out_of_reach_is_an_error(floating: Bundle, exported: Path) -> None:
-    assert exported.exists()  # the sensitivity is cached
+def test_the_most_harmful_layers_are_treated_more_exactly(floating: Bundle) -> None:
+    """On CPUs by smaller blocks too: the more harmful, the smaller, and the worst not at all."""
+    samples = int8.samples_for(floating, int8.PUSHT, STEPS)
+    found = quantize(floating, samples, ("cpu",), goal=strict_goal(floating, "cpu"))[0]
+    exactness = [*METHODS, None]
+    chosen = [
+        exactness.index(found.plan["gpt"].get(entry.layer))
+        for entry in found.ranking
+        if entry.stage == "gpt" and entry.layer != "lm_head"
+    ]
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[0] > chosen[-1] == 0
+
+
+def test_a_goal_out_of_reach_is_an_error(floating: Bundle) -> None:
     samples = int8.samples_for(floating, int8.PUSHT, STEPS)
     with pytest.raises(VerificationError, match="export with --fp16, or calibrate on more"):
-        quantize(floating, samples, "cpu", goal=Goal(cosine=1.1))
+        quantize(floating, samples, ("cpu",), goal=Goal(cosine=1.1))
 
 
 def test_precisions_side_by_side(

@@ -1,7 +1,10 @@
 """The loader: three layouts, every rule about them, and everything it refuses."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,6 +351,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]),
         r"no safetensors file or is truncated",
     ),
+    "a clone without its large files": (
+        lambda d: (d / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+        r"it is a Git LFS pointer, not the file; in .* type: git lfs pull",
+    ),
     "pickle inside": (
         lambda d: torch.save({"a": torch.zeros(2)}, d / WEIGHTS),
         r"no safetensors file or is truncated",
@@ -531,3 +538,41 @@ def test_robot_passes_the_keys_that_the_processor_renames(layout_0_4: Path, tmp_
     )
     policy = export_and_act(layout_0_4, tmp_path / "c.bundle", "robot.qpos")
     assert policy.manifest.state_key == "robot.qpos"
+
+
+def test_a_resize_that_we_did_not_train_is_warned_of(layout_0_4: Path) -> None:
+    change_json(layout_0_4 / CONFIG, lambda c: c.update(resize_shape=[38, 44]))
+    with pytest.warns(UserWarning, match="differs from an antialiased resize by up to 0.17"):
+        checkpoint = load_checkpoint(str(layout_0_4))
+    assert checkpoint.config.encoder_shape == (36, 40)
+    # LeRobot's own file of that name nests the policy; ours does not.
+    lerobots = {"dataset": {"repo_id": "a/b"}, "policy": {"resize_shape": [38, 44]}}
+    (layout_0_4 / "train_config.json").write_text(json.dumps(lerobots))
+    with pytest.warns(UserWarning, match="vqbet-train did not write this checkpoint"):
+        load_checkpoint(str(layout_0_4))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_resize_of_our_own_is_not(layout_0_4: Path) -> None:
+    change_json(layout_0_4 / CONFIG, lambda c: c.update(resize_shape=[38, 44]))
+    (layout_0_4 / "train_config.json").write_text(json.dumps({"resize_shape": [38, 44]}))
+    assert load_checkpoint(str(layout_0_4)).config.resize_shape == (38, 44)
+
+
+@pytest.mark.parametrize("command", ["vqbet-export", "vqbet-train"])
+def test_an_unreachable_hub_is_no_disk_error(tmp_path: Path, command: str) -> None:
+    """The commands' own processes, without a network."""
+    module, flags = {
+        "vqbet-export": ("vqbet_export.cli", ["no_such/policy", "-o", "a.bundle"]),
+        "vqbet-train": ("vqbet_edge.training.cli", ["--dataset", "no_such/data", "--output", "r"]),
+    }[command]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    code = f"from {module} import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "is not to be had from the Hub" in done.stderr
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr

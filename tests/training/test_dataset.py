@@ -204,12 +204,34 @@ def _no_episodes(root: Path) -> None:
     rewrite(root, change, "meta/episodes/chunk-000/file-000.parquet")
 
 
+def _slow_clock(root: Path) -> None:
+    """The robot's clock and the camera's run apart, as lerobot#3177 has it."""
+
+    def change(columns: dict) -> None:
+        columns["timestamp"] = [1.05 * seconds for seconds in columns["timestamp"]]
+
+    rewrite(root, change)
+
+
+def _late_start(root: Path) -> None:
+    def change(columns: dict) -> None:
+        columns["timestamp"] = [1.7e5 + seconds for seconds in columns["timestamp"]]
+
+    rewrite(root, change)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_remove_video, "file-000.mp4 is missing; episode 0"),
         (_truncate_video, "file-000.mp4: episode 0 is corrupt"),
         (_short_video, "file-000.mp4: frame 21 of episode 2 .* incomplete"),
+        (
+            _slow_clock,
+            r"frame \d+ of episode 0 \(at .* s\) is not in the video: timestamps and video "
+            r"disagree, the nearest frame is 0.0\d+ s away where frames are 0.100 s apart. Correct",
+        ),
+        (_late_start, r"it ends at 57.800 s. .* timestamps belong to another video"),
         (_truncate_table, "file-000.parquet .*episode 0.* corrupt"),
         (_nan_action, "'action' of episode 1 is not finite at frame 9"),
         (_drop_frames, "episode 2 has 140 frames, meta/ says 141"),

@@ -116,6 +116,15 @@ def stale_index(values: object) -> Callable[[Path], None]:
     return change
 
 
+def link_everything(root: Path) -> None:
+    """As the Hub's client keeps snapshots."""
+    blobs = root.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(p for p in sorted(root.rglob("*")) if p.is_file()):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+
+
 HARMLESS: dict[str, Callable[[Path], object]] = {
     "nothing": lambda _: None,
     "stale file_index": stale_index([0, 0, 0]),
@@ -149,6 +158,12 @@ HARMLESS: dict[str, Callable[[Path], object]] = {
     "fields from the future": lambda root: edit_json(
         root / INFO, lambda info: info.update(tools=None, depth={"unit": "mm"})
     ),
+    "vectors as other libraries write them": lambda root: edit_column(
+        root / DATA,
+        "action",
+        pq.read_table(root / DATA)["action"].combine_chunks().cast(pa.large_list(pa.float32())),
+    ),
+    "links into the Hub's cache": link_everything,
     "shuffled episodes in meta": lambda root: pq.write_table(
         pq.read_table(root / EPISODES).take([2, 0, 1]), root / EPISODES
     ),
@@ -249,6 +264,16 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no fps": (
         lambda root: edit_json(root / INFO, lambda info: info.pop("fps")),
         "meta is not complete .*fps",
+    ),
+    "a clone without its large files": (
+        lambda root: (root / DATA).write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+        "it is a Git LFS pointer, not the file; in .*chunk-000 type: git lfs pull",
+    ),
+    "an action of two axes": (
+        lambda root: add_feature(
+            root, "action", pa.array(np.zeros((sum(LENGTHS), 2, 3)).tolist()), shape=[2, 3]
+        ),
+        "no vector 'action', it is float32 of 2x3; write it with one axis",
     ),
     "no images in the file": (
         lambda root: edit_column(

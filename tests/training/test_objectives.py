@@ -51,8 +51,7 @@ def build_judge(lerobot: Callable[[str], ModuleType], **overrides: object) -> nn
         input_features={k: v for k, v in features.items() if k != "action"},
         output_features={"action": features["action"]},
         device="cpu",
-        **SIZES,
-        **overrides,
+        **{"use_group_norm": True, "pretrained_backbone_weights": None, **SIZES, **overrides},
     )
     torch.manual_seed(0)
     policy: nn.Module = lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy(config)

@@ -53,8 +53,8 @@ class ObservationReader:
                 f"expected a mapping with {self._keys()}, got {type(observation).__name__}"
             )
         for camera, key in enumerate(self._image_keys):
-            self._read_image(key, _array(observation, key, self._keys()), frames[camera])
-        self._read_state(_array(observation, self._state_key, self._keys()), state)
+            self._read_image(key, feature_array(observation, key, self._keys()), frames[camera])
+        self._read_state(feature_array(observation, self._state_key, self._keys()), state)
 
     def _keys(self) -> list[str]:
         return [*self._image_keys, self._state_key]
@@ -98,7 +98,12 @@ def _matches(array: NDArray[Any], shape: tuple[int, ...]) -> bool:
     return array.shape in (shape, (1, *shape))
 
 
-def _array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:
+def feature_array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:
+    """The array under `key`, one of the expected `keys`; its type and shape are not checked.
+
+    Raises:
+        ObservationError: it is missing or no array.
+    """
     value = observation.get(key)
     if value is None and key in observation:
         raise ObservationError(

@@ -226,6 +226,16 @@ class EdgePolicy:
         return self._last
 
     @property
+    def upcoming(self) -> Floats | None:
+        """What `act` would return if it were called again and never predicted: float32 (n, A).
+
+        The first is its latest action, the others follow in the chunk, for controllers that take
+        trajectories. None before the first call. Guards that limit change are not applied.
+        """
+        step = self._handed
+        return None if step is None else step.chunk[step.position :].copy()
+
+    @property
     def guard_counts(self) -> GuardCounts:
         """How often guards stepped in since the policy was loaded."""
         return GuardCounts(self._actions.clamped, self._actions.slowed, self._late)

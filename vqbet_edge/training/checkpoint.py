@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.hub import download, is_hub_id
+from vqbet_edge.training.hub import download, is_hub_id, remedy
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
@@ -67,6 +68,14 @@ def load_checkpoint(source: str) -> Checkpoint:
     directory = _locate(source)
     config = read_json(directory / CONFIG_NAME)
     tensors = _load_weights(directory / WEIGHTS_NAME)
+    if config.get("resize_shape") is not None and not _is_ours(directory):
+        warnings.warn(
+            f"'{directory / CONFIG_NAME}' asks for resize_shape, which LeRobot's VQ-BeT does not "
+            "have, and vqbet-train did not write this checkpoint: images are averaged and "
+            "interpolated as vqbet-train does it, which differs from an antialiased resize by up "
+            "to 0.17 of the range. Verify the export on your data (--verify-data), or train anew",
+            stacklevel=2,
+        )
     statistics = {k: v.numpy() for k, v in tensors.items() if k.startswith(_NORMALIZERS)}
     weights = {k: v for k, v in tensors.items() if k not in statistics}
     try:
@@ -86,6 +95,12 @@ def load_checkpoint(source: str) -> Checkpoint:
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
     )
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether vqbet-train wrote it: LeRobot's train_config.json has the policy's fields nested."""
+    path = directory / "train_config.json"
+    return path.is_file() and "resize_shape" in read_json(path)
 
 
 def _locate(source: str) -> Path:
@@ -132,7 +147,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"'{path}' is no safetensors file or is truncated ({error}); copy or save it again"
+            f"'{path}' is no safetensors file or is truncated ({error}); {remedy(path)}"
         ) from error
     plain = {
         re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", name): tensor

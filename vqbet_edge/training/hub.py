@@ -38,3 +38,12 @@ def download(repo_id: str, kind: str, patterns: list[str] | None = None) -> Path
             f"'{repo_id}' is no folder here, and the {kind} is not to be had from the Hub: {e}. "
             "Check the name, the network and, if it is private, type: hf auth login"
         ) from e
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that is not what its name says."""
+    with path.open("rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs")
+    if pointer:
+        return f"it is a Git LFS pointer, not the file; in {path.parent} type: git lfs pull"
+    return "copy or download it again"

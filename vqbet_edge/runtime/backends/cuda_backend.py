@@ -1,4 +1,4 @@
-"""What TensorRT's and ONNX Runtime's GPU backends share: buffers, history, launches.
+"""What TensorRT's and ONNX Runtime's GPU backends share: history and launches.
 
 Every tensor has one address for ever. The encoded frames stay on the GPU; frames and states go in,
 logits and offsets come out. After loading nothing is allocated.
@@ -9,14 +9,12 @@ import logging
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.base import (
     Backend,
     Floats,
@@ -27,78 +25,16 @@ from vqbet_edge.runtime.backends.base import (
     foreign_errors,
 )
 from vqbet_edge.runtime.backends.cuda import Cuda, switch
+from vqbet_edge.runtime.backends.cuda_execution import Execution, size_of, view_of
 from vqbet_edge.runtime.backends.cuda_stream import Buffer, Launch, Stream
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
-from vqbet_edge.runtime.signatures import Signature, TensorSpec, signature
-
-#: Tensor name -> (NumPy's name of its type, shape), as a graph or an engine has them.
-Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int | str, ...]]]
+from vqbet_edge.runtime.signatures import signature
 
 GRAPH_VARIABLE = "VQBET_EDGE_CUDA_GRAPH"
 _LOG = logging.getLogger(__name__)
-# Lazy loading, autotuning and ONNX Runtime's own capture are over after this many runs.
-_WARM_UP_RUNS = 3
-# What leaves the encoder and what enters the GPT: the history lies between them, on the GPU.
-_HISTORY_TENSORS = ("frame_tokens", "image_tokens")
 # ONNX Runtime captures such that no other thread may allocate on the GPU meanwhile.
 _LOADING = threading.RLock()
-
-
-class Execution:
-    """The stages over one set of buffers, on one stream: one run at a time.
-
-    Args:
-        backend: whose stages they are.
-        stream: where they run.
-    """
-
-    def __init__(self, backend: "CudaBackend", stream: Stream) -> None:
-        self.stream, self._lock = stream, threading.Lock()
-        #: Whether the stream may still be reading the inputs of an earlier call.
-        self.reading = False
-        signatures = backend.signatures.values()
-        tensors = {tensor.name: tensor for each in signatures for tensor in each.tensors}
-        inputs = {tensor.name for each in signatures for tensor in each.inputs}
-        outputs = {tensor.name for each in signatures for tensor in each.outputs}
-        # What one stage leaves and no other takes, or the reverse, crosses to the host.
-        crossing = (inputs ^ outputs) - set(_HISTORY_TENSORS)
-        self.buffers = {
-            name: stream.buffer(_size(tensor), host=name in crossing)
-            for name, tensor in tensors.items()
-        }
-        self.arrays = {name: _view(self.buffers[name], tensors[name]) for name in crossing}
-        #: Stage -> what puts one run of it on the stream.
-        self.stages: dict[StageName, Launch] = {}
-        stream.on_close(self.stages.clear)
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Use it, in this thread and with the GPU's context."""
-        with self._lock, self.stream.active():
-            try:
-                yield
-            except BaseException:
-                self.reading = True  # what was put on the stream before may still run
-                raise
-
-    def write(self, name: str, value: NDArray[Any]) -> None:
-        """Fill an input, once nothing on the stream reads what is in it."""
-        if self.reading:
-            self.synchronize()
-        np.copyto(self.arrays[name][0], value)
-
-    def synchronize(self) -> None:
-        """Wait for the stream."""
-        self.stream.synchronize()
-        self.reading = False
-
-    def warm_up(self) -> None:
-        """Run every stage on whatever its buffers hold."""
-        for _ in range(_WARM_UP_RUNS):
-            for stage in self.stages.values():
-                stage()
-            self.synchronize()
 
 
 class CudaBackend(Backend):
@@ -169,8 +105,8 @@ class CudaWindow(Window):
         self._execution = backend.execution(self._stream)
         tokens = next(t for t in backend.signatures["gpt"].inputs if t.name == "image_tokens")
         self._length = tokens.shape[1]
-        self._row_size = _size(tokens) // self._length
-        self._history = self._stream.buffer(_size(tokens), host=False).address
+        self._row_size = size_of(tokens) // self._length
+        self._history = self._stream.buffer(size_of(tokens), host=False).address
         self._stream.synchronize()  # zeroed, whichever stream uses it next
         outputs = (
             *backend.signatures["vision_encoder"].outputs,
@@ -274,12 +210,12 @@ class CudaWindow(Window):
         spec = self._intermediates[tensor]
         with self._using() as execution:
             if tensor not in self._read_into:
-                self._read_into[tensor] = execution.stream.buffer(_size(spec), host=True)
+                self._read_into[tensor] = execution.stream.buffer(size_of(spec), host=True)
             buffer = self._read_into[tensor]
-            execution.stream.copy(buffer.address, execution.buffers[tensor].address, _size(spec))
+            execution.stream.copy(buffer.address, execution.buffers[tensor].address, size_of(spec))
             execution.stream.download(buffer)
             execution.synchronize()
-            latest: Floats = _view(buffer, spec)[0].copy()
+            latest: Floats = view_of(buffer, spec)[0].copy()
             return latest
 
     def _finished(self, execution: Execution) -> HeadOutputs:
@@ -344,27 +280,3 @@ class CudaWindow(Window):
 
     def _free(self) -> None:
         self._stream.close()
-
-
-def check_signature(what: str, have: Tensors, expected: Signature) -> None:
-    """Compare a graph's or an engine's own tensors with ours, before they are bound.
-
-    With others it would read and write past our buffers.
-
-    Raises:
-        BackendError: they differ.
-    """
-    need = {tensor.name: (tensor.dtype, tensor.shape) for tensor in expected.tensors}
-    if have != need:
-        raise BackendError(
-            f"{what} has tensors {have}, expected {need}; export the checkpoint again"
-        )
-
-
-def _size(tensor: TensorSpec) -> int:
-    return int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
-
-
-def _view(buffer: Buffer, tensor: TensorSpec) -> NDArray[Any]:
-    assert buffer.host is not None  # noqa: S101 - crossing tensors have a host side
-    return buffer.host.view(tensor.dtype).reshape(tensor.shape)

@@ -7,11 +7,8 @@ import numpy as np
 
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.cuda import Cuda, create_cuda
-from vqbet_edge.runtime.backends.cuda_backend import (
-    CudaBackend,
-    Execution,
-    check_signature,
-)
+from vqbet_edge.runtime.backends.cuda_backend import CudaBackend
+from vqbet_edge.runtime.backends.cuda_execution import Execution, check_signature
 from vqbet_edge.runtime.backends.cuda_stream import Launch, Stream
 from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
 from vqbet_edge.runtime.bundle import Bundle
@@ -57,7 +54,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         super().__init__(bundle, cuda or create_cuda())
 
     def _load(self, bundle: Bundle) -> None:
-        self._execution = Execution(self, self._stream)
+        self._execution = Execution(self.signatures, self._stream)
         try:
             self._load_sessions(bundle, self.capture)
         except BackendError as error:

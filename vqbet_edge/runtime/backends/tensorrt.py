@@ -7,12 +7,8 @@ from typing import Any, NamedTuple
 from vqbet_edge.errors import BackendError
 from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.backends.cuda import Cuda, Device, create_cuda, switch
-from vqbet_edge.runtime.backends.cuda_backend import (
-    CudaBackend,
-    Execution,
-    Tensors,
-    check_signature,
-)
+from vqbet_edge.runtime.backends.cuda_backend import CudaBackend
+from vqbet_edge.runtime.backends.cuda_execution import Execution, Tensors, check_signature
 from vqbet_edge.runtime.backends.cuda_stream import Launch, Stream
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache, EngineKey
 from vqbet_edge.runtime.backends.tensorrt_module import (
@@ -96,7 +92,7 @@ class TensorRTBackend(CudaBackend):
 
     def execution(self, stream: Stream) -> Execution:
         """Contexts of a window's own, over buffers of its own."""
-        execution = Execution(self, stream)
+        execution = Execution(self.signatures, stream)
         for stage in self._engines:
             execution.stages[stage] = self._bind(stage, execution)
         return execution

@@ -42,11 +42,6 @@ class TensorRT:
     flavour: Flavour
     version: str
 
-    @property
-    def strongly_typed(self) -> bool:
-        """Whether networks can take every type from the graph (TensorRT 9 and newer)."""
-        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
-
 
 def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
     """Import TensorRT.
@@ -61,7 +56,9 @@ def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
     for name in FLAVOURS if flavour is None else (flavour,):
         try:
             module = importlib.import_module(name)
-        except (ImportError, OSError) as error:
+        except MemoryError:
+            raise  # says nothing of TensorRT
+        except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
             reasons.append(f"{name}: {error} ({_INSTALL[name]})")
             continue
         return _checked(TensorRT(module, name, str(module.__version__)))

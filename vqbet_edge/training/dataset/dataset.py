@@ -160,7 +160,9 @@ class LeRobotDataset:
             if feature is None or not feature.is_vector:
                 vectors = [k for k, f in self.features.items() if f.is_vector]
                 raise DatasetError(
-                    f"{self.info.root} has no vector '{key}'; it has {', '.join(vectors)}"
+                    f"{self.info.root} has no vector '{key}'"
+                    + (f", it is {feature}; write it with one axis" if feature else "")
+                    + f"; the vectors are {', '.join(vectors)}"
                 )
             self._columns[key] = self._table.vectors(key, feature)
         return self._columns[key]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset.metadata import Clip
+from vqbet_edge.training.hub import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
@@ -91,14 +92,18 @@ class Videos:
     ) -> npt.NDArray[np.intp]:
         """Index of the frame nearest to every wanted time, at most half a frame away.
 
-        The first wanted one has the `number` in the episode.
+        Where many episodes share a file, some frame is always that near; clocks that run apart
+        show there by frames that are left out or taken twice. The first wanted one has the
+        `number` in the episode.
         """
         wanted = clip.start + seconds
         ends = np.concatenate([[-np.inf], found, [np.inf]])
         right = np.searchsorted(found, wanted) + 1
         nearest = np.where(wanted - ends[right - 1] <= ends[right] - wanted, right - 1, right)
         off = np.abs(ends[nearest] - wanted)
-        missing = off > self._half
+        steps = np.diff(nearest)
+        uneven = np.append(False, steps != steps[:1])
+        missing = (off > self._half) | (uneven & (off > self._half / 4))
         if missing.any():
             first = int(missing.argmax())
             raise DatasetError(
@@ -115,8 +120,8 @@ class Videos:
                 "set's timestamps belong to another video; copy or download both again"
             )
         return (
-            f"timestamps and video disagree, the nearest frame is {off:.3f} s away and half a "
-            f"frame is {self._half:.3f} s. Correct the column 'timestamp', or 'fps' in "
+            f"timestamps and video disagree, the nearest frame is {off:.3f} s away where frames "
+            f"are {2 * self._half:.3f} s apart. Correct the column 'timestamp', or 'fps' in "
             "meta/info.json, or leave the camera out with --cameras"
         )
 
@@ -148,9 +153,7 @@ IMAGE_ERRORS = (av.error.FFmpegError, StopIteration, IndexError, ValueError)
 
 def unreadable(path: Path, episode: int, error: Exception) -> DatasetError:
     """What to say about a file of frames that cannot be decoded."""
-    return DatasetError(
-        f"{path}: episode {episode} is corrupt ({error}); copy or download the file again"
-    )
+    return DatasetError(f"{path}: episode {episode} is corrupt ({error}); {remedy(path)}")
 
 
 def _rgb(frame: av.VideoFrame) -> Frames:

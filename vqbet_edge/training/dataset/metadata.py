@@ -345,7 +345,7 @@ def _read_lines(path: Path) -> list[Json]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise DatasetError(
             f"cannot read {path}: {e}. A LeRobot data set is a folder with meta/info.json in it"

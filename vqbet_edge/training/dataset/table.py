@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.dataset.metadata import DatasetFeature, DatasetInfo, EpisodeInfo
+from vqbet_edge.training.hub import remedy
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -134,9 +135,7 @@ def _read(path: Path, keys: Sequence[str], where: str = "") -> pa.Table:
     try:
         return pq.read_table(path, columns=list(keys)).select(list(keys))
     except (OSError, pa.ArrowException, KeyError) as e:
-        raise DatasetError(
-            f"{path}{where} is corrupt or incomplete: {e}; copy or download it again"
-        ) from e
+        raise DatasetError(f"{path}{where} is corrupt or incomplete: {e}; {remedy(path)}") from e
 
 
 def _to_array(path: Path, column: pa.ChunkedArray, feature: DatasetFeature, key: str) -> Array:

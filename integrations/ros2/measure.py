@@ -1,0 +1,183 @@
+"""How evenly a node sends commands: a simulator and the node, in two processes.
+
+python integrations/ros2/measure.py pusht-fp16.bundle --minutes 10
+
+The simulator publishes random frames at the control rate and joint states at 100 Hz, and notes when
+commands come. Where rclpy comes from wheels (`tests/ros2`), run it with that environment's Python
+and PYTHONPATH=.:integrations/ros2; on a robot, source ROS first. Nothing else may run meanwhile.
+"""
+
+import argparse
+import array
+import json
+import signal
+import ssl  # noqa: F401 - before rclpy
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.executors import SingleThreadedExecutor
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Float64MultiArray
+
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Manifest
+
+JOINT_HZ = 100.0
+PERCENTILES = (50.0, 95.0, 99.0, 99.9, 100.0)
+
+
+class Simulator:
+    """Publishes frames and joint states, each on a thread, and notes what comes back."""
+
+    def __init__(self, manifest: Manifest, rate: float) -> None:
+        self.node = rclpy.create_node("measure")
+        self.arrived: list[float] = []
+        self.statuses: list[dict[str, str]] = []
+        self.node.create_subscription(Float64MultiArray, "/commands", self._command, 10)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._status, 10)
+        random = np.random.default_rng(0)
+        frames = random.integers(0, 256, (8, *manifest.image_shape), np.uint8)
+        self._frames = [_image(frame) for frame in frames]
+        self._joints = [f"j{number}" for number in range(manifest.state_dim)]
+        cameras = [self.node.create_publisher(Image, topic, 1) for topic in camera_topics(manifest)]
+        state = self.node.create_publisher(JointState, "/joints", 1)
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._publish, args=(rate, self._frame, cameras)),
+            threading.Thread(target=self._publish, args=(JOINT_HZ, self._state, [state])),
+            threading.Thread(target=self._spin),
+        ]
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        self.node.destroy_node()
+
+    def _command(self, _: Any) -> None:
+        self.arrived.append(time.monotonic())
+
+    def _status(self, message: Any) -> None:
+        status = message.status[0]
+        values = {each.key: each.value for each in status.values}
+        self.statuses.append(values | {"": status.message})
+
+    def _frame(self, number: int) -> Any:
+        return self._frames[number % len(self._frames)]
+
+    def _state(self, number: int) -> Any:
+        return JointState(name=self._joints, position=[np.sin(number / 50)] * len(self._joints))
+
+    def _publish(self, rate: float, make: Any, publishers: list[Any]) -> None:
+        due, number = time.monotonic(), 0
+        while not self._ended.wait(max(0.0, due - time.monotonic())):
+            message = make(number)
+            message.header.stamp = self.node.get_clock().now().to_msg()
+            for publisher in publishers:
+                publisher.publish(message)
+            due, number = due + 1 / rate, number + 1
+
+    def _spin(self) -> None:
+        executor = SingleThreadedExecutor()
+        executor.add_node(self.node)
+        while not self._ended.is_set():
+            executor.spin_once(timeout_sec=0.1)
+
+
+def camera_topics(manifest: Manifest) -> list[str]:
+    """One for each camera."""
+    return [f"/camera_{number}" for number in range(len(manifest.image_keys))]
+
+
+def node_parameters(bundle: Path, manifest: Manifest, rate: float) -> dict[str, Any]:
+    """Of the node."""
+    return {
+        "bundle": str(bundle.resolve()),
+        "rate": rate,
+        "autostart": True,
+        "cameras.keys": list(manifest.image_keys),
+        "cameras.topics": camera_topics(manifest),
+        "state.topic": "/joints",
+        "state.joints": [f"j{number}" for number in range(manifest.state_dim)],
+        "command.joints": [f"a{number}" for number in range(manifest.action_dim)],
+        "command.topic": "/commands",
+    }
+
+
+def report(simulator: Simulator, rate: float) -> str:
+    """The figures, as Markdown."""
+    arrived = np.array(simulator.arrived)
+    count, seconds = len(arrived), arrived[-1] - arrived[0]
+    names = [f"p{each:g}" for each in PERCENTILES[:-1]] + ["max"]
+    figures = np.percentile(np.diff(arrived) * 1e3, PERCENTILES)
+    lines = [
+        f"{count} commands in {seconds:.1f} s at {rate:g} Hz (a period of {1e3 / rate:.2f} ms)",
+        "",
+        "| ms | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+        "| between commands, at the receiver | " + " | ".join(f"{f:.2f}" for f in figures) + " |",
+    ]
+    for name, what in {"act_ms": "`act`", "age_ms": "oldest part of the observation"}.items():
+        row = [_worst(simulator, f"{name}_{each}") for each in ("p50", "p95", "p99")]
+        row += ["", _worst(simulator, f"{name}_max")]
+        lines.append(f"| {what}, worst 300 steps | " + " | ".join(row) + " |")
+    last = simulator.statuses[-1]
+    counts = {name: value for name, value in last.items() if name and "_ms_" not in name}
+    return "\n".join([*lines, "", f"counts: {counts}"])
+
+
+def _worst(simulator: Simulator, name: str) -> str:
+    return f"{max(float(each[name]) for each in simulator.statuses if name in each):.2f}"
+
+
+def _image(frame: np.ndarray) -> Any:
+    height, width, _ = frame.shape
+    data = array.array("B", frame.tobytes())
+    return Image(height=height, width=width, encoding="rgb8", step=3 * width, data=data)
+
+
+def main() -> None:
+    """Run both, and say what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--rate", type=float, default=30.0)
+    given = parser.parse_args()
+    manifest = Bundle.open(given.bundle).manifest
+    rclpy.init()
+    simulator = Simulator(manifest, given.rate)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "parameters.yaml"
+        parameters = node_parameters(given.bundle, manifest, given.rate)
+        file.write_text(json.dumps({"/**": {"ros__parameters": parameters}}))
+        command = [sys.executable, "-m", "vqbet_edge_ros", "--ros-args", "--params-file", str(file)]
+        node = subprocess.Popen(command)  # noqa: S603
+        simulator.start()
+        try:
+            while not simulator.arrived and node.poll() is None:
+                time.sleep(0.1)
+            time.sleep(60 * given.minutes)
+        finally:
+            node.send_signal(signal.SIGTERM)
+            node.wait()
+            simulator.stop()
+            rclpy.shutdown()
+    sys.stdout.write(report(simulator, given.rate) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The control loop: newest observation, policy, command, at a fixed rate."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge import DeadlineError, EdgePolicy, ObservationError
+from vqbet_edge_ros.diagnostics import Statistics
+from vqbet_edge_ros.inputs import Inputs, Observed, Refusal
+from vqbet_edge_ros.watchdog import Ticket, Watchdog
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that was sent, and what it was decided on.
+
+    Attributes:
+        observation: as the policy got it.
+        action: float32 (A,), as the policy gave it.
+        decided: whether a new chunk was predicted for it.
+    """
+
+    observation: dict[str, Any]
+    action: NDArray[np.float32]
+    decided: bool
+
+
+class Controller:
+    """One step of the loop.
+
+    Args:
+        sent: is told of every command, after it was sent.
+    """
+
+    def __init__(
+        self,
+        policy: EdgePolicy,
+        inputs: Inputs,
+        watchdog: Watchdog,
+        statistics: Statistics,
+        sent: Callable[[Step], None],
+    ) -> None:
+        self._policy, self._inputs, self._watchdog = policy, inputs, watchdog
+        self._statistics, self._sent = statistics, sent
+
+    def tick(self) -> None:
+        """Act if there is something to act on.
+
+        Raises:
+            Exception: the policy failed; it is of no use any more.
+        """
+        if not self._watchdog.asks_policy():
+            return
+        now = time.monotonic()
+        match self._inputs.observe(now):
+            case Refusal() as refusal:
+                self._refuse(refusal, now)
+            case observed:
+                ticket = self._watchdog.admit(now)
+                if ticket is not None:
+                    self._act(observed, ticket)
+
+    def _refuse(self, refusal: Refusal, now: float) -> None:
+        self._statistics.count(refusal.cause)
+        self._watchdog.refuse(refusal, now)
+
+    def _act(self, observed: Observed, ticket: Ticket) -> None:
+        start, before = time.monotonic(), self._policy.last
+        try:
+            if ticket.reset:
+                self._policy.reset()
+            action = self._policy.act(observed.values, observed.time)
+        except ObservationError as error:
+            self._refuse(Refusal("invalid", str(error)), time.monotonic())
+            return
+        except DeadlineError as error:
+            self._refuse(Refusal("late", str(error)), time.monotonic())
+            return
+        upcoming = self._policy.upcoming
+        now = time.monotonic()
+        if upcoming is None or not self._watchdog.command(ticket, action, upcoming, now):
+            self._statistics.count("overtaken")
+            return
+        self._statistics.acted(now - start, now - observed.oldest, now)
+        self._sent(Step(observed.values, action, self._policy.last is not before))
+
+
+class Loop:
+    """Calls `tick` at a rate, on a thread of its own, until it fails or is stopped."""
+
+    def __init__(self, tick: Callable[[], None], rate: float) -> None:
+        self._tick, self._period = tick, 1 / rate
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vqbet-control", daemon=True)
+        self.failure: Exception | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """End after the step under way; says whether it ended in time."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._ended.wait(max(0.0, due - time.monotonic())):
+            try:
+                self._tick()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the node has to say it
+                self.failure = error
+                return
+            # Steps that were missed are not made up for: two commands at once are worse.
+            due = max(due + self._period, time.monotonic())

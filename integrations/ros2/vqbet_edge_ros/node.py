@@ -1,0 +1,141 @@
+"""The lifecycle node."""
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+
+from vqbet_edge import UsageError, VQBeTEdgeError
+from vqbet_edge_ros.parameters import Parameters, check_names, defaults, parse
+from vqbet_edge_ros.session import Session
+
+
+class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
+    """Drives a robot with a bundle, from camera and joint topics.
+
+    configure loads the bundle and subscribes, activate begins an episode, deactivate stops, cleanup
+    frees. What fails while active deactivates.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("vqbet_policy", **options)
+        self._session: Session | None = None
+        self._ended = threading.Event()
+        self._logs = _ToRos(self.get_logger())
+        logging.getLogger("vqbet_edge").addHandler(self._logs)
+        logging.getLogger("vqbet_edge_ros").addHandler(self._logs)
+        # An empty list has no type, and a whole number may stand for a real one.
+        free = ParameterDescriptor(dynamic_typing=True)
+        for name, default in defaults().items():
+            self.declare_parameter(name, default, free)
+        self.add_on_set_parameters_callback(self._on_parameters)
+
+    def stop(self, reason: str) -> None:
+        """Commands stop for good before this returns; any thread may call it."""
+        self._ended.set()
+        session = self._session
+        try:
+            if session is not None:
+                session.watchdog.close(reason)
+        except Exception as error:  # noqa: BLE001 - it is closed all the same
+            self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
+
+    def on_configure(self, _: Any) -> TransitionCallbackReturn:
+        """Load, check, prove, subscribe."""
+        try:
+            self._session = Session(self, self._read_parameters())
+        except VQBeTEdgeError as error:
+            self.get_logger().error(f"cannot be configured: {error}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception as error:  # noqa: BLE001 - rclpy would swallow it
+            self.get_logger().error(f"cannot be configured: {error}\n{traceback.format_exc()}")
+            return TransitionCallbackReturn.FAILURE
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, _: Any) -> TransitionCallbackReturn:
+        """Begin an episode."""
+        assert self._session is not None  # noqa: S101 - the state machine's promise
+        try:
+            self._session.start(self._ended)
+        except Exception as error:  # noqa: BLE001
+            self.get_logger().error(f"cannot be activated: {error}\n{traceback.format_exc()}")
+            return TransitionCallbackReturn.FAILURE
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_deactivate(self, _: Any) -> TransitionCallbackReturn:
+        """Stop."""
+        return self._finish(lambda session: session.halt("deactivated"))
+
+    def on_cleanup(self, _: Any) -> TransitionCallbackReturn:
+        """Free."""
+        return self._finish(Session.free, forget=True)
+
+    def on_shutdown(self, _: Any) -> TransitionCallbackReturn:
+        """Stop and free."""
+        return self._finish(Session.free, forget=True)
+
+    def on_error(self, _: Any) -> TransitionCallbackReturn:
+        """Stop and free; the node can be configured again."""
+        return self._finish(Session.free, forget=True)
+
+    def destroy_node(self) -> None:
+        """Stop and free."""
+        self._finish(Session.free, forget=True)
+        for name in ("vqbet_edge", "vqbet_edge_ros"):
+            logging.getLogger(name).removeHandler(self._logs)
+        super().destroy_node()
+
+    def _finish(
+        self, end: Callable[[Session], None], *, forget: bool = False
+    ) -> TransitionCallbackReturn:
+        session = self._session
+        if forget:
+            self._session = None
+        try:
+            if session is not None:
+                end(session)
+        except Exception as error:  # noqa: BLE001 - the state changes all the same
+            self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
+        return TransitionCallbackReturn.SUCCESS
+
+    def _read_parameters(self) -> Parameters:
+        # rclpy shows the names that nobody declared nowhere else.
+        overrides = dict.fromkeys(getattr(self, "_parameter_overrides", ()))
+        ours = {name: None for name in overrides if not name.startswith(("use_sim_time", "qos_"))}
+        check_names(ours)
+        parameters = parse({name: self.get_parameter(name).value for name in defaults()})
+        if self.get_parameter("use_sim_time").value and parameters.stamps == "header":
+            raise UsageError(
+                "simulated time does not pass as time.monotonic() does; with use_sim_time set the "
+                "parameter stamps to 'receive'"
+            )
+        return parameters
+
+    def _on_parameters(self, changed: list[Any]) -> SetParametersResult:
+        ours = [each.name for each in changed if each.name in defaults()]
+        if self._session is None or not ours:
+            return SetParametersResult(successful=True)
+        return SetParametersResult(
+            successful=False, reason=f"{ours} are read by configure: call cleanup first"
+        )
+
+
+class _ToRos(logging.Handler):
+    """What the packages log goes to ROS's log."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logging.INFO)
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            self._logger.error(text)
+        elif record.levelno >= logging.WARNING:
+            self._logger.warning(text)
+        else:
+            self._logger.info(text)

@@ -1,0 +1,63 @@
+"""From actions to what is sent."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge_ros.joints import Joints, Values
+from vqbet_edge_ros.parameters import CommandType, WhenStopped
+
+
+class Output:
+    """Sends commands, and what stands for them while the policy is stopped.
+
+    Args:
+        joints: names and units of the commands.
+        kind: `trajectory` sends every new chunk once, the others one action per step.
+        when_stopped: `hold` sends the last command again, `zero` zeros, `silence` nothing.
+        publish: gets float64 (n, J) in ROS's units; n is 1 for all but a trajectory.
+    """
+
+    def __init__(
+        self,
+        joints: Joints,
+        kind: CommandType,
+        when_stopped: WhenStopped,
+        publish: Callable[[Values], None],
+    ) -> None:
+        self._joints, self._kind, self._when_stopped = joints, kind, when_stopped
+        self._publish = publish
+        self._last: Values | None = None
+        self._planned: NDArray[np.float32] | None = None
+        self._moving = False
+
+    def clear(self) -> None:
+        """Forget the last command: by the next one, others may have moved the robot elsewhere."""
+        self._last, self._planned, self._moving = None, None, False
+
+    def command(self, action: NDArray[np.float32], upcoming: NDArray[np.float32]) -> None:
+        """Send an action (A,), or of a trajectory all that is planned (n, A), beginning with it."""
+        self._last = self._joints.to_ros(action)
+        self._moving = True
+        if self._kind != "trajectory":
+            self._publish(self._last[None])
+            return
+        planned, self._planned = self._planned, upcoming
+        if planned is None or not np.array_equal(planned[1:], upcoming):
+            self._publish(self._joints.to_ros(upcoming))
+
+    def forward(self, values: Values) -> None:
+        """Send an operator's command (J,), in ROS's units."""
+        self._last, self._planned, self._moving = values, None, True
+        self._publish(values[None])
+
+    def stand(self) -> None:
+        """Send what keeps the robot where it is."""
+        first, self._moving, self._planned = self._moving, False, None
+        match self._when_stopped:
+            case "zero":
+                self._publish(np.zeros((1, len(self._joints.names))))
+            # A trajectory's one point is where it should be by now, in place of the rest.
+            case "hold" if self._last is not None and (first or self._kind != "trajectory"):
+                self._publish(self._last[None])

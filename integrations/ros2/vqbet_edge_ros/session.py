@@ -1,0 +1,286 @@
+"""What a configured node has: policy, topics, services, timers."""
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleNode
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+
+from vqbet_edge import EdgePolicy, StaleObservationError, VQBeTEdgeError
+from vqbet_edge_ros import __version__, messages
+from vqbet_edge_ros.clock import StampClock
+from vqbet_edge_ros.control import Controller, Loop, Step
+from vqbet_edge_ros.diagnostics import ERROR, Statistics, level
+from vqbet_edge_ros.inputs import Input, Inputs, conflicts
+from vqbet_edge_ros.joints import Values
+from vqbet_edge_ros.loading import COMPRESSED, command_joints, load_policy, make_inputs
+from vqbet_edge_ros.outputs import Output
+from vqbet_edge_ros.parameters import Parameters
+from vqbet_edge_ros.watchdog import Mode, Watchdog
+
+# The newest is all that counts; a camera's frame that got lost is not sent again.
+_SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+_LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+# How long a step may take to end when the node is deactivated.
+_PATIENCE_S = 10.0
+
+
+class Session:
+    """All that exists from configure to cleanup."""
+
+    def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
+        self._node, self._parameters = node, parameters
+        self._period = 1 / parameters.rate
+        self._loop: Loop | None = None
+        self._made: list[tuple[Callable[[Any], Any], Any]] = []
+        # The node's own group would remember everything that was ever in it.
+        self._group = MutuallyExclusiveCallbackGroup()
+        self._policy = load_policy(parameters)
+        try:
+            self._assemble()
+        except BaseException:
+            self.free()
+            raise
+
+    def _assemble(self) -> None:
+        given, policy = self._parameters, self._policy
+        self._inputs_by_key = make_inputs(given, policy)
+        self._inputs = Inputs(self._inputs_by_key, given.max_skew)
+        self._joints = command_joints(given, policy)
+        self._stamps = StampClock(given.max_skew)
+        self._statistics = Statistics()
+        output = Output(
+            self._joints, given.command.type, given.command.when_stopped, self._publish_command
+        )
+        self.watchdog = Watchdog(
+            output,
+            len(self._joints.names),
+            timeout=given.timeout,
+            resume_within=given.resume_within,
+            teleop_timeout=given.teleop.timeout,
+        )
+        self._controller = Controller(
+            policy, self._inputs, self.watchdog, self._statistics, self._sent
+        )
+        self._advertise()
+        self._subscribe()
+        self._timer(self._period, self._watch)
+        self._timer(0.1, self._look_for_conflicts)
+        self._timer(1.0, self._diagnose)
+        self._metadata.publish(messages.as_json(_describe(policy, given)))
+
+    # Publishers, subscriptions, services and timers are made through these, so that none is left.
+
+    def _publisher(self, kind: Any, topic: str, qos: Any = 1) -> Any:
+        made = self._node.create_publisher(kind, topic, qos, callback_group=self._group)
+        self._made.append((self._node.destroy_publisher, made))
+        return made
+
+    def _subscription(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
+        made = self._node.create_subscription(
+            kind, topic, self._contained(callback), _SENSOR, callback_group=self._group
+        )
+        self._made.append((self._node.destroy_subscription, made))
+
+    def _service(self, kind: Any, name: str, callback: Callable[[Any, Any], Any]) -> None:
+        made = self._node.create_service(
+            kind, name, self._contained(callback), callback_group=self._group
+        )
+        self._made.append((self._node.destroy_service, made))
+
+    def _timer(self, period: float, callback: Callable[[], None]) -> None:
+        # The node's own clock may be set, and timers with it.
+        clock = Clock(clock_type=ClockType.STEADY_TIME)
+        made = self._node.create_timer(
+            period, self._contained(callback), callback_group=self._group, clock=clock
+        )
+        self._made.append((self._node.destroy_timer, made))
+
+    def _contained(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """What it raises stops the robot, and does not escape through spin."""
+
+        @functools.wraps(callback)
+        def call(*arguments: Any) -> Any:
+            try:
+                return callback(*arguments)
+            except Exception as error:  # noqa: BLE001
+                self._fail(error)
+                return arguments[-1] if arguments else None  # of a service, the response
+
+        return call
+
+    def _advertise(self) -> None:
+        given, manifest = self._parameters, self._policy.manifest
+        kind = messages.COMMANDS[given.command.type]
+        self._commands = self._publisher(kind, given.command.topic)
+        self._diagnostics = self._publisher(DiagnosticArray, "/diagnostics", 10)
+        self._decisions = self._publisher(String, "~/decision", 10)
+        self._metadata = self._publisher(String, "~/metadata", _LATCHED)
+        self._frames = {
+            key: self._publisher(Image, f"~/replay/image_{number}", 10)
+            for number, key in enumerate(manifest.image_keys)
+        }
+        self._states = self._publisher(JointState, "~/replay/state", 10)
+        self._actions = self._publisher(JointState, "~/replay/action", 10)
+
+    def _subscribe(self) -> None:
+        given = self._parameters
+        for key, each in self._inputs_by_key.items():
+            kind = JointState if key == self._policy.manifest.state_key else Image
+            if kind is Image and each.name.endswith(COMPRESSED):
+                kind = CompressedImage
+            self._subscription(kind, each.name, functools.partial(self._received, each))
+        if given.teleop.topic:
+            self._subscription(Float64MultiArray, given.teleop.topic, self._teleoperated)
+        self._service(Trigger, "~/reset", self._on_reset)
+        self._service(SetBool, "~/enable", self._on_enable)
+
+    def start(self, ended: threading.Event) -> None:
+        """Begin an episode, unless the process is about to end."""
+        self._inputs.clear()
+        self._policy.reset()
+        self._look_for_conflicts()
+        self.watchdog.open()
+        if ended.is_set():
+            self.watchdog.close("the process ends")
+        self._loop = Loop(self._controller.tick, self._parameters.rate)
+        self._loop.start()
+
+    def halt(self, reason: str) -> None:
+        """Commands stop first; then the step under way ends."""
+        self.watchdog.close(reason)
+        loop, self._loop = self._loop, None
+        if loop is not None and not loop.stop(_PATIENCE_S):
+            raise VQBeTEdgeError(f"the policy still works on a step after {_PATIENCE_S} s")
+
+    def free(self) -> None:
+        """Stop, and give everything back."""
+        try:
+            if hasattr(self, "watchdog"):
+                self.halt("cleaned up")
+        finally:
+            for destroy, made in reversed(self._made):
+                destroy(made)
+            self._made.clear()
+            self._policy.close()
+
+    def _received(self, each: Input, message: Any) -> None:
+        now, header = time.monotonic(), message.header.stamp
+        stamp = header.sec * 10**9 + header.nanosec
+        if self._parameters.stamps == "receive" or stamp == 0:
+            each.offer(message, now, now)
+            return
+        try:
+            taken = self._stamps.place(stamp, self._node.get_clock().now().nanoseconds, now)
+        except StaleObservationError as error:
+            each.drop(str(error))
+        else:
+            each.offer(message, taken, now)
+
+    def _teleoperated(self, message: Any) -> None:
+        try:
+            self.watchdog.teleoperate(np.array(message.data, np.float64), time.monotonic())
+        except VQBeTEdgeError as error:
+            self._statistics.count("teleop_refused")
+            self._log().warning(str(error), throttle_duration_sec=1.0)
+
+    def _on_reset(self, _: Any, response: Any) -> Any:
+        response.success = self.watchdog.request_reset()
+        response.message = "with the next observation" if response.success else "not active"
+        return response
+
+    def _on_enable(self, request: Any, response: Any) -> Any:
+        response.success = self.watchdog.enable(request.data)
+        response.message = self.watchdog.mode.value
+        return response
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        self._stamps.compare(self._node.get_clock().now().nanoseconds, now)
+        if self._loop is not None and self._loop.failure is not None:
+            self._fail(self._loop.failure)
+        self.watchdog.watch(now)
+
+    def _look_for_conflicts(self) -> None:
+        topics = [each.name for each in self._inputs_by_key.values()]
+        command = self._parameters.command.topic
+        counts = {
+            name: self._node.count_publishers(self._node.resolve_topic_name(name))
+            for name in (*topics, command)
+        }
+        self._inputs.conflict = conflicts(counts, command)
+
+    def _fail(self, error: Exception) -> None:
+        """Commands stop, and the node becomes inactive."""
+        reason = f"failed: {type(error).__name__}: {error}"
+        self.watchdog.close(reason)
+        self._log().error(reason)
+        if self._loop is not None:
+            self._node.trigger_deactivate()
+
+    def _publish_command(self, rows: Values) -> None:
+        kind, names = self._parameters.command.type, self._joints.names
+        self._commands.publish(messages.command(kind, names, rows, self._period, self._now()))
+
+    def _sent(self, step: Step) -> None:
+        """Show what was done to those who want to see it."""
+        stamp, manifest = self._now(), self._policy.manifest
+        made = self._policy.last
+        if step.decided and made is not None:
+            self._decisions.publish(messages.decision(made, stamp))
+        for key, publisher in self._frames.items():
+            if publisher.get_subscription_count():
+                publisher.publish(messages.image(step.observation[key], stamp))
+        if self._states.get_subscription_count():
+            values = step.observation[manifest.state_key]
+            self._states.publish(messages.joint_state(self._parameters.state.joints, values, stamp))
+        if self._actions.get_subscription_count():
+            self._actions.publish(messages.joint_state(self._joints.names, step.action, stamp))
+
+    def _diagnose(self) -> None:
+        mode, reason, counts = self.watchdog.mode, self.watchdog.reason, self._policy.guard_counts
+        failed = mode is Mode.CLOSED and reason.startswith("failed")
+        values = self._statistics.summary() | {k: str(v) for k, v in counts._asdict().items()}
+        text = f"{mode.value}: {reason}" if reason else mode.value
+        how = ERROR if failed else level(mode)
+        name = self._node.get_fully_qualified_name()
+        self._diagnostics.publish(messages.diagnostics(name, how, text, values, self._now()))
+        if mode in {Mode.STARTING, Mode.STOPPED, Mode.WAITING}:
+            self._log().warning(text, throttle_duration_sec=5.0)
+
+    def _now(self) -> Any:
+        return self._node.get_clock().now().to_msg()
+
+    def _log(self) -> Any:
+        return self._node.get_logger()
+
+
+def _describe(policy: EdgePolicy, parameters: Parameters) -> dict[str, Any]:
+    """What `~/metadata` says for as long as the node is configured."""
+    manifest = policy.manifest
+    return {
+        "vqbet_edge_ros": __version__,
+        "bundle": parameters.bundle,
+        "manifest_sha256": manifest.manifest_sha256,
+        "checkpoint": manifest.source.name,
+        "checkpoint_sha256": manifest.source.sha256,
+        "backend": policy.backend_name,
+        "seed": parameters.seed,
+        "rate": parameters.rate,
+        "cameras": list(manifest.image_keys),
+        "image_shape": list(manifest.image_shape),
+        "state_dim": manifest.state_dim,
+        "action_dim": manifest.action_dim,
+        "n_obs_steps": manifest.policy.n_obs_steps,
+        "action_chunk_size": manifest.policy.action_chunk_size,
+    }

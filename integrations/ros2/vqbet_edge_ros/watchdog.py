@@ -1,0 +1,230 @@
+"""Who may move the robot: the policy, an operator, or nobody."""
+
+import enum
+import logging
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge import ObservationError
+from vqbet_edge_ros.inputs import Refusal
+from vqbet_edge_ros.joints import Values
+from vqbet_edge_ros.outputs import Output
+
+_LOG = logging.getLogger(__name__)
+
+
+class Mode(enum.Enum):
+    """Who may move the robot.
+
+    CLOSED: nobody, the node is not active. STARTING: the policy, once there is an observation.
+    RUNNING: the policy. STOPPED: the policy again, once there is an observation. WAITING: nobody
+    until somebody calls `~/enable`, and nothing is sent. TELEOP: an operator.
+    """
+
+    CLOSED = "closed"
+    STARTING = "waiting for the first observation"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    WAITING = "stopped until ~/enable is called"
+    TELEOP = "teleoperated"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The right to send one command.
+
+    Attributes:
+        generation: void once the watchdog has another.
+        reset: whether a new episode begins with it.
+    """
+
+    generation: int
+    reset: bool
+
+
+class Watchdog:
+    """Lets commands through, or does not.
+
+    Used by the control thread, by ROS's callbacks and by the thread that handles signals: after a
+    stop has returned, no command of an earlier ticket is sent.
+
+    Args:
+        output: where commands go.
+        width: joints of a command.
+        timeout: seconds without a command until the robot is stopped.
+        resume_within: after a longer stop the policy does not go on by itself.
+        teleop_timeout: seconds after an operator's last command until the policy goes on.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        width: int,
+        *,
+        timeout: float,
+        resume_within: float,
+        teleop_timeout: float,
+    ) -> None:
+        self._output, self._width = output, width
+        self._timeout, self._resume_within = timeout, resume_within
+        self._teleop_timeout = teleop_timeout
+        self._lock = threading.Lock()
+        self._mode, self._reason = Mode.CLOSED, ""
+        self._generation = 0
+        self._reset = self._quiet = False
+        # Monotonic times: the latest command, the latest sign that the policy is at work, and the
+        # operator's latest command.
+        self._commanded = self._alive = self._teleoperated = 0.0
+        self._after_teleop = Mode.STARTING
+
+    @property
+    def mode(self) -> Mode:
+        """Who may move the robot now."""
+        return self._mode
+
+    @property
+    def reason(self) -> str:
+        """Why the policy may not."""
+        return self._reason
+
+    def open(self) -> None:
+        """The node is active: the policy may begin an episode."""
+        with self._lock:
+            self._output.clear()
+            self._enter(Mode.STARTING, "")
+
+    def close(self, reason: str) -> None:
+        """Nothing moves the robot from here on; what keeps it where it is is sent a last time."""
+        with self._lock:
+            if self._mode is Mode.WAITING or self._quiet:
+                self._enter(Mode.CLOSED, reason)
+            elif self._mode is not Mode.CLOSED:
+                self._halt(Mode.CLOSED, reason)
+
+    def enable(self, enabled: bool) -> bool:
+        """Let the policy move the robot, in a new episode, or not; says whether it is so now."""
+        with self._lock:
+            if self._mode is Mode.CLOSED:
+                return False
+            goal = Mode.STARTING if enabled else Mode.WAITING
+            if self._mode is Mode.TELEOP:
+                self._after_teleop = goal
+            elif not enabled:
+                self._halt(goal, "disabled by ~/enable")
+            elif self._mode is not Mode.RUNNING:
+                self._enter(goal, "")
+            return True
+
+    def request_reset(self) -> bool:
+        """Begin a new episode with the next observation; says whether there will be one."""
+        with self._lock:
+            self._reset = True
+            return self._mode is not Mode.CLOSED
+
+    def teleoperate(self, values: Values, now: float) -> None:
+        """An operator's command (J,): it takes over, and is sent.
+
+        Raises:
+            ObservationError: it does not fit; nothing is sent.
+        """
+        if values.shape != (self._width,) or not np.isfinite(values).all():
+            raise ObservationError(
+                f"expected {self._width} finite numbers of the operator, got {values.tolist()}"
+            )
+        with self._lock:
+            if self._mode is Mode.CLOSED:
+                return
+            if self._mode is not Mode.TELEOP:
+                waiting = self._mode is Mode.WAITING
+                self._after_teleop = Mode.WAITING if waiting else Mode.STARTING
+                self._enter(Mode.TELEOP, "an operator has taken over")
+            self._teleoperated = now
+            self._output.forward(values)
+
+    def asks_policy(self) -> bool:
+        """Whether an observation is wanted."""
+        return self._mode in {Mode.STARTING, Mode.RUNNING, Mode.STOPPED}
+
+    def refuse(self, refusal: Refusal, now: float) -> None:
+        """There is no observation."""
+        with self._lock:
+            match self._mode:
+                case Mode.RUNNING if refusal.cause == "conflict":
+                    self._halt(Mode.WAITING, refusal.reason)
+                case Mode.RUNNING if refusal.stops or now - self._alive > self._timeout:
+                    self._halt(Mode.STOPPED, refusal.reason)
+                case Mode.STARTING | Mode.STOPPED:
+                    self._reason = refusal.reason
+                    # Somebody else may be commanding the robot.
+                    self._quiet = refusal.cause == "conflict"
+
+    def admit(self, now: float) -> Ticket | None:
+        """There is an observation: whether the policy may act on it."""
+        with self._lock:
+            self._gives_up(now)
+            if self._mode in {Mode.STARTING, Mode.STOPPED}:
+                if self._mode is Mode.STARTING:
+                    self._commanded = now
+                self._alive = now
+                self._enter(Mode.RUNNING, "")
+            if self._mode is not Mode.RUNNING:
+                return None
+            ticket = Ticket(self._generation, self._reset)
+            self._reset = False
+            return ticket
+
+    def command(
+        self,
+        ticket: Ticket,
+        action: NDArray[np.float32],
+        upcoming: NDArray[np.float32],
+        now: float,
+    ) -> bool:
+        """Send an action (A,) of the chunk (n, A), unless the robot was stopped meanwhile."""
+        with self._lock:
+            if ticket.generation != self._generation:
+                self._reset |= ticket.reset
+                return False
+            self._output.command(action, upcoming)
+            self._commanded = self._alive = now
+            return True
+
+    def watch(self, now: float) -> None:
+        """To be called at the control rate, by another thread than the one that acts."""
+        with self._lock:
+            match self._mode:
+                case Mode.RUNNING if now - self._alive > self._timeout:
+                    late = f"no command for {now - self._alive:.3f} s: the policy is late"
+                    self._halt(Mode.STOPPED, late)
+                case Mode.STARTING | Mode.STOPPED:
+                    if not self._gives_up(now) and not self._quiet:
+                        self._output.stand()
+                case Mode.TELEOP if now - self._teleoperated > self._teleop_timeout:
+                    self._halt(self._after_teleop, "the operator has given back")
+
+    def _enter(self, mode: Mode, reason: str) -> None:
+        """Every change of mode voids tickets, and what follows is another episode."""
+        if reason and mode is not self._mode:
+            _LOG.warning("%s: %s", mode.value, reason)
+        self._mode, self._reason = mode, reason
+        self._generation += 1
+        self._reset = True
+        self._quiet = mode is Mode.STARTING  # until it is known what hinders
+        if mode is Mode.WAITING:
+            self._output.clear()
+
+    def _halt(self, mode: Mode, reason: str) -> None:
+        try:
+            self._output.stand()
+        finally:
+            self._enter(mode, reason)
+
+    def _gives_up(self, now: float) -> bool:
+        """Whether the stop has just become too long to go on by itself."""
+        long = self._mode is Mode.STOPPED and now - self._commanded > self._resume_within
+        if long:
+            self._enter(Mode.WAITING, self._reason)
+        return long

@@ -1,0 +1,74 @@
+"""The command `vqbet-serve`."""
+
+import asyncio
+import logging
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from vqbet_edge import EdgePolicy, UsageError, cli
+from vqbet_edge.runtime.backends import BackendName
+from vqbet_serve.server import PolicyServer, ServeConfig, read_key, run_until_stopped
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Drive robots over the network with a bundle (openpi's websocket protocol)."""
+
+    # The bundle's directory.
+    bundle: tyro.conf.Positional[Path]
+    # Address to listen on; any but loopback needs a key.
+    host: str = "127.0.0.1"
+    port: int = 8000
+    # File with the key that clients must send: 16 or more ASCII characters.
+    api_key_file: Path | None = None
+    # Certificate and private key, for wss://.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    # Robots at the same time; each has a window, a history and a thread.
+    max_robots: int = 16
+    # Seconds without a request after which a connection is closed.
+    idle_s: float = 30.0
+    # Start of the random sequence of robots without a session_id.
+    seed: int = 0
+    # Who runs the graphs.
+    backend: BackendName = "auto"
+
+
+def main() -> None:
+    """Entry point."""
+    cli.run(_main)
+
+
+def _main() -> None:
+    arguments = tyro.cli(Arguments, prog="vqbet-serve")
+    config = ServeConfig(
+        host=arguments.host,
+        port=arguments.port,
+        api_key=None if arguments.api_key_file is None else read_key(arguments.api_key_file),
+        tls=_tls(arguments),
+        seed=arguments.seed,
+        max_robots=arguments.max_robots,
+        idle_s=arguments.idle_s,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if config.api_key is not None and config.tls is None:
+        _LOG.warning("without --tls-cert, the key and the images can be read on the way")
+    with EdgePolicy.load(arguments.bundle, arguments.backend) as policy:
+        asyncio.run(run_until_stopped(PolicyServer(policy, config)))
+
+
+def _tls(arguments: Arguments) -> ssl.SSLContext | None:
+    match arguments.tls_cert, arguments.tls_key:
+        case None, None:
+            return None
+        case Path() as certificate, Path() as key:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            return context
+        case _:
+            raise UsageError("--tls-cert and --tls-key belong together; pass both")

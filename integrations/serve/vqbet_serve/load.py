@@ -1,0 +1,267 @@
+"""How many robots a server drives: latency over loopback, beside a policy in a process each.
+
+python -m vqbet_serve.load BUNDLE --robots 1 4 16 64 --rate 30 --seconds 10
+
+Prints a table in Markdown and, with `--output`, writes all numbers as JSON. A step is late when its
+action comes after the next observation is due, or is missed because an earlier one was. Memory is
+the share that each process has of all pages (PSS), of the server or of all processes together.
+"""
+
+import asyncio
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from websockets.asyncio.client import connect
+
+from vqbet_edge import EdgePolicy, VQBeTEdgeError, cli
+from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_serve.frames import pack
+
+# Steps before the measured ones: buffers are made, pages are touched.
+_WARM_STEPS = 20
+# Loading as many policies as there are robots, one after the other on a small machine.
+_LOADING_S = 600.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure a server beside policies in processes of their own."""
+
+    # The bundle's directory.
+    bundle: tyro.conf.Positional[Path]
+    # Robots at the same time; each number is measured both ways.
+    robots: tuple[int, ...] = (1, 4, 16, 64)
+    # Observations per second and robot.
+    rate: float = 30.0
+    # How long to measure each.
+    seconds: float = 10.0
+    # Who runs the graphs.
+    backend: BackendName = "auto"
+    # File for the numbers.
+    output: Path | None = None
+
+
+class Paced(NamedTuple):
+    """A robot's steps: seconds from when each was due to its action, and how many were missed."""
+
+    seconds: list[float]
+    missed: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of driving robots; latencies are of all robots together, in milliseconds.
+
+    Attributes:
+        way: `server`, or `processes` of their own.
+        robots: how many.
+        steps: measured ones.
+        p50, p95, p99, worst: of the time from an observation's due moment to its action.
+        late: share of the steps whose action came after the next observation was due, or never.
+        memory_mb: PSS of the server, or of all processes, in 2**20 bytes.
+    """
+
+    way: str
+    robots: int
+    steps: int
+    p50: float
+    p95: float
+    p99: float
+    worst: float
+    late: float
+    memory_mb: float
+
+    @classmethod
+    def of(cls, way: str, robots: list[Paced], period: float, memory: float) -> "Measured":
+        """Summarise what the robots measured."""
+        seconds = np.concatenate([np.array(robot.seconds) for robot in robots])
+        p50, p95, p99 = (float(1e3 * np.quantile(seconds, q)) for q in (0.5, 0.95, 0.99))
+        missed = sum(robot.missed for robot in robots)
+        late = float((seconds > period).sum() + missed) / (seconds.size + missed)
+        worst = float(1e3 * seconds.max())
+        return cls(way, len(robots), seconds.size, p50, p95, p99, worst, late, memory)
+
+
+def observations(manifest: Manifest, seed: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """Random images, states of zero."""
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (8, *manifest.image_shape), np.uint8)
+    state = np.zeros(manifest.state_dim, np.float32)
+    while True:
+        for image in images:
+            yield {**dict.fromkeys(manifest.image_keys, image), manifest.state_key: state}
+
+
+async def paced(
+    act: Callable[[int], Awaitable[None]], steps: int, start: float, period: float
+) -> Paced:
+    """Act once per period; a robot that is late goes on with the newest observation."""
+    seconds, missed, step = [], 0, 0
+    while step < steps + _WARM_STEPS:
+        due = start + step * period
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        await act(step)
+        now = time.monotonic()
+        following = max(step + 1, math.floor((now - start) / period))
+        if step >= _WARM_STEPS:
+            seconds.append(now - due)
+            missed += following - step - 1
+        step = following
+    return Paced(seconds, missed)
+
+
+def pss_mb(pid: int) -> float:
+    """A process's share of the pages that it uses, in 2**20 bytes."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0]) / 1024
+
+
+def served(arguments: Arguments, manifest: Manifest, robots: int) -> Measured:
+    """Robots on one server, over loopback."""
+    period = 1 / arguments.rate
+    with _server(arguments, robots) as (pid, url):
+        driven = asyncio.run(_drive(url, manifest, robots, arguments.seconds, period))
+        return Measured.of("server", driven, period, pss_mb(pid))
+
+
+@contextmanager
+def _server(arguments: Arguments, robots: int) -> Iterator[tuple[int, str]]:
+    code = "from vqbet_serve.cli import main; main()"
+    options = ["--port", "0", "--max-robots", str(robots), "--backend", arguments.backend]
+    command = [sys.executable, "-c", code, str(arguments.bundle), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        assert process.stderr is not None  # noqa: S101 - for the type checker
+        text = ""
+        for line in process.stderr:
+            text += line
+            if url := re.search(r"serving on (\S+)", line):
+                break
+        else:
+            raise VQBeTEdgeError(f"the server did not start: {text}")
+        try:
+            yield process.pid, url[1]
+        finally:
+            process.terminate()
+
+
+async def _drive(
+    url: str, manifest: Manifest, robots: int, seconds: float, period: float
+) -> list[Paced]:
+    steps = round(seconds / period)
+
+    async def robot(number: int) -> Paced:
+        seen = observations(manifest, number)
+        frames = [pack({**next(seen), "session_id": str(number)}) for _ in range(8)]
+        async with connect(url, compression=None, proxy=None) as connection:
+            await connection.recv()
+
+            async def act(step: int) -> None:
+                await connection.send(frames[step % 8])
+                answer = await connection.recv()
+                if isinstance(answer, str):
+                    raise VQBeTEdgeError(answer)
+
+            await act(0)
+            ready.release()
+            await go.wait()
+            # Robots do not see at the same moment.
+            return await paced(act, steps, began[0] + period * number / robots, period)
+
+    ready, go, began = asyncio.Semaphore(0), asyncio.Event(), [0.0]
+    tasks = [asyncio.create_task(robot(number)) for number in range(robots)]
+    for _ in range(robots):
+        await ready.acquire()
+    began[0] = time.monotonic()
+    go.set()
+    return await asyncio.gather(*tasks)
+
+
+def in_processes(arguments: Arguments, robots: int) -> Measured:
+    """Robots with a policy each, in processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    loaded, done, ends = context.Barrier(robots), context.Barrier(robots + 1), []
+    workers = []
+    for number in range(robots):
+        mine, theirs = context.Pipe(duplex=False)
+        target = (arguments, number, robots, loaded, done, theirs)
+        workers.append(context.Process(target=_own_process, args=target))
+        workers[-1].start()
+        theirs.close()
+        ends.append(mine)
+    try:
+        driven = [msgspec.msgpack.decode(each.recv_bytes(), type=Paced) for each in ends]
+        memory = sum(pss_mb(worker.pid or 0) for worker in workers)
+        done.wait(_LOADING_S)
+    finally:
+        for worker in workers:
+            worker.join(5)
+            worker.kill()
+    return Measured.of("processes", driven, 1 / arguments.rate, memory)
+
+
+def _own_process(
+    arguments: Arguments, number: int, robots: int, loaded: Barrier, done: Barrier, end: Connection
+) -> None:
+    period = 1 / arguments.rate
+    with EdgePolicy.load(arguments.bundle, arguments.backend) as policy:
+        seen = observations(policy.manifest, number)
+
+        async def act(step: int) -> None:
+            del step
+            policy.act(next(seen))
+
+        asyncio.run(act(0))
+        loaded.wait(_LOADING_S)
+        start = time.monotonic() + period * number / robots
+        steps = round(arguments.seconds / period)
+        end.send_bytes(msgspec.msgpack.encode(asyncio.run(paced(act, steps, start, period))))
+        # The others' memory is looked at while all are there.
+        done.wait(_LOADING_S)
+
+
+def table(results: list[Measured]) -> str:
+    """The results in Markdown."""
+    rows = ["| robots | | p50 ms | p95 ms | p99 ms | worst ms | late | memory MiB |"]
+    rows.append("|---:|---|---:|---:|---:|---:|---:|---:|")
+    rows += [
+        f"| {r.robots} | {r.way} | {r.p50:.1f} | {r.p95:.1f} | {r.p99:.1f} | {r.worst:.1f} "
+        f"| {r.late:.1%} | {r.memory_mb:.0f} |"
+        for r in results
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m vqbet_serve.load")
+    manifest = Bundle.open(arguments.bundle).manifest
+    results = []
+    for robots in arguments.robots:
+        results += [served(arguments, manifest, robots), in_processes(arguments, robots)]
+    sys.stdout.write(table(results))
+    if arguments.output is not None:
+        numbers = {"processors": os.cpu_count(), "rate": arguments.rate}
+        measured = [asdict(result) for result in results]
+        arguments.output.write_text(json.dumps({**numbers, "results": measured}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(_main)

@@ -1,0 +1,225 @@
+"""The websocket server: openpi's protocol around `EdgePolicy`.
+
+On connecting, the server sends its metadata. Every request is one binary frame with an observation,
+every answer one binary frame with `actions` (1, A) and `server_timing`. A text is an error: an
+ObservationError leaves the history as it was, and the connection open; any other ends both.
+RoboArena's `endpoint` and vllm-omni's `session_id` are understood. The policy wants one observation
+per control step (`query: every_step`), for its history advances with each.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import http
+import logging
+import math
+import signal
+import ssl
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from vqbet_edge import EdgePolicy, UsageError
+from vqbet_serve.conversation import Conversation, Shared
+from vqbet_serve.metadata import PolicyMetadata
+from vqbet_serve.metrics import CONTENT_TYPE, Metrics
+from vqbet_serve.sessions import Sessions
+
+_LOG = logging.getLogger(__name__)
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_SHORTEST_KEY = 16
+# What may take how long: opening a connection, a peer's goodbye, the last answers after SIGTERM.
+_OPEN_S, _CLOSE_S, _DRAIN_S = 10.0, 2.0, 10.0
+# Websockets' own log has a traceback for everybody who opens a connection and says nothing.
+_QUIET = logging.getLogger(f"{__name__}.websockets")
+_QUIET.setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How to serve.
+
+    Attributes:
+        host, port: where to listen; port 0 takes any free one.
+        api_key: what clients must send; without one only loopback addresses are served.
+        tls: certificate and key for wss://.
+        seed: start of the random sequence of sessions without an id.
+        max_robots: sessions at the same time; there may be twice as many connections.
+        idle_s: seconds without a request after which a connection is closed.
+
+    Raises:
+        UsageError: a value is out of range, or an open address has no key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = None
+    seed: int = 0
+    max_robots: int = 16
+    idle_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.host not in _LOOPBACK and self.api_key is None:
+            raise UsageError(
+                f"'{self.host}' can be reached from other machines, and whoever reaches it moves "
+                "robots: pass --api-key-file FILE, or listen on 127.0.0.1"
+            )
+        if self.api_key is not None:
+            _check_key(self.api_key)
+        if self.max_robots < 1 or not 0 < self.idle_s < math.inf or self.seed < 0:
+            raise UsageError(
+                "expected --max-robots of 1 or more, --idle-s above 0 and --seed of 0 or more, "
+                f"got {self.max_robots}, {self.idle_s} and {self.seed}"
+            )
+        if not 0 <= self.port < 1 << 16:
+            raise UsageError(f"expected --port in 0..65535, got {self.port}")
+
+
+def read_key(path: Path) -> str:
+    """The key in a file: one line.
+
+    Raises:
+        UsageError: it is no text.
+    """
+    try:
+        return path.read_text("ascii").strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is not a file with a key in ASCII") from error
+
+
+def _check_key(key: str) -> None:
+    if len(key) < _SHORTEST_KEY or not all("!" <= character <= "~" for character in key):
+        raise UsageError(
+            f"expected a key of {_SHORTEST_KEY} or more ASCII characters without spaces, got "
+            f"{len(key)}; make one with: python -c 'import secrets; print(secrets.token_hex())'"
+        )
+
+
+class PolicyServer:
+    """Serves a policy until `stop`.
+
+    Args:
+        policy: a loaded policy; robots get its siblings.
+        config: how to serve.
+    """
+
+    def __init__(self, policy: EdgePolicy, config: ServeConfig) -> None:
+        metadata = PolicyMetadata.of(policy.manifest)
+        self._config, self._max_size = config, metadata.largest_frame
+        self._pool = ThreadPoolExecutor(thread_name_prefix="vqbet-serve")
+        self.metrics = Metrics()
+        self.sessions = Sessions(policy, config.seed, config.max_robots)
+        self._shared = Shared(
+            self.sessions, self.metrics, self._pool, metadata.to_frame(), config.idle_s
+        )
+        self._conversations: set[Conversation] = set()
+        self._server: Server | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, once it does."""
+        assert self._server is not None  # noqa: S101 - for the type checker
+        address = next(iter(self._server.sockets)).getsockname()
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        return f"{'ws' if self._config.tls is None else 'wss'}://{host}:{address[1]}"
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = await serve(
+            self._handle,
+            self._config.host,
+            self._config.port,
+            ssl=self._config.tls,
+            process_request=self._answer_http,
+            # Browsers name one: a web page may not drive robots that this machine can reach.
+            origins=[None],
+            open_timeout=_OPEN_S,
+            close_timeout=_CLOSE_S,
+            max_size=self._max_size,
+            # A request and the one behind it: more would be a queue of stale observations.
+            max_queue=2,
+            compression=None,
+            logger=_QUIET,
+        )
+
+    async def stop(self) -> None:
+        """Refuse what comes, answer what is being computed, close every connection."""
+        assert self._server is not None  # noqa: S101 - for the type checker
+        self._server.close(close_connections=False)
+        ends = asyncio.gather(*(each.end() for each in self._conversations))
+        try:
+            await asyncio.wait_for(asyncio.gather(ends, self._server.wait_closed()), _DRAIN_S)
+        except asyncio.TimeoutError:  # not TimeoutError before Python 3.11
+            _LOG.warning("some requests took longer than %s s and stay unanswered", _DRAIN_S)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Plain HTTP paths and keys; None lets the websocket open."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if not self._knows_key(request.headers):
+            self.metrics.refusal("Unauthorized")
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected a valid Api-Key\n")
+        if path == "/metrics":
+            response = connection.respond(http.HTTPStatus.OK, self.metrics.text(len(self.sessions)))
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = CONTENT_TYPE
+            return response
+        if len(self._conversations) >= 2 * self._config.max_robots:
+            self.metrics.refusal("TooManyConnections")
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "too many robots\n")
+        return None
+
+    def _knows_key(self, headers: Headers) -> bool:
+        if self._config.api_key is None:
+            return True
+        given = headers.get_all("Authorization")
+        expected = f"Api-Key {self._config.api_key}".encode()
+        # Whatever bytes a client sends, websockets hands them over as surrogates.
+        return len(given) == 1 and hmac.compare_digest(
+            given[0].encode(errors="surrogateescape"), expected
+        )
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        """One connection's life; a cancelled one's sessions end with the process."""
+        conversation = Conversation(connection, self._shared)
+        self._conversations.add(conversation)
+        try:
+            await conversation.run()
+            await conversation.close_sessions()
+        except Exception:  # noqa: BLE001 - logged; a peer learns nothing of our insides
+            _LOG.exception("a connection failed")
+            self.metrics.refusal("InternalError")
+            await conversation.refuse("InternalError: the server's log tells more")
+            await conversation.close_sessions()
+        finally:
+            self._conversations.discard(conversation)
+
+
+async def run_until_stopped(server: PolicyServer) -> None:
+    """Serve until SIGINT or SIGTERM, then drain; a second signal does not wait."""
+    stopped = asyncio.Event()
+    with _on_signals(stopped):
+        await server.start()
+        _LOG.info("serving on %s", server.url)
+        await stopped.wait()
+    await server.stop()
+
+
+@contextlib.contextmanager
+def _on_signals(stopped: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

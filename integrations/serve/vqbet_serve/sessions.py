@@ -1,0 +1,121 @@
+"""One robot's policy per session, on shared weights."""
+
+import hashlib
+import threading
+import time
+from typing import Any
+
+from numpy.typing import NDArray
+
+from vqbet_edge import EdgePolicy, UsageError
+from vqbet_edge.runtime.manifest import Manifest
+from vqbet_serve.frames import Message, array
+
+
+class Session:
+    """A robot's policy. Its methods compute, and are called one at a time.
+
+    Attributes:
+        name: the session's id, None for a connection's session without one.
+        used: when it was last asked, in seconds of `time.monotonic()`.
+    """
+
+    def __init__(self, policy: EdgePolicy, name: str | None) -> None:
+        self._policy, self.name = policy, name
+        self.used = time.monotonic()
+
+    def act(self, request: Message) -> NDArray[Any]:
+        """The action (A,) for a request's observation.
+
+        Raises:
+            ObservationError: the observation does not fit; the history is as before.
+            VQBeTEdgeError: the policy cannot act.
+        """
+        self.used = time.monotonic()
+        manifest = self._policy.manifest
+        keys = (*manifest.image_keys, manifest.state_key)
+        return self._policy.act({key: array(key, request[key]) for key in keys if key in request})
+
+    def reset(self, seed: int | None) -> None:
+        """A new episode, as by `EdgePolicy.reset`."""
+        self.used = time.monotonic()
+        self._policy.reset(seed=seed)
+
+    def close(self) -> None:
+        """Free the robot's memory."""
+        self._policy.close()
+
+
+class Sessions:
+    """All robots of a server. Its methods may be called from any thread.
+
+    Args:
+        policy: whose siblings the robots get.
+        seed: where the random sequence of a session without an id starts.
+        most: robots at the same time.
+    """
+
+    def __init__(self, policy: EdgePolicy, seed: int, most: int) -> None:
+        self._policy, self._seed, self._most = policy, seed, most
+        self._names: list[str | None] = []
+        self._lock = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle that is served."""
+        return self._policy.manifest
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def has_room(self, name: str | None) -> bool:
+        """Whether `open` would find a place."""
+        return len(self._names) < self._most and not self._in_use(name)
+
+    def open(self, name: str | None) -> Session:
+        """A session, named by the client or not; takes as long as making a policy's buffers.
+
+        Raises:
+            UsageError: there are as many robots as allowed, or one with this name.
+        """
+        with self._lock:
+            if len(self._names) >= self._most:
+                raise UsageError(
+                    f"this server drives {self._most} robots already; end a session, or start it "
+                    "with a larger --max-robots"
+                )
+            if self._in_use(name):
+                raise UsageError("this session_id is in use by another connection; end that one")
+            self._names.append(name)
+        try:
+            return Session(self._policy.sibling(seed=self._start(name)), name)
+        except BaseException:
+            self._give_back(name)
+            raise
+
+    def close(self, session: Session) -> None:
+        """End a session and give its place back."""
+        try:
+            session.close()
+        finally:
+            self._give_back(session.name)
+
+    def _in_use(self, name: str | None) -> bool:
+        return name is not None and name in self._names
+
+    def _give_back(self, name: str | None) -> None:
+        with self._lock:
+            self._names.remove(name)
+
+    def _start(self, name: str | None) -> int:
+        """Where a session's random sequence starts: with an id, at a number derived from it."""
+        return self._seed if name is None else derived_seed(self._seed, name)
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """The seed of a session with an id.
+
+    The first 8 bytes, little-endian, of the SHA-256 of "SEED/NAME", without the lowest bit.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

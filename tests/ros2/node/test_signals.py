@@ -1,0 +1,137 @@
+"""Two processes: the node is told to end, or ends by itself."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from robots import Process, Robot, Simulator, observations, wait, write_parameters
+
+PREDICTING = """
+import time
+from vqbet_edge import EdgePolicy
+act, calls = EdgePolicy.act, []
+def slow(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        print("predicting", flush=True)
+        time.sleep(2.0)
+    return act(self, *arguments)
+EdgePolicy.act = slow
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("robot", [{"before": PREDICTING}], indirect=True)
+def test_a_signal_while_predicting(robot: Robot, number: signal.Signals) -> None:
+    """Nothing is sent from the signal on, not even what was being predicted."""
+    simulator, seen = robot.simulator, observations(3)
+    for observation in seen[:2]:
+        simulator.act(observation)
+    simulator.show(seen[2])
+    robot.process.wait_for("predicting")
+    before = len(simulator.commands)
+    assert robot.process.end(number) == 0, robot.process.text()
+    time.sleep(0.3)
+    assert len(simulator.commands) == before
+    assert "Traceback" not in robot.process.text()
+
+
+@pytest.mark.parametrize("robot", [{"command.when_stopped": "zero"}], indirect=True)
+def test_velocities_end_with_zeros(robot: Robot) -> None:
+    simulator = robot.simulator
+    wait(lambda: simulator.commands)
+    simulator.answer(lambda: simulator.show(observations(1)[0]))
+    assert robot.process.end() == 0, robot.process.text()
+    wait(lambda: list(simulator.commands[-1].data) == [0, 0])
+
+
+@pytest.mark.parametrize("robot", [{"command.when_stopped": "hold"}], indirect=True)
+def test_positions_end_with_the_last_one(robot: Robot) -> None:
+    simulator = robot.simulator
+    command = list(simulator.act(observations(1)[0]).data)
+    before = len(simulator.commands)
+    assert robot.process.end() == 0, robot.process.text()
+    wait(lambda: len(simulator.commands) > before)
+    assert list(simulator.commands[-1].data) == command
+
+
+LOADING = """
+import time
+import vqbet_edge_ros.session as session
+load = session.load_policy
+def slow(parameters):
+    print("loading", flush=True)
+    time.sleep(1.0)
+    return load(parameters)
+session.load_policy = slow
+"""
+
+
+def test_a_signal_while_loading(tmp_path: Path) -> None:
+    """The node does not become active any more."""
+    simulator = Simulator()
+    process = Process(write_parameters(tmp_path, {}), LOADING)
+    process.wait_for("loading")
+    code = process.end()
+    simulator.close()
+    assert code == 0, process.text()
+    assert simulator.commands == []
+
+
+BROKEN = """
+from vqbet_edge import EdgePolicy, NonFiniteError
+act, calls = EdgePolicy.act, []
+def broken(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        raise NonFiniteError("the code logits are not finite")
+    return act(self, *arguments)
+EdgePolicy.act = broken
+"""
+ACTIVATE = 3
+
+
+@pytest.mark.parametrize("robot", [{"before": BROKEN}], indirect=True)
+def test_a_policy_that_fails_deactivates(robot: Robot) -> None:
+    """And the node can be activated again."""
+    simulator, seen = robot.simulator, observations(6)
+    for observation in seen[:2]:
+        simulator.act(observation)
+    before = len(simulator.commands)
+    simulator.show(seen[2])
+    wait(lambda: "failed: NonFiniteError" in simulator.said()[0])
+    assert simulator.state() == "inactive"
+    simulator.show(seen[3])
+    time.sleep(0.3)
+    assert len(simulator.commands) == before
+    assert simulator.change(ACTIVATE)
+    simulator.act(seen[4])
+
+
+CONFIGURE = 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"max_agee": 1.0}, "did you mean 'max_age'"),
+        ({"bundle": "/nowhere.bundle"}, "/nowhere.bundle"),
+        ({"state.joints": ["x"]}, "expected 2 joints in state.joints"),
+        ({"use_sim_time": True}, "use_sim_time"),
+        ({"bundle": None}, "'bundle' is missing"),
+    ],
+)
+def test_a_node_that_cannot_be_configured_says_why(
+    tmp_path: Path, changed: dict[str, object], said: str
+) -> None:
+    process = Process(write_parameters(tmp_path, changed))
+    simulator = Simulator()
+    try:
+        process.wait_for(said)
+        assert simulator.state() == "unconfigured"
+        assert not simulator.change(CONFIGURE)
+        assert "Traceback" not in process.text()
+    finally:
+        assert process.end() == 0
+        simulator.close()

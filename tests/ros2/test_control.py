@@ -1,0 +1,273 @@
+"""The control loop with a policy and without ROS."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+from miniature import IMAGE, STATE
+from vqbet_edge_ros.control import Controller, Loop, Step
+from vqbet_edge_ros.diagnostics import ERROR, OK, WARN, Statistics, level
+from vqbet_edge_ros.inputs import Inputs
+from vqbet_edge_ros.loading import camera_topics, command_joints, load_policy, make_inputs
+from vqbet_edge_ros.outputs import Output
+from vqbet_edge_ros.parameters import Parameters, parse
+from vqbet_edge_ros.watchdog import Mode, Watchdog
+
+from vqbet_edge import DeadlineError, EdgePolicy, NonFiniteError, UsageError
+
+
+def parameters(mini: Path, **changed: Any) -> Parameters:
+    given: dict[str, Any] = {
+        "bundle": str(mini), "backend": "onnxruntime", "cameras.topics": ["/camera"],
+        "state.joints": ["a", "b"], "command.topic": "/out", "seed": 5, "max_age": 5.0,
+        "max_skew": 1.0, "timeout": 60.0,
+    }  # fmt: skip
+    return parse(given | changed)
+
+
+@dataclass
+class Rig:
+    """Everything between messages and commands."""
+
+    policy: EdgePolicy
+    given: Parameters
+    sent: list[list[list[float]]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def __post_init__(self) -> None:
+        self.inputs = make_inputs(self.given, self.policy)
+        joined = Inputs(self.inputs, self.given.max_skew)
+        command = self.given.command
+        output = Output(command_joints(self.given, self.policy), command.type,
+                        command.when_stopped, lambda rows: self.sent.append(rows.tolist()))  # fmt: skip
+        self.dog = Watchdog(output, 2, timeout=self.given.timeout, resume_within=60.0,
+                            teleop_timeout=0.5)  # fmt: skip
+        self.controller = Controller(
+            self.policy, joined, self.dog, self.statistics, self.steps.append
+        )
+        self.dog.open()
+
+    def see(self, observation: dict[str, np.ndarray], encoding: str = "rgb8") -> None:
+        """The messages of an observation, its joints in another order."""
+        frame, (a, b) = observation[IMAGE], observation[STATE].tolist()
+        height, width, _ = frame.shape
+        pixels = frame[..., ::-1] if encoding == "bgr8" else frame
+        image = SimpleNamespace(height=height, width=width, encoding=encoding, step=3 * width,
+                                data=pixels.tobytes())  # fmt: skip
+        joints = SimpleNamespace(name=["b", "other", "a"], position=[b, 1e9, a])
+        now = time.monotonic()
+        self.inputs[IMAGE].offer(image, now, now)
+        self.inputs[STATE].offer(joints, now, now)
+
+
+@pytest.fixture
+def rig(mini: Path) -> Iterator[Rig]:
+    given = parameters(mini)
+    with load_policy(given) as policy:
+        yield Rig(policy, given)
+
+
+def observations(count: int) -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(3)
+    return [miniature.observation(random) for _ in range(count)]
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
+def test_commands_are_bitwise_the_policys(rig: Rig, mini: Path, encoding: str) -> None:
+    with EdgePolicy.load(mini, "onnxruntime", seed=5) as alone:
+        for observation in observations(12):
+            rig.see(observation, encoding)
+            rig.controller.tick()
+            rig.controller.tick()  # nothing new: nothing is sent
+            expected = alone.act(observation)
+            assert rig.sent.pop() == [expected.tolist()]
+            assert rig.sent == []
+            step = rig.steps.pop()
+            assert (step.action == expected).all()
+            assert (step.observation[IMAGE] == observation[IMAGE]).all()
+    assert rig.statistics.counts == {"commands": 12, "repeated": 12}
+
+
+def test_trajectories_are_the_chunks(mini: Path) -> None:
+    given = parameters(mini, **{"command.type": "trajectory", "replan_every": 2})
+    alone = EdgePolicy.load(mini, "onnxruntime", seed=5, replan_every=2)
+    with load_policy(given) as policy, alone, alone.sibling(seed=5) as first:
+        rig = Rig(policy, given)
+        assert policy.upcoming is None
+        sent = []
+        for number, observation in enumerate(observations(6)):
+            rig.see(observation)
+            rig.controller.tick()
+            action = alone.act(observation).tolist()
+            if number % 2 == 0:
+                sent.append(rig.sent.pop())
+                assert len(sent[-1]) == policy.manifest.policy.action_chunk_size
+            assert sent[-1][number % 2] == action
+            assert rig.sent == []
+            if number == 0:
+                assert sent == [first.act_chunk(observation).tolist()]
+
+
+def test_a_policy_that_is_stopped_meanwhile_says_nothing(rig: Rig) -> None:
+    rig.see(observations(1)[0])
+    act = rig.policy.act
+
+    def slow(*arguments: Any) -> Any:
+        action = act(*arguments)
+        rig.dog.close("signal 15")
+        return action
+
+    rig.policy.act = slow  # type: ignore[method-assign]
+    rig.controller.tick()
+    assert rig.sent == []
+    assert rig.steps == []
+    assert rig.statistics.counts == {"overtaken": 1}
+
+
+def test_a_late_policy_stops_the_robot(rig: Rig) -> None:
+    first, second = observations(2)
+    rig.see(first)
+    rig.controller.tick()
+    command = rig.sent.pop()
+
+    def late(*_: Any) -> Any:
+        raise DeadlineError("no action in time")
+
+    rig.policy.act = late  # type: ignore[method-assign]
+    rig.see(second)
+    rig.controller.tick()
+    assert rig.dog.mode is Mode.STOPPED
+    assert rig.sent == [command]
+    assert rig.statistics.counts["late"] == 1
+
+
+@pytest.mark.parametrize("bad", ["nan", "missing", "encoding", "size"])
+def test_what_does_not_fit_is_not_acted_on(rig: Rig, bad: str) -> None:
+    observation = observations(1)[0]
+    rig.see(observation)
+    now = time.monotonic()
+    joints = {"nan": ["a", "b"], "missing": ["a", "c"]}
+    if bad in joints:
+        values = [1.0, float("nan") if bad == "nan" else 2.0]
+        rig.inputs[STATE].offer(SimpleNamespace(name=joints[bad], position=values), now, now)
+    else:
+        encoding, height = ("yuv422", 24) if bad == "encoding" else ("rgb8", 25)
+        image = SimpleNamespace(height=height, width=24, encoding=encoding, step=72,
+                                data=bytes(72 * height))  # fmt: skip
+        rig.inputs[IMAGE].offer(image, now, now)
+    rig.controller.tick()
+    assert rig.sent == []
+    assert rig.statistics.counts == {"invalid": 1}
+    rig.see(observation)
+    rig.controller.tick()
+    assert len(rig.sent) == 1
+
+
+def test_a_broken_policy_ends_the_loop(rig: Rig) -> None:
+    def broken(*_: Any) -> Any:
+        raise NonFiniteError("not a number")
+
+    rig.policy.act = broken  # type: ignore[method-assign]
+    rig.see(observations(1)[0])
+    loop = Loop(rig.controller.tick, 100.0)
+    loop.start()
+    while loop.failure is None:
+        time.sleep(0.01)
+    assert isinstance(loop.failure, NonFiniteError)
+    assert loop.stop(5.0)
+    assert rig.sent == []
+
+
+def test_the_loop_does_not_make_up_for_missed_steps() -> None:
+    times: list[float] = []
+    enough = threading.Event()
+
+    def tick() -> None:
+        times.append(time.monotonic())
+        if len(times) == 1:
+            time.sleep(0.2)
+        if len(times) == 4:
+            enough.set()
+
+    loop = Loop(tick, 50.0)
+    loop.start()
+    assert enough.wait(20)
+    assert loop.stop(5.0)
+    # One at once, the others a period apart again, however late the machine makes them.
+    assert times[2] - times[1] > 0.015
+    assert times[3] - times[1] > 0.035
+    assert not loop.stop(0.0) or len(times) < 20
+
+
+def test_loading_leaves_no_trace(mini: Path) -> None:
+    given = parameters(mini)
+    observation = observations(1)[0]
+    with load_policy(given) as warm, EdgePolicy.load(mini, "onnxruntime", seed=5) as fresh:
+        assert warm.last is None
+        assert (warm.act(observation) == fresh.act(observation)).all()
+        assert warm.guard_counts == fresh.guard_counts
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"state.joints": ["a"]},
+        {"command.joints": ["a", "b", "c"]},
+        {"cameras.topics": ["/one", "/two"]},
+        {"cameras.keys": ["observation.other"]},
+        {"guards.max_change": [1.0, 2.0, 3.0]},
+        {"temperature": float("inf")},
+        {"replan_every": 1000},
+        {"seed": -1},
+    ],
+)
+def test_parameters_that_do_not_fit_the_policy_are_refused(mini: Path, wrong: Any) -> None:
+    given = parameters(mini, **wrong)
+
+    def load() -> None:
+        with load_policy(given) as policy:
+            make_inputs(given, policy)
+            command_joints(given, policy)
+
+    with pytest.raises(UsageError):
+        load()
+
+
+def test_commands_have_joints_of_their_own_where_given(mini: Path) -> None:
+    units = {"state.units": "degrees", "state.scale": [2.0, 2.0]}
+    given = parameters(mini, **units)
+    own = parameters(mini, **units, **{"command.joints": ["c", "d"]})
+    with load_policy(given) as policy:
+        assert camera_topics(given, policy) == {IMAGE: "/camera"}
+        same = command_joints(given, policy)
+        assert same.names == ("a", "b")
+        np.testing.assert_allclose(same.to_ros(np.array([360.0, 720.0])), [np.pi, 2 * np.pi])
+        joints = command_joints(own, policy)
+        assert joints.names == ("c", "d")
+        assert joints.to_ros(np.array([1.0, 2.0])).tolist() == [1, 2]
+
+
+def test_figures_for_diagnostics() -> None:
+    statistics = Statistics()
+    assert statistics.summary() == {}
+    for step in range(10):
+        statistics.acted(0.002, 0.01, step / 10)
+    statistics.count("stale")
+    summary = statistics.summary()
+    assert summary["commands"] == "10"
+    assert summary["stale"] == "1"
+    assert summary["act_ms_p50"] == "2.00"
+    assert summary["age_ms_max"] == "10.00"
+    assert summary["period_ms_p99"] == "100.00"
+    assert {mode: level(mode) for mode in Mode} == {
+        Mode.CLOSED: OK, Mode.STARTING: WARN, Mode.RUNNING: OK, Mode.STOPPED: WARN,
+        Mode.WAITING: ERROR, Mode.TELEOP: OK,
+    }  # fmt: skip

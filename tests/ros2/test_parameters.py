@@ -1,0 +1,97 @@
+"""The node's parameters, and the file that explains them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from vqbet_edge_ros.parameters import Parameters, defaults, parse
+
+from vqbet_edge import Guards, UsageError, VQBeTEdgeError
+
+PACKAGE = Path(__file__).parents[2] / "integrations" / "ros2"
+NEEDED: dict[str, Any] = {
+    "bundle": "x.bundle", "cameras.topics": ["/c"], "state.joints": ["a"], "command.topic": "/out",
+}  # fmt: skip
+
+
+def test_the_example_has_every_parameter_with_its_default() -> None:
+    text = (PACKAGE / "config" / "pusht.yaml").read_text()
+    given = yaml.safe_load(text)["/**"]["ros__parameters"]
+    parsed = parse(given)
+    assert parsed.autostart
+    # What it shows in a comment counts too.
+    everything = yaml.safe_load(text.replace("    # state.", "    state.").replace(
+        "    # command.joints", "    command.joints").replace(
+        "    # command.units", "    command.units").replace(
+        "    # command.scale", "    command.scale").replace(
+        "    # command.offset", "    command.offset").replace("    # guards.", "    guards."))  # fmt: skip
+    assert set(everything["/**"]["ros__parameters"]) == set(defaults())
+    example = {"bundle", "cameras.keys", "cameras.topics", "state.joints", "command.topic"}
+    for name, value in given.items():
+        assert name in example | {"autostart"} or value == defaults()[name], name
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    parsed = parse(NEEDED)
+    default = Parameters("x.bundle", cameras=parsed.cameras, state=parsed.state,
+                         command=parsed.command)  # fmt: skip
+    assert parsed == default
+    assert parse(defaults() | NEEDED) == parsed
+    # ROS reads an empty list of a file as nothing at all.
+    assert parse(NEEDED | {"state.scale": None, "rate": 30}) == parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("max_agee", 0.1, "did you mean 'max_age'"),
+        ("guards.max_chang", [1.0], "did you mean 'guards.max_change'"),
+        ("rate", "fast", "expected 'rate' to be float"),
+        ("rate", 0.0, "expected 'rate' above 0"),
+        ("rate", float("nan"), "expected 'rate' above 0"),
+        ("rate", True, "expected 'rate' to be float"),
+        ("max_age", -1.0, "expected 'max_age' above 0"),
+        ("resume_within", -1.0, "expected 'resume_within' of 0 or more"),
+        ("timeout", float("inf"), "expected 'timeout' above 0"),
+        ("bundle", "", "'bundle' is missing"),
+        ("state.joints", [], "'state.joints' is missing"),
+        ("cameras.topics", "/c", "expected a list"),
+        ("state.units", "grad", "expected 'state.units' to be one of"),
+        ("command.type", "twist", "'array', 'trajectory', 'joint_state'"),
+        ("seed", 1.5, "expected 'seed' to be int"),
+        ("backend", "torch", "expected 'backend' to be one of"),
+    ],
+)
+def test_wrong_parameters_are_refused(name: str, value: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(NEEDED | {name: value})
+
+
+def test_a_trajectory_is_held_and_not_slowed() -> None:
+    trajectory = NEEDED | {"command.type": "trajectory"}
+    assert parse(trajectory).command.type == "trajectory"
+    for wrong in ({"command.when_stopped": "silence"}, {"guards.max_change": [1.0]}):
+        with pytest.raises(UsageError, match="trajectory"):
+            parse(trajectory | wrong)
+
+
+def test_guards_are_those_of_the_policy() -> None:
+    assert parse(NEEDED).guards.guards(0.2) == Guards(max_age_s=0.2)
+    given = {
+        "guards.action_limits": "given", "guards.lowest": [0], "guards.highest": [5.0],
+        "guards.max_change": [0.5], "guards.deadline": 0.05, "guards.on_late": "hold",
+    }  # fmt: skip
+    assert parse(NEEDED | given).guards.guards(0.1) == Guards(
+        action_limits=((0.0,), (5.0,)), max_change=(0.5,), max_age_s=0.1, deadline_s=0.05,
+        on_late="hold",
+    )  # fmt: skip
+    assert parse(NEEDED | {"guards.action_limits": "none"}).guards.guards(1).action_limits is None
+    with pytest.raises(VQBeTEdgeError):
+        parse(NEEDED | {"guards.margin": -1.0}).guards.guards(0.1)
+
+
+def test_parameters_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse(NEEDED).rate = 5.0  # type: ignore[misc]

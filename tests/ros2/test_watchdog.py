@@ -1,0 +1,322 @@
+"""Who may move the robot, and what it is told, without ROS and without waiting."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from vqbet_edge_ros.inputs import Refusal
+from vqbet_edge_ros.joints import Joints
+from vqbet_edge_ros.outputs import Output
+from vqbet_edge_ros.watchdog import Mode, Ticket, Watchdog
+
+from vqbet_edge import ObservationError
+
+STALE = Refusal("stale", "the camera is gone")
+REPEATED = Refusal("repeated", "nothing new")
+ACTION = np.array([1.0, 2.0], np.float32)
+
+
+class Robot:
+    """A watchdog, and what was sent through it."""
+
+    def __init__(self, kind: Any = "array", when_stopped: Any = "hold", **times: float) -> None:
+        self.sent: list[list[list[float]]] = []
+        output = Output(
+            Joints(("a", "b")), kind, when_stopped, lambda rows: self.sent.append(rows.tolist())
+        )
+        times = {"timeout": 0.2, "resume_within": 1.0, "teleop_timeout": 0.5} | times
+        self.dog = Watchdog(output, 2, **times)
+
+    def took(self) -> list[list[list[float]]]:
+        """What was sent since the last look."""
+        sent, self.sent = self.sent, []
+        return sent
+
+    def step(self, now: float, action: np.ndarray = ACTION) -> bool:
+        """An observation, and a command for it."""
+        ticket = self.dog.admit(now)
+        return ticket is not None and self.command(ticket, now, action)
+
+    def command(self, ticket: Ticket, now: float, action: np.ndarray = ACTION) -> bool:
+        return self.dog.command(ticket, action, action[None], now)
+
+
+def running(**options: Any) -> Robot:
+    robot = Robot(**options)
+    robot.dog.open()
+    assert robot.step(10.0)
+    assert robot.took() == [[[1, 2]]]
+    return robot
+
+
+def test_nothing_moves_before_it_is_opened_or_after_it_is_closed() -> None:
+    robot = Robot()
+    assert not robot.step(10.0)
+    assert not robot.dog.asks_policy()
+    robot.dog.watch(10.0)
+    robot.dog.teleoperate(np.zeros(2), 10.0)
+    assert not robot.dog.enable(True)
+    assert robot.took() == []
+    robot = running()
+    robot.dog.close("deactivated")
+    assert robot.took() == [[[1, 2]]]
+    assert not robot.step(10.03)
+    robot.dog.close("again")
+    robot.dog.watch(11.0)
+    robot.dog.teleoperate(np.zeros(2), 11.0)
+    assert robot.took() == []
+
+
+def test_a_command_that_was_under_way_when_the_robot_was_stopped_is_not_sent() -> None:
+    robot = running(when_stopped="silence")
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+    robot.dog.close("signal 15")
+    assert not robot.command(ticket, 10.04)
+    robot.dog.open()
+    assert not robot.command(ticket, 10.05)
+    assert robot.took() == []
+
+
+@pytest.mark.parametrize(
+    ("when_stopped", "sent"), [("hold", [[[1, 2]]]), ("zero", [[[0, 0]]]), ("silence", [])]
+)
+def test_a_stale_observation_stops_at_once(when_stopped: str, sent: Any) -> None:
+    robot = running(when_stopped=when_stopped)
+    robot.dog.refuse(STALE, 10.03)
+    assert robot.dog.mode is Mode.STOPPED
+    assert robot.dog.reason == STALE.reason
+    assert robot.took() == sent
+    robot.dog.watch(10.06)
+    assert robot.took() == sent
+
+
+def test_a_step_without_anything_new_is_left_out_and_many_stop() -> None:
+    robot = running()
+    robot.dog.refuse(REPEATED, 10.1)
+    assert robot.dog.mode is Mode.RUNNING
+    assert robot.took() == []
+    assert robot.step(10.15)
+    robot.took()
+    robot.dog.refuse(REPEATED, 10.36)
+    assert robot.dog.mode is Mode.STOPPED
+    assert robot.took() == [[[1, 2]]]
+
+
+def test_a_late_policy_is_stopped_and_what_it_says_then_is_not_sent() -> None:
+    robot = running()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+    robot.dog.watch(10.2)
+    assert robot.took() == []
+    robot.dog.watch(10.21)
+    assert robot.dog.mode is Mode.STOPPED
+    assert "the policy is late" in robot.dog.reason
+    assert robot.took() == [[[1, 2]]]
+    assert not robot.command(ticket, 10.22, np.array([5, 6], np.float32))
+    assert robot.took() == []
+
+
+def test_after_a_short_stop_the_policy_goes_on_in_a_new_episode() -> None:
+    robot = running()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+    assert not ticket.reset
+    robot.dog.refuse(STALE, 10.1)
+    ticket = robot.dog.admit(10.9)
+    assert ticket is not None
+    assert ticket.reset
+    assert robot.command(ticket, 10.9)
+    later = robot.dog.admit(10.93)
+    assert later is not None
+    assert not later.reset
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_after_a_long_stop_it_waits_for_somebody(watched: bool) -> None:
+    robot = running()
+    robot.dog.refuse(STALE, 10.1)
+    if watched:
+        robot.dog.watch(11.01)
+        assert robot.dog.mode is Mode.WAITING
+    assert robot.dog.admit(11.02) is None
+    assert robot.dog.mode is Mode.WAITING
+    assert robot.dog.reason == STALE.reason
+    assert not robot.dog.asks_policy()
+    robot.took()
+    # By now somebody may have moved it: nothing is sent, nor held when the policy goes on.
+    robot.dog.watch(60.0)
+    assert robot.dog.enable(True)
+    robot.dog.refuse(STALE, 60.5)
+    robot.dog.watch(60.5)
+    assert robot.took() == []
+    ticket = robot.dog.admit(61.0)
+    assert ticket is not None
+    assert ticket.reset
+
+
+def test_stops_without_a_command_between_them_are_one_long_stop() -> None:
+    """A policy that is late at every step would otherwise never be given up."""
+    robot = running()
+    for now in np.arange(10.03, 11.0, 0.03):
+        assert robot.dog.admit(now) is not None
+        robot.dog.refuse(Refusal("late", "no action in time"), now + 0.02)
+        assert robot.dog.mode is Mode.STOPPED
+    assert robot.dog.admit(11.05) is None
+    assert robot.dog.mode is Mode.WAITING
+
+
+def test_the_first_observation_may_take_its_time() -> None:
+    robot = Robot(when_stopped="zero")
+    robot.dog.open()
+    robot.dog.refuse(Refusal("missing", "no message came"), 10.0)
+    robot.dog.watch(10.0)
+    robot.dog.watch(1000.0)
+    assert robot.dog.mode is Mode.STARTING
+    assert robot.dog.reason == "no message came"
+    assert robot.took() == [[[0, 0]], [[0, 0]]]
+    assert robot.step(1000.0)
+
+
+CONFLICT = Refusal("conflict", "another node sends commands")
+
+
+@pytest.mark.parametrize(("when_stopped", "sent"), [("hold", [[[1, 2]]]), ("zero", [[[0, 0]]])])
+def test_nobody_is_fought_over_the_robot(when_stopped: str, sent: Any) -> None:
+    robot = running(when_stopped=when_stopped)
+    robot.dog.refuse(CONFLICT, 10.03)
+    assert robot.dog.mode is Mode.WAITING
+    assert robot.took() == sent
+    robot.dog.watch(10.06)
+    robot.dog.close("deactivated")
+    robot.dog.open()
+    robot.dog.watch(10.1)
+    robot.dog.refuse(CONFLICT, 10.13)
+    robot.dog.watch(10.16)
+    robot.dog.close("deactivated")
+    assert robot.took() == []
+
+
+def test_what_was_last_is_forgotten_with_the_activation() -> None:
+    robot = running()
+    robot.dog.close("deactivated")
+    robot.took()
+    robot.dog.open()
+    robot.dog.refuse(STALE, 60.0)
+    robot.dog.watch(60.0)
+    robot.dog.close("deactivated")
+    assert robot.took() == []
+
+
+def test_a_stop_that_cannot_be_sent_is_a_stop() -> None:
+    robot = running()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+
+    def broken() -> None:
+        raise RuntimeError("the network is gone")
+
+    robot.dog._output.stand = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        robot.dog.close("signal 15")
+    assert robot.dog.mode is Mode.CLOSED
+    assert not robot.command(ticket, 10.04)
+
+
+def test_hold_has_nothing_to_hold_before_the_first_command() -> None:
+    robot = Robot()
+    robot.dog.open()
+    robot.dog.watch(10.0)
+    robot.dog.close("deactivated")
+    assert robot.took() == []
+
+
+def test_disabling_stops_until_enabled() -> None:
+    robot = running()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+    assert robot.dog.enable(False)
+    assert robot.took() == [[[1, 2]]]
+    assert not robot.command(ticket, 10.04)
+    assert robot.dog.admit(10.06) is None
+    assert robot.dog.enable(True)
+    assert robot.step(10.1)
+
+
+def test_reset_on_request() -> None:
+    robot = running()
+    assert robot.dog.request_reset()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+    assert ticket.reset
+    robot.dog.close("deactivated")
+    assert not robot.dog.request_reset()
+
+
+def test_an_operator_takes_over_and_gives_back() -> None:
+    robot = running()
+    ticket = robot.dog.admit(10.03)
+    assert ticket is not None
+    robot.dog.teleoperate(np.array([7.0, 8.0]), 10.04)
+    assert robot.dog.mode is Mode.TELEOP
+    assert not robot.command(ticket, 10.05)
+    assert robot.dog.admit(10.06) is None
+    robot.dog.watch(10.5)
+    assert robot.took() == [[[7, 8]]]
+    robot.dog.watch(10.55)
+    assert robot.dog.mode is Mode.STARTING
+    assert robot.took() == [[[7, 8]]]
+    after = robot.dog.admit(10.6)
+    assert after is not None
+    assert after.reset
+
+
+def test_an_operator_may_move_a_robot_that_is_stopped_and_it_stays_stopped() -> None:
+    robot = running()
+    robot.dog.enable(False)
+    robot.took()
+    robot.dog.teleoperate(np.array([7.0, 8.0]), 20.0)
+    robot.dog.watch(21.0)
+    assert robot.took() == [[[7, 8]], [[7, 8]]]
+    assert robot.dog.mode is Mode.WAITING
+    robot.dog.teleoperate(np.array([7.0, 8.0]), 22.0)
+    robot.dog.enable(True)
+    assert robot.dog.mode is Mode.TELEOP
+    robot.dog.watch(23.0)
+    assert robot.dog.mode is Mode.STARTING
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], [], [float("nan"), 0.0], [np.inf, 0]])
+def test_an_operators_nonsense_is_refused(values: list[float]) -> None:
+    robot = running()
+    with pytest.raises(ObservationError, match="2 finite numbers"):
+        robot.dog.teleoperate(np.array(values), 10.04)
+    assert robot.dog.mode is Mode.RUNNING
+    assert robot.took() == []
+
+
+def test_a_trajectory_is_sent_once_per_chunk_and_cut_short_when_stopped() -> None:
+    robot = Robot("trajectory")
+    robot.dog.open()
+    chunk = np.arange(8, dtype=np.float32).reshape(4, 2)
+    new = chunk + 10
+
+    def step(upcoming: np.ndarray, now: float) -> None:
+        ticket = robot.dog.admit(now)
+        assert ticket is not None
+        assert robot.dog.command(ticket, upcoming[0], upcoming, now)
+
+    step(chunk, 10.0)
+    step(chunk[1:], 10.03)
+    assert robot.took() == [chunk.tolist()]
+    step(new, 10.06)
+    step(new[1:], 10.09)
+    assert robot.took() == [new.tolist()]
+    robot.dog.refuse(STALE, 10.1)
+    robot.dog.watch(10.13)
+    robot.dog.close("deactivated")
+    # The point where it should be by now replaces the rest, once.
+    assert robot.took() == [[new[1].tolist()]]
+    robot.dog.open()
+    step(new[2:], 10.2)
+    assert robot.took() == [new[2:].tolist()]

@@ -1,0 +1,104 @@
+"""The stages of a policy over one set of buffers on one stream of the GPU."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.cuda_stream import Buffer, Launch, Stream
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.signatures import Signature, TensorSpec
+
+#: Tensor name -> (NumPy's name of its type, shape), as a graph or an engine has them.
+Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int | str, ...]]]
+
+# Lazy loading, autotuning and ONNX Runtime's own capture are over after this many runs.
+_WARM_UP_RUNS = 3
+# What leaves the encoder and what enters the GPT: the history lies between them, on the GPU.
+_HISTORY_TENSORS = ("frame_tokens", "image_tokens")
+
+
+class Execution:
+    """The stages over one set of buffers, on one stream: one run at a time.
+
+    Args:
+        expected: inputs and outputs of every stage.
+        stream: where they run.
+    """
+
+    def __init__(self, expected: Mapping[StageName, Signature], stream: Stream) -> None:
+        self.stream, self._lock = stream, threading.Lock()
+        #: Whether the stream may still be reading the inputs of an earlier call.
+        self.reading = False
+        signatures = expected.values()
+        tensors = {tensor.name: tensor for each in signatures for tensor in each.tensors}
+        inputs = {tensor.name for each in signatures for tensor in each.inputs}
+        outputs = {tensor.name for each in signatures for tensor in each.outputs}
+        # What one stage leaves and no other takes, or the reverse, crosses to the host.
+        crossing = (inputs ^ outputs) - set(_HISTORY_TENSORS)
+        self.buffers = {
+            name: stream.buffer(size_of(tensor), host=name in crossing)
+            for name, tensor in tensors.items()
+        }
+        self.arrays = {name: view_of(self.buffers[name], tensors[name]) for name in crossing}
+        #: Stage -> what puts one run of it on the stream.
+        self.stages: dict[StageName, Launch] = {}
+        stream.on_close(self.stages.clear)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Use it, in this thread and with the GPU's context."""
+        with self._lock, self.stream.active():
+            try:
+                yield
+            except BaseException:
+                self.reading = True  # what was put on the stream before may still run
+                raise
+
+    def write(self, name: str, value: NDArray[Any]) -> None:
+        """Fill an input, once nothing on the stream reads what is in it."""
+        if self.reading:
+            self.synchronize()
+        np.copyto(self.arrays[name][0], value)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self.stream.synchronize()
+        self.reading = False
+
+    def warm_up(self) -> None:
+        """Run every stage on whatever its buffers hold."""
+        for _ in range(_WARM_UP_RUNS):
+            for stage in self.stages.values():
+                stage()
+            self.synchronize()
+
+
+def check_signature(what: str, have: Tensors, expected: Signature) -> None:
+    """Compare a graph's or an engine's own tensors with ours, before they are bound.
+
+    With others it would read and write past our buffers.
+
+    Raises:
+        BackendError: they differ.
+    """
+    need = {tensor.name: (tensor.dtype, tensor.shape) for tensor in expected.tensors}
+    if have != need:
+        raise BackendError(
+            f"{what} has tensors {have}, expected {need}; export the checkpoint again"
+        )
+
+
+def size_of(tensor: TensorSpec) -> int:
+    """Bytes of a tensor."""
+    return int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+
+
+def view_of(buffer: Buffer, tensor: TensorSpec) -> NDArray[Any]:
+    """A tensor's array over its page-locked buffer."""
+    assert buffer.host is not None  # noqa: S101 - crossing tensors have a host side
+    return buffer.host.view(tensor.dtype).reshape(tensor.shape)
