@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import miniature
 import numpy as np
 import pytest
 from fake_driver import OTHERS, FakeDriver
@@ -32,6 +33,7 @@ from vqbet_edge.runtime.backends.cuda_stream import (
 from vqbet_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.proof import prove
 from vqbet_edge.runtime.window import ObservationWindow
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -103,6 +105,13 @@ KINDS = pytest.mark.parametrize("kind", [HostStages, SharedStages])
 @pytest.fixture
 def bundle(make_bundle: Any) -> Bundle:
     return make_bundle("fp32", **WINDOWED)
+
+
+@pytest.fixture(scope="module")
+def proving(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle as exported, with reference cases."""
+    path = tmp_path_factory.mktemp("proving") / "mini.bundle"
+    return Bundle.open(miniature.write(path, steps=16, n_obs_steps=3))
 
 
 def drive(window: Window, seed: int = 0) -> list[Any]:
@@ -414,6 +423,24 @@ def test_seconds_are_those_of_the_latest_prediction(bundle: Bundle) -> None:
     assert set(window.seconds) == {"encode", "replan"}
     window.predict(states)
     assert set(window.seconds) == {"predict"}
+
+
+@KINDS
+@pytest.mark.parametrize("integrated", [False, True])
+def test_a_bundle_proves_itself(proving: Bundle, kind: type[HostStages], integrated: bool) -> None:
+    """What passes between stages is read from the GPU; the policy's own window is left alone."""
+    driver = FakeDriver(integrated=integrated)
+    backend = kind(proving, driver)
+    policy = EdgePolicy(proving, backend)
+    observation = miniature.observation(np.random.default_rng(0))
+    expected = policy.act_chunk(observation, codes=(0, 0))
+    policy.reset()
+    proof = prove(proving, backend)
+    assert max(result.relative_error for result in proof.stages.values()) < 2e-5
+    np.testing.assert_array_equal(policy.act_chunk(observation, codes=(0, 0)), expected)
+    policy.close()
+    assert driver.books == NOTHING
+    assert driver.misuses == []
 
 
 @KINDS
