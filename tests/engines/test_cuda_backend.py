@@ -5,6 +5,7 @@ row shows as a wrong number. Stages are ONNX Runtime on the CPU; results must eq
 backend.
 """
 
+import contextlib
 import gc
 import os
 import threading
@@ -211,6 +212,34 @@ def test_siblings_are_as_if_alone(
         same(mine, expected)
     assert backend.loads == 1
     assert backend.driver.misuses == []
+
+
+@KINDS
+@pytest.mark.parametrize("integrated", [False, True])
+def test_what_passes_between_graphs_can_be_read(
+    bundle: Bundle, *, kind: type[HostStages], integrated: bool
+) -> None:
+    """As on the CPU, and without growing by every robot that is proven."""
+    frames, states = np.full(FRAMES, 9, np.uint8), np.ones(STATES, np.float32)
+
+    def read(window: Window) -> list[Any]:
+        window.encode(frames, ROWS - 1)
+        window.fill()
+        window.predict(states)
+        return [window.read("frame_tokens"), window.read("feature")]
+
+    expected = read(OnnxRuntimeBackend(bundle).create_window())
+    backend = kind(bundle, FakeDriver(integrated=integrated))
+    keeps = backend.create_window()
+    read(keeps)
+    before = backend.driver.books
+    for _ in range(3):
+        with contextlib.closing(backend.create_window()) as window:
+            for ours, theirs in zip(read(window), expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert backend.driver.books == before
+    keeps.close()
+    assert backend.driver.books == NOTHING
 
 
 @KINDS

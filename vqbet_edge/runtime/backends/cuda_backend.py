@@ -25,8 +25,8 @@ from vqbet_edge.runtime.backends.base import (
     foreign_errors,
 )
 from vqbet_edge.runtime.backends.cuda import Cuda, switch
-from vqbet_edge.runtime.backends.cuda_execution import Execution, size_of, view_of
-from vqbet_edge.runtime.backends.cuda_stream import Buffer, Launch, Stream
+from vqbet_edge.runtime.backends.cuda_execution import Execution, size_of
+from vqbet_edge.runtime.backends.cuda_stream import Launch, Stream
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.runtime.signatures import signature
@@ -108,12 +108,6 @@ class CudaWindow(Window):
         self._row_size = size_of(tokens) // self._length
         self._history = self._stream.buffer(size_of(tokens), host=False).address
         self._stream.synchronize()  # zeroed, whichever stream uses it next
-        outputs = (
-            *backend.signatures["vision_encoder"].outputs,
-            *backend.signatures["gpt"].outputs,
-        )
-        self._intermediates = {tensor.name: tensor for tensor in outputs}
-        self._read_into: dict[str, Buffer] = {}
         arrays = self._execution.arrays
         self._outputs = HeadOutputs(arrays["logits"][0].copy(), arrays["offsets"][0].copy())
         #: Launches that replay as CUDA graphs.
@@ -207,15 +201,8 @@ class CudaWindow(Window):
 
     def read(self, tensor: Intermediate) -> Floats:
         """What the latest prediction left on the GPU between two stages."""
-        spec = self._intermediates[tensor]
         with self._using() as execution:
-            if tensor not in self._read_into:
-                self._read_into[tensor] = execution.stream.buffer(size_of(spec), host=True)
-            buffer = self._read_into[tensor]
-            execution.stream.copy(buffer.address, execution.buffers[tensor].address, size_of(spec))
-            execution.stream.download(buffer)
-            execution.synchronize()
-            latest: Floats = view_of(buffer, spec)[0].copy()
+            latest: Floats = execution.read(tensor)
             return latest
 
     def _finished(self, execution: Execution) -> HeadOutputs:

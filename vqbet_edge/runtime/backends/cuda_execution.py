@@ -35,7 +35,7 @@ class Execution:
         #: Whether the stream may still be reading the inputs of an earlier call.
         self.reading = False
         signatures = expected.values()
-        tensors = {tensor.name: tensor for each in signatures for tensor in each.tensors}
+        self._tensors = tensors = {t.name: t for each in signatures for t in each.tensors}
         inputs = {tensor.name for each in signatures for tensor in each.inputs}
         outputs = {tensor.name for each in signatures for tensor in each.outputs}
         # What one stage leaves and no other takes, or the reverse, crosses to the host.
@@ -44,6 +44,8 @@ class Execution:
             name: stream.buffer(size_of(tensor), host=name in crossing)
             for name, tensor in tensors.items()
         }
+        #: Where a tensor is read to that otherwise stays on the GPU, once somebody asked.
+        self._read_into: dict[str, Buffer] = {}
         self.arrays = {name: view_of(self.buffers[name], tensors[name]) for name in crossing}
         #: Stage -> what puts one run of it on the stream.
         self.stages: dict[StageName, Launch] = {}
@@ -64,6 +66,18 @@ class Execution:
         if self.reading:
             self.synchronize()
         np.copyto(self.arrays[name][0], value)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A copy of a tensor that stays on the GPU; the first time allocates."""
+        size = size_of(self._tensors[name])
+        if name not in self._read_into:
+            self._read_into[name] = self.stream.buffer(size, host=True)
+        buffer = self._read_into[name]
+        self.stream.copy(buffer.address, self.buffers[name].address, size)
+        self.stream.download(buffer)
+        self.synchronize()
+        latest: NDArray[Any] = view_of(buffer, self._tensors[name])[0].copy()
+        return latest
 
     def synchronize(self) -> None:
         """Wait for the stream."""
