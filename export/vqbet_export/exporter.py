@@ -48,6 +48,7 @@ from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
 from vqbet_edge.training.layouts import Era
 from vqbet_export.graph import export_graph
+from vqbet_export.lerobot import lerobot_files
 from vqbet_export.metrics import LIMITS, Verification, summarize
 from vqbet_export.observations import Segment, dataset_segments, random_segments
 from vqbet_export.publishing import publish
@@ -142,7 +143,7 @@ def export(config: ExportConfig, progress: Callable[[str], None] = lambda _: Non
     report = report_data(manifest, config.precision, LIMITS[config.precision], results)
     report["board_notes"] = list(notes)
     report["quantization"] = [found.report() for found in draft.quantizations]
-    contents = dict(draft.bundle.contents)
+    contents = {**draft.bundle.contents, **lerobot_files(manifest, checkpoint.license)}
     if draft.quantizations:
         contents[CHART_NAME] = sensitivity_chart(report["quantization"])
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)

@@ -39,6 +39,7 @@ class Checkpoint:
         renamed: the policy's key -> the key that the robot passes, where they differ.
         name: where it was loaded from, as the user wrote it.
         sha256: digest of model.safetensors.
+        license: as the configuration names it.
     """
 
     network: VQBeT
@@ -48,6 +49,7 @@ class Checkpoint:
     era: Era
     name: str
     sha256: str
+    license: str | None = None
 
     @property
     def config(self) -> VQBeTConfig:
@@ -87,7 +89,13 @@ def load_checkpoint(source: str) -> Checkpoint:
         era=layout.era,
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        license=_license(config),
     )
+
+
+def _license(config: Json) -> str | None:
+    name = config.get("license")
+    return name if isinstance(name, str) else None
 
 
 def _locate(source: str) -> Path:
