@@ -1,6 +1,6 @@
 """The options of the runtime as LeRobot's configuration: `--policy.temperature=0`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import draccus
@@ -18,12 +18,19 @@ NO_TRAINING = (
 
 @draccus.decode.register(Guards)
 def _decode_guards(raw: Any, path: Any = ()) -> Guards:  # noqa: ARG001
-    """`--policy.guards='{max_change: 5}'`: the fields of `vqbet_edge.Guards`."""
+    """`--policy.guards='{"max_change": 5}'`: the fields of `vqbet_edge.Guards`, as JSON."""
+    known = [field.name for field in fields(Guards)]
     try:
-        return raw if isinstance(raw, Guards) else msgspec.convert(raw, Guards)
+        unknown = sorted(msgspec.convert(raw, dict[str, Any]).keys() - set(known))
+        guards = msgspec.convert(raw, Guards)
     except msgspec.ValidationError as error:
-        fields = ", ".join(Guards.__dataclass_fields__)
-        raise UsageError(f"--policy.guards: {error}; it takes {fields}") from error
+        unknown, guards = [str(error)], None
+    if unknown or guards is None:
+        raise UsageError(
+            f"--policy.guards: expected JSON such as '{{\"max_change\": 5}}' with some of "
+            f"{', '.join(known)}; got {raw!r} ({', '.join(unknown)})"
+        )
+    return guards
 
 
 @PreTrainedConfig.register_subclass("vqbet_edge")
@@ -48,7 +55,7 @@ class VqbetEdgeConfig(PreTrainedConfig):
     replan_every: int | None = None
     # Where work is done ahead of the next prediction: thread, inline or off.
     prefetch: str | None = None
-    # As YAML: '{action_limits: [-90, 90], max_change: 5, deadline_s: 0.03, on_late: hold}'.
+    # JSON: '{"action_limits": [-90, 90], "max_change": 5, "deadline_s": 0.03, "on_late": "hold"}'.
     guards: Guards = field(default_factory=Guards)
 
     def __post_init__(self) -> None:
