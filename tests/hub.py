@@ -23,7 +23,7 @@ TOKEN = "hf_of_this_test"
 class Repository:
     """Commits by their names, and what branches and tags point to."""
 
-    private: bool | None = None
+    private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
 
@@ -201,12 +201,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "Invalid username or password."}, 401)
             return
         name = f"{asked['organization']}/{asked['name']}"
+        made = {"url": f"{self.hub.address}/{name}", "name": name}
         if name in self.hub.repositories:
-            self._json({"error": "You already created this model repo"}, 409)
+            self._json({**made, "error": "You already created this model repo"}, 409)
             return
-        self.hub.repositories[name] = Repository(private=asked.get("private"))
+        # Clients before 2 say `private`.
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        self.hub.repositories[name] = Repository(private)
         self.hub.add(name, {".gitattributes": b"*.onnx filter=lfs\n"})
-        self._json({"url": f"{self.hub.address}/{name}", "name": name})
+        self._json(made)
 
     def _preupload(self, name: str, asked: dict[str, Any]) -> None:
         if self._found(name, "main") is not None:
