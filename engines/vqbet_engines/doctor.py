@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from vqbet_engines.boards import JetPack, jetpack_releases, match_board
 
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them
 _LEAST = {"numpy": (1, 24), "msgspec": (0, 18)}
+_PLUGIN = "lerobot_policy_vqbet_edge"
 
 
 class Finding(Struct, frozen=True):
@@ -77,7 +78,7 @@ class Machine:
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _power, _disk,
+        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _lerobot, _power, _disk,
     )  # fmt: skip
     return [finding for check in checks for finding in check(machine)]
 
@@ -176,6 +177,25 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
 def _providers(onnxruntime: object) -> list[str]:
     names: list[str] = onnxruntime.get_available_providers()  # type: ignore[attr-defined]
     return names
+
+
+def _lerobot(_machine: Machine) -> Iterator[Finding]:
+    """Whether LeRobot, where it is installed, will find the plugin: it goes by the name."""
+    try:
+        lerobot = version("lerobot")
+    except PackageNotFoundError:
+        return
+    install = f"pip install --force-reinstall {_PLUGIN}"
+    names = [str(found.metadata["Name"]) for found in distributions()]
+    spelled = [name for name in names if re.sub(r"[-_.]+", "_", name).lower() == _PLUGIN]
+    if not spelled:
+        text = f"{lerobot}, without the plugin for bundles"
+        yield Finding("LeRobot", "note", text, f"pip install {_PLUGIN}")
+    elif not any(name.startswith("lerobot_policy_") for name in spelled):
+        text = f"{lerobot} skips '{spelled[0]}': its name must start with lerobot_policy_"
+        yield Finding("LeRobot", "problem", text, install)
+    else:
+        yield Finding("LeRobot", "ok", f"{lerobot}, with {_PLUGIN} {version(_PLUGIN)}")
 
 
 def _power(machine: Machine) -> Iterator[Finding]:

@@ -66,7 +66,6 @@ def _export() -> None:
     arguments = tyro.cli(Arguments, prog="vqbet-export")
     # Heavy, and not needed for --help.
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
-
     from vqbet_export.hub import check_repository, push  # noqa: PLC0415
 
     precision = _precision(arguments)

@@ -98,7 +98,6 @@ def main() -> None:
     steps = expected["action"].shape[1]
     actions, probabilities = compiled.replay(expected["observation"], steps)
     closed = compiled.run(seeds)
-    span = expected["action"].amax(dim=(0, 1)) - expected["action"].amin(dim=(0, 1))
     codes = np.array(greedy.seen).argmax(axis=-1).reshape(-1, 2)
     found = {
         "policy": type(compiled.policy).__name__,

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import gym_pusht  # noqa: F401 - registers itself
 import gymnasium
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
-
-import gym_pusht  # noqa: F401 - registers itself
 
 JOINTS = ("x.pos", "y.pos")
 

@@ -84,5 +84,5 @@ def stored(path: Path) -> Path:
     """
     if path.parent.parent.name != _SNAPSHOTS or not path.is_symlink():
         return path
-    target = os.readlink(path)
-    return path.parent / target if _BLOB.fullmatch(target) else path
+    target = path.readlink()
+    return path.parent / target if _BLOB.fullmatch(str(target)) else path

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-import draccus
 import msgspec
+from draccus.parsers.decoding import decode
 from lerobot.configs.policies import PreTrainedConfig
 
 from vqbet_edge import Guards
@@ -16,7 +16,7 @@ NO_TRAINING = (
 )
 
 
-@draccus.decode.register(Guards)
+@decode.register(Guards)
 def _decode_guards(raw: Any, path: Any = ()) -> Guards:  # noqa: ARG001
     """`--policy.guards='{"max_change": 5}'`: the fields of `vqbet_edge.Guards`, as JSON."""
     known = [field.name for field in fields(Guards)]
@@ -45,6 +45,7 @@ class VqbetEdgeConfig(PreTrainedConfig):
         UsageError: a device that is not the CPU, or AMP.
     """
 
+    device: str | None = "cpu"
     # Who runs the graphs: auto, onnxruntime, onnxruntime-cuda or tensorrt.
     backend: str = "auto"
     # Codes of row r of a batch are drawn from a sequence that starts at seed + r.

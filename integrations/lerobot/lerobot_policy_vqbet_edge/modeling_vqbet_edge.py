@@ -31,9 +31,7 @@ class VqbetEdgePolicy(PreTrainedPolicy):
     config_class = VqbetEdgeConfig
     name = "vqbet_edge"
 
-    def __init__(
-        self, config: VqbetEdgeConfig, policy: EdgePolicy | None = None, **_: Any
-    ) -> None:
+    def __init__(self, config: VqbetEdgeConfig, policy: EdgePolicy | None = None, **_: Any) -> None:
         """Use `from_pretrained`.
 
         Raises:
@@ -50,7 +48,7 @@ class VqbetEdgePolicy(PreTrainedPolicy):
         self.eval()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override] # LeRobot's has the Hub's options by name
+    def from_pretrained(
         cls,
         pretrained_name_or_path: str | os.PathLike[str],
         *,
@@ -135,7 +133,7 @@ class VqbetEdgePolicy(PreTrainedPolicy):
         """Raises UsageError: a bundle cannot be trained."""
         raise UsageError(NO_TRAINING)
 
-    def train(self, mode: bool = True) -> "VqbetEdgePolicy":  # noqa: FBT001, FBT002
+    def train(self, mode: bool = True) -> "VqbetEdgePolicy":
         """Raises UsageError unless `mode` is False."""
         if mode:
             raise UsageError(NO_TRAINING)

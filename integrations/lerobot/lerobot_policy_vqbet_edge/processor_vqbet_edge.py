@@ -10,26 +10,29 @@ from lerobot.processor import (
     RenameObservationsProcessorStep,
 )
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import (
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+)
 from torch import Tensor
 
 from lerobot_policy_vqbet_edge.configuration_vqbet_edge import VqbetEdgeConfig
-
-Pipeline = PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]
-ActionPipeline = PolicyProcessorPipeline[PolicyAction, PolicyAction]
 
 
 def make_vqbet_edge_pre_post_processors(
     config: VqbetEdgeConfig,
     dataset_stats: dict[str, dict[str, Tensor]] | None = None,  # noqa: ARG001
-) -> tuple[Pipeline, ActionPipeline]:
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
+]:
     """The pipelines that a bundle also holds as files.
 
     Args:
         config: of the policy.
         dataset_stats: ignored; the statistics of training are in the bundle.
     """
-    before = Pipeline(
+    before = PolicyProcessorPipeline[dict[str, Any], dict[str, Any]](
         steps=[
             RenameObservationsProcessorStep(rename_map={}),
             AddBatchDimensionProcessorStep(),
@@ -37,7 +40,7 @@ def make_vqbet_edge_pre_post_processors(
         ],
         name=POLICY_PREPROCESSOR_DEFAULT_NAME,
     )
-    after = ActionPipeline(
+    after = PolicyProcessorPipeline[PolicyAction, PolicyAction](
         steps=[DeviceProcessorStep(device="cpu")],
         name=POLICY_POSTPROCESSOR_DEFAULT_NAME,
         to_transition=policy_action_to_transition,
