@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import pytest
 from peers import PUSHT, Peer, Robot
 
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
@@ -13,6 +14,8 @@ from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.tasks import make_task
 
 COMPARE = Path(__file__).with_name("compare.py")
+DATA = Path(__file__).parents[1] / "data" / "pusht"
+# Episodes in which the untrained policy is rewarded.
 SEED, EPISODES = 1002, 2
 
 
@@ -69,3 +72,12 @@ def evaluated_by_ours(robot: Robot, rewards: np.ndarray[Any, Any]) -> None:
     episodes = run_episodes(make_task("pusht"), actor, seeds, slots=EPISODES)
     found = [episode.max_reward for episode in episodes]
     np.testing.assert_allclose(found, rewards.max(axis=1), rtol=1e-6)
+
+
+@pytest.mark.xdist_group("lerobot")
+def test_training_is_refused(newest: Peer, robot: Robot, tmp_path: Path) -> None:
+    options = [f"--policy.path={robot.bundle}", "--policy.push_to_hub=false"]
+    data = ["--dataset.repo_id=local/pusht", f"--dataset.root={DATA}", "--wandb.enable=false"]
+    done = newest.run("-m", "lerobot.scripts.lerobot_train", *options, *data, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "a bundle acts and cannot be trained" in done.stderr.splitlines()[-1]
