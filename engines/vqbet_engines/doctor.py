@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ from vqbet_engines.boards import JetPack, detect_board, match_jetpack
 
 State = Literal["ok", "note", "problem"]
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them
+_PLUGIN = "lerobot_policy_vqbet_edge"
 _LEAST = {"numpy": (1, 24), "msgspec": (0, 18), "safetensors": (0, 4)}
 
 
@@ -55,6 +56,8 @@ _POWER = (
 _VENV = "https://docs.python.org/3/library/venv.html"
 _PIP = "https://pip.pypa.io/en/stable/cli/pip_install/"
 _OURS = "docs/engines.md"
+_PLUGIN_FOLDER = "./integrations/lerobot"
+_PLUGIN_DOCS = "integrations/lerobot/README.md"
 
 _NEWER_JETPACK = Fix("flash JetPack 6.2 or newer with NVIDIA SDK Manager", _FLASHING)
 
@@ -114,7 +117,8 @@ class Machine:
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _power, _clocks, _cache,
+        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _lerobot,
+        _power, _clocks, _cache,
     )  # fmt: skip
     return [finding for check in checks for finding in check(machine)]
 
@@ -212,6 +216,27 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
     if machine.l4t and "CUDA" not in providers:
         text += "; PyPI has no onnxruntime-gpu for aarch64"
     yield Finding("ONNX Runtime", "ok", text)
+
+
+def _lerobot(_machine: Machine) -> Iterator[Finding]:
+    """Whether LeRobot, where it is installed, will find the plugin: it goes by the name."""
+    try:
+        lerobot = version("lerobot")
+    except PackageNotFoundError:
+        return
+    install = Fix(f"pip install --force-reinstall {_PLUGIN_FOLDER}", _PLUGIN_DOCS)
+    names = [str(found.metadata["Name"]) for found in distributions()]
+    spelled = [name for name in names if re.sub(r"[-_.]+", "_", name).lower() == _PLUGIN]
+    if not spelled:
+        text = f"{lerobot}, without the plugin for bundles"
+        yield Finding(
+            "LeRobot", "note", text, Fix("pip install ./integrations/lerobot", _PLUGIN_DOCS)
+        )
+    elif not any(name.startswith("lerobot_policy_") for name in spelled):
+        text = f"{lerobot} skips '{spelled[0]}': its name must start with lerobot_policy_"
+        yield Finding("LeRobot", "problem", text, install)
+    else:
+        yield Finding("LeRobot", "ok", f"{lerobot}, with {_PLUGIN} {version(_PLUGIN)}")
 
 
 def _power(machine: Machine) -> Iterator[Finding]:

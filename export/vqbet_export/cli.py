@@ -49,6 +49,10 @@ class Arguments:
     board: str | None = None
     # Replace an existing bundle.
     force: Flag = False
+    # Upload the bundle with a model card to this repository of the Hugging Face Hub: user/name.
+    push_to_hub: str | None = None
+    # Make that repository private if it is created.
+    private: Flag = False
     # Print the report as JSON.
     json: Flag = False
 
@@ -62,8 +66,13 @@ def _export() -> None:
     arguments = tyro.cli(Arguments, prog="vqbet-export")
     # Heavy, and not needed for --help.
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
+    from vqbet_export.hub import check_repository, push  # noqa: PLC0415
 
     precision = _precision(arguments)
+    if arguments.push_to_hub is not None:
+        check_repository(arguments.push_to_hub)
+    elif arguments.private:
+        raise UsageError("--private is for --push-to-hub; add it")
     for name in ("verify_steps", "calibration_steps"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
@@ -84,6 +93,10 @@ def _export() -> None:
             ),
             progress=lambda text: status.update(f"{escape(text)} ..."),
         )
+        if arguments.push_to_hub is not None:
+            status.update("uploading ...")
+            address = push(result.path, arguments.push_to_hub, private=arguments.private)
+            console.print(f"uploaded to {escape(address)}")
     if arguments.json:
         sys.stdout.buffer.write(msgspec.json.encode(result.report) + b"\n")
         return

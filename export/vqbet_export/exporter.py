@@ -22,6 +22,7 @@ from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
 from vqbet_export.assembly import assemble, describe
 from vqbet_export.cases import CaseChooser
+from vqbet_export.lerobot import lerobot_files
 from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.report import report_data, report_markdown
@@ -98,6 +99,7 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
     manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summarize(results))
     report = report_data(manifest, config.precision, results, draft.quantizations, board_notes)
     contents = {**draft.bundle.contents, CASES_NAME: cases.encode()}
+    contents |= lerobot_files(manifest, checkpoint.license)
     if draft.quantizations:
         contents[CHART_NAME] = sensitivity_chart(report["quantization"])
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)

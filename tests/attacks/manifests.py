@@ -38,6 +38,8 @@ def sealed(text: bytes) -> bytes:
 def spelled(value: object) -> bytes:
     """A value as the exporter would spell it."""
     text = json.dumps(value, ensure_ascii=False).encode()
+    # Python writes 1e-06 and 1e+22 where msgspec writes 1e-6 and 1e22.
+    text = re.sub(rb"(?<=\d)e(?:\+|(-))0*(?=\d)", rb"e\1", text)
     return sealed(msgspec.json.format(text, indent=2) + b"\n")
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 
 from vqbet_edge.errors import BundleError, DiskError
+from vqbet_edge.runtime.hub import stored
 from vqbet_edge.runtime.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -137,9 +138,9 @@ def _check_graph(name: str, graph: bytes) -> None:
 
 
 def _read_file(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes; links are not followed."""
+    """A regular file of at most `limit` bytes; links are not followed but in the Hub's cache."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = os.open(stored(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, "rb") as file:  # noqa: PTH123 - opened by descriptor
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
@@ -151,7 +152,9 @@ def _read_file(path: Path, limit: int) -> bytes:
     except OSError as error:
         if path.is_symlink():
             raise BundleError(f"'{path}' is a link; a bundle holds its files itself") from error
-        raise DiskError(f"cannot read '{path}': {error.strerror}") from error
+        raise DiskError(
+            f"cannot read '{path}': {error.strerror}; copy the whole bundle again or export again"
+        ) from error
 
 
 def _read_checked(path: Path, spec: FileSpec) -> bytes:

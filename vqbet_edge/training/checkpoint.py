@@ -37,6 +37,7 @@ class Checkpoint:
         layout: which releases of LeRobot write checkpoints so.
         name: where it was loaded from, as the user wrote it.
         sha256: digest of model.safetensors.
+        license: as the configuration names it.
     """
 
     network: VQBeT
@@ -46,6 +47,7 @@ class Checkpoint:
     layout: Layout
     name: str
     sha256: str
+    license: str | None = None
 
     @property
     def config(self) -> VQBeTConfig:
@@ -94,6 +96,7 @@ def load_checkpoint(source: str) -> Checkpoint:
         layout=found.layout,
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        license=_license(config),
     )
 
 
@@ -101,6 +104,11 @@ def _is_ours(directory: Path) -> bool:
     """Whether vqbet-train wrote it: LeRobot's train_config.json has the policy's fields nested."""
     path = directory / "train_config.json"
     return path.is_file() and "resize_shape" in read_json(path)
+
+
+def _license(config: Json) -> str | None:
+    name = config.get("license")
+    return name if isinstance(name, str) else None
 
 
 def _locate(source: str) -> Path:

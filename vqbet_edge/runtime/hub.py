@@ -1,0 +1,88 @@
+"""Bundles on the Hugging Face Hub: a repository that holds a bundle's files is a bundle.
+
+The Hub's client is imported only when a bundle is not on this machine's disk; a robot does without.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from vqbet_edge.errors import BundleError, UsageError
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode_manifest
+
+# A repository's id. What ends like a bundle is a directory, or a mistyped one.
+_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.bundle)")
+_SNAPSHOTS, _BLOB = "snapshots", re.compile(r"\.\./\.\./blobs/[0-9a-f]{40,64}")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this is spelled as the id of a repository."""
+    return _ID.fullmatch(source) is not None
+
+
+def local_bundle(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The directory of a bundle, downloaded if `source` is no path here but a repository's id.
+
+    Only the files that the manifest names are downloaded, into the Hub client's cache; the client's
+    own settings hold (`HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN`). They are not checked yet: that is
+    for `Bundle.open`.
+
+    Args:
+        source: a directory, or a repository's id such as "user/pusht-edge".
+        revision: of the repository: a branch, tag or commit; None is its main branch.
+
+    Raises:
+        UsageError: huggingface_hub is not installed, or a directory was given a revision.
+        BundleError: the repository cannot be read, or is no bundle.
+    """
+    path, name = Path(source), str(source)
+    if os.path.lexists(path) or not is_hub_id(name):
+        if revision is not None:
+            raise UsageError(
+                f"a revision is for a repository on the Hub, and '{name}' is "
+                f"{'a path here' if os.path.lexists(path) else 'not spelled user/name'}"
+            )
+        return path
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 - a robot does without
+    except ImportError as error:
+        raise UsageError(
+            f"'{name}' does not exist here; to read it from the Hub: pip install huggingface_hub"
+        ) from error
+
+    def fetch(revision: str | None, names: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=names))
+        except Exception as error:  # the network's, the Hub's, the client's
+            reason = " ".join(str(error).split())
+            raise BundleError(
+                f"'{name}' does not exist here, and cannot be read from the Hub: {reason}"
+            ) from error
+
+    snapshot = fetch(revision, [MANIFEST_NAME])
+    manifest = snapshot / MANIFEST_NAME
+    if not manifest.is_file():
+        raise BundleError(
+            f"'{name}' on the Hub holds no {MANIFEST_NAME}, so it is no bundle; make one with: "
+            f"vqbet-export {name}"
+        )
+    with manifest.open("rb") as file:
+        files = decode_manifest(file.read(MAX_MANIFEST_BYTES + 1)).files
+    # The snapshot's name is its commit, so that all files are of one.
+    return fetch(snapshot.name, [MANIFEST_NAME, *files])
+
+
+def stored(path: Path) -> Path:
+    """Where a bundle's file lies: itself, but for a link of the Hub's cache to its own store.
+
+    The Hub's client keeps `snapshots/COMMIT/NAME` as a link to `../../blobs/DIGEST`; any other link
+    is left to be refused.
+    """
+    if path.parent.parent.name != _SNAPSHOTS or not path.is_symlink():
+        return path
+    target = path.readlink()
+    return path.parent / target if _BLOB.fullmatch(str(target)) else path
