@@ -1,5 +1,6 @@
 """LeRobot of this Python and LeRobot 0.6.1 of Python 3.12, each with the plugin installed."""
 
+import fcntl
 import functools
 import os
 import shutil
@@ -59,9 +60,12 @@ def newest(installed: Path) -> Peer:
     """LeRobot 0.6.1, installed once below the build folder."""
     root = ROOT / "build" / f"lerobot-{NEWEST}"
     python, complete = root / "bin" / "python", root / "complete"
-    if not complete.exists():
-        _install(root)
-        complete.touch()
+    root.parent.mkdir(exist_ok=True)
+    with root.with_suffix(".lock").open("w") as lock:  # other workers want the same one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            _install(root)
+            complete.touch()
     return Peer(str(python), installed)
 
 
