@@ -1,18 +1,14 @@
-"""An environment with ROS 2 from wheels, made once and kept in the repository's build folder."""
+"""An environment with ROS 2 from wheels."""
 
-import fcntl
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+import environments
+from environments import ROOT, find_python, impossible
 
-ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "tests" / "ros2" / "requirements.txt"
 NODE_TESTS = ROOT / "tests" / "ros2" / "node"
 
@@ -38,51 +34,11 @@ def prepare(version: str | None = None, numpy: str | None = None) -> Ros:
     What hinders is the reason of a skip; in CI it fails.
     """
     if platform.machine() != "x86_64" or sys.platform != "linux":
-        return _impossible(f"there are no wheels of rclpy for {sys.platform} {platform.machine()}")
-    interpreter = _interpreter(version)
+        impossible(f"there are no wheels of rclpy for {sys.platform} {platform.machine()}")
+    interpreter = sys.executable if version is None else find_python(version)
     if interpreter is None:
-        return _impossible(f"there is no Python {version} here")
+        impossible(f"there is no Python {version} here")
     install = ["-r", str(REQUIREMENTS)]
     # Another Python has other newest versions.
     install += [f"numpy{numpy}"] if numpy else ["-c", str(ROOT / "constraints.txt")]
-    texts = [interpreter, *install, REQUIREMENTS.read_text()]
-    key = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
-    folder = ROOT / "build" / f"ros2-{key}"
-    folder.parent.mkdir(exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "ready").exists():
-            failure = _make(folder, interpreter, install)
-            if failure:
-                return _impossible(f"rclpy cannot be installed: {failure}")
-            (folder / "ready").touch()
-    return Ros(folder / "bin" / "python")
-
-
-def _impossible(reason: str) -> Ros:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def _interpreter(version: str | None) -> str | None:
-    if version is None:
-        return sys.executable
-    found = shutil.which(f"python{version}")
-    # A shim may be there of a version that is not.
-    works = found and subprocess.run([found, "-V"], capture_output=True).returncode == 0
-    return found if works else None
-
-
-def _make(folder: Path, interpreter: str, install: list[str]) -> str:
-    """Why it could not be made; empty if it was."""
-    shutil.rmtree(folder, ignore_errors=True)
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    for command in (
-        [interpreter, "-m", "venv", str(folder)],
-        [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *install],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, env=clean)
-        if done.returncode:
-            return done.stderr[-2000:]
-    return ""
+    return Ros(environments.prepare("ros2", install, interpreter))

@@ -46,7 +46,7 @@ class WholePolicy(nn.Module):
         scaled = [scale(images[:, :, k]) for k, scale in enumerate(self.scale_images)]
         features = self.network(torch.stack(scaled, dim=2), self.scale_states(states))[0]
         head = self.network.head
-        primary = head.primary_logits(features).argmax(dim=-1)
+        primary = head.code_logits(features)[..., 0, :].argmax(dim=-1)
         secondary = head.code_logits(features, primary)[:, 1].argmax(dim=-1)
         codes = torch.stack([primary, secondary], dim=-1)
         chunks: Tensor = self.scale_actions(head.action_chunk(features, codes))

@@ -42,7 +42,7 @@ def run_reference(checkpoint: Checkpoint, piece: Piece) -> Reference:
     states = torch.from_numpy(checkpoint.inputs[STATE_KEY].apply(piece.states))
     states = _windows(states, length)
     features = network.features(_windows(encoded, length), states)[:, length - 1]
-    primary = head.primary_logits(features).argmax(dim=-1)
+    primary = head.code_logits(features)[..., 0, :].argmax(dim=-1)
     logits = head.code_logits(features, primary)
     codes = torch.stack([primary, logits[:, 1].argmax(dim=-1)], dim=-1)
     offsets = head.offsets(features)

@@ -39,7 +39,7 @@ def no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     def parse(*_: Any) -> Any:
         raise AssertionError("an unchecked byte was parsed")
 
-    monkeypatch.setattr(reading, "_arrays", parse)
+    monkeypatch.setattr(reading, "load_arrays", parse)
     monkeypatch.setattr(reading, "_check_graph", parse)
 
 

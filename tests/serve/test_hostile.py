@@ -76,21 +76,22 @@ def independently_decoded(frame: bytes) -> dict[str, np.ndarray]:
     }
 
 
+def act_as(alone: EdgePolicy, robot: ClientConnection) -> None:
+    """Seven steps of a robot, each bitwise the policy's own."""
+    for seen in observations(1, 7):
+        action = ask(robot, seen)
+        assert isinstance(action, np.ndarray)
+        assert action.tobytes() == alone.act(seen).tobytes()
+
+
 @contextmanager
 def unharmed(server: PolicyServer, policy: EdgePolicy) -> Iterator[ClientConnection]:
     """A robot acts before, meanwhile and afterwards as if it were alone; nothing else is left."""
     with policy.sibling() as alone, open_client(server.url, **_key(server)) as robot:
-
-        def act() -> None:
-            for seen in observations(1, 7):
-                action = ask(robot, seen)
-                assert isinstance(action, np.ndarray)
-                assert action.tobytes() == alone.act(seen).tobytes()
-
-        act()
+        act_as(alone, robot)
         before = descriptors(), threading.active_count()
         yield robot
-        act()
+        act_as(alone, robot)
         end = time.monotonic() + SECONDS
         while len(server._conversations) > 1 or len(server.sessions) > 1:
             assert time.monotonic() < end
@@ -367,25 +368,19 @@ def test_a_thousand_connects_without_a_word(mini: Any, policy: EdgePolicy) -> No
         port = int(url.rpartition(":")[2])
         robot = open_client(url)
 
-        def act() -> None:
-            for seen in observations(1, 7):
-                action = ask(robot, seen)
-                assert isinstance(action, np.ndarray)
-                assert action.tobytes() == alone.act(seen).tobytes()
-
-        act()
+        act_as(alone, robot)
         before = descriptors(process.pid)
         silent = [
             socket.create_connection(("127.0.0.1", port), SECONDS) for _ in range(cases(200, 900))
         ]
-        act()
+        act_as(alone, robot)
         for each in silent:
             each.close()
         end = time.monotonic() + SECONDS
         while descriptors(process.pid) > before:
             assert time.monotonic() < end
             time.sleep(0.05)
-        act()
+        act_as(alone, robot)
         robot.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +84,7 @@ class Bundle:
         Raises:
             BundleError: the runtime's arrays are not float32 safetensors.
         """
-        return cls(path, manifest, contents, _arrays(contents[RUNTIME_NAME]))
+        return cls(path, manifest, contents, _runtime_arrays(contents[RUNTIME_NAME]))
 
     def without_graphs(self) -> "Bundle":
         """What acting needs once a backend holds the graphs."""
@@ -119,11 +120,21 @@ class Bundle:
         return array
 
 
-def _arrays(data: bytes) -> dict[str, NDArray[np.float32]]:
+def load_arrays(name: str, data: bytes) -> dict[str, NDArray[Any]]:
+    """Arrays of a safetensors file of a bundle.
+
+    Raises:
+        BundleError: it is damaged; `name` is in the message.
+    """
     try:
-        arrays = load(data)
+        arrays: dict[str, NDArray[Any]] = load(data)
     except Exception as error:  # its own class, and what NumPy makes of an impossible shape
-        raise BundleError(f"{RUNTIME_NAME} is damaged: {error}; export again") from error
+        raise BundleError(f"{name} is damaged: {error}; export again") from error
+    return arrays
+
+
+def _runtime_arrays(data: bytes) -> dict[str, NDArray[np.float32]]:
+    arrays = load_arrays(RUNTIME_NAME, data)
     if any(array.dtype != np.float32 for array in arrays.values()):
         raise BundleError(f"{RUNTIME_NAME} has arrays that are not float32; export again")
     return arrays

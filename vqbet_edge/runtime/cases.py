@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from vqbet_edge.errors import BundleError
-from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.bundle import Bundle, load_arrays
 from vqbet_edge.runtime.manifest import CropSpec, Manifest
 from vqbet_edge.runtime.observation import Observation
 
@@ -78,11 +78,7 @@ class ReferenceCases:
                 f"the bundle has no reference cases ({CASES_NAME}), so it cannot prove itself; "
                 "export its checkpoint again: vqbet-export model.safetensors --force"
             )
-        try:
-            arrays = load(data)
-        except Exception as error:  # its own class, and what NumPy makes of an impossible shape
-            raise BundleError(f"{CASES_NAME} is damaged: {error}; export again") from error
-        return cls._decode(arrays, bundle.manifest)
+        return cls._decode(load_arrays(CASES_NAME, data), bundle.manifest)
 
     @classmethod
     def _decode(

@@ -365,10 +365,6 @@ class ActionHead(nn.Module):
         secondary = self.map_to_cbet_preds_secondary_bin(torch.cat([features, given], dim=-1))
         return torch.stack([self.map_to_cbet_preds_primary_bin(features), secondary], dim=-2)
 
-    def primary_logits(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., C): logits of the primary code."""
-        return self.code_logits(features)[..., 0, :]
-
     @property
     def secondary_columns(self) -> Tensor | None:
         """(C, C), row p is what the primary code p adds to the secondary logits, if it does."""

@@ -1,6 +1,5 @@
 """From parameters to a policy that has acted once, and to what reads its inputs."""
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -16,14 +15,11 @@ COMPRESSED = "/compressed"
 
 
 def load_policy(parameters: Parameters) -> EdgePolicy:
-    """The policy, checked, proven where its bundle can, and warm.
+    """The policy, checked, proven and warm.
 
     Raises:
         VQBeTEdgeError: it cannot be loaded, or does not do what its checkpoint did.
     """
-    options: dict[str, Any] = {}
-    if "prove" in inspect.signature(EdgePolicy.load).parameters:
-        options["prove"] = True
     policy = EdgePolicy.load(
         parameters.bundle,
         parameters.backend,
@@ -31,7 +27,7 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         temperature=None if parameters.temperature < 0 else parameters.temperature,
         replan_every=parameters.replan_every or None,
         guards=parameters.guards.guards(parameters.max_age),
-        **options,
+        prove=True,
     )
     try:
         _warm(policy)

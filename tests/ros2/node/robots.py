@@ -46,6 +46,24 @@ PARAMETERS: dict[str, Any] = {
 
 Observation = dict[str, np.ndarray]
 
+_SLOW = """
+import time
+from vqbet_edge import EdgePolicy
+act, calls = EdgePolicy.act, []
+def slow(self, *arguments):
+    calls.append(1)
+    if len(calls) == {call}:
+        print("predicting", flush=True)
+        time.sleep(2.0)
+    return act(self, *arguments)
+EdgePolicy.act = slow
+"""
+
+
+def slow_call(number: int) -> str:
+    """What the node runs first: its call `number` of `act` says so, and takes two seconds."""
+    return _SLOW.format(call=number)
+
 
 def observations(count: int, seed: int = 0) -> list[Observation]:
     random = np.random.default_rng(seed)

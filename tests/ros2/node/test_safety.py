@@ -16,6 +16,7 @@ from robots import (
     image_message,
     joint_message,
     observations,
+    slow_call,
     wait,
 )
 from sensor_msgs.msg import Image, JointState
@@ -197,19 +198,7 @@ def test_an_operator_takes_over_and_gives_back(robot: Robot) -> None:
     assert sent[-1] != [70.0, 80.0]
 
 
-SLOW = """
-import time
-from vqbet_edge import EdgePolicy
-act, calls = EdgePolicy.act, []
-def slow(self, *arguments):
-    calls.append(1)
-    if len(calls) == 4:
-        print("predicting", flush=True)
-        time.sleep(2.0)
-    return act(self, *arguments)
-EdgePolicy.act = slow
-"""
-HELD = {"before": SLOW, "timeout": 0.3, "command.when_stopped": "hold", "max_skew": 0.01}
+HELD = {"before": slow_call(4), "timeout": 0.3, "command.when_stopped": "hold", "max_skew": 0.01}
 
 
 @pytest.mark.parametrize("robot", [HELD], indirect=True)

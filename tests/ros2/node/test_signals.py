@@ -5,24 +5,19 @@ import time
 from pathlib import Path
 
 import pytest
-from robots import Process, Robot, Simulator, observations, wait, write_parameters
-
-PREDICTING = """
-import time
-from vqbet_edge import EdgePolicy
-act, calls = EdgePolicy.act, []
-def slow(self, *arguments):
-    calls.append(1)
-    if len(calls) == 3:
-        print("predicting", flush=True)
-        time.sleep(2.0)
-    return act(self, *arguments)
-EdgePolicy.act = slow
-"""
+from robots import (
+    Process,
+    Robot,
+    Simulator,
+    observations,
+    slow_call,
+    wait,
+    write_parameters,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("robot", [{"before": PREDICTING}], indirect=True)
+@pytest.mark.parametrize("robot", [{"before": slow_call(3)}], indirect=True)
 def test_a_signal_while_predicting(robot: Robot, number: signal.Signals) -> None:
     """Nothing is sent from the signal on, not even what was being predicted."""
     simulator, seen = robot.simulator, observations(3)
