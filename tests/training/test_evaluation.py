@@ -195,6 +195,21 @@ def test_an_unknown_environment_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    "broken", [{"MUJOCO_GL": "nothing"}, {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}]
+)
+def test_a_renderer_that_does_not_start_is_a_sentence(broken: dict[str, str]) -> None:
+    pytest.importorskip("mujoco")
+    command = [sys.executable, "-m", "vqbet_edge.training.evaluation", "x", "--env"]
+    ended = subprocess.run(
+        [*command, "metaworld_push"], capture_output=True, text=True, env=os.environ | broken
+    )
+    assert ended.returncode == 2, ended.stderr
+    said = " ".join(ended.stderr.split())
+    assert f"cannot draw with MUJOCO_GL={broken['MUJOCO_GL']}" in said
+    assert "apt install libegl1" in said
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"num_envs": 0}, "--num-envs must be at least 1, got 0"),

@@ -1,6 +1,9 @@
 """Meta-World's push-v3: a simulated arm pushes a puck to a goal, seen by one camera."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -8,11 +11,35 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from vqbet_edge.errors import UsageError
+
 # MuJoCo chooses its renderer when it is imported; a software EGL needs no display.
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 IMAGE_SIZE = 96
 MAX_STEPS = 150
+
+
+@contextmanager
+def _explaining_renderer() -> Iterator[None]:
+    """What MuJoCo's loader of OpenGL raises, as it comes: attributes of None and worse."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}; install its "
+            "library (egl: sudo apt install libegl1 libgl1-mesa-dri; osmesa: sudo apt install "
+            "libosmesa6), or choose the other one: MUJOCO_GL=osmesa vqbet-eval ..."
+        ) from error
+
+
+def _import_mujoco() -> ModuleType:
+    with _explaining_renderer():
+        import mujoco  # noqa: PLC0415 - an optional package
+    module: ModuleType = mujoco
+    return module
 
 
 class MetaWorldPush(gymnasium.Env[dict[str, Any], Any]):
@@ -23,7 +50,7 @@ class MetaWorldPush(gymnasium.Env[dict[str, Any], Any]):
     """
 
     def __init__(self) -> None:
-        import mujoco  # noqa: PLC0415 - an optional package
+        mujoco = _import_mujoco()
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: PLC0415
 
         self._env = ALL_V3_ENVIRONMENTS["push-v3"]()
@@ -32,7 +59,8 @@ class MetaWorldPush(gymnasium.Env[dict[str, Any], Any]):
         self._env.seeded_rand_vec = True
         # Twice as fast in software, and what the demonstrations were seen with.
         self._env.model.vis.quality.offsamples = 0
-        self._renderer = mujoco.Renderer(self._env.model, IMAGE_SIZE, IMAGE_SIZE)
+        with _explaining_renderer():
+            self._renderer = mujoco.Renderer(self._env.model, IMAGE_SIZE, IMAGE_SIZE)
         flags = mujoco.mjtRndFlag
         for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX,
                      flags.mjRND_HAZE):  # fmt: skip
