@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from vqbet_edge import cli
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import Manifest, encode_manifest
+from vqbet_edge.runtime.manifest import Manifest, Target, encode_manifest
 from vqbet_edge.runtime.proof import prove
-from vqbet_edge.runtime.signatures import signature
+from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +53,8 @@ def _inspect(arguments: Arguments) -> None:
 
     console = Console(markup=False)
     console.print(_summary(manifest))
-    console.print(_stages(manifest))
+    for target in manifest.targets:
+        console.print(_graphs(manifest, target))
     if arguments.prove:
         console.print(_proof(bundle, arguments.backend))
 
@@ -99,15 +100,16 @@ def _summary(manifest: Manifest) -> "Table":
     return table
 
 
-def _stages(manifest: Manifest) -> "Table":
+def _graphs(manifest: Manifest, target: Target) -> "Table":
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table("stage", "precision", "MB", "inputs", "outputs")
-    for name, stage in manifest.stages.items():
-        size = manifest.files[stage.file].size / 1e6
-        inputs, outputs = (
-            "\n".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
-            for tensors in signature(manifest, name)
-        )
-        table.add_row(name, stage.precision, f"{size:.1f}", inputs, outputs)
+    graphs = manifest.graphs(target)
+    sizes = {name: manifest.files[spec.file].size / 1e6 for name, spec in graphs.items()}
+    title = f"graphs for {target}: {sum(sizes.values()):.1f} MB"
+    table = Table("stage", "precision", "MB", "inputs", "outputs", title=title)
+    for name, spec in graphs.items():
+        cached = target == "cpu" and name == "gpt"
+        both = cached_gpt_signature(manifest) if cached else signature(manifest, name)
+        tensors = ["\n".join(f"{t.name} {t.dtype} {t.shape}" for t in part) for part in both]
+        table.add_row(name, spec.precision, f"{sizes[name]:.1f}", *tensors)
     return table

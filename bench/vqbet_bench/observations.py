@@ -26,14 +26,12 @@ class Observations:
         state_key: of the states.
         frames: uint8 (M, K, H, W, 3).
         states: float32 (M, S), in the robot's units.
-        normalized_states: float32 (M, S), as the checkpoint normalises them.
     """
 
     image_keys: tuple[str, ...]
     state_key: str
     frames: NDArray[np.uint8]
     states: Floats
-    normalized_states: Floats
 
     def __len__(self) -> int:
         return len(self.states)
@@ -65,5 +63,4 @@ def create_observations(bundle: Bundle, source: str | None) -> Observations:
         pieces = list(Sampler.open(source, manifest).pieces(count))
     frames = np.concatenate([piece.frames for piece in pieces])[:count]
     states = np.concatenate([piece.states for piece in pieces])[:count]
-    normalized = scaling.apply(states, np.empty_like(states))
-    return Observations(manifest.image_keys, manifest.state_key, frames, states, normalized)
+    return Observations(manifest.image_keys, manifest.state_key, frames, states)

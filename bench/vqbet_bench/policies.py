@@ -87,11 +87,10 @@ class BundlePolicy(Policy):
         self._bundle = bundle.without_graphs()
         self.chunk, self._every = job.chunk, False
         self._policy = self._create()
-        precisions = {spec.precision for spec in bundle.manifest.stages.values()}
         self.details = {
             "backend": self._backend.name,
             "prefetch": job.prefetch or self._backend.default_prefetch,
-            "precision": ", ".join(sorted(precisions)),
+            "precision": ", ".join(bundle.manifest.precisions),
             "vqbet_edge": __version__,
         }
 
@@ -133,20 +132,27 @@ class BundlePolicy(Policy):
 
 
 class LeRobot(Policy):
-    """LeRobot's `select_action` in eager PyTorch.
-
-    Its processors (normalisation, batch axis, float conversion) are left out of the time, which
-    favours it: `EdgePolicy.act` does that work inside.
-    """
+    """LeRobot's policy between its processors, in eager PyTorch: what its own commands call."""
 
     def __init__(self, job: Job) -> None:
         import torch  # noqa: PLC0415
-        from lerobot.policies.vqbet.modeling_vqbet import VQBeTPolicy  # noqa: PLC0415
+        from lerobot.configs.policies import PreTrainedConfig  # noqa: PLC0415
+        from lerobot.policies.factory import (  # noqa: PLC0415
+            get_policy_class,
+            make_pre_post_processors,
+        )
 
         torch.set_num_threads(job.threads)
         self._torch, self._observations = torch, job.observations
-        self._device = torch.device(job.device)
-        self._policy: Any = VQBeTPolicy.from_pretrained(job.path).eval().to(self._device)
+        config = PreTrainedConfig.from_pretrained(job.path)
+        config.device = job.device
+        policy_class = get_policy_class(config.type)
+        self._policy: Any = policy_class.from_pretrained(job.path, config=config).eval()
+        self._before, self._after = make_pre_post_processors(
+            config,
+            pretrained_path=job.path,
+            preprocessor_overrides={"device_processor": {"device": job.device}},
+        )
         self.chunk, self._every = job.chunk, False
         self._policy.reset()
         self.details = _versions("lerobot", "torch")
@@ -157,22 +163,20 @@ class LeRobot(Policy):
         self._policy.reset()
 
     def prepare(self, step: int) -> Any:
-        """float32 (1, 3, H, W) in [0, 1] and normalised states (1, S), on the CPU."""
+        """float32 (3, H, W) in [0, 1] and states (S,) in the robot's units, on the CPU."""
         if self._every:
             self._policy._queues["action"].clear()  # noqa: SLF001 - when empty, LeRobot re-plans
         kept, row = self._observations, step % len(self._observations)
         frames = dict(zip(kept.image_keys, map(self._image, kept.frames[row]), strict=True))
-        state = self._torch.from_numpy(kept.normalized_states[row].copy())
-        return {**frames, kept.state_key: state[None]}
+        return {**frames, kept.state_key: self._torch.from_numpy(kept.states[row].copy())}
 
     def _image(self, frame: NDArray[np.uint8]) -> Any:
-        return self._torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+        return self._torch.from_numpy(frame).permute(2, 0, 1).float() / 255
 
     def act(self, observation: Any) -> Any:
-        """`select_action`, upload and download included."""
+        """Preprocessor, `select_action`, postprocessor: float32 (1, A) in the robot's units."""
         with self._torch.inference_mode():
-            batch = {key: value.to(self._device) for key, value in observation.items()}
-            return self._policy.select_action(batch).cpu()
+            return self._after(self._policy.select_action(self._before(observation)))
 
 
 class SingleGraph(Policy):

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from vqbet_calibration.samples import load_samples
-from vqbet_calibration.targets import TARGETS, Target
 from vqbet_export.onnx_graphs import TensorRTGraphs
 from vqbet_export.verification import Verification, Verifier
 
@@ -27,7 +26,7 @@ from vqbet_edge.cli import run
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.base import Backend
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import STAGES
+from vqbet_edge.runtime.manifest import STAGES, Target
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.evaluation.actors import BundleActor
@@ -86,7 +85,8 @@ def measure(config: Config) -> list[Row]:
     rows: list[Row] = []
     reference: list[Episode] = []
     for bundle in bundles:
-        for target in (None,) if bundle.manifest.calibration is None else TARGETS:
+        targets = bundle.manifest.targets
+        for target in targets if bundle.manifest.calibration else (None,):
             verifier = Verifier(bundle, checkpoint, [target])
             verification = verifier.verify(samples.verification, "real")[0]
             episodes = _drive(config, bundle, target)

@@ -122,11 +122,11 @@ def stage_runs(bundle: Bundle, *, on_processor: bool, prefilled: bool) -> dict[s
     """
     runs: dict[str, Run] = {}
     for stage in bundle.stages_to_load:
-        spec = bundle.manifest.stages[stage]
+        spec = bundle.manifest.graphs("cpu" if on_processor else "tensorrt")[stage]
         if not on_processor:
             runs[stage] = Run(stage, spec.precision, graph_cost(bundle.graph(stage)))
             continue
-        spec, graph = bundle.manifest.cpu_stages.get(stage, spec), bundle.cpu_graph(stage)
+        graph = bundle.cpu_graph(stage)
         shapes: dict[str, Shapes | None] = {stage: None}
         if stage == "gpt":
             shapes = _gpt_shapes(cached_gpt_signature(bundle.manifest), prefilled=prefilled)

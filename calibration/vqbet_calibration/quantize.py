@@ -11,10 +11,9 @@ from vqbet_calibration.chain import Chain, Outcome, encoder_feeds, gpt_feeds
 from vqbet_calibration.graphs import Session, layers
 from vqbet_calibration.samples import Samples
 from vqbet_calibration.static import Static, collect_ranges
-from vqbet_calibration.targets import Target
 from vqbet_edge.errors import VerificationError
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.manifest import StageName, Target
 
 Progress = Callable[[str], None]
 

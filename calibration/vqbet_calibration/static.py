@@ -26,7 +26,7 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from vqbet_calibration.graphs import Array, Feed, Layer, chosen_layers, layers
-from vqbet_calibration.targets import Target
+from vqbet_edge.runtime.manifest import Target
 
 METHODS = ("min-max",)
 _LAYER_TYPES = ["Conv", "Gemm", "MatMul"]

@@ -1,7 +1,7 @@
 """A checkpoint's graphs, arrays and manifest, put together as a bundle in memory."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from vqbet_edge.runtime.bundle import (
 from vqbet_edge.runtime.manifest import (
     FORMAT_VERSION,
     STAGES,
+    TARGETS,
     CropSpec,
     FeatureSpec,
     Manifest,
@@ -30,6 +31,7 @@ from vqbet_edge.runtime.manifest import (
     SourceSpec,
     StageName,
     StageSpec,
+    Target,
 )
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 from vqbet_edge.training.checkpoint import Checkpoint
@@ -52,6 +54,7 @@ from vqbet_export.stages import (
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 # Larger codebooks are decoded by their graph.
 MAX_TABLE_BYTES = 64 << 20
+CACHED_GPT_NAME = "gpt_cached.onnx"
 MODULES: dict[StageName, type[nn.Module]] = {
     "vision_encoder": VisionEncoderStage,
     "gpt": GptStage,
@@ -65,6 +68,7 @@ def assemble(
     path: Path,
     precision: Precision,
     progress: Callable[[str], None] = lambda _: None,
+    targets: Sequence[Target] = TARGETS,
 ) -> Bundle:
     """Export every graph in one floating-point precision.
 
@@ -73,18 +77,23 @@ def assemble(
         path: where the bundle will be; nothing is written.
         precision: "fp32" or "fp16".
         progress: is told what happens next.
+        targets: whom it is for.
     """
-    manifest, dtype = describe(checkpoint, precision), DTYPES[precision]
+    manifest, dtype = describe(checkpoint, precision, targets), DTYPES[precision]
     contents = {RUNTIME_NAME: save(runtime_arrays(checkpoint))}
-    for name, module in MODULES.items():
-        progress(f"exporting {name} in {precision}")
-        stage = module(checkpoint, dtype)
-        contents[manifest.stages[name].file] = export_graph(stage, signature(manifest, name))
-    progress(f"exporting gpt for the CPU in {precision}")
-    contents[manifest.cpu_stages["gpt"].file] = export_graph(
-        CachedGptStage(checkpoint, dtype), cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES
-    )
+    for name, spec in (*manifest.stages.items(), *manifest.cpu_stages.items()):
+        progress(f"exporting {spec.file} in {precision}")
+        contents[spec.file] = (
+            _cached_gpt(checkpoint, manifest, dtype)
+            if spec.file == CACHED_GPT_NAME
+            else export_graph(MODULES[name](checkpoint, dtype), signature(manifest, name))
+        )
     return Bundle.of(path, manifest, contents)
+
+
+def _cached_gpt(checkpoint: Checkpoint, manifest: Manifest, dtype: torch.dtype) -> bytes:
+    stage = CachedGptStage(checkpoint, dtype)
+    return export_graph(stage, cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES)
 
 
 def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
@@ -106,8 +115,17 @@ def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     return arrays
 
 
-def describe(checkpoint: Checkpoint, precision: Precision) -> Manifest:
+def describe(
+    checkpoint: Checkpoint, precision: Precision, targets: Sequence[Target] = TARGETS
+) -> Manifest:
     """The manifest of a bundle that has neither files nor been verified."""
+    graphs: dict[StageName, StageSpec] = {
+        name: StageSpec(f"{name}.onnx", precision) for name in STAGES
+    }
+    cached: dict[StageName, StageSpec] = {"gpt": StageSpec(CACHED_GPT_NAME, precision)}
+    stages = graphs if "tensorrt" in targets else {}
+    # CPUs share all graphs but the transformer's.
+    for_cpu = cached if stages else graphs | cached
     policy = checkpoint.config
     inputs = {checkpoint.renamed.get(k, k): _feature(f) for k, f in policy.input_features.items()}
     return Manifest(
@@ -126,8 +144,8 @@ def describe(checkpoint: Checkpoint, precision: Precision) -> Manifest:
         input_features=inputs,
         output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
         crop=CropSpec(**runtime_crop(policy)._asdict()),
-        stages={name: StageSpec(f"{name}.onnx", precision) for name in STAGES},
-        cpu_stages={"gpt": StageSpec("gpt_cached.onnx", precision)},
+        stages=stages,
+        cpu_stages=for_cpu if "cpu" in targets else {},
         files={},
         verification=None,
         calibration=None,

@@ -10,11 +10,10 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
-from vqbet_calibration.targets import TARGETS, Target
 
 from vqbet_edge import cli
 from vqbet_edge.errors import UsageError
-from vqbet_edge.runtime.manifest import Precision
+from vqbet_edge.runtime.manifest import TARGETS, Precision, Target
 
 WEIGHTS_NAME = "model.safetensors"
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -37,7 +36,7 @@ class Arguments:
     calibration_data: str | None = None
     # Observations to take from it.
     calibration_steps: int = 1024
-    # Whom to quantise for; by default both, side by side in one bundle.
+    # Whom the bundle is for; by default both, whose graphs lie side by side.
     target: Target | None = None
     # The bundle to write; by default named after the checkpoint and the precision, here.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -109,8 +108,6 @@ def _precision(arguments: Arguments) -> Precision:
     if len(asked) > 1:
         flags = " and ".join(f"--{name}" for name in asked)
         raise UsageError(f"{flags} exclude each other; export once for each")
-    if arguments.target is not None and not arguments.int8:
-        raise UsageError("--target chooses INT8 graphs; add --int8")
     return asked[0] if asked else "fp32"
 
 

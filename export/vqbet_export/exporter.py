@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 from vqbet_calibration.quantize import Quantization
 from vqbet_calibration.samples import Samples, load_samples
-from vqbet_calibration.targets import TARGETS, Target
 from vqbet_engines.boards import Board, load_board
 from vqbet_engines.suitability import check_graphs
 
@@ -16,7 +15,7 @@ from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
 from vqbet_edge.runtime.comparison import LIMITS
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, STAGES, Precision
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, STAGES, TARGETS, Precision, Target
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
@@ -45,7 +44,7 @@ class ExportConfig:
         force: replace an existing bundle.
         calibration_data: a LeRobot data set or a folder of recordings, for INT8.
         calibration_steps: observations to sample from it.
-        targets: whom to quantise for; the others get float16.
+        targets: whom the bundle has graphs for.
     """
 
     checkpoint: str
@@ -86,7 +85,7 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
     """
     _check_output(config)
     _check_calibration(config)
-    board = None if config.board is None else load_board(config.board)
+    board = _board(config)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
     real = None
@@ -117,6 +116,14 @@ def _check_output(config: ExportConfig) -> None:
         raise UsageError(f"'{config.output}' exists; replace it with --force, or choose another -o")
 
 
+def _board(config: ExportConfig) -> Board | None:
+    if config.board is None:
+        return None
+    if "tensorrt" not in config.targets:
+        raise UsageError("--board checks graphs for TensorRT; leave out --target cpu")
+    return load_board(config.board)
+
+
 def _check_calibration(config: ExportConfig) -> None:
     if config.precision == "int8" and config.calibration_data is None:
         raise UsageError(
@@ -141,13 +148,18 @@ class _Draft:
 
 def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> _Draft:
     if config.calibration_data is None:
-        return _Draft(assemble(checkpoint, config.output, config.precision, progress))
-    floating = assemble(checkpoint, config.output, "fp32", progress)
+        made = assemble(checkpoint, config.output, config.precision, progress, config.targets)
+        return _Draft(made)
+    # Layers are ranked in TensorRT's graphs, whomever they are quantised for.
+    needed = tuple(t for t in TARGETS if t == "tensorrt" or t in config.targets)
+    floating = assemble(checkpoint, config.output, "fp32", progress, needed)
     progress(f"reading {config.calibration_data}")
     manifest = floating.manifest
     scaling = Affine.from_arrays(floating.arrays, "state", manifest.state_dim)
     samples = load_samples(config.calibration_data, manifest, scaling, config.calibration_steps)
-    half = assemble(checkpoint, config.output, "fp16", progress)
+    half = None
+    if "tensorrt" in config.targets:
+        half = assemble(checkpoint, config.output, "fp16", progress, ("tensorrt",))
     found = quantize_bundle(floating, half, samples, config.targets, progress)
     return _Draft(found.bundle, samples, found.quantizations)
 
@@ -178,8 +190,10 @@ def _verify(
     progress: Progress,
 ) -> tuple[list[Verification], ReferenceCases]:
     """The results on all observations, and reference cases from the last."""
-    limits, targets = LIMITS[config.precision], (None,) if draft.samples is None else TARGETS
-    verifier = Verifier(draft.bundle, checkpoint, targets)
+    limits = LIMITS[config.precision]
+    # In floating point both kinds compute the same, so each is proven in its half.
+    both = draft.samples is None and len(config.targets) > 1
+    verifier = Verifier(draft.bundle, checkpoint, (None,) if both else config.targets)
     results: list[Verification] = []
     try:
         for name, pieces in _observations(draft, config.verify_steps, real):

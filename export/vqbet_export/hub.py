@@ -92,12 +92,11 @@ def model_card(bundle: Bundle, name: str) -> str:
 
 
 def _what_it_is(manifest: Manifest, license_name: str | None) -> str:
-    precisions = sorted({stage.precision for stage in manifest.stages.values()})
     terms = f"Licence: {license_name}." if license_name else "The checkpoint names no licence."
     return (
         "A VQ-BeT robot policy (Behavior Generation with Latent Actions, arXiv 2403.03181), "
         "compiled by vqbet_edge into ONNX graphs and verified against its checkpoint. It acts "
-        f"without PyTorch, in {' and '.join(precisions)}.\n\n{terms}"
+        f"without PyTorch, in {' and '.join(manifest.precisions)}.\n\n{terms}"
     )
 
 

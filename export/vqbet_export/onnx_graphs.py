@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from vqbet_calibration.graphs import Session
-from vqbet_calibration.targets import Target
 
 from vqbet_edge.runtime.backends.base import (
     Backend,
@@ -17,7 +16,7 @@ from vqbet_edge.runtime.backends.base import (
     Window,
 )
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
-from vqbet_edge.runtime.manifest import Manifest, StageName
+from vqbet_edge.runtime.manifest import Manifest, StageName, Target
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 
 Array = NDArray[Any]
@@ -39,7 +38,7 @@ class StageSession:
         # The CPU's GPT can continue behind tokens that it has seen; here it never has.
         self._rest = _nothing_seen(bundle, inputs[-1].shape) if cached else []
         # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
-        exact = manifest.stages[stage].precision == "int8" and not for_cpu
+        exact = not for_cpu and manifest.stages[stage].precision == "int8"
         graph = bundle.cpu_graph(stage) if for_cpu else bundle.graph(stage)
         self._session = Session(graph, optimize=not exact)
 

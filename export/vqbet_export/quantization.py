@@ -1,15 +1,24 @@
-"""INT8 stages of a bundle: graphs for TensorRT and for CPUs, side by side."""
+"""INT8 graphs of a bundle, for TensorRT, for CPUs, or for both side by side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
-from vqbet_calibration.quantize import STAGES, Quantization, quantize
+from vqbet_calibration.quantize import STAGES as QUANTIZED
+from vqbet_calibration.quantize import Quantization, quantize
 from vqbet_calibration.samples import Samples
-from vqbet_calibration.targets import Target
 
-from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import CalibrationSpec, Precision, StageName, StageSpec
+from vqbet_edge.runtime.bundle import RUNTIME_NAME, Bundle
+from vqbet_edge.runtime.manifest import (
+    STAGES,
+    CalibrationSpec,
+    Precision,
+    StageName,
+    StageSpec,
+    Target,
+)
+from vqbet_export.assembly import CACHED_GPT_NAME
 
 
 @dataclass(frozen=True)
@@ -20,76 +29,66 @@ class Int8:
     quantizations: tuple[Quantization, ...]
 
 
+class _Graph(NamedTuple):
+    data: bytes
+    precision: Precision
+
+
 def quantize_bundle(
     floating: Bundle,
-    half: Bundle,
+    half: Bundle | None,
     samples: Samples,
     targets: Sequence[Target],
     progress: Callable[[str], None],
 ) -> Int8:
     """Quantise a policy for some targets.
 
-    The graphs for TensorRT are float16 with INT8 inside; those of CPUs
-    are float32 with INT8 inside. A target that is not asked for gets float16.
+    The graphs for TensorRT are float16 with INT8 inside; those of CPUs, whose kernels compute
+    signed graphs slowly and float16 scales wrongly, are float32 with INT8 inside.
 
     Args:
-        floating: a draft of the bundle in float32.
-        half: one in float16.
+        floating: a draft of the bundle in float32, with TensorRT's graphs and the targets'.
+        half: one in float16 with TensorRT's graphs; only "tensorrt" needs it.
         samples: what the robot sees.
-        targets: whom to quantise for.
+        targets: whom the bundle is for.
         progress: is told what happens next.
 
     Raises:
         VerificationError: no layer can be quantised within the limits.
     """
     quantizations = quantize(floating, samples, targets, progress)
-    found = {quantization.target: quantization for quantization in quantizations}
-    draft = _Draft(half)
-    for stage in STAGES:
-        if "tensorrt" in found:
-            # CPU kernels compute signed graphs slowly, and float16 scales wrongly.
-            if stage not in draft.cpu_stages:
-                draft.set_cpu(stage, half.graph(stage), "fp16")
-            graph = found["tensorrt"].twin(stage, half.graph(stage))
-            draft.set_tensorrt(stage, graph)
-        if "cpu" in found:
-            draft.set_cpu(stage, found["cpu"].twin(stage, floating.cpu_graph(stage)), "int8")
-    if "cpu" in found:
-        draft.set_cpu("code_heads", floating.graph("code_heads"), "fp32")
-    calibration = CalibrationSpec(
-        source=samples.source, sha256=samples.digest, observations=samples.observations
+    specs: dict[Target, dict[StageName, StageSpec]] = {"tensorrt": {}, "cpu": {}}
+    contents = {RUNTIME_NAME: floating.contents[RUNTIME_NAME]}
+    for found in quantizations:
+        for stage, graph in _graphs(found, floating, half).items():
+            file = _file(stage, found.target, targets)
+            specs[found.target][stage] = StageSpec(file, graph.precision)
+            contents[file] = graph.data
+    manifest = msgspec.structs.replace(
+        floating.manifest,
+        stages=specs["tensorrt"],
+        cpu_stages=specs["cpu"],
+        calibration=CalibrationSpec(
+            source=samples.source, sha256=samples.digest, observations=samples.observations
+        ),
     )
-    return Int8(draft.bundle(calibration), quantizations)
+    return Int8(replace(floating, manifest=manifest, contents=contents), quantizations)
 
 
-class _Draft:
-    """A bundle whose graphs are exchanged one by one."""
-
-    def __init__(self, base: Bundle) -> None:
-        self._base, self._contents = base, dict(base.contents)
-        self._stages = dict(base.manifest.stages)
-        self.cpu_stages = dict(base.manifest.cpu_stages)
-
-    def set_tensorrt(self, stage: StageName, graph: bytes) -> None:
-        spec = self._stages[stage] = _with(self._stages[stage], "int8")
-        self._contents[spec.file] = graph
-
-    def set_cpu(self, stage: StageName, graph: bytes, precision: Precision) -> None:
-        spec = self.cpu_stages.get(stage)
-        if spec is None:
-            spec = msgspec.structs.replace(self._stages[stage], file=f"{stage}_cpu.onnx")
-        self.cpu_stages[stage] = _with(spec, precision)
-        self._contents[spec.file] = graph
-
-    def bundle(self, calibration: CalibrationSpec) -> Bundle:
-        manifest = msgspec.structs.replace(
-            self._base.manifest,
-            stages=self._stages,
-            cpu_stages=self.cpu_stages,
-            calibration=calibration,
-        )
-        return replace(self._base, manifest=manifest, contents=self._contents)
+def _graphs(found: Quantization, floating: Bundle, half: Bundle | None) -> dict[StageName, _Graph]:
+    """All four of one target."""
+    precision: Precision
+    if found.target == "tensorrt" and half is not None:
+        precision, of = "fp16", half.graph
+    else:
+        precision, of = "fp32", floating.cpu_graph
+    graphs = {stage: _Graph(of(stage), precision) for stage in STAGES}
+    return graphs | {s: _Graph(found.twin(s, of(s)), "int8") for s in QUANTIZED}
 
 
-def _with(spec: StageSpec, precision: Precision) -> StageSpec:
-    return msgspec.structs.replace(spec, precision=precision)
+def _file(stage: StageName, target: Target, targets: Sequence[Target]) -> str:
+    if target == "tensorrt":
+        return f"{stage}.onnx"
+    if stage == "gpt":
+        return CACHED_GPT_NAME
+    return f"{stage}.onnx" if len(targets) == 1 else f"{stage}_cpu.onnx"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from vqbet_calibration.targets import Target
 
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.base import Backend
@@ -22,7 +21,7 @@ from vqbet_edge.runtime.comparison import (
     StageResult,
     worst,
 )
-from vqbet_edge.runtime.manifest import StageName, VerificationSpec
+from vqbet_edge.runtime.manifest import StageName, Target, VerificationSpec
 from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.proof import PolicyCheck, act_out
 from vqbet_edge.training.checkpoint import Checkpoint

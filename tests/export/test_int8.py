@@ -12,7 +12,6 @@ import pytest
 from command import run
 from vqbet_calibration.blocks import METHODS
 from vqbet_calibration.quantize import Goal, Quantization, quantize
-from vqbet_calibration.targets import Target
 from vqbet_export.onnx_graphs import TensorRTGraphs
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.sensitivity import CHART_NAME
@@ -21,6 +20,7 @@ from workshop import Workshop
 from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import STAGES, Target
 from vqbet_edge.training.dataset import LeRobotDataset
 
 STEPS = 128
@@ -55,7 +55,7 @@ def test_without_data_it_says_how_to_get_some(
     ("arguments", "message"),
     [
         (["--int8", "--fp16"], "--fp16 and --int8 exclude each other"),
-        (["--target", "cpu"], "add --int8"),
+        (["--target", "cpu", "--board", "orin-nano"], "leave out --target cpu"),
         (["--fp16", "--calibration-data", "x"], "--calibration-data is for --int8"),
     ],
 )
@@ -181,16 +181,63 @@ def floating(workshop: Workshop) -> Bundle:
     return Bundle.open(workshop.bundle(int8.CASE, "fp32").bundle)
 
 
-def test_one_target_alone_leaves_the_other_in_float16(
-    floating: Bundle, workshop: Workshop, exported: Path
+def observations() -> list[dict[str, np.ndarray]]:
+    episode = LeRobotDataset.open(int8.PUSHT).episode(1)
+    keys = ("observation.image", "observation.state")
+    return [{key: episode[key][step] for key in keys} for step in range(6)]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_one_target_alone(
+    floating: Bundle, workshop: Workshop, exported: Path, target: Target
 ) -> None:
-    half = Bundle.open(workshop.bundle(int8.CASE, "fp16").bundle)
+    """Its graphs are the same ones, and the other's are not there."""
+    half = Bundle.open(workshop.bundle(int8.CASE, "fp16").bundle) if target == "tensorrt" else None
     samples = int8.samples_for(floating, int8.PUSHT, STEPS)
-    found = quantize_bundle(floating, half, samples, ("tensorrt",), lambda _: None).bundle
-    assert {stage.precision for stage in found.manifest.cpu_stages.values()} == {"fp16"}
-    for stage in ("vision_encoder", "gpt"):
-        assert found.graph(stage) == Bundle.open(exported).graph(stage)
-        assert "QuantizeLinear" not in operators(found.cpu_graph(stage))
+    found = quantize_bundle(floating, half, samples, (target,), lambda _: None).bundle
+    both = Bundle.open(exported)
+    assert found.manifest.targets == (target,)
+    for stage in STAGES:
+        if target == "cpu":
+            assert found.cpu_graph(stage) == both.cpu_graph(stage)
+        else:
+            assert found.graph(stage) == both.graph(stage)
+    files = {spec.file for spec in found.manifest.graphs(target).values()}
+    assert found.contents.keys() == files | {"runtime.safetensors"}
+
+
+@pytest.mark.parametrize("precision", ["--fp32", "--int8"])
+def test_a_bundle_for_cpus_alone_acts_as_one_for_both(
+    checkpoint: Path, exported: Path, floating: Bundle, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, precision: str,
+) -> None:  # fmt: skip
+    alone = tmp_path / "cpu.bundle"
+    data = ["--calibration-data", str(int8.PUSHT), "--calibration-steps", str(STEPS)]
+    more = data if precision == "--int8" else []
+    command = [str(checkpoint), precision, "--target", "cpu", *more, "-o", str(alone)]
+    assert run(monkeypatch, *command) == 0
+    both = exported if precision == "--int8" else floating.path
+    policies = [EdgePolicy.load(path, "onnxruntime", seed=3, prove=True) for path in (alone, both)]
+    for seen in observations():
+        assert policies[0].act(seen).tobytes() == policies[1].act(seen).tobytes()
+    assert not (alone / "gpt.onnx").exists()
+    assert Bundle.open(alone).manifest.targets == ("cpu",)
+    size = {path: sum(f.stat().st_size for f in path.glob("*.onnx")) for path in (alone, both)}
+    assert size[alone] < size[both]
+
+
+def test_a_bundle_for_tensorrt_alone_says_so_on_a_cpu(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = tmp_path / "tensorrt.bundle"
+    arguments = ["--fp16", "--target", "tensorrt", "-o", str(alone)]
+    assert run(monkeypatch, str(checkpoint), *arguments) == 0
+    assert not (alone / "gpt_cached.onnx").exists()
+    report = json.loads((alone / "report.json").read_text())
+    assert {result["target"] for result in report["results"]} == {"tensorrt"}
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(BackendError, match=r"graphs for tensorrt only.*--target cpu"):
+            EdgePolicy.load(alone, backend)
 
 
 def strict_goal(floating: Bundle, target: Target) -> Goal:

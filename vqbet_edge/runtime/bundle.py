@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load
 
-from vqbet_edge.errors import BundleError, DiskError
+from vqbet_edge.errors import BackendError, BundleError, DiskError
 from vqbet_edge.runtime.hub import stored
 from vqbet_edge.runtime.manifest import (
     MANIFEST_NAME,
@@ -22,6 +22,7 @@ from vqbet_edge.runtime.manifest import (
     FileSpec,
     Manifest,
     StageName,
+    Target,
     decode_manifest,
 )
 from vqbet_edge.runtime.signatures import check_sizes
@@ -96,14 +97,21 @@ class Bundle:
         tabulated = DECODE_TABLE in self.arrays
         return tuple(name for name in STAGES if not (tabulated and name == "rvq_decoder"))
 
+    def check_target(self, target: Target) -> None:
+        """Raise BackendError unless there are graphs for it."""
+        if target not in self.manifest.targets:
+            raise BackendError(
+                f"'{self.path}' has graphs for {self.manifest.targets[0]} only, expected those for "
+                f"{target}; export its checkpoint without --target, or with --target {target}"
+            )
+
     def graph(self, stage: StageName) -> bytes:
         """The ONNX graph of a stage for TensorRT."""
-        return self.contents[self.manifest.stages[stage].file]
+        return self.contents[self.manifest.graphs("tensorrt")[stage].file]
 
     def cpu_graph(self, stage: StageName) -> bytes:
         """The ONNX graph of a stage for CPUs."""
-        spec = self.manifest.cpu_stages.get(stage) or self.manifest.stages[stage]
-        return self.contents[spec.file]
+        return self.contents[self.manifest.graphs("cpu")[stage].file]
 
     def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """An array of runtime.safetensors.

@@ -1,7 +1,8 @@
 """`manifest.json`: what a bundle holds. Every field is explained in docs/bundle.md."""
 
 import hashlib
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -24,9 +25,12 @@ Shape = Annotated[tuple[Positive, ...], Meta(max_length=8)]
 StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
 _UNSEALED = "0" * 64
 Precision = Literal["fp32", "fp16", "int8"]
+# Whose kernels a graph is for: they want different ones.
+Target = Literal["tensorrt", "cpu"]
 # Releases of LeRobot that lay a checkpoint out alike.
 Layout = Literal["0.1", "0.2-0.3", "0.4+"]
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
+TARGETS: tuple[Target, ...] = ("tensorrt", "cpu")
 
 
 class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,9 +133,10 @@ class CalibrationSpec(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole manifest.
 
-    `stages` has the four graphs for TensorRT, `cpu_stages` those that CPUs take in their place,
-    `files` every file but the manifest. `manifest_sha256` is the digest of the manifest's text with
-    zeros in its place; `encode_manifest` fills it in.
+    `stages` has the four graphs for TensorRT, `cpu_stages` those that CPUs take in their place;
+    either is empty in a bundle for the other target alone, where `cpu_stages` has all four.
+    `files` names every file but the manifest. `manifest_sha256` is the digest of the manifest's
+    text with zeros in its place; `encode_manifest` fills it in.
     """
 
     format_version: Literal[2]
@@ -147,6 +152,25 @@ class Manifest(_Strict, frozen=True):
     source: SourceSpec
     tools: dict[Text, Text]
     manifest_sha256: Sha256 = _UNSEALED
+
+    def graphs(self, target: Target) -> Mapping[StageName, StageSpec]:
+        """The four graphs of a target; none if the bundle is not for it."""
+        match target:
+            case "tensorrt":
+                return self.stages
+            case "cpu":
+                return {**self.stages, **self.cpu_stages} if self.cpu_stages else {}
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Whom the bundle has graphs for."""
+        return tuple(target for target in TARGETS if self.graphs(target))
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Of all graphs, the most precise first."""
+        found = {spec.precision for spec in (*self.stages.values(), *self.cpu_stages.values())}
+        return tuple(precision for precision in get_args(Precision) if precision in found)
 
     @property
     def image_keys(self) -> tuple[str, ...]:
@@ -222,10 +246,13 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 def _check_consistency(manifest: Manifest) -> None:
-    missing = [name for name in STAGES if name not in manifest.stages]
-    if missing:
-        raise BundleError(f"{MANIFEST_NAME} lacks the stages {missing}; export again")
-    if "gpt" not in manifest.cpu_stages:
+    for target in manifest.targets or TARGETS:
+        missing = [name for name in STAGES if name not in manifest.graphs(target)]
+        if missing:
+            raise BundleError(
+                f"{MANIFEST_NAME} lacks the stages {missing} for {target}; export again"
+            )
+    if manifest.cpu_stages and "gpt" not in manifest.cpu_stages:
         raise BundleError(f"{MANIFEST_NAME} lacks the CPU's gpt; export again")
     graphs = [*manifest.stages.values(), *manifest.cpu_stages.values()]
     needed = {"runtime.safetensors", *(stage.file for stage in graphs)}

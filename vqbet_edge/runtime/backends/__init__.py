@@ -62,6 +62,7 @@ def _load(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
 
 
 def _create(name: BackendName, bundle: Bundle, *, build: bool) -> Backend:
+    bundle.check_target("cpu" if name == "onnxruntime" else "tensorrt")
     # Each backend imports a library that others need not have.
     match name:
         case "tensorrt":
