@@ -20,6 +20,7 @@ from vqbet_edge.runtime.backends.base import (
     Intermediate,
     Window,
 )
+from vqbet_edge.runtime.backends.huge_pages import on_huge_pages
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
 from vqbet_edge.runtime.manifest import Manifest, StageName
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
@@ -50,9 +51,10 @@ class CpuBackend(Backend):
         tokens = constants[0] * constants[1]
         self.token_constants = bundle.array(TOKEN_CONSTANTS, constants)
         self.causal_mask = bundle.array(CAUSAL_MASK, (tokens, tokens))
-        self.graphs: dict[StageName, Graph] = {
-            stage: self._load(stage, bundle.cpu_graph(stage)) for stage in bundle.stages_to_load
-        }
+        with on_huge_pages():
+            self.graphs: dict[StageName, Graph] = {
+                stage: self._load(stage, bundle.cpu_graph(stage)) for stage in bundle.stages_to_load
+            }
 
     @abstractmethod
     def _load(self, stage: StageName, data: bytes) -> Graph:
