@@ -1,4 +1,4 @@
-"""Demonstrations of the detour: left or right by the toss of a coin."""
+"""Demonstrations of the detour: every scene twice, once on the left and once on the right."""
 
 from typing import Any
 
@@ -12,20 +12,24 @@ SPEED = 0.045
 NOISE = 0.008
 
 
-def collect(episodes: int, seed: int) -> list[Demonstration]:
-    """Record so many successful demonstrations."""
+def collect(scenes: int, seed: int) -> list[Demonstration]:
+    """Record successful demonstrations in so many scenes, two in each."""
     rng, env = np.random.default_rng(seed), DetourEnv()
     found: list[Demonstration] = []
-    while len(found) < episodes:
-        demonstration = _demonstrate(env, rng)
-        if demonstration is not None:
-            found.append(demonstration)
+    while len(found) < 2 * scenes:
+        scene_seed = int(rng.integers(2**31))
+        ways = [_demonstrate(env, scene_seed, side, rng) for side in (-1, 1)]
+        both = [way for way in ways if way is not None]
+        found += both if len(both) == len(ways) else []
     return found
 
 
-def _demonstrate(env: DetourEnv, rng: np.random.Generator) -> Demonstration | None:
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
-    corners = _way(env.scene, rng)
+def _demonstrate(
+    env: DetourEnv, scene_seed: int, side: int, rng: np.random.Generator
+) -> Demonstration | None:
+    """One on the left (-1) or on the right (1) of the bar; None if the noise led into it."""
+    observation, _ = env.reset(seed=scene_seed)
+    corners = _way(env.scene, side, rng)
     rows: list[dict[str, npt.NDArray[Any]]] = []
     done = success = False
     while not done:
@@ -39,9 +43,8 @@ def _demonstrate(env: DetourEnv, rng: np.random.Generator) -> Demonstration | No
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if success else None
 
 
-def _way(scene: Scene, rng: np.random.Generator) -> list[Vector]:
-    side, margin = rng.choice((-1, 1)), rng.uniform(0.08, 0.11)
-    reach = scene.half_size + margin
+def _way(scene: Scene, side: int, rng: np.random.Generator) -> list[Vector]:
+    reach = scene.half_size + rng.uniform(0.08, 0.11)
     near, far = np.array([side, -1]) * reach, np.array([side, 1]) * reach
     return [scene.bar + near, scene.bar + far, scene.goal]
 

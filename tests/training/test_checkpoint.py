@@ -463,13 +463,18 @@ def test_refuses(layout_0_4: Path, name: str) -> None:
         (["pytorch_model.bin"], "pickled weights are never loaded"),
         (["readme.txt"], "it holds"),
         (["pretrained_model/model.safetensors"], "pass '.*pretrained_model'"),
+        (["last/pretrained_model/model.safetensors"], "pass '.*last/pretrained_model'"),
+        (
+            ["metrics.jsonl", "checkpoints/last/pretrained_model/model.safetensors"],
+            "pass '.*checkpoints/last/pretrained_model'",
+        ),
     ],
 )
 def test_names_what_is_wrong_with_a_directory(
     tmp_path: Path, files: list[str], message: str
 ) -> None:
     for file in files:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / file).write_bytes(b"")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(str(tmp_path))

@@ -21,6 +21,8 @@ from vqbet_edge.training.normalization import normalizing, required_statistics, 
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+# Where a checkpoint's directory is below a step's, below all of them, and below a run's.
+_INSIDE_A_RUN = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
 _FILES = ["config.json", "model.safetensors", "policy_*.json", "policy_*.safetensors"]
 _NORMALIZERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
@@ -139,8 +141,10 @@ def _check_directory(directory: Path) -> Path:
     if (directory / WEIGHTS_NAME).is_file():
         return directory
     names = sorted(entry.name for entry in directory.iterdir())
-    if (directory / "pretrained_model" / WEIGHTS_NAME).is_file():
-        hint = f"pass '{directory / 'pretrained_model'}'"
+    inside = [directory / place for place in _INSIDE_A_RUN]
+    meant = next((place for place in inside if (place / WEIGHTS_NAME).is_file()), None)
+    if meant is not None:
+        hint = f"pass '{meant}'"
     elif any(re.search(r"-of-\d+|\.index\.json$|\.distcp$|fsdp", name) for name in names):
         hint = f"it is sharded: gather it into one {WEIGHTS_NAME} with save_pretrained first"
     elif any(Path(name).suffix in _PICKLE_SUFFIXES for name in names):

@@ -47,6 +47,11 @@ class Scene:
             half_size=rng.uniform((0.14, 0.03), (0.19, 0.05)),
         )
 
+    @classmethod
+    def of(cls, seed: int) -> "Scene":
+        """The one that an environment of this `scene_seed` has."""
+        return cls.draw(np.random.default_rng(seed))
+
     def hits(self, position: Vector) -> bool:
         """Whether a robot at `position` touches the bar."""
         outside = np.maximum(np.abs(position - self.bar) - self.half_size, 0)
