@@ -1,0 +1,107 @@
+"""The end of the demo: a latency table beside eager PyTorch, and an animation of an episode.
+
+`demo.sh` runs it: python -m examples.pusht outputs/demo
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge.training.evaluation.pusht import PushTWithContact
+
+HERE = Path(__file__).parent
+CHECKPOINT, FRAMES = HERE / "checkpoint", HERE / "frames"
+CHUNKS = 40
+RATE = 10.0  # of PushT, in steps a second
+FIRST_SEED = 100_000
+ENLARGED = 4
+
+Observation = Mapping[str, NDArray[Any]]
+
+
+def latencies(bundles: Sequence[Path]) -> str:
+    """A table of steps that predict a chunk, each policy by itself, one step after the other."""
+    observations = _observations()
+    eager = load_actor(str(CHECKPOINT), 1, ActorOptions(replan_every=1))
+    eager.reset(0, seed=0)
+    rows = [
+        _row(
+            "PyTorch, eager",
+            lambda seen: eager.act({key: value[None] for key, value in seen.items()}),
+            observations,
+        )
+    ]
+    for bundle in bundles:
+        with EdgePolicy.load(bundle, replan_every=1, prefetch="off") as policy:
+            rows.append(_row(bundle.name, policy.act, observations))
+    return "\n".join([f"{'predicting a chunk':<22} {'p50':>8} {'worst':>8}", *rows])
+
+
+def _row(name: str, act: Callable[[Observation], object], seen: Sequence[Observation]) -> str:
+    milliseconds = []
+    for observation in seen:
+        start = time.perf_counter()
+        act(observation)
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    counted = milliseconds[5:]  # behind the warm-up
+    return f"{name:<22} {np.median(counted):5.2f} ms {max(counted):5.2f} ms"
+
+
+def _observations() -> list[Observation]:
+    data = LeRobotDataset.open(FRAMES)
+    keys = ("observation.image", "observation.state")
+    episode = data.episode(0, list(keys))
+    return [{key: episode[key][step] for key in keys} for step in range(CHUNKS)]
+
+
+def animate(bundle: Path, target: Path) -> bool:
+    """Drive until an episode succeeds, ten at most, and write the last; whether it did."""
+    env = PushTWithContact()
+    success = False
+    with EdgePolicy.load(bundle, seed=0) as policy:
+        for seed in range(FIRST_SEED, FIRST_SEED + 10):
+            frames, success = _episode(env, policy, seed)
+            if success:
+                break
+    first, *others = [
+        Image.fromarray(frame).resize((frame.shape[1] * ENLARGED, frame.shape[0] * ENLARGED))
+        for frame in frames
+    ]
+    first.save(target, save_all=True, append_images=others, duration=1000 / RATE, loop=0)
+    return success
+
+
+def _episode(
+    env: PushTWithContact, policy: EdgePolicy, seed: int
+) -> tuple[list[NDArray[np.uint8]], bool]:
+    observation, _ = env.reset(seed=seed)
+    policy.reset(seed)
+    frames, done, success = [observation["observation.image"]], False, False
+    while not done:
+        observation, _, terminated, truncated, info = env.step(policy.act(observation))
+        frames.append(observation["observation.image"])
+        done, success = terminated or truncated, info["is_success"]
+    return frames, success
+
+
+def main(output: Path) -> None:
+    """Print the table, write `episode.webp`."""
+    bundles = [output / f"pusht-{precision}.bundle" for precision in ("fp16", "int8")]
+    sys.stdout.write(latencies(bundles) + "\n")
+    target = output / "episode.webp"
+    success = animate(bundles[-1], target)
+    what = "an episode that succeeds" if success else "an episode"
+    sys.stdout.write(f"\n{target}: {what}\n{output / 'demo.html'}: open it in a browser\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
