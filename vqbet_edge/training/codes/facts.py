@@ -15,6 +15,8 @@ from vqbet_edge.training.codes.use import Codes, Confusion, Floats, LayerUse, Us
 
 # Pairs drawn less often than this are not worth a picture.
 DRAWN = 1e-3
+# Chunks that differ by less are the same, in the network's units.
+SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,14 @@ class Offsets:
         decoded: (steps,), mean absolute deviation of a step's decoded chunk from the steps' mean
             decoded chunk, in the network's units: what choosing a code changes.
         offset: (steps,), mean absolute offset, likewise.
-        ratio: mean offset by mean decoded: above 1 offsets do more than codes.
+        ratio: mean offset by mean decoded: above 1 offsets do more than codes; None where every
+            step has the same decoded chunk.
         in_units: (A,), mean absolute offset in the robot's units.
     """
 
     decoded: Floats
     offset: Floats
-    ratio: float
+    ratio: float | None
     in_units: Floats
 
 

@@ -21,10 +21,11 @@ from vqbet_edge.training.codes.findings import LAYERS
 from vqbet_edge.training.codes.use import Confusion, Floats, LayerUse
 
 BLUE, ORANGE, GREY, RED = "#2f6db3", "#d9822b", "#b8c0c8", "#c23b3b"
+_COLORS = [BLUE, ORANGE, "#4c9a5b", RED, "#7b5ea7", "#8c6d4f", "#3aa3a3", "#667788"]
 # Inches, so that text is readable on a page as wide as a phone.
 WIDTH, HEIGHT = 4.6, 3.0
-# So many episodes' traces are drawn, and so many pairs' motion.
-TRACES, MOVING = 6, 24
+# So many pairs' motion is drawn.
+MOVING = 24
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vqbet",
     "font.size": 9,
@@ -53,7 +54,8 @@ def use(layers: tuple[LayerUse, LayerUse]) -> str:
     def draw(figure: Figure) -> None:
         for axes, name, layer in zip(figure.subplots(2), LAYERS, layers, strict=True):
             axes.bar(range(len(layer.counts)), layer.counts, color=BLUE)
-            axes.plot(layer.dead, [0] * len(layer.dead), "x", color=RED, clip_on=False)
+            if layer.dead:
+                axes.plot(layer.dead, [0] * len(layer.dead), "x", color=RED)
             axes.set_title(f"{name} codes (x: dead)")
 
     return _svg(draw)
@@ -126,23 +128,20 @@ def transitions(counts: NDArray[np.int64]) -> str:
     return _svg(draw, height=WIDTH * 0.85)
 
 
-def traces(episodes: Sequence[EpisodeTrace]) -> str:
-    """Entropy along episodes, forks shaded."""
-    shown = episodes[:TRACES]
+def trace(episode: EpisodeTrace) -> str:
+    """Entropy along an episode, forks shaded."""
 
     def draw(figure: Figure) -> None:
-        rows = figure.subplots(len(shown), sharey=True, squeeze=False)[:, 0]
-        for axes, trace in zip(rows, shown, strict=True):
-            axes.plot(trace.pair_entropy, color=GREY, linewidth=1, label="code pairs")
-            axes.plot(trace.mode_entropy, color=BLUE, linewidth=1.2, label="modes")
-            axes.axhline(np.log(2), color=GREY, linestyle=":", linewidth=0.8)
-            for start, stop, _ in trace.forks:
-                axes.axvspan(start - 0.5, stop - 0.5, color=ORANGE, alpha=0.3, linewidth=0)
-            axes.set_ylabel(f"ep. {trace.episode}")
-        rows[0].legend(frameon=False, ncols=2, loc="upper right", fontsize=8)
-        rows[-1].set_xlabel("step")
+        axes = figure.subplots()
+        axes.plot(episode.pair_entropy, color=GREY, linewidth=1)
+        axes.plot(episode.mode_entropy, color=BLUE, linewidth=1.4)
+        axes.axhline(np.log(2), color=GREY, linestyle=":", linewidth=0.8)
+        for start, stop, _ in episode.forks:
+            axes.axvspan(start - 0.5, stop - 0.5, color=ORANGE, alpha=0.3, linewidth=0)
+        axes.set(xlabel="step", ylabel="entropy", ylim=(-0.05, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return _svg(draw, 2 * WIDTH, 0.6 + 1.0 * len(shown))
+    return _svg(draw, height=1.5)
 
 
 def motion(listed: Sequence[Pair], found: Demonstrations | None) -> str:
@@ -188,28 +187,30 @@ def chunk(pair: Pair, low: Floats, high: Floats) -> str:
         high: (A,), the most.
     """
     wide: Floats = np.maximum(high - low, np.finfo(np.float32).tiny)
+    under = ""
     if len(low) == 2:
         # One scale for both, so that directions are true.
         middle, side = (low + high) / 2, float(wide.max())
-        lines = [(pair.chunk - middle) / side * 88 + 50]
+        lines = [(pair.chunk - middle) / side * 84 + 50]
+        x, y = -middle / side * 84 + 50
+        if 0 < x < 100 and 0 < y < 100:  # else zero is out of the picture
+            under = f'<path d="M{x:.1f} 0V100M0 {y:.1f}H100" stroke="#d8dde2"/>'
     else:
         across = np.linspace(6, 94, len(pair.chunk)) if len(pair.chunk) > 1 else np.array([50.0])
         down = 94 - (pair.chunk - low) / wide * 88
         lines = [np.stack([across, values], axis=1) for values in down.T]
-    colors = [BLUE, ORANGE, "#4c9a5b", RED, "#7b5ea7", "#8c6d4f", "#3aa3a3", "#667788"]
-    parts = [_line(points, colors[i % len(colors)]) for i, points in enumerate(lines)]
+    drawn = "".join(_line(points, _COLORS[i % len(_COLORS)]) for i, points in enumerate(lines))
     title = f"code pair {pair.primary}, {pair.secondary}"
     return (
         f'<svg viewBox="0 0 100 100" role="img" aria-label="{title}">'
-        '<rect width="100" height="100" rx="6" fill="#f3f5f7"/>' + "".join(parts) + "</svg>"
+        f'<rect width="100" height="100" rx="6" fill="#f3f5f7"/>{under}{drawn}</svg>'
     )
 
 
 def _line(points: Floats, color: str) -> str:
     text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     x, y = points[0]
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.6" fill="{color}"/>' for x, y in points)
     return (
-        f'<polyline points="{text}" fill="none" stroke="{color}" stroke-width="2"/>{dots}'
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
+        f'<polyline points="{text}" fill="none" stroke="{color}" stroke-width="2.4" '
+        f'stroke-linecap="round"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vqbet_edge.training.codes.facts import CodesReport, Demonstrations, Predictions
+from vqbet_edge.training.codes.facts import SAME, CodesReport, Demonstrations, Predictions
 from vqbet_edge.training.codes.use import LayerUse
 
 Level = Literal["healthy", "notice", "problem"]
@@ -15,10 +15,8 @@ LAYERS = ("primary", "secondary")
 
 # A layer with a perplexity below this says next to nothing.
 COLLAPSED = 1.5
-# All pairs decode to the same chunk when they differ by less, in the network's units.
-SAME = 0.01
 # Codes that leave more of the demonstrations' spread than this are coarse.
-COARSE = 0.25
+COARSE = 0.4
 # The secondary code does nothing when the error keeps this share of the primary code's.
 IDLE = 0.95
 # So many draws of pairs that no demonstration has are too many.
@@ -135,7 +133,7 @@ def _demonstrated(found: Demonstrations) -> Iterator[Finding]:
             "Train phase 1 longer (--n-vqvae-training-steps), allow more codes (--vqvae-n-embed) "
             "or stand for fewer actions by a pair (--action-chunk-size).",
         )
-    if lost.left_by_both > IDLE * lost.left_by_primary and lost.left_by_primary > COARSE / 2:
+    if lost.left_by_both > IDLE * lost.left_by_primary and lost.left_by_primary > COARSE / 4:
         yield Finding(
             "idle_secondary",
             "notice",
@@ -166,7 +164,16 @@ def _predicted(found: Predictions) -> Iterator[Finding]:
                 "Train phase 2 longer (--steps), and let codes count for more beside offsets: "
                 "lower --offset-loss-weight or raise --primary-code-loss-weight.",
             )
-    if found.offsets.ratio > 1:
+    if found.offsets.ratio is None:
+        yield Finding(
+            "one_choice",
+            "problem",
+            "The most probable code pair stands for the same chunk at every step: codes decide "
+            "nothing, and what the policy does comes from the offsets.",
+            "Train phase 2 longer (--steps), and let codes count for more beside offsets: lower "
+            "--offset-loss-weight or raise --primary-code-loss-weight.",
+        )
+    elif found.offsets.ratio > 1:
         yield Finding(
             "offsets_dominate",
             "problem",

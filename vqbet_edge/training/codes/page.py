@@ -11,6 +11,8 @@ from vqbet_edge.training.codes.facts import CodesReport, Demonstrations, Pair, P
 from vqbet_edge.training.codes.findings import LAYERS, Finding
 from vqbet_edge.training.codes.use import LayerUse, Use
 
+# So many episodes' entropies are drawn.
+TRACES = 6
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -26,10 +28,10 @@ h1 {{ font-size: 1.4rem; margin: 0; }}
 h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
 p {{ margin: .4rem 0; max-width: 46rem; }}
 .quiet, figcaption {{ color: #556270; font-size: .85rem; }}
-.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));
+.plots {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; align-items: start; }}
 figure {{ margin: 0; min-width: 0; }}
-.plots img, .wide img {{ width: 100%; height: auto; display: block; }}
+.plots img {{ width: 100%; height: auto; display: block; }}
 .chunks {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr));
   gap: .5rem; }}
 .chunks figcaption {{ text-align: center; line-height: 1.2; font-size: .75rem; }}
@@ -171,14 +173,19 @@ def _predictions(found: Predictions | None) -> Iterator[str]:
         f"Mean entropy {found.pair_entropy:.2f} nats over code pairs, {found.mode_entropy:.2f} "
         f"over modes; the distribution forks at {found.fork_share:.1%} of the steps."
     )
-    caption = "Entropy along episodes. Shaded: decision points. Dotted: ln 2, two equal ways."
-    yield f'<div class="wide">{_plot(figures.traces(found.episodes), caption)}</div>'
+    yield _text(
+        "Entropy along episodes, in nats: blue of the modes, grey of the code pairs. Shaded: "
+        "decision points, where more than one mode is live. Dotted: ln 2, two equal ways."
+    )
+    shown = found.episodes[:TRACES]
+    yield _plots([_plot(figures.trace(e), f"Episode {e.episode}.") for e in shown])
     ratio = found.offsets.ratio
+    beside = "codes change nothing" if ratio is None else f"offsets are {ratio:.2f} times as large"
     plots = [
         _plot(
             figures.offsets(found.offsets),
-            f"Is the code doing anything? Offsets are {ratio:.2f} times what choosing a code "
-            "changes (mean absolute values, the network's units).",
+            "Is the code doing anything? Per step, what choosing the code changed and what the "
+            f"offset added: {beside} (mean absolute values, the network's units).",
         )
     ]
     if found.confusion is not None:
@@ -220,7 +227,7 @@ def _chunks(report: CodesReport) -> Iterator[str]:
     chunks = np.concatenate([pair.chunk for pair in report.pairs])
     low, high = chunks.min(axis=0), chunks.max(axis=0)
     yield f"<h2>{len(report.pairs)} code pairs</h2>"
-    way = "paths of both action dimensions, from the large dot on"
+    way = "the path of both action dimensions from the large dot on, the cross at zero"
     lines = "a line per action dimension, over time"
     yield _text(
         f"The decoded chunk of every pair, {way if len(low) == 2 else lines}; primary and "

@@ -10,6 +10,7 @@ import numpy as np
 from vqbet_edge.training.codes.demonstrated import Demonstrated
 from vqbet_edge.training.codes.facts import (
     DRAWN,
+    SAME,
     EpisodeTrace,
     Errors,
     Offsets,
@@ -107,11 +108,11 @@ class Predicted:
         decoded = np.concatenate([steps.decoded for steps in self._steps])
         offset = np.abs(np.concatenate([steps.offset for steps in self._steps]))
         changed = np.abs(decoded - decoded.mean(axis=0)).mean(axis=(1, 2))
-        whole = max(float(changed.mean()), np.finfo(np.float32).tiny)
+        whole = float(changed.mean())
         return Offsets(
             decoded=changed,
             offset=offset.mean(axis=(1, 2)),
-            ratio=float(offset.mean() / whole),
+            ratio=float(offset.mean() / whole) if whole > SAME else None,
             in_units=offset.mean(axis=(0, 1)) * np.abs(self._policy.action.multiply),
         )
 
