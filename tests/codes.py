@@ -19,7 +19,7 @@ from vqbet_edge.training.dataset.samples import open_source
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.network import VQBeT
 
-LENGTHS = (9, 30, 70)
+LENGTHS = (7, 20, 40)
 
 
 def write_random(root: Path, lengths: tuple[int, ...] = LENGTHS, action_dim: int = 2) -> Path:
@@ -41,10 +41,9 @@ def write_random(root: Path, lengths: tuple[int, ...] = LENGTHS, action_dim: int
 def attentive(**fields: Any) -> Checkpoint:
     """The miniature, its codes depending on the state."""
     policy = miniature.checkpoint(**fields)
-    for layer in (policy.network.vqbet.state_projector, policy.network.head.map_to_cbet_preds_bin):
-        for linear in layer:
-            if hasattr(linear, "weight"):
-                linear.weight.mul_(20)
+    for name, weight in policy.network.named_parameters():
+        if name.endswith("weight") and ("state_projector" in name or ".attn." in name):
+            weight.mul_(12)
     return policy
 
 

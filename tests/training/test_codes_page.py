@@ -16,6 +16,9 @@ from vqbet_edge.training.codes.findings import Finding, judge
 from vqbet_edge.training.codes.page import render
 from vqbet_edge.training.dataset import LeRobotDataset
 
+# One worker trains the policy for all.
+pytestmark = pytest.mark.xdist_group("two_ways")
+
 VOID = {"meta", "img", "br"}
 
 

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from vqbet_edge.training.codes.facts import (
@@ -139,7 +140,7 @@ def trace(episode: EpisodeTrace) -> str:
         for start, stop, _ in episode.forks:
             axes.axvspan(start - 0.5, stop - 0.5, color=ORANGE, alpha=0.3, linewidth=0)
         axes.set(xlabel="step", ylabel="entropy", ylim=(-0.05, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _svg(draw, height=1.5)
 
