@@ -16,7 +16,7 @@ from vqbet_edge.training.codes.use import Codes, Confusion, Floats, LayerUse, Us
 # Pairs drawn less often than this are not worth a picture.
 DRAWN = 1e-3
 # Chunks that differ by less are the same, in the network's units.
-SAME = 1e-3
+SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ class Predictions:
 
     Attributes:
         steps: how many.
+        use: of the most probable codes.
         pair_shares: (C, C), mean probability of every pair.
         pair_entropy, mode_entropy: means, in nats.
         fork_share: share of the steps with more than one live mode.
@@ -164,6 +165,7 @@ class Predictions:
     """
 
     steps: int
+    use: Use
     pair_shares: Floats
     pair_entropy: float
     mode_entropy: float

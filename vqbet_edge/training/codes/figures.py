@@ -70,7 +70,7 @@ def pairs(counts: NDArray[np.number], unseen: Sequence[tuple[int, int]]) -> str:
         _matrix(axes, counts)
         if unseen:
             rows, columns = np.array(unseen).T
-            axes.plot(columns, rows, "x", color=RED, markersize=4)
+            axes.plot(columns + 0.5, rows + 0.5, "x", color=RED, markersize=4)
         axes.set(xlabel="secondary code", ylabel="primary code")
 
     return _svg(draw, height=WIDTH * 0.85)

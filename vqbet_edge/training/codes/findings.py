@@ -47,14 +47,16 @@ class Finding:
 
 
 def judge(report: CodesReport) -> tuple[Finding, ...]:
-    """All findings, problems first; one alone says that all is well."""
+    """All findings, problems first; where there is none, the last one says what is well."""
     found = [*_codebook(report)]
     if report.demonstrations is not None:
         found += _demonstrated(report.demonstrations)
     if report.predictions is not None:
         found += _predicted(report.predictions)
     found.sort(key=lambda finding: finding.level == "notice")
-    return tuple(found) or (_healthy(report),)
+    if all(finding.level == "notice" for finding in found):
+        found.append(_healthy(report))
+    return tuple(found)
 
 
 def _codebook(report: CodesReport) -> Iterator[Finding]:
@@ -205,4 +207,4 @@ def _healthy(report: CodesReport) -> Finding:
         )
     if not parts:
         parts.append("its chunks differ; more needs --data, or the checkpoint")
-    return Finding("healthy", "healthy", f"Nothing is wrong with the codebook: {'; '.join(parts)}.")
+    return Finding("healthy", "healthy", f"The codebook is healthy: {'; '.join(parts)}.")

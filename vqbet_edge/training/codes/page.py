@@ -84,34 +84,33 @@ def _top(report: CodesReport, findings: Sequence[Finding]) -> Iterator[str]:
 
 def _use(report: CodesReport) -> Iterator[str]:
     found, predictions = report.demonstrations, report.predictions
-    use = None if found is None else found.use
+    use, words = None if found is None else found.use, "All demonstrated chunks."
+    if use is None and predictions is not None:
+        use, words = predictions.use, "The most probable codes of all predictions."
     layers = report.training_use if use is None else use.layers
-    if layers is None and predictions is None:
+    if layers is None:
         return
-    yield "<h2>Use</h2>"
-    if use is None and layers is not None:
-        yield _text(
+    if use is None:
+        words = (
             "From the moving counts at the end of phase 1, which know its last batches only; "
             "with --data it is counted."
         )
-    if layers is not None:
-        yield _use_table(layers, use)
-    plots = []
-    if layers is not None:
-        plots.append(_plot(figures.use(layers), "How often each code is used."))
-    unseen = () if predictions is None or predictions.unseen is None else predictions.unseen.pairs
-    if use is not None:
-        caption = "Demonstrated chunks by code pair. Crosses: drawn, but in no demonstration."
-        plots.append(_plot(figures.pairs(use.pair_counts, unseen), caption))
-    elif predictions is not None:
-        caption = "How often each pair is drawn, over all predictions."
-        plots.append(_plot(figures.pairs(predictions.pair_shares, ()), caption))
-    if predictions is not None and predictions.unseen is not None:
-        share = predictions.unseen.share
+    yield "<h2>Use</h2>"
+    yield _text(words)
+    yield _use_table(layers, use)
+    plots = [_plot(figures.use(layers), "How often each code is used.")]
+    unseen = None if predictions is None else predictions.unseen
+    if unseen is not None:
         yield _text(
-            f"{share:.2%} of the draws are pairs that no demonstration has; {len(unseen)} of "
-            "them are drawn more often than once in a thousand predictions."
+            f"{unseen.share:.2%} of the draws are pairs that no demonstration has; "
+            f"{len(unseen.pairs)} of them are drawn more often than once in a thousand predictions."
         )
+    if use is not None:
+        crossed = () if unseen is None else unseen.pairs
+        caption = "How often each pair is used" + (
+            ". Crosses: drawn, but in no demonstration." if unseen is not None else "."
+        )
+        plots.append(_plot(figures.pairs(use.pair_counts, crossed), caption))
     yield _plots(plots)
 
 

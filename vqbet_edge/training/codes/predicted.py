@@ -19,7 +19,15 @@ from vqbet_edge.training.codes.facts import (
 )
 from vqbet_edge.training.codes.modes import Considered, Modes, forks, joint, merge
 from vqbet_edge.training.codes.policies import CodedPolicy, Steps
-from vqbet_edge.training.codes.use import Codes, Confusion, Floats, entropy, rms_spread, transitions
+from vqbet_edge.training.codes.use import (
+    Codes,
+    Confusion,
+    Floats,
+    Use,
+    entropy,
+    rms_spread,
+    transitions,
+)
 from vqbet_edge.training.dataset.samples import Place
 
 # Two chunks are the same mode within twice the codes' own error, or this share of the spread.
@@ -56,6 +64,7 @@ class Predicted:
         total = len(several)
         return Predictions(
             steps=total,
+            use=Use.of(np.concatenate([trace.codes for trace in traces]), facts.codes),
             pair_shares=self._drawn / total,
             pair_entropy=float(np.concatenate([t.pair_entropy for t in traces]).mean()),
             mode_entropy=float(np.concatenate([t.mode_entropy for t in traces]).mean()),
