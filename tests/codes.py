@@ -39,10 +39,11 @@ def write_random(root: Path, lengths: tuple[int, ...] = LENGTHS, action_dim: int
 
 
 def attentive(**fields: Any) -> Checkpoint:
-    """The miniature, its codes depending on the state."""
+    """The miniature, its codes depending on the state and its chunks on the codes."""
     policy = miniature.checkpoint(**fields)
     for name, weight in policy.network.named_parameters():
-        if name.endswith("weight") and ("state_projector" in name or ".attn." in name):
+        strong = any(part in name for part in ("state_projector", ".attn.", ".decoder."))
+        if strong and name.endswith("weight"):
             weight.mul_(12)
     return policy
 
