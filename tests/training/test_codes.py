@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,12 +24,16 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.codes import cli
 from vqbet_edge.training.codes.cli import CodesConfig
+from vqbet_edge.training.codes.facts import CodesReport
+from vqbet_edge.training.codes.findings import judge
 from vqbet_edge.training.codes.modes import LIVE, Considered, forks, joint, merge
+from vqbet_edge.training.codes.page import render
 from vqbet_edge.training.codes.policies import BundlePolicy, CheckpointPolicy
 from vqbet_edge.training.codes.report import chosen_places, examine_codes
-from vqbet_edge.training.codes.use import Motion
+from vqbet_edge.training.codes.use import LayerUse, Motion
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.samples import Place, open_source
+from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.objectives import PixelScaling
 
 # One worker trains the policy for all.
@@ -160,6 +165,76 @@ def test_dead_codes_are_called_so(trained: Path, data: Path, tmp_path: Path, fou
     assert ", ".join(map(str, dead)) in text
     assert "--vqvae-n-embed" in findings["dead_primary_codes"].change
     assert text in (tmp_path / "dead.html").read_text()
+
+
+def changed(report: CodesReport, part: str, **figures: Any) -> CodesReport:
+    return replace(report, **{part: replace(getattr(report, part), **figures)})
+
+
+def test_each_figure_has_its_finding(noise: Path) -> None:
+    report = codes.figures(codes.attentive(n_obs_steps=2), noise)
+    lost, shown = report.demonstrations.reconstruction, report.predictions
+    primary, secondary = shown.confusion
+
+    def names(other: CodesReport) -> dict[str, str]:
+        return {finding.name: finding.level for finding in judge(other)}
+
+    def lose(**left: float) -> CodesReport:
+        return changed(report, "demonstrations", reconstruction=replace(lost, **left))
+
+    def offset(ratio: float | None) -> CodesReport:
+        return changed(report, "predictions", offsets=replace(shown.offsets, ratio=ratio))
+
+    def right(accuracy: float) -> CodesReport:
+        first = replace(primary, accuracy=accuracy, majority=0.4)
+        return changed(report, "predictions", confusion=(first, secondary))
+
+    def unseen(share: float) -> CodesReport:
+        return changed(report, "predictions", unseen=replace(shown.unseen, share=share))
+
+    for bad, good, name, level in (
+        (lose(left_by_both=0.5), lose(left_by_both=0.3), "coarse", "problem"),
+        (
+            lose(left_by_both=0.39, left_by_primary=0.4),
+            lose(left_by_both=0.2, left_by_primary=0.4),
+            "idle_secondary",
+            "notice",
+        ),
+        (offset(1.1), offset(0.9), "offsets_dominate", "problem"),
+        (offset(None), offset(0.9), "one_choice", "problem"),
+        (right(0.5), right(0.7), "missed_primary_codes", "problem"),
+        (unseen(0.06), unseen(0.04), "unseen_pairs", "problem"),
+        (
+            changed(report, "predictions", fork_share=0.6),
+            changed(report, "predictions", fork_share=0.4),
+            "undecided",
+            "notice",
+        ),
+        (changed(report, "demonstrations", spread=np.zeros(2)), report, "no_variety", "problem"),
+    ):
+        assert names(bad)[name] == level
+        assert name not in names(good)
+    levels = [finding.level for finding in judge(offset(1.1))]
+    assert levels == sorted(levels, key=["problem", "notice", "healthy"].index)
+    well = changed(lose(left_by_both=0.1, left_by_primary=0.3), "predictions", fork_share=0.0)
+    used = replace(report.demonstrations.use, layers=tuple(LayerUse.of(np.ones(8)) for _ in "12"))
+    for part, figures in (
+        ("demonstrations", {"use": used}),
+        ("predictions", {"confusion": None, "unseen": None}),
+        ("predictions", {"offsets": replace(shown.offsets, ratio=0.5)}),
+    ):
+        well = changed(well, part, **figures)
+    assert names(well) == {"healthy": "healthy"}
+
+
+def test_demonstrations_without_variety_are_called_so(tmp_path: Path) -> None:
+    frames = {miniature.IMAGE: np.zeros((6, 24, 24, 3), np.uint8)}
+    still = frames | {miniature.STATE: np.zeros((6, 2), np.float32)}
+    still |= {"action": np.full((6, 2), 11, np.float32)}
+    write_dataset(tmp_path / "still", [still], fps=10, task="stand")
+    report = codes.figures(miniature.checkpoint(), tmp_path / "still")
+    assert "no_variety" in {finding.name for finding in judge(report)}
+    assert "are the same" in render(report, judge(report))
 
 
 # ---- Demonstrations, with LeRobot's VQ-VAE and plain loops.

@@ -15,6 +15,9 @@ from vqbet_edge.training.codes.use import Codes, Floats, Motion, Use, transition
 from vqbet_edge.training.config import ACTION_KEY
 from vqbet_edge.training.dataset.samples import Place, Source, check_features
 
+# A mean of equal numbers differs from them by about so much.
+_ROUNDING = 1e-9
+
 
 def normalize_actions(actions: NDArray[np.number], action: Affine) -> Floats:
     """(T, A) in the robot's units -> in the network's; `action` goes the other way."""
@@ -59,6 +62,7 @@ class Demonstrated:
         unit = np.abs(self._policy.action.multiply).astype(np.float64)
         mean = _mean(self.chunks(i) for i in episodes)
         spread = _mean(np.abs(self.chunks(i) - mean) for i in episodes).mean(axis=0)
+        spread[spread < _ROUNDING] = 0
         self.rms_spread = float(
             np.sqrt(_mean((self.chunks(i) - mean) ** 2 for i in episodes).mean())
         )
@@ -93,12 +97,12 @@ class Demonstrated:
             codes.append(made.codes)
         self.codes = codes
         primary, both, squares = np.concatenate(errors).mean(axis=0)
-        whole = max(float(spread.mean()), np.finfo(np.float32).tiny)
+        whole = float(spread.mean())
         found = Reconstruction(
             primary=primary * unit,
             both=both * unit,
-            left_by_primary=float(primary.mean() / whole),
-            left_by_both=float(both.mean() / whole),
+            left_by_primary=float(primary.mean() / whole) if whole else 0.0,
+            left_by_both=float(both.mean() / whole) if whole else 0.0,
             rms=float(np.sqrt(squares.mean())),
         )
         return Use.of(np.concatenate(codes), self._policy.facts.codes), found

@@ -49,7 +49,7 @@ class Reconstruction:
         primary, both: (A,), by the primary code alone and by both, in the robot's units.
         left_by_primary, left_by_both: the same as shares of the demonstrations' spread, over all
             action dimensions in the network's units: 0 loses nothing, 1 is no better than the
-            mean chunk.
+            mean chunk. 0 too where there is no spread.
         rms: root mean square error by both, in the network's units.
     """
 
@@ -186,8 +186,8 @@ class CodesReport:
     Attributes:
         policy: what was looked at.
         data: name of the data set or recording.
-        chunk_spread: root mean square deviation of the listed pairs' chunks from their mean, in
-            the network's units.
+        chunk_spread: root mean square deviation of all pairs' chunks from their mean, in the
+            network's units; of a large codebook, of some pairs'.
         training_use: use of both layers by the last batches of phase 1.
         pairs: used or drawn ones, most used first; all of them where use is not known.
     """

@@ -123,6 +123,13 @@ def _dead(name: str, layer: LayerUse, source: str, *, serious: bool) -> Finding:
 
 
 def _demonstrated(found: Demonstrations) -> Iterator[Finding]:
+    if not found.spread.any():
+        yield Finding(
+            "no_variety",
+            "problem",
+            f"All {found.chunks} demonstrated chunks are the same: there is nothing to choose.",
+            "Look whether the data set's 'action' is what moved the robot.",
+        )
     lost = found.reconstruction
     if lost is None:
         return

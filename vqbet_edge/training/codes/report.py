@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vqbet_edge.training.codebooks import DEAD_SHARE
 from vqbet_edge.training.codes.demonstrated import Demonstrated, read_actions
 from vqbet_edge.training.codes.facts import DRAWN, CodesReport, Demonstrations, Pair, Predictions
 from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.predicted import Predicted
-from vqbet_edge.training.codes.use import LayerUse, Motion, rms_spread
+from vqbet_edge.training.codes.use import Codes, Floats, LayerUse, Motion, rms_spread
 from vqbet_edge.training.dataset.samples import Place, Source
 
 # So many pairs are listed; of codebooks larger than 16 x 16, the most used.
@@ -51,7 +52,7 @@ def examine_codes(
     return CodesReport(
         policy=policy.facts,
         data=None if source is None else source.name,
-        chunk_spread=_chunk_spread(policy, pairs),
+        chunk_spread=_chunk_spread(policy),
         training_use=_training_use(policy),
         pairs=pairs,
         demonstrations=found,
@@ -94,16 +95,7 @@ def _pairs(
 ) -> tuple[Pair, ...]:
     counts = None if found is None or found.use is None else found.use.pair_counts
     drawn = None if predictions is None else predictions.pair_shares
-    listed = np.ones((policy.facts.codes,) * 2, bool)
-    order = np.zeros(listed.shape)
-    if drawn is not None:
-        listed, order = drawn >= DRAWN, drawn
-    if counts is not None:
-        # By count, then by how often a pair is drawn, which is below 1.
-        listed = (counts > 0) | (listed if drawn is not None else False)
-        order = counts + order
-    chosen = np.argwhere(listed)
-    chosen = chosen[np.argsort(-order[listed], kind="stable")][:MOST_PAIRS]
+    chosen = _listed(policy.facts.codes, counts, drawn)
     chunks = policy.decode(chosen)
     motion = Motion.of(chunks)
     return tuple(
@@ -120,5 +112,21 @@ def _pairs(
     )
 
 
-def _chunk_spread(policy: CodedPolicy, pairs: Sequence[Pair]) -> float:
-    return rms_spread(policy.decode(np.array([(p.primary, p.secondary) for p in pairs])))
+def _listed(size: int, counts: NDArray[np.int64] | None, drawn: Floats | None) -> Codes:
+    """int64 (P, 2): pairs that are used or drawn, most used first; all where nothing is known."""
+    # By count, then by how often a pair is drawn, which is below 1.
+    weights, listed = np.zeros((size, size)), np.zeros((size, size), bool)
+    if counts is not None:
+        weights, listed = weights + counts, counts > 0
+    if drawn is not None:
+        weights, listed = weights + drawn, listed | (drawn >= DRAWN)
+    if counts is None and drawn is None:
+        listed[:] = True
+    pairs = np.argwhere(listed)
+    return pairs[np.argsort(-weights[listed], kind="stable")][:MOST_PAIRS]
+
+
+def _chunk_spread(policy: CodedPolicy) -> float:
+    """Of all pairs, or of so many as are listed."""
+    every = np.argwhere(np.ones((policy.facts.codes,) * 2))
+    return rms_spread(policy.decode(every[:: -(-len(every) // MOST_PAIRS)]))
