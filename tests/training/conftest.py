@@ -7,6 +7,7 @@ from types import ModuleType
 import oracle
 import pytest
 import torch
+import two_ways
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,14 @@ def lerobot() -> Callable[[str], ModuleType]:
 def pusht() -> Path:
     """Four episodes of human demonstrations."""
     return Path(__file__).parents[1] / "data" / "pusht"
+
+
+@pytest.fixture(scope="session")
+def two_ways_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a task with two ways: its `data`, and the `run` of a policy for it."""
+    root = tmp_path_factory.mktemp("two_ways")
+    two_ways.prepare(root)
+    return root
 
 
 @pytest.fixture

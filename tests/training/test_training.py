@@ -93,8 +93,13 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(whole: Path) -> None:
     names = {path.name for path in (whole / "checkpoints").iterdir()}
     assert names == {"000003", "000006", "000008", "000009", "000012", "000015", "000016", "last"}
     assert (whole / "checkpoints/last").resolve().name == "000016"
-    for picture in ("curves.png", "codebook.png"):
-        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "codes.html").read_bytes().startswith(b"<!DOCTYPE html>")
+    codes = json.loads((whole / "codes.json").read_text())
+    # Of the weights that were saved, on the one episode that was kept for validation.
+    assert codes["policy"]["name"] == str(whole / "checkpoints/last/pretrained_model")
+    kept = LeRobotDataset.open(codes["data"]).split(0.25, 0).validation
+    assert [trace["episode"] for trace in codes["predictions"]["episodes"]] == list(kept)
     kinds = [record["kind"] for record in losses(whole)]
     assert kinds.count("phase 1") == kinds.count("phase 2") == 8
     assert {"codes", "phase 1 validation", "phase 2 validation"} <= set(kinds)

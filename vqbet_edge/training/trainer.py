@@ -16,7 +16,8 @@ from vqbet_edge.cli import TerminatedError
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.training.checkpoints import Checkpoints, Progress
 from vqbet_edge.training.codebooks import initialize, revive
-from vqbet_edge.training.codes import draw_codebook, report_codes
+from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
+from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.metrics import Reporter, draw_curves
@@ -91,6 +92,7 @@ class _Trainer:
         self._data = WindowedDataset(dataset, policy, self._scalings, accelerator.device)
         split = dataset.split(config.validation_fraction, config.seed)
         frames = current_frames(dataset, split.train)
+        self._kept = split.validation
         self._shuffle = Shuffle(frames, config.batch_size, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]])
@@ -118,7 +120,16 @@ class _Trainer:
             self._train(PolicyPhase(*parts, self._scalings), config.steps)
         if self._accelerator.is_main_process:
             draw_curves(config.output / "metrics.jsonl", config.output / "curves.png")
-            draw_codebook(self._network, self._scalings, config.output / "codebook.png")
+            self._report_codes()
+
+    def _report_codes(self) -> None:
+        """The codes of the policy as it was saved, on episodes kept for validation if there are."""
+        page = CodesConfig(
+            policy=str(self.checkpoints.last / "pretrained_model"),
+            data=self._config.dataset,
+            output=self._config.output / "codes.html",
+        )
+        self._reporter.note(text(write_report(page, self._kept or None)))
 
     def _train(self, phase: Phase, end: int) -> None:
         """Go on with one phase up to step `end` of the run."""

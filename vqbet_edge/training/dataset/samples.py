@@ -190,7 +190,11 @@ class Sampler:
             UsageError: see `open_source`.
         """
         opened = open_source(source)
-        _check_features(opened, manifest)
+        expected = {
+            **dict.fromkeys(manifest.image_keys, manifest.image_shape),
+            manifest.state_key: (manifest.state_dim,),
+        }
+        check_features(opened, expected)
         return cls(opened, manifest)
 
     def pieces(self, steps: int) -> Iterator[Piece]:
@@ -225,16 +229,24 @@ class Sampler:
         Raises:
             DatasetError: they are damaged, or a state is not finite.
         """
-        keys = (*self.manifest.image_keys, self.manifest.state_key)
-        arrays = self.source.read(place, keys)
-        states = arrays[self.manifest.state_key].astype(np.float32)
-        finite = np.isfinite(states).all(axis=1)
-        if not finite.all():
-            raise DatasetError(
-                f"the state of episode {place.episode}, step {place.start + int(finite.argmin())} "
-                f"is not finite in '{self.source.name}'; repair the data or leave the episode out"
-            )
-        return Piece(np.stack([arrays[key] for key in keys[:-1]], axis=1), states)
+        return read_piece(self.source, place, self.manifest.image_keys, self.manifest.state_key)
+
+
+def read_piece(source: Source, place: Place, image_keys: Sequence[str], state_key: str) -> Piece:
+    """The observations of one place.
+
+    Raises:
+        DatasetError: they are damaged, or a state is not finite.
+    """
+    arrays = source.read(place, (*image_keys, state_key))
+    states = arrays[state_key].astype(np.float32)
+    finite = np.isfinite(states).all(axis=1)
+    if not finite.all():
+        raise DatasetError(
+            f"the state of episode {place.episode}, step {place.start + int(finite.argmin())} "
+            f"is not finite in '{source.name}'; repair the data or leave the episode out"
+        )
+    return Piece(np.stack([arrays[key] for key in image_keys], axis=1), states)
 
 
 def _stretches(lengths: Sequence[int]) -> list[Place]:
@@ -249,11 +261,12 @@ def _stretches(lengths: Sequence[int]) -> list[Place]:
     ]
 
 
-def _check_features(source: Source, manifest: Manifest) -> None:
-    expected = {
-        **dict.fromkeys(manifest.image_keys, manifest.image_shape),
-        manifest.state_key: (manifest.state_dim,),
-    }
+def check_features(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a source that lacks a key, or has it in another shape.
+
+    Raises:
+        DatasetError: says which.
+    """
     missing = [key for key in expected if key not in source.shapes]
     if missing:
         raise DatasetError(

@@ -1,0 +1,116 @@
+"""Demonstrated chunks, their codes, and what the codes lose of them.
+
+Letters: M chunks, T steps of an episode, C codes per layer, W actions per chunk, A action width.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.training.codes.facts import Demonstrations, Reconstruction
+from vqbet_edge.training.codes.policies import CodedPolicy
+from vqbet_edge.training.codes.use import Codes, Floats, Motion, Use, transitions
+from vqbet_edge.training.config import ACTION_KEY
+from vqbet_edge.training.dataset.samples import Place, Source, check_features
+
+# A mean of equal numbers differs from them by about so much.
+_ROUNDING = 1e-9
+
+
+def normalize_actions(actions: NDArray[np.number], action: Affine) -> Floats:
+    """(T, A) in the robot's units -> in the network's; `action` goes the other way."""
+    scale = action.multiply.astype(np.float64)
+    # A constant action whose range is zero in the checkpoint has one value in the network too.
+    shifted = np.divide(actions - action.add, scale, out=np.zeros(actions.shape), where=scale != 0)
+    result: Floats = shifted + action.subtract
+    return result
+
+
+def chunks_of(actions: Floats, width: int) -> Floats:
+    """(T, A) -> (T, W, A): the chunk from every step on; the last action is repeated."""
+    steps = np.arange(len(actions))[:, None] + np.arange(width)
+    chunks: Floats = actions[steps.clip(max=len(actions) - 1)]
+    return chunks
+
+
+def read_actions(policy: CodedPolicy, source: Source) -> list[Floats] | None:
+    """Every episode's normalised actions, if the source has any."""
+    if ACTION_KEY not in source.shapes:
+        return None
+    check_features(source, {ACTION_KEY: (policy.facts.action_dim,)})
+    places = [Place(i, 0, length, i) for i, length in enumerate(source.lengths)]
+    read = (source.read(place, [ACTION_KEY])[ACTION_KEY] for place in places)
+    return [normalize_actions(actions, policy.action) for actions in read]
+
+
+class Demonstrated:
+    """Demonstrated chunks and their codes, episode by episode."""
+
+    def __init__(self, policy: CodedPolicy, actions: Sequence[Floats]) -> None:
+        self._policy, self._actions = policy, actions
+        self.codes: list[Codes] | None = None
+        self.figures = self._figures()
+
+    def chunks(self, episode: int) -> Floats:
+        """(T, W, A), normalised."""
+        return chunks_of(self._actions[episode], self._policy.facts.chunk)
+
+    def _figures(self) -> Demonstrations:
+        episodes = range(len(self._actions))
+        unit = np.abs(self._policy.action.multiply).astype(np.float64)
+        mean = _mean(self.chunks(i) for i in episodes)
+        spread = _mean(np.abs(self.chunks(i) - mean) for i in episodes).mean(axis=0)
+        spread[spread < _ROUNDING] = 0
+        self.rms_spread = float(
+            np.sqrt(_mean((self.chunks(i) - mean) ** 2 for i in episodes).mean())
+        )
+        motions = [Motion.of(self.chunks(i)) for i in episodes]
+        jerks = [m.jerk for m in motions if m.jerk is not None]
+        reversals = [m.reversals for m in motions if m.reversals is not None]
+        use, lost = self._codes(unit, spread)
+        facts = self._policy.facts
+        return Demonstrations(
+            chunks=sum(map(len, self._actions)),
+            spread=spread * unit,
+            jerk=float(np.concatenate(jerks).mean()) if jerks else None,
+            reversals=float(np.concatenate(reversals).mean()) if reversals else None,
+            use=use,
+            reconstruction=lost,
+            transitions=None
+            if self.codes is None
+            else transitions(self.codes, facts.chunk, facts.codes),
+        )
+
+    def _codes(self, unit: Floats, spread: Floats) -> tuple[Use | None, Reconstruction | None]:
+        """Encode every episode, and see what is lost."""
+        codes, errors = [], []
+        for episode in range(len(self._actions)):
+            chunks = self.chunks(episode)
+            made = self._policy.reconstruct(chunks)
+            if made is None:
+                return None, None
+            lost = [np.abs(decoded - chunks) for decoded in (made.primary, made.both)]
+            # (T, 3, A): L1 by the primary code and by both, and the squares.
+            errors.append(np.stack([*lost, lost[1] ** 2], axis=1).mean(axis=2))
+            codes.append(made.codes)
+        self.codes = codes
+        primary, both, squares = np.concatenate(errors).mean(axis=0)
+        whole = float(spread.mean())
+        found = Reconstruction(
+            primary=primary * unit,
+            both=both * unit,
+            left_by_primary=float(primary.mean() / whole) if whole else 0.0,
+            left_by_both=float(both.mean() / whole) if whole else 0.0,
+            rms=float(np.sqrt(squares.mean())),
+        )
+        return Use.of(np.concatenate(codes), self._policy.facts.codes), found
+
+
+def _mean(parts: Iterable[Floats]) -> Floats:
+    """Mean over the first axis of all parts (T, ...), one of them in memory at a time."""
+    total, count = np.zeros(()), 0
+    for part in parts:
+        total, count = total + part.sum(axis=0), count + len(part)
+    return total / count
