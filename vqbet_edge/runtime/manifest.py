@@ -24,6 +24,7 @@ Shape = Annotated[tuple[Positive, ...], Meta(max_length=8)]
 StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
 _UNSEALED = "0" * 64
 Precision = Literal["fp32", "fp16", "int8"]
+_LEAST_PRECISE_FIRST: tuple[Precision, ...] = ("int8", "fp16", "fp32")
 # Releases of LeRobot that lay a checkpoint out alike.
 Layout = Literal["0.1", "0.2-0.3", "0.4+"]
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
@@ -168,6 +169,12 @@ class Manifest(_Strict, frozen=True):
     def state_dim(self) -> int:
         """Width of the state."""
         return self.input_features[self.state_key].shape[0]
+
+    @property
+    def precision(self) -> Precision:
+        """The least precise of all graphs'."""
+        found = {s.precision for s in (*self.stages.values(), *self.cpu_stages.values())}
+        return next(precision for precision in _LEAST_PRECISE_FIRST if precision in found)
 
     @property
     def action_dim(self) -> int:

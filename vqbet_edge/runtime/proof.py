@@ -31,7 +31,6 @@ from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.policy import EdgePolicy
 
-_LEAST_PRECISE_FIRST: tuple[Precision, ...] = ("int8", "fp16", "fp32")
 # Stages run one behind the other here, so the cosine of each has the errors of those before in it.
 _BEHIND: dict[StageName, int] = {"vision_encoder": 0, "gpt": 1, "code_heads": 2, "rvq_decoder": 0}
 
@@ -122,7 +121,7 @@ def act_out(bundle: Bundle, backend: Backend, cases: ReferenceCases) -> Proof:
             check.add(observations, case.outputs, case.clear, prefetch=prefetch)
     finally:
         check.close()
-    return Proof(backend.name, _precision(bundle), check.steps, check.stages, check.policy)
+    return Proof(backend.name, bundle.manifest.precision, check.steps, check.stages, check.policy)
 
 
 class PolicyCheck:
@@ -235,13 +234,6 @@ class _Tap(Backend):
         """See `Backend`."""
         self.window = self._backend.create_window()
         return self.window
-
-
-def _precision(bundle: Bundle) -> Precision:
-    """The least precise of all graphs'."""
-    manifest = bundle.manifest
-    found = {s.precision for s in (*manifest.stages.values(), *manifest.cpu_stages.values())}
-    return next(precision for precision in _LEAST_PRECISE_FIRST if precision in found)
 
 
 def _behind(limits: Limits, stages: int) -> Limits:
