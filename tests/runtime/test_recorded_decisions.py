@@ -167,8 +167,8 @@ def test_a_slow_disk_costs_observations_and_says_so(
     assert before.steps.tolist() == list(range(len(before)))
     assert 20 < len(before) < 50
     assert after.steps.tolist() == list(range(50, 60))
-    assert not after.history_is_whole(0)
-    assert after.history_is_whole(policy.manifest.policy.n_obs_steps - 1)
+    assert [after.history_is_whole(row, 3) for row in range(4)] == [False, False, True, True]
+    assert before.history_is_whole(0, 3)
     for episode in (before, after):
         for row, step in enumerate(episode.steps.tolist()):
             np.testing.assert_array_equal(episode.actions[row], done[step][0])

@@ -83,9 +83,8 @@ class RecordedEpisode:
         frames = {key: self.frame(key, row) for key in info.image_keys}
         return {**frames, info.state_key: self.states[row]}
 
-    def history_is_whole(self, row: int) -> bool:
-        """Whether all observations that a decision on this row depends on are here."""
-        window = self._recording.policy.n_obs_steps
+    def history_is_whole(self, row: int, window: int) -> bool:
+        """Whether all observations of the window behind a row are here."""
         return int(self.steps[0]) == 0 or row >= window - 1
 
 
