@@ -6,21 +6,23 @@ from typing import Any
 import numpy as np
 import pytest
 from int8 import PUSHT, samples_for
+from safetensors.numpy import save_file
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.recording import Recorder
 from vqbet_edge.training.dataset import LeRobotDataset
 
 IMAGE, STATE = "observation.image", "observation.state"
 
 
-def record(bundle: Bundle, folder: Path, frames: Any, states: Any) -> Path:
-    """A recording of one episode, unchecked."""
-    recorder = Recorder(bundle.manifest, folder, 1 << 30)
-    for frame, state in zip(frames, states, strict=True):
-        recorder.append({IMAGE: frame, STATE: state})
-    recorder.close()
+def record(folder: Path, frames: Any, states: Any) -> Path:
+    """A recording of one episode as of format 1, unchecked."""
+    folder.mkdir()
+    rows = {"episode": np.zeros(len(states), np.int64), IMAGE: frames, STATE: states}
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in rows.items()},
+        folder / "observations_000000.safetensors",
+    )
     return folder
 
 
@@ -62,7 +64,7 @@ def test_a_recording_does_as_well(
     floating: Bundle, tmp_path: Path, episode: dict[str, Any]
 ) -> None:
     """Of one long episode, the last quarter is for verifying."""
-    folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
+    folder = record(tmp_path / "seen", episode[IMAGE], episode[STATE])
     samples = samples_for(floating, folder)
     assert samples.observations == 64
     seen = (*samples.calibration.places, *samples.held_out.places)
@@ -73,14 +75,14 @@ def test_a_recording_does_as_well(
 
 
 def test_too_few_samples(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    folder = record(floating, tmp_path / "seen", episode[IMAGE][:40], episode[STATE][:40])
+    folder = record(tmp_path / "seen", episode[IMAGE][:40], episode[STATE][:40])
     with pytest.raises(DatasetError, match=r"at least 64, .*record more with policy\.record"):
         samples_for(floating, folder)
 
 
 def test_constant_frames(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
     frozen = np.repeat(episode[IMAGE][:1], len(episode[IMAGE]), axis=0)
-    folder = record(floating, tmp_path / "seen", frozen, episode[STATE])
+    folder = record(tmp_path / "seen", frozen, episode[STATE])
     with pytest.raises(DatasetError, match=f"'{IMAGE}' are the same.*covered or disconnected"):
         samples_for(floating, folder)
 
@@ -88,7 +90,7 @@ def test_constant_frames(floating: Bundle, tmp_path: Path, episode: dict[str, An
 def test_nan(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
     states = episode[STATE].copy()
     states[5:, 1] = np.nan
-    folder = record(floating, tmp_path / "seen", episode[IMAGE], states)
+    folder = record(tmp_path / "seen", episode[IMAGE], states)
     with pytest.raises(DatasetError, match="episode 0, step 5 is not finite"):
         samples_for(floating, folder)
 
@@ -97,7 +99,7 @@ def test_nan(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
 def test_wrong_shapes(floating: Bundle, tmp_path: Path, episode: dict[str, Any], key: str) -> None:
     wrong = dict(episode)
     wrong[key] = wrong[key][:, :64] if key == IMAGE else wrong[key][:, :1]
-    folder = record(floating, tmp_path / "seen", wrong[IMAGE], wrong[STATE])
+    folder = record(tmp_path / "seen", wrong[IMAGE], wrong[STATE])
     with pytest.raises(DatasetError, match=f"observes '{key}' of shape .*own robot"):
         samples_for(floating, folder)
 
@@ -105,13 +107,13 @@ def test_wrong_shapes(floating: Bundle, tmp_path: Path, episode: dict[str, Any],
 def test_another_robots_state(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
     """The right shape, but radians where the policy was trained on pixels."""
     foreign = episode[STATE] * 30 + 9000
-    folder = record(floating, tmp_path / "seen", episode[IMAGE], foreign)
+    folder = record(tmp_path / "seen", episode[IMAGE], foreign)
     with pytest.raises(DatasetError, match="looks like another robot's: element"):
         samples_for(floating, folder)
 
 
 def test_missing_features(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
+    folder = record(tmp_path / "seen", episode[IMAGE], episode[STATE])
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes().replace(b"observation.state", b"observation.stale"))
     with pytest.raises(DatasetError, match=r"lack \['observation.state'\]"):
@@ -119,7 +121,7 @@ def test_missing_features(floating: Bundle, tmp_path: Path, episode: dict[str, A
 
 
 def test_a_damaged_recording(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    folder = record(floating, tmp_path / "seen", episode[IMAGE], episode[STATE])
+    folder = record(tmp_path / "seen", episode[IMAGE], episode[STATE])
     path = next(folder.iterdir())
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DatasetError, match=r"cannot be read.*record again"):

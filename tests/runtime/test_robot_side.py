@@ -12,7 +12,18 @@ import pytest
 from workshop import Exported
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = {"torch", "torchvision", "onnx", "pyarrow", "av", "tyro", "rich"}
+FORBIDDEN = {
+    "torch",
+    "torchvision",
+    "onnx",
+    "pyarrow",
+    "av",
+    "tyro",
+    "rich",
+    "PIL",
+    "rerun",
+    "mcap",
+}
 
 LOADED = """
 import sys

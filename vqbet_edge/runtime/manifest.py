@@ -194,6 +194,11 @@ class Manifest(_Strict, frozen=True):
         return self.input_features[self.state_key].shape[0]
 
     @property
+    def precision(self) -> Precision:
+        """The least precise of all graphs'."""
+        return self.precisions[-1]
+
+    @property
     def action_dim(self) -> int:
         """Width of one action."""
         return self.output_features["action"].shape[0]

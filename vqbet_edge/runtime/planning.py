@@ -1,7 +1,6 @@
 """From the window to an action chunk: predict, decide, fuse, un-normalise, clamp."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +11,8 @@ from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.runtime.sampling import Choice, Codes, CodeSampler, Decision
+from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow
-
-
-class Plan(NamedTuple):
-    """A chunk to execute and the decision behind it."""
-
-    chunk: Floats  # float32 (W, A), in the robot's units, within the action limits
-    decision: Decision
 
 
 class Planner:
@@ -46,17 +38,20 @@ class Planner:
         self._window, self._table = window, table
         self._unnormalize, self._actions = unnormalize, actions
 
-    def plan(self, forced: Codes | None) -> Plan:
+    def plan(
+        self, forced: Codes | None = None, draws: NDArray[np.float64] | None = None
+    ) -> Decision:
         """Predict from the window as it is.
 
         Args:
             forced: int64 (2,), the code pair to take instead of drawing one.
+            draws: see `CodeSampler.choose`.
 
         Raises:
             NonFiniteError: the network produced NaN or infinity.
         """
         outputs = self._window.predict()
-        choice = self.sampler.choose(outputs, forced)
+        choice = self.sampler.choose(outputs, forced, draws)
         primary, secondary = choice.codes
         offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
         decoded = self._decode(choice.codes)
@@ -65,7 +60,17 @@ class Planner:
         if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
             raise NonFiniteError("the predicted actions are not finite; none is executed")
         clamped = self._actions.planned(chunk)
-        return Plan(chunk, self._decision(choice, decoded, offsets, clamped))
+        return Decision(
+            step=self._window.newest_step,
+            codes=choice.codes,
+            code_probabilities=choice.probabilities,
+            draws=choice.draws,
+            decoded_chunk=decoded.copy(),
+            offset_chunk=offsets,
+            action_chunk=chunk,
+            clamped=clamped,
+            seconds=dict(self._window.graphs.seconds),
+        )
 
     def _decode(self, codes: Codes) -> Floats:
         """A code pair (2,) -> a chunk (W, A), normalised."""
@@ -73,18 +78,6 @@ class Planner:
             return self._window.graphs.decode(codes)
         chunk: Floats = self._table[codes[0], codes[1]]
         return chunk
-
-    def _decision(
-        self, choice: Choice, decoded: Floats, offsets: Floats, clamped: NDArray[np.bool_]
-    ) -> Decision:
-        return Decision(
-            codes=choice.codes,
-            code_probabilities=choice.probabilities,
-            decoded_chunk=decoded.copy(),
-            offset_chunk=offsets,
-            clamped=clamped,
-            seconds=dict(self._window.graphs.seconds),
-        )
 
 
 def checked_codes(codes: Sequence[int] | Codes, manifest: Manifest) -> Codes:

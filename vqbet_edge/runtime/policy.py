@@ -31,6 +31,7 @@ from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
 from vqbet_edge.runtime.planning import Planner, checked_codes, decode_table, secondary_columns
 from vqbet_edge.runtime.recording import Recorder
+from vqbet_edge.runtime.recording_format import Outcome, PolicyInfo
 from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow, Slot
 from vqbet_edge.runtime.worker import Backlog, Worker
@@ -89,9 +90,8 @@ class EdgePolicy:
         self._handed: _Step | None = None
         self._late = 0
         self._window = ObservationWindow(manifest, backend.create_window(), waiting)
-        sampler = CodeSampler(
-            self._temperature, trained, secondary_columns(bundle), _checked_seed(seed)
-        )
+        self._seed = _checked_seed(seed)
+        sampler = CodeSampler(self._temperature, trained, secondary_columns(bundle), self._seed)
         table = decode_table(bundle)
         self._planner = Planner(self._window, sampler, table, unnormalize, self._actions)
         self._prefetch = _checked_prefetch(prefetch or backend.default_prefetch)
@@ -267,6 +267,7 @@ class EdgePolicy:
             if self._deadline is not None:
                 self._deadline.forget()
             if start is not None:
+                self._seed = start
                 self._planner.sampler.reseed(start)
             self._prefetching.forget()
             if self._recorder is not None:
@@ -306,10 +307,14 @@ class EdgePolicy:
         """
         start = time.monotonic()
         with self._exclusive():
-            slot = self._read(observation, observation_time)
+            slot, late = self._read(observation, observation_time), self._late
             step = self._step(slot) if self._deadline is None else self._in_time(slot, start)
             self._handed = step
-            return self._actions.handed_out(step.action)
+            action = self._actions.handed_out(step.action)
+            if self._recorder is not None:
+                outcome = Outcome.ACTED if self._late == late else Outcome.LATE
+                self._recorder.acted(action, time.monotonic() - start, outcome)
+            return action
 
     def act_chunk(
         self,
@@ -332,6 +337,7 @@ class EdgePolicy:
         Raises:
             UsageError: a forced code is not in the codebook.
         """
+        start = time.monotonic()
         with self._exclusive():
             forced = None if codes is None else checked_codes(codes, self._manifest)
             slot = self._read(observation, observation_time)
@@ -345,30 +351,61 @@ class EdgePolicy:
                 return _Step(chunk, 0)
 
             step = predict() if self._deadline is None else self._deadline.finish(predict)
-            return np.stack([self._actions.handed_out(action) for action in step.chunk])
+            chunk = np.stack([self._actions.handed_out(action) for action in step.chunk])
+            if self._recorder is not None:
+                self._recorder.acted(chunk[0], time.monotonic() - start, Outcome.CHUNK)
+            return chunk
 
     @contextmanager
-    def record(self, folder: str | os.PathLike[str], *, max_bytes: int = 1 << 30) -> Iterator[None]:
+    def record(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        decisions: bool = False,
+        max_bytes: int = 1 << 30,
+    ) -> Iterator[None]:
         """Write every observation, as it came, to a folder: `with policy.record("seen"): ...`.
 
-        `vqbet-export --int8 --calibration-data` takes the folder; `vqbet_edge.runtime.recording`
-        says what is in it. Acting does not wait for the disk.
+        `vqbet-export --int8 --calibration-data` takes the folder, and with decisions `vqbet-view`
+        shows it; docs/recording.md says what is in it. Acting does not wait for the disk: what a
+        slow one does not take in is left out, logged and reported at the block's end.
 
         Args:
             folder: where to; one recording per folder.
+            decisions: write actions, their times and everything about decisions too.
             max_bytes: recording ends, with a warning, before there is more than this.
 
         Raises:
             UsageError: the folder holds a recording already, or the limit is below one observation.
-            DiskError: the folder cannot be written; raised at the block's end if it failed later.
+            DiskError: the folder cannot be written; raised at the block's end if it failed later
+                or was too slow.
         """
-        recorder = Recorder(self._manifest, Path(folder), max_bytes)
+        policy = self._info() if decisions else None
+        kept = self._window.kept
+        recorder = Recorder(self._manifest, Path(folder), max_bytes, policy, kept)
         self._recorder = recorder
         try:
             yield
         finally:
             self._recorder = None
             recorder.close()
+
+    def _info(self) -> PolicyInfo:
+        """For who reads the recording."""
+        limits = self._actions.limits
+        return PolicyInfo(
+            bundle=self._bundle.path.name,
+            manifest_sha256=self._manifest.manifest_sha256,
+            precision=self._manifest.precision,
+            backend=self._backend.name,
+            seed=self._seed,
+            temperature=float(self._temperature),
+            replan_every=self._replan_every,
+            n_obs_steps=self._manifest.policy.n_obs_steps,
+            action_limits=None
+            if limits is None
+            else (tuple(limits.low.tolist()), tuple(limits.high.tolist())),
+        )
 
     def _read(self, observation: Observation, stamp: float | None) -> Slot:
         """Check an observation and keep it; only what fails after this breaks the history."""
@@ -466,9 +503,12 @@ class EdgePolicy:
         """Take the newest observation and predict: a chunk (W, A)."""
         self._prefetching.wait()
         self._window.append(slot)
-        plan = self._planner.plan(forced)
-        self._last = plan.decision
-        return plan.chunk
+        decision = self._planner.plan(forced)
+        self._last = decision
+        if self._recorder is not None:
+            self._recorder.decided(decision)
+        # The caller may change what `last` gives.
+        return decision.action_chunk.copy()
 
     def _check_usable(self) -> None:
         if os.getpid() != self._process:

@@ -121,9 +121,7 @@ def act_out(bundle: Bundle, backend: Backend, cases: ReferenceCases) -> Proof:
             check.add(observations, case.outputs, case.clear, prefetch=prefetch)
     finally:
         check.close()
-    return Proof(
-        backend.name, bundle.manifest.precisions[-1], check.steps, check.stages, check.policy
-    )
+    return Proof(backend.name, bundle.manifest.precision, check.steps, check.stages, check.policy)
 
 
 class PolicyCheck:

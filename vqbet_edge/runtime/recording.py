@@ -1,18 +1,16 @@
-"""Recording what the robot really sees, to calibrate INT8 and to verify on later.
+"""Recording what the robot really sees and what the policy decides, without making it wait.
 
-A recording is a folder of safetensors files, `observations_000000.safetensors` and on. Each holds
-consecutive observations:
-
-    episode                  int64   (T,)            grows by one at every reset
-    <camera key>             uint8   (T, H, W, 3)
-    <state key>              float32 (T, S)          in the robot's units
-
-Every file is complete when it gets its name, so a robot that is switched off loses the newest few
-observations only.
+`vqbet_edge.runtime.recording_format` says what is written. Every file is complete when it gets its
+name, and a file ends after 8 MiB or 5 seconds: a robot that is killed or switched off loses the
+newest few observations only.
 """
 
+import contextlib
 import logging
 import math
+import os
+import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,102 +18,295 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from vqbet_edge.errors import DiskError, UsageError
 from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.recording_format import (
+    ACTION,
+    EPISODE,
+    FILE_PATTERN,
+    FORMAT_VERSION,
+    OUTCOME,
+    SECONDS,
+    STEP,
+    TIME,
+    Array,
+    Columns,
+    Outcome,
+    PolicyInfo,
+    RecordingInfo,
+    decision_bytes,
+    is_feature,
+    pack_decisions,
+    row_columns,
+)
+from vqbet_edge.runtime.sampling import Decision
 
-EPISODE = "episode"
-FILE_PATTERN = "observations_*.safetensors"
-_FILE_BYTES = 8 << 20
+_BLOCK_BYTES = 8 << 20
+_BLOCK_SECONDS = 5.0
+# Blocks that may be filled, waiting or being written at the same time.
+_BLOCKS = 8
 _LOG = logging.getLogger(__name__)
 
-Array = NDArray[Any]
+
+class _Block:
+    """Rows that will be one file; its memory is used again for a later file."""
+
+    def __init__(self, columns: Columns, rows: int) -> None:
+        self._arrays = {
+            key: np.empty((rows, *shape), dtype) for key, (dtype, shape) in columns.items()
+        }
+        self._capacity = rows
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new file."""
+        self.rows, self._began = 0, 0.0
+        self.decisions: list[tuple[int, Decision]] = []
+
+    def ended(self, now: float) -> bool:
+        """Whether the next row belongs to another file."""
+        return self.rows == self._capacity or (self.rows > 0 and now - self._began > _BLOCK_SECONDS)
+
+    def append(self, row: Mapping[str, Any], now: float) -> None:
+        """Copy a row; frames may also be float32 (3, H, W) in [0, 1]."""
+        if self.rows == 0:
+            self._began = now
+        for key, value in row.items():
+            column = self._arrays[key]
+            column[self.rows] = _frame(value) if column.ndim == 4 else value
+        self.rows += 1
+
+    def amend(self, row: Mapping[str, Any]) -> None:
+        """Write more columns of the newest row."""
+        for key, value in row.items():
+            self._arrays[key][self.rows - 1] = value
+
+    def contents(self) -> dict[str, Array]:
+        """What the file holds."""
+        rows = {key: column[: self.rows] for key, column in self._arrays.items()}
+        return rows | pack_decisions(self.decisions)
 
 
 class Recorder:
-    """Writes observations to a folder until a size limit is reached.
+    """Writes observations, and decisions if asked to, to a folder until a size limit is reached.
 
-    Files are written by a thread of their own: acting never waits for the disk. A disk that fails
-    ends the recording, not the robot's work; `close` reports it.
+    Files are written by a thread of their own, from a fixed number of blocks: acting never waits
+    for the disk, and memory does not grow. While a disk is so slow that no block is free, rows are
+    left out; the rows behind such a gap are an episode of their own, whose first `step` is not 0.
+    A disk that fails ends the recording, not the robot's work. Both are logged when they happen,
+    and `close` reports them.
+
+    Args:
+        manifest: of the policy's bundle.
+        folder: where to; made if it is not there.
+        max_bytes: nothing is recorded beyond it.
+        policy: whose decisions are recorded too; None for observations alone.
+        step: observations that the current episode has had already.
+
+    Raises:
+        UsageError: the folder holds a recording, the limit is below one row, or a feature has a
+            name that the recording needs.
+        DiskError: the folder cannot be made.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, max_bytes: int) -> None:
-        """See `EdgePolicy.record`."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        max_bytes: int,
+        policy: PolicyInfo | None = None,
+        step: int = 0,
+    ) -> None:
         self._manifest, self._folder = manifest, folder
-        frames = math.prod(manifest.image_shape) * len(manifest.image_keys)
-        self._row_bytes = frames + manifest.state_dim * 4
-        self._rows_left = max_bytes // self._row_bytes
-        if self._rows_left < 1:
+        columns = row_columns(manifest, decisions=policy is not None)
+        self._row_bytes = _row_bytes(columns)
+        self._decision_bytes = 0 if policy is None else decision_bytes(manifest)
+        self._bytes_left = max_bytes
+        if not self._has_room():
             raise UsageError(
-                f"one observation has {self._row_bytes} bytes, more than the limit of {max_bytes}"
+                f"one observation has {self._row_bytes + self._decision_bytes} bytes, more than "
+                f"the limit of {max_bytes}"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.glob(FILE_PATTERN)):
-                raise UsageError(f"'{folder}' holds a recording already; choose another folder")
-        except OSError as error:
-            raise DiskError(f"cannot record to '{folder}': {error.strerror}") from error
-        self._episode, self._files = 0, 0
-        self._rows: list[dict[str, Array]] = []
-        self._writer = ThreadPoolExecutor(1)
+        _check_keys(manifest)
+        _claim(folder)
+        features = manifest.image_keys, manifest.state_key
+        self._metadata = RecordingInfo(FORMAT_VERSION, *features, policy).metadata()
+        self._with_decisions = policy is not None
+        rows = max(1, min(_BLOCK_BYTES, max_bytes) // self._row_bytes)
+        self._free = [_Block(columns, rows) for _ in range(_BLOCKS)]
+        self._block: _Block | None = self._free.pop()
+        self._episode, self._step, self._files, self._lost = 0, step, 0, 0
+        # Whether rows were left out since the last that was kept; whether the newest was kept.
+        self._gap = self._kept = False
+        # From the thread that plans, which may be another than the one that acts.
+        self._decided: deque[Decision] = deque()
+        self._writer = ThreadPoolExecutor(1, "vqbet-recording")
         self._error: DiskError | None = None
+        self._full = False
+        # Wall clocks jump; this one is read once.
+        self._epoch = time.time_ns() - time.monotonic_ns()
 
     def begin_episode(self) -> None:
         """What follows is a new episode."""
+        self._take_decisions()
         self._episode += 1
+        self._step, self._gap = 0, False
 
     def append(self, observation: Mapping[str, Any]) -> None:
         """Take a copy of an observation that has been checked; nothing once the limit is met."""
-        if self._rows_left == 0:
+        step, self._step = self._step, self._step + 1
+        now = time.monotonic()
+        block = self._block_for_row(now)
+        self._kept = block is not None
+        if block is None:
             return
         manifest = self._manifest
-        row: dict[str, Array] = {
-            key: _frame(np.asarray(observation[key])) for key in manifest.image_keys
-        }
-        state = np.array(observation[manifest.state_key], np.float32).reshape(-1)
-        row |= {manifest.state_key: state, EPISODE: np.array(self._episode)}
-        self._rows.append(row)
-        self._rows_left -= 1
-        if self._rows_left == 0:
-            _LOG.warning("the recording in '%s' is full; nothing more is recorded", self._folder)
-        if self._rows_left == 0 or len(self._rows) * self._row_bytes >= _FILE_BYTES:
-            self._flush()
+        row = {key: np.asarray(observation[key]) for key in manifest.image_keys}
+        row[manifest.state_key] = np.asarray(observation[manifest.state_key]).reshape(-1)
+        own: dict[str, Any] = {EPISODE: self._episode, STEP: step}
+        if self._with_decisions:
+            own[TIME] = self._epoch + time.monotonic_ns()
+            own |= {ACTION: np.nan, SECONDS: np.nan, OUTCOME: Outcome.RAISED}
+        block.append(row | own, now)
+        self._bytes_left -= self._row_bytes
+
+    def decided(self, decision: Decision) -> None:
+        """Keep a decision until `acted` is called; any thread may call this."""
+        if self._with_decisions:
+            self._decided.append(decision)
+
+    def acted(self, action: NDArray[np.float32], seconds: float, outcome: Outcome) -> None:
+        """What came of the newest observation, and of decisions since the last call.
+
+        Args:
+            action: (A,), as handed out.
+            seconds: that the caller waited.
+            outcome: whose action it is.
+        """
+        if not self._with_decisions:
+            return
+        if self._block is not None and self._kept:
+            self._block.amend({ACTION: action, SECONDS: seconds, OUTCOME: outcome})
+        self._take_decisions()
 
     def close(self) -> None:
         """Write what is left and stop.
 
         Raises:
-            DiskError: something could not be written.
+            DiskError: something could not be written, or was left out because the disk was slow.
         """
-        self._flush()
-        self._rows_left = 0
+        self._take_decisions()
+        self._hand_over()
+        self._full = True
         self._writer.shutdown()
         if self._error is not None:
             raise self._error
+        if self._lost:
+            raise DiskError(
+                f"the disk was too slow: {self._lost} observations are missing in "
+                f"'{self._folder}', the others are there; record to a faster disk, or less often"
+            )
 
-    def _flush(self) -> None:
-        if self._rows:
+    def _take_decisions(self) -> None:
+        while self._decided:
+            decision = self._decided.popleft()
+            if self._block is not None and self._kept:
+                self._block.decisions.append((self._episode, decision))
+                self._bytes_left -= self._decision_bytes
+
+    def _block_for_row(self, now: float) -> _Block | None:
+        """Where the next row goes; None when it is not recorded."""
+        if self._full:
+            return None
+        if not self._has_room():
+            self._full = True
+            _LOG.warning("the recording in '%s' is full; nothing more is recorded", self._folder)
+            return None
+        if self._block is not None and self._block.ended(now):
+            self._hand_over()
+        if self._block is None:
+            if not self._free:
+                self._lose()
+                return None
+            self._block = self._free.pop()
+        if self._gap:
+            self._gap = False
+            self._episode += 1
+        return self._block
+
+    def _has_room(self) -> bool:
+        return self._bytes_left >= self._row_bytes + self._decision_bytes
+
+    def _lose(self) -> None:
+        if not self._lost:
+            _LOG.warning(
+                "the disk is too slow for the recording in '%s': observations are left out",
+                self._folder,
+            )
+        self._lost += 1
+        self._gap = True
+
+    def _hand_over(self) -> None:
+        """Let the current block be written."""
+        block, self._block = self._block, None
+        if block is not None and block.rows:
             path = self._folder / FILE_PATTERN.replace("*", f"{self._files:06}")
-            self._writer.submit(self._write, path, self._rows)
             self._files += 1
-        self._rows = []
+            self._writer.submit(self._write, path, block)
 
-    def _write(self, path: Path, rows: list[dict[str, Array]]) -> None:
-        arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        partial = path.with_suffix(".partial")
-        try:
-            partial.write_bytes(save(arrays))
-            partial.rename(path)
-        except OSError as error:
-            self._error = DiskError(f"cannot write '{path}': {error.strerror}; recording has ended")
-            self._rows_left = 0
-            _LOG.warning("%s", self._error)
+    def _write(self, path: Path, block: _Block) -> None:
+        """On the writer's thread."""
+        if self._error is None:
+            partial = path.with_suffix(".partial")
+            try:
+                _write_file(partial, block.contents(), self._metadata)
+                partial.rename(path)
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or error
+                self._error = DiskError(f"cannot write '{path}': {reason}; recording has ended")
+                self._full = True
+                _LOG.warning("%s", self._error)
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+        block.clear()
+        self._free.append(block)
 
 
-def _frame(image: Array) -> NDArray[np.uint8]:
-    """A copy as uint8 (H, W, 3)."""
+def _write_file(path: Path, arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:
+    save_file(dict(arrays), path, metadata)
+    # Otherwise a robot that is switched off may have the name without the bytes.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _row_bytes(columns: Columns) -> int:
+    return sum(np.dtype(dtype).itemsize * math.prod(s) for dtype, s in columns.values())
+
+
+def _check_keys(manifest: Manifest) -> None:
+    taken = [k for k in (*manifest.image_keys, manifest.state_key) if not is_feature(k)]
+    if taken:
+        raise UsageError(
+            f"the policy's features {taken} have names that a recording needs for itself; rename "
+            "them in the data set and train again"
+        )
+
+
+def _claim(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob(FILE_PATTERN)):
+            raise UsageError(f"'{folder}' holds a recording already; choose another folder")
+    except OSError as error:
+        raise DiskError(f"cannot record to '{folder}': {error.strerror}") from error
+
+
+def _frame(image: Array) -> Array:
+    """As uint8 (H, W, 3)."""
     image = image.reshape(image.shape[-3:])
     if image.dtype == np.uint8:
-        return image.copy()
+        return image
     return np.rint(np.moveaxis(image, -3, -1) * np.float32(255)).astype(np.uint8)

@@ -19,29 +19,36 @@ class Decision:
     """What the policy decided at its latest re-planning step.
 
     Attributes:
+        step: of the observation that it was made on, from 0 at the reset.
         codes: int64 (2,), primary and secondary code.
         code_probabilities: float64 (2, C), what they were drawn from; of a greedy policy, what a
             policy at the checkpoint's temperature would have drawn them from.
+        draws: float64 (2,), the random numbers in [0, 1) that they were drawn with, used or not.
         decoded_chunk: float32 (W, A), normalised, what the RVQ decoder makes of the codes.
         offset_chunk: float32 (W, A), normalised, what the offset head adds to it.
+        action_chunk: float32 (W, A), in the robot's units: their sum, within the action limits.
         clamped: bool (W, A), where the chunk left the action limits and was clamped.
         seconds: stage name -> seconds of its latest run.
     """
 
+    step: int
     codes: Codes
     code_probabilities: Probabilities
+    draws: NDArray[np.float64]
     decoded_chunk: Floats
     offset_chunk: Floats
+    action_chunk: Floats
     clamped: NDArray[np.bool_]
     seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A code pair (2,) and the probabilities (2, C) it was drawn from."""
+    """A code pair (2,), the probabilities (2, C) and the random numbers (2,) it was drawn with."""
 
     codes: Codes
     probabilities: Probabilities
+    draws: NDArray[np.float64]
 
 
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Probabilities:
@@ -79,15 +86,25 @@ class CodeSampler:
         """Start the random sequence over."""
         self._random = np.random.Generator(np.random.PCG64(seed))
 
-    def choose(self, outputs: HeadOutputs, forced: Codes | None = None) -> Choice:
+    def choose(
+        self,
+        outputs: HeadOutputs,
+        forced: Codes | None = None,
+        draws: NDArray[np.float64] | None = None,
+    ) -> Choice:
         """Draw a code pair, or take the `forced` one (2,).
+
+        Args:
+            outputs: of the code heads.
+            forced: the code pair to take.
+            draws: (2,), random numbers of an earlier choice, instead of the sequence's next.
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
         """
         # Two numbers per decision, used or not: what was forced or greedy once does not shift
         # the rest of the sequence.
-        uniforms = self._random.random(2)
+        uniforms = self._random.random(2) if draws is None else draws
         # Both layers before the first code: neither is chosen from a bad prediction.
         primary_logits, secondary_logits = _finite(outputs.logits).astype(np.float64)
         first = softmax(primary_logits, self._temperature)
@@ -100,7 +117,8 @@ class CodeSampler:
         secondary = (
             self._draw(secondary_logits, second, uniforms[1]) if forced is None else int(forced[1])
         )
-        return Choice(np.array([primary, secondary], np.int64), np.stack([first, second]))
+        codes = np.array([primary, secondary], np.int64)
+        return Choice(codes, np.stack([first, second]), uniforms)
 
     def _draw(self, logits: Probabilities, probabilities: Probabilities, uniform: float) -> int:
         """Invert the cumulative distribution (C,) at `uniform` in [0, 1)."""

@@ -58,6 +58,10 @@ class ObservationWindow:
             for _ in range(self._length + waiting + 1)
         ]
         self._next = 0
+        #: Observations kept since `clear`, by the thread that acts.
+        self.kept = 0
+        #: Number of the newest observation that was appended, from 0.
+        self.newest_step = -1
         self._rows = self._slots[: self._length]
         self._encoded = [False] * self._length
         self._states: Floats = np.zeros((self._length, state_dim), np.float32)
@@ -73,15 +77,18 @@ class ObservationWindow:
         """Keep what was written to the next slot; it must then be appended."""
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
+        self.kept += 1
         return slot
 
     def clear(self) -> None:
         """Forget everything; the next observation fills the window."""
         self._empty = True
+        self.kept, self.newest_step = 0, -1
 
     def append(self, slot: Slot) -> None:
         """Take a slot as the newest observation."""
         self._past_known, self._tail_known = self._tail_known, False
+        self.newest_step += 1
         if self._empty:
             self._rows = [slot] * self._length
             self._states[:] = slot.state

@@ -35,6 +35,11 @@ class ActionGuard:
         self._change = change_limit(guards, dim)
         self.clamped = self.slowed = 0
 
+    @property
+    def limits(self) -> ActionLimits | None:
+        """What planned actions are clamped to."""
+        return self._limits
+
     def clear(self) -> None:
         """A new episode begins."""
         if self._change is not None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from vqbet_edge.errors import DatasetError, UsageError
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.runtime.recording import EPISODE, FILE_PATTERN
+from vqbet_edge.runtime.recording_format import EPISODE, FILE_PATTERN, is_feature
 
 # Long enough for the window to fill and move on.
 PIECE_STEPS = 16
@@ -123,7 +123,7 @@ class _Recording(Source):
         cuts = np.flatnonzero(np.diff(numbers)) + 1
         self._bounds = [0, *cuts.tolist(), len(numbers)]
         self.lengths = np.diff(self._bounds).tolist()
-        self.shapes = {k: tuple(shape[1:]) for k, shape in shapes.items() if k != EPISODE}
+        self.shapes = {k: tuple(shape[1:]) for k, shape in shapes.items() if is_feature(k)}
 
     def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
         """See `Source`."""

@@ -15,7 +15,8 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.backends.base import HeadOutputs
 from vqbet_edge.runtime.guards import Guards
-from vqbet_edge.runtime.sampling import CodeSampler
+from vqbet_edge.runtime.manifest import MANIFEST_NAME
+from vqbet_edge.runtime.sampling import Choice, CodeSampler
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.objectives import PixelScaling
@@ -49,6 +50,11 @@ class Actor(Protocol):
         """Actions (slots, A) for observations with a leading axis of slots."""
 
 
+def is_bundle(source: str) -> bool:
+    """Whether a policy is a bundle; otherwise it should be a checkpoint."""
+    return (Path(source) / MANIFEST_NAME).is_file()
+
+
 def load_actor(source: str, slots: int, options: ActorOptions) -> Actor:
     """A bundle or a checkpoint, by what is there.
 
@@ -56,7 +62,7 @@ def load_actor(source: str, slots: int, options: ActorOptions) -> Actor:
         CheckpointError: it is neither, or not whole.
         BundleError: the bundle is not whole.
     """
-    if (Path(source) / "manifest.json").is_file():
+    if is_bundle(source):
         return BundleActor.load(source, slots, options)
     return TorchActor(load_checkpoint(source), slots, options)
 
@@ -65,7 +71,8 @@ class BundleActor:
     """A bundle on any backend; every slot has a policy of its own, on the same weights."""
 
     def __init__(self, policies: Sequence[EdgePolicy]) -> None:
-        self._policies = policies
+        #: One per slot.
+        self.policies = policies
 
     @classmethod
     def load(cls, source: str, slots: int, options: ActorOptions) -> "BundleActor":
@@ -81,12 +88,12 @@ class BundleActor:
 
     def reset(self, slot: int, seed: int) -> None:
         """See `Actor`."""
-        self._policies[slot].reset(seed)
+        self.policies[slot].reset(seed)
 
     def act(self, observations: Observations) -> Floats:
         """See `Actor`."""
-        rows = [{k: v[i] for k, v in observations.items()} for i in range(len(self._policies))]
-        actions = [p.act(row) for p, row in zip(self._policies, rows, strict=True)]
+        rows = [{k: v[i] for k, v in observations.items()} for i in range(len(self.policies))]
+        actions = [p.act(row) for p, row in zip(self.policies, rows, strict=True)]
         return np.stack(actions)
 
 
@@ -116,11 +123,11 @@ class TorchActor:
         self._network = checkpoint.network.to(self._device)
         self._dtype = next(self._network.parameters()).dtype
         self._config = config = checkpoint.config
-        self._image_keys = [checkpoint.renamed.get(k, k) for k in config.image_keys]
-        self._state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
+        self.image_keys = [checkpoint.renamed.get(k, k) for k in config.image_keys]
+        self.state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
         self._pixels = pixels.to(self._device, self._dtype)
-        self._state, self._action = checkpoint.inputs[STATE_KEY], checkpoint.action
+        self._state, self.unnormalize = checkpoint.inputs[STATE_KEY], checkpoint.action
         self._replan_every = options.replan_every or config.action_chunk_size
         trained = config.bet_softmax_temperature
         temperature = trained if options.temperature is None else options.temperature
@@ -137,35 +144,57 @@ class TorchActor:
 
     def act(self, observations: Observations) -> Floats:
         """See `Actor`."""
-        images = np.stack([observations[key] for key in self._image_keys], axis=1)
-        states = observations[self._state_key].astype(np.float32)
-        self._state.apply(states, out=states)
-        rows = zip(torch.from_numpy(images), torch.from_numpy(states), strict=True)
-        for slot, (frames, state) in zip(self._slots, rows, strict=True):
-            slot.see(frames, state)  # (K, H, W, 3) and (S,)
+        self.see(observations)
         empty = [index for index, slot in enumerate(self._slots) if not slot.actions]
         if empty:
             self._plan(empty)
         return np.stack([slot.actions.popleft() for slot in self._slots])
 
-    @torch.no_grad()
+    def see(self, observations: Observations) -> None:
+        """Take observations into the windows."""
+        images = np.stack([observations[key] for key in self.image_keys], axis=1)
+        states = observations[self.state_key].astype(np.float32)
+        self._state.apply(states, out=states)
+        rows = zip(torch.from_numpy(images), torch.from_numpy(states), strict=True)
+        for slot, (frames, state) in zip(self._slots, rows, strict=True):
+            slot.see(frames, state)  # (K, H, W, 3) and (S,)
+
     def _plan(self, slots: Sequence[int]) -> None:
+        chunks = self.chunks(self.features(slots), slots)
+        self.unnormalize.apply(chunks, out=chunks)
+        for index, chunk in zip(slots, chunks, strict=True):
+            self._slots[index].actions.extend(chunk[: self._replan_every])
+
+    @torch.no_grad()
+    def features(self, slots: Sequence[int]) -> Tensor:
+        """(B, D): of the current step."""
         windows = [self._slots[index].seen for index in slots]
         images = torch.stack([torch.stack([i for i, _ in seen]) for seen in windows])
         states = torch.stack([torch.stack([s for _, s in seen]) for seen in windows])
         pixels = self._pixels(images.to(self._device))  # (B, N, K, 3, H, W)
         features = self._network(pixels, states.to(self._device, self._dtype))
-        chunks = self.chunks(features[:, self._config.n_obs_steps - 1], slots)
-        self._action.apply(chunks, out=chunks)
-        for index, chunk in zip(slots, chunks, strict=True):
-            self._slots[index].actions.extend(chunk[: self._replan_every])
+        current: Tensor = features[:, self._config.n_obs_steps - 1]
+        return current
 
     def chunks(self, features: Tensor, slots: Sequence[int]) -> Floats:
         """(B, D) of the current step -> (B, W, A), normalised."""
+        return self.decode(features, self.choose(features, slots))
+
+    @torch.no_grad()
+    def choose(
+        self, features: Tensor, slots: Sequence[int], draws: npt.NDArray[np.float64] | None = None
+    ) -> list[Choice]:
+        """Code pairs for features (B, D), drawn anew or with random numbers (2,) of before."""
         head = self._network.head
         logits, offsets = head.code_logits(features).cpu().numpy(), head.offsets(features).cpu()
         outputs = map(HeadOutputs, logits, offsets.numpy())
-        choices = [self._slots[i].sampler.choose(o) for i, o in zip(slots, outputs, strict=True)]
+        pairs = zip(slots, outputs, strict=True)
+        return [self._slots[i].sampler.choose(o, draws=draws) for i, o in pairs]
+
+    @torch.no_grad()
+    def decode(self, features: Tensor, choices: Sequence[Choice]) -> Floats:
+        """(B, D) and a code pair for each -> chunks (B, W, A), normalised."""
         codes = torch.from_numpy(np.stack([choice.codes for choice in choices]))
-        chunks: Floats = head.action_chunk(features, codes.to(self._device)).cpu().numpy()
-        return chunks
+        chunks = self._network.head.action_chunk(features, codes.to(self._device))
+        decoded: Floats = chunks.cpu().numpy()
+        return decoded

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
@@ -15,8 +17,10 @@ from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.training.config import check_positive
 from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge.training.evaluation.recordings import RecordingActor
+from vqbet_edge.training.evaluation.replay import Replay, replay
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
-from vqbet_edge.training.evaluation.sheet import draw_sheet
+from vqbet_edge.training.evaluation.sheet import draw_sheet, write_picture
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
 from vqbet_edge.training.evaluation.tasks import ENV_HELP, make_task
 
@@ -31,7 +35,12 @@ class EvalConfig:
 
     # A checkpoint's directory or a bundle.
     policy: Annotated[str, tyro.conf.Positional]
-    env: Annotated[str, tyro.conf.arg(help=ENV_HELP)]
+    env: Annotated[str | None, tyro.conf.arg(help=ENV_HELP)] = None
+    # Instead of an environment: a folder that --record or `policy.record(..., decisions=True)`
+    # wrote. Its decisions are made again by the policy, and the first that differs is listed.
+    replay: Path | None = None
+    # Record every episode with its decisions here, for vqbet-view; takes a bundle.
+    record: Path | None = None
     # Episodes to run.
     episodes: int = 50
     # A second policy to compare with, on the same seeds.
@@ -48,12 +57,22 @@ class EvalConfig:
     num_envs: int = 8
     # Give every environment a process of its own.
     processes: bool = False
-    # Write a contact sheet of the first episodes to this PNG file.
+    # Write a contact sheet of the first episodes, or the window of the first decision that differs,
+    # to this PNG file.
     sheet: Path | None = None
     # Print JSON instead of text.
     json: bool = False
 
     def __post_init__(self) -> None:
+        if (self.env is None) == (self.replay is None):
+            raise UsageError("expected --env NAME or --replay FOLDER, one of both")
+        driving = ("record", "versus", "temperature", "replan_every")
+        given = [name for name in driving if getattr(self, name) is not None]
+        if self.replay is not None and given:
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} does not go with --replay, which decides as the "
+                "recording says"
+            )
         replan = () if self.replan_every is None else ("replan_every",)
         check_positive(self, "episodes", "num_envs", *replan)
         if self.temperature is not None and not self.temperature >= 0:
@@ -73,33 +92,51 @@ def evaluate(config: EvalConfig) -> Result:
     """Run the evaluation; progress goes to stderr.
 
     Raises:
-        UsageError: the environment is unknown or not installed.
+        UsageError: the environment is unknown or not installed, or what is to be recorded is no
+            bundle.
         CheckpointError, BundleError: a policy cannot be loaded.
+        DiskError: a recording cannot be written.
     """
+    assert config.env is not None  # noqa: S101 - checked by the configuration
     sources = [config.policy] + ([config.versus] if config.versus else [])
-    runs = {source: _run(config, source) for source in sources}
+    runs = {source: _run(config, config.env, source) for source in sources}
     if config.sheet is not None:
         draw_sheet(runs[config.policy], config.sheet)
     compared = compare(runs[sources[0]], runs[sources[1]]) if len(runs) == 2 else None
     return Result(config.env, {s: summarize(e) for s, e in runs.items()}, compared)
 
 
-def _run(config: EvalConfig, source: str) -> list[Episode]:
-    make = make_task(config.env)
+def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
+    make = make_task(env)
     slots = min(config.num_envs, config.episodes)
+    seeds = range(config.seed, config.seed + config.episodes)
     options = ActorOptions(config.backend, config.temperature, config.replan_every)
-    actor = load_actor(source, slots, options)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{config.env}: {source}", total=config.episodes)
+    with ExitStack() as stack:
+        actor, ended = load_actor(source, slots, options), _nothing
+        if config.record is not None and source == config.policy:
+            actor = RecordingActor(actor, config.record, env, source, seeds)
+            ended = actor.ended
+            stack.callback(actor.close)
+        bar = stack.enter_context(Progress(console=Console(stderr=True)))
+        task = bar.add_task(f"{env}: {source}", total=config.episodes)
+
+        def on_end(episode: Episode) -> None:
+            ended(episode)
+            bar.advance(task)
+
         return run_episodes(
             make,
             actor,
-            range(config.seed, config.seed + config.episodes),
+            seeds,
             slots=slots,
             processes=config.processes,
             keep_frames=8 if config.sheet else 0,
-            on_end=lambda _: bar.advance(task),
+            on_end=on_end,
         )
+
+
+def _nothing(episode: Episode) -> None:
+    """What is done with an episode that is not recorded."""
 
 
 def _text(result: Result) -> str:
@@ -130,6 +167,18 @@ def main() -> None:
 
 def _main() -> None:
     config = tyro.cli(EvalConfig, prog="vqbet-eval")
-    result = evaluate(config)
-    found: dict[str, Any] = asdict(result)
-    sys.stdout.write((json.dumps(found, indent=2) if config.json else _text(result)) + "\n")
+    result: Result | Replay
+    if config.replay is None:
+        result = evaluate(config)
+        text = _text(result)
+    else:
+        result = _replay(config, config.replay)
+        text = str(result)
+    sys.stdout.write((json.dumps(asdict(result), indent=2) if config.json else text) + "\n")
+
+
+def _replay(config: EvalConfig, folder: Path) -> Replay:
+    found = replay(folder, config.policy, config.backend)
+    if config.sheet is not None and found.frames:
+        write_picture(np.concatenate(list(found.frames), axis=1), config.sheet)
+    return found.replay

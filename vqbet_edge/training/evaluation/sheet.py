@@ -22,9 +22,14 @@ def draw_sheet(episodes: Sequence[Episode], target: Path) -> None:
             chosen = np.linspace(0, len(episode.frames) - 1, COLUMNS).round().astype(int)
             color = GREEN if episode.success else RED
             rows.append(np.concatenate([_framed(f, color) for f in episode.frames[chosen]], 1))
+    write_picture(np.concatenate(rows, 0), target)
+
+
+def write_picture(picture: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], target: Path) -> None:
+    """Write (H, W, 3) as PNG."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        matplotlib.image.imsave(target, np.concatenate(rows, 0))
+        matplotlib.image.imsave(target, picture)
 
 
 def _framed(

@@ -1,0 +1,311 @@
+"""Replay: a recording's decisions come out the same, but for what was planted."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import int8
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from vqbet_export.exporter import ExportConfig, export
+from workshop import Workshop
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.errors import DatasetError, UsageError
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.manifest import Precision
+from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.recorded import Recording
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.evaluation.cli import EvalConfig
+from vqbet_edge.training.evaluation.differences import Change
+from vqbet_edge.training.evaluation.replay import Replay, replay
+from vqbet_edge.training.evaluation.replayers import Redecided
+
+IMAGE, STATE = "observation.image", "observation.state"
+OFFSETS = "vqbet.action_head.map_to_cbet_preds_offset"
+PLANTED = 0.4  # of a normalised action, whose range is 2
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A policy and its recording, and the same policy with one code pair's offsets changed.
+
+    Attributes:
+        code: the primary code whose offsets `changed` moves by `PLANTED`.
+    """
+
+    checkpoint: Path
+    changed: Path
+    recording: Path
+    code: int
+    bundle: Callable[[Path, Precision], Path]
+
+
+@pytest.fixture(scope="module")
+def replayed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Replayed:
+    root = tmp_path_factory.mktemp("replay")
+    checkpoint, made = workshop.checkpoint(int8.CASE)[1], {}
+
+    def bundle(path: Path, precision: Precision) -> Path:
+        if (path, precision) not in made:
+            output = root / f"{path.name}-{precision}.bundle"
+            data = str(int8.PUSHT) if precision == "int8" else None
+            export(
+                ExportConfig(
+                    str(path),
+                    output,
+                    precision,
+                    verify_steps=64,
+                    calibration_data=data,
+                    calibration_steps=128,
+                )
+            )
+            made[path, precision] = output
+        return made[path, precision]
+
+    record(bundle(checkpoint, "fp32"), root / "seen")
+    episodes = Recording(root / "seen").episodes
+    codes = [int(d.codes[0]) for episode in episodes for d in episode.decisions.values()]
+    # One that is there, but not everywhere.
+    code = min(set(codes), key=codes.count)
+    return Replayed(
+        checkpoint, change(checkpoint, root / "changed", code), root / "seen", code, bundle
+    )
+
+
+def record(bundle: Path, folder: Path) -> None:
+    """What the policy decides on two episodes of PushT."""
+    policy, dataset = EdgePolicy.load(bundle), LeRobotDataset.open(int8.PUSHT)
+    with policy.record(folder, decisions=True):
+        for number in range(2):
+            episode = dataset.episode(number)
+            policy.reset(seed=number)
+            for frame, state in zip(episode[IMAGE][:60], episode[STATE][:60], strict=True):
+                policy.act({IMAGE: frame, STATE: state})
+
+
+def change(checkpoint: Path, target: Path, code: int) -> Path:
+    """A checkpoint whose primary code `code` has other offsets."""
+    shutil.copytree(checkpoint, target)
+    path = target / "model.safetensors"
+    with safe_open(path, "numpy") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    last = max(key for key in tensors if key.startswith(OFFSETS) and key.endswith("bias"))
+    # (layer, code, chunk x action)
+    shape = (2, int8.CASE.fields.get("vqvae_n_embed", 16), -1)
+    tensors[last].reshape(shape)[0, code] += PLANTED
+    save_file(tensors, path, metadata)
+    return target
+
+
+def run(replayed: Replayed, source: Path, folder: Path | None = None) -> Replay:
+    return replay(folder or replayed.recording, str(source), "onnxruntime").replay
+
+
+def decisions(folder: Path) -> list[tuple[str, Any]]:
+    episodes = Recording(folder).episodes
+    return [(f"episode {e.number}", d) for e in episodes for d in e.decisions.values()]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_policy_decides_the_same(replayed: Replayed, precision: Precision) -> None:
+    found = run(replayed, replayed.bundle(replayed.checkpoint, precision))
+    assert found.decisions == len(decisions(replayed.recording)) == 24
+    assert (found.differing, found.first, found.skipped) == (0, None, 0)
+    if precision == "fp32":
+        assert found.near_ties == 0
+        assert found.largest_action < 1e-6
+
+
+def test_its_checkpoint_decides_the_same(replayed: Replayed) -> None:
+    """PyTorch against the recorded ONNX Runtime, on all decisions."""
+    found = run(replayed, replayed.checkpoint)
+    assert (found.decisions, found.differing, found.near_ties) == (24, 0, 0)
+    assert 0 < found.largest_action < 1e-4
+    assert found.replayed.endswith("fp32 on PyTorch")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_changed_weight_is_found_and_nothing_else(
+    replayed: Replayed, precision: Precision
+) -> None:
+    bundle = replayed.bundle(replayed.changed, precision)
+    found = run(replayed, bundle)
+    expected = [
+        (name, d) for name, d in decisions(replayed.recording) if d.codes[0] == replayed.code
+    ]
+    assert 0 < len(expected) < 24
+    assert found.differing + found.near_ties >= len(expected)
+    assert found.differing == len(expected)
+    first = found.first
+    assert first is not None
+    name, decision = expected[0]
+    assert (first.episode, first.step) == (name, decision.step)
+    scale = Affine.from_arrays(Bundle.open(bundle).arrays, "action", 2).multiply
+    rounding = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.25}[precision]
+    np.testing.assert_allclose(first.change.actions, PLANTED * np.abs(scale), rtol=rounding)
+
+
+def test_the_changed_checkpoint_is_found_too(replayed: Replayed) -> None:
+    found = run(replayed, replayed.changed)
+    bundled = run(replayed, replayed.bundle(replayed.changed, "fp32"))
+    assert found.differing == bundled.differing
+    assert found.first is not None
+    assert bundled.first is not None
+    assert (found.first.episode, found.first.step) == (bundled.first.episode, bundled.first.step)
+
+
+def edited(replayed: Replayed, tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    folder = shutil.copytree(replayed.recording, tmp_path / "edited")
+    path = min(folder.iterdir())
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = {key: array.copy() for key, array in load_file(path).items()}
+    edit(arrays)
+    save_file(arrays, path, metadata)
+    return folder
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("what", ["codes", "code_probabilities", "action_chunk"])
+def test_an_edited_decision_is_found_and_nothing_else(
+    replayed: Replayed, tmp_path: Path, precision: Precision, what: str
+) -> None:
+    def edit(arrays: dict[str, Any]) -> None:
+        values = arrays[f"decision.{what}"][5]
+        if what == "codes":
+            values[0] = (values[0] + 8) % 16
+        elif what == "code_probabilities":
+            values[...] = np.roll(values, 8, axis=-1)
+        else:
+            values[...] += 100.0  # of about 500
+
+    folder = edited(replayed, tmp_path, edit)
+    found = run(replayed, replayed.bundle(replayed.checkpoint, precision), folder)
+    name, decision = decisions(folder)[5]
+    assert found.differing == 1
+    assert found.first is not None
+    assert (found.first.episode, found.first.step) == (name, decision.step)
+    assert not found.first.near_tie
+    assert found.first.change.recorded == decision.codes.tolist()
+
+
+def test_the_window_is_what_was_decided_on(replayed: Replayed, tmp_path: Path) -> None:
+    def edit(arrays: dict[str, Any]) -> None:
+        arrays["decision.action_chunk"][0] += 100.0
+
+    folder = edited(replayed, tmp_path, edit)
+    found = replay(folder, str(replayed.bundle(replayed.checkpoint, "fp32")), "onnxruntime")
+    first = found.replay.first
+    assert first is not None
+    # The first observation fills the window.
+    assert first.window == [0] * len(found.frames)
+    episode = Recording(folder).episodes[0]
+    np.testing.assert_array_equal(found.frames[-1], episode.frame(IMAGE, 0))
+    np.testing.assert_array_equal(first.states, [episode.states[0]] * len(first.window))
+
+
+def test_a_window_that_was_not_recorded_is_skipped(replayed: Replayed, tmp_path: Path) -> None:
+    """A recording that begins in the middle of an episode."""
+    bundle = replayed.bundle(replayed.checkpoint, "fp32")
+    policy, episode = EdgePolicy.load(bundle), LeRobotDataset.open(int8.PUSHT).episode(0)
+    seen = [{IMAGE: f, STATE: s} for f, s in zip(episode[IMAGE], episode[STATE], strict=True)]
+    chunk = policy.manifest.policy.action_chunk_size
+    for observation in seen[: chunk - 2]:
+        policy.act(observation)
+    with policy.record(tmp_path / "seen", decisions=True):
+        for observation in seen[chunk - 2 : 3 * chunk]:
+            policy.act(observation)
+    found = run(replayed, bundle, tmp_path / "seen")
+    assert (found.skipped, found.decisions, found.differing) == (1, 1, 0)
+
+
+def change_of(draw: float, probabilities: list[float], now: list[float]) -> Change:
+    """One chunk of one action; only the primary code is of interest."""
+
+    def code(p: list[float]) -> int:
+        return int((np.cumsum(p) <= draw).sum())
+
+    from vqbet_edge.runtime.recording_format import PolicyInfo
+    from vqbet_edge.runtime.sampling import Decision
+
+    chunk, rows = np.zeros((1, 1), np.float32), [np.stack([p, p]) for p in (probabilities, now)]
+    info = PolicyInfo("a", "0" * 64, "fp32", "cpu", 0, 1.0, 1, 1, None)
+    decision = Decision(
+        step=0,
+        codes=np.array([code(probabilities)] * 2),
+        code_probabilities=rows[0],
+        draws=np.array([draw, draw]),
+        decoded_chunk=chunk,
+        offset_chunk=chunk,
+        action_chunk=chunk,
+        clamped=chunk > 0,
+        seconds={},
+    )
+    redecided = Redecided(np.array([code(now)] * 2), rows[1], chunk)
+    return Change.between(decision, redecided, info, np.ones(1, np.float32))
+
+
+def test_a_near_tie_is_one_that_rounding_decides() -> None:
+    from vqbet_edge.training.evaluation.differences import TOLERANCES
+
+    near = change_of(0.4999, [0.5, 0.5], [0.4998, 0.5002])
+    assert (near.recorded, near.replayed) == ([0, 0], [1, 1])
+    assert near.margin == pytest.approx(1e-4)
+    assert near.is_near_tie(TOLERANCES["fp32"])
+    assert not near.is_rounding(TOLERANCES["fp32"])
+    far = change_of(0.4, [0.5, 0.5], [0.3, 0.7])
+    assert far.margin == pytest.approx(0.1)
+    assert not far.is_near_tie(TOLERANCES["fp32"])
+    same = change_of(0.4, [0.5, 0.5], [0.5001, 0.4999])
+    assert same.is_rounding(TOLERANCES["fp32"])
+    nothing = change_of(0.4, [0.5, 0.5], [float("nan"), 0.5])
+    assert not nothing.is_rounding(TOLERANCES["fp32"])
+    assert not nothing.is_near_tie(TOLERANCES["int8"])
+
+
+def test_another_policy_is_refused(replayed: Replayed, mini: Path, workshop: Workshop) -> None:
+    with pytest.raises(DatasetError, match="replay a policy of the same robot"):
+        run(replayed, mini)
+    import oracle
+
+    other = workshop.bundle(oracle.small("other", action_chunk_size=3)).bundle
+    with pytest.raises(UsageError, match="policy of the same configuration"):
+        run(replayed, other)
+
+
+def test_the_command(replayed: Replayed, tmp_path: Path) -> None:
+    module = [sys.executable, "-m", "vqbet_edge.training.evaluation"]
+    bundle, sheet = replayed.bundle(replayed.changed, "fp32"), tmp_path / "window.png"
+    flags = ["--replay", str(replayed.recording), "--backend", "onnxruntime"]
+    shown = subprocess.run([*module, str(bundle), *flags], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "first that differs:\nepisode " in shown.stdout
+    as_json = [*module, str(bundle), *flags, "--json", "--sheet", str(sheet)]
+    done = subprocess.run(as_json, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["first"]["change"]["recorded"][0] == replayed.code
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "expected --env NAME or --replay FOLDER"),
+        ({"env": "pusht", "replay": Path("a")}, "expected --env NAME or --replay FOLDER"),
+        ({"replay": Path("a"), "record": Path("b")}, "--record does not go with --replay"),
+        ({"replay": Path("a"), "replan_every": 1}, "--replan-every does not go with --replay"),
+    ],
+)
+def test_flags_that_exclude_each_other(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvalConfig("policy", **flags)

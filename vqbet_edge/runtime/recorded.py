@@ -1,0 +1,205 @@
+"""Reading recordings: what `vqbet_edge.runtime.recording_format` describes, episode by episode.
+
+Everything but frames is read at once; frames when they are asked for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from vqbet_edge.errors import DatasetError
+from vqbet_edge.runtime.recording_format import (
+    ACTION,
+    DECISION,
+    DECISION_EPISODE,
+    EPISODE,
+    FILE_PATTERN,
+    FORMAT_VERSION,
+    METADATA,
+    OUTCOME,
+    SECONDS,
+    STEP,
+    TIME,
+    Array,
+    PolicyInfo,
+    RecordingInfo,
+    unpack_decision,
+)
+from vqbet_edge.runtime.sampling import Decision
+
+_ROWS = (EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME)
+
+
+class _Versioned(msgspec.Struct):
+    format_version: int
+
+
+@dataclass(frozen=True)
+class RecordedEpisode:
+    """Rows between two resets, or as far as they were recorded without a gap.
+
+    Attributes:
+        number: in its recording; grows.
+        steps: int64 (T,), observations since the reset; the first is 0 unless something is missing.
+        times: int64 (T,), when each came, ns since 1970.
+        states: float32 (T, S), in the robot's units.
+        actions: float32 (T, A), handed out; NaN where `act` raised.
+        seconds: float64 (T,), that `act` took; NaN where it raised.
+        outcomes: uint8 (T,), see `Outcome`.
+        decisions: row -> what was decided on it.
+    """
+
+    number: int
+    steps: NDArray[np.int64]
+    times: NDArray[np.int64]
+    states: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    seconds: NDArray[np.float64]
+    outcomes: NDArray[np.uint8]
+    decisions: Mapping[int, Decision]
+    _recording: "Recording"
+    _first: int
+
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(self.steps)
+
+    def frame(self, key: str, row: int) -> NDArray[np.uint8]:
+        """One camera's frame (H, W, 3).
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        return self._recording.frame(key, self._first + row)
+
+    def observation(self, row: int) -> dict[str, Array]:
+        """What `EdgePolicy.act` was called with."""
+        info = self._recording.info
+        frames = {key: self.frame(key, row) for key in info.image_keys}
+        return {**frames, info.state_key: self.states[row]}
+
+    def history_is_whole(self, row: int, window: int) -> bool:
+        """Whether all observations of the window behind a row are here."""
+        return int(self.steps[0]) == 0 or row >= window - 1
+
+
+class Recording:
+    """A folder that `EdgePolicy.record` wrote with decisions.
+
+    Attributes:
+        folder: where it is.
+        info: what its files say about it.
+        policy: whose decisions they are.
+        episodes: in order.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a folder.
+
+        Raises:
+            DatasetError: it holds no recording, one without decisions, or a damaged one.
+        """
+        self.folder = Path(folder)
+        self._paths = sorted(self.folder.glob(FILE_PATTERN))
+        if not self._paths:
+            raise DatasetError(
+                f"'{folder}' holds no recording: expected files {FILE_PATTERN}; record one with "
+                "`with policy.record(folder, decisions=True): ...`"
+            )
+        try:
+            parts = [self._read(path) for path in self._paths]
+            self._firsts = np.cumsum([0, *(len(part[EPISODE]) for part in parts)])
+            self.episodes = list(self._episodes(parts))
+        except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise self._unreadable(error) from error
+
+    @property
+    def policy(self) -> PolicyInfo:
+        """Whose decisions they are."""
+        assert self.info.policy is not None  # noqa: S101 - checked when it was opened
+        return self.info.policy
+
+    def frame(self, key: str, row: int) -> NDArray[np.uint8]:
+        """One frame (H, W, 3) of one of all rows."""
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        try:
+            with safe_open(self._paths[number], "numpy") as file:
+                frame: NDArray[np.uint8] = file.get_slice(key)[row - int(self._firsts[number])]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            raise self._unreadable(f"'{key}' holds no frames")
+        return frame
+
+    def _read(self, path: Path) -> dict[str, Array]:
+        with safe_open(path, "numpy") as file:
+            self.info = _info(path, (file.metadata() or {}).get(METADATA))
+            keys = [k for k in file.keys() if k in _ROWS or k.startswith(DECISION)]  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in (*keys, self.info.state_key)}
+
+    def _episodes(self, parts: Sequence[Mapping[str, Array]]) -> Iterator[RecordedEpisode]:
+        state = self.info.state_key
+        rows = {key: np.concatenate([part[key] for part in parts]) for key in (*_ROWS, state)}
+        numbers, steps = rows[EPISODE], rows[STEP]
+        # A file that was lost leaves a gap that no number shows.
+        cuts = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(steps) != 1)) + 1
+        made = dict(_decisions(parts))
+        for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True):
+            part = slice(first, last)
+            at = [(int(numbers[first]), step) for step in steps[part].tolist()]
+            yield RecordedEpisode(
+                number=int(numbers[first]),
+                steps=steps[part],
+                times=rows[TIME][part],
+                states=rows[state][part],
+                actions=rows[ACTION][part],
+                seconds=rows[SECONDS][part],
+                outcomes=rows[OUTCOME][part],
+                decisions={row: made[place] for row, place in enumerate(at) if place in made},
+                _recording=self,
+                _first=first,
+            )
+
+    def _unreadable(self, reason: object) -> DatasetError:
+        return DatasetError(
+            f"the recording in '{self.folder}' cannot be read: {reason}; copy it again, or delete "
+            "the file that is damaged"
+        )
+
+
+def _decisions(
+    parts: Sequence[Mapping[str, Array]],
+) -> Iterator[tuple[tuple[int, int], Decision]]:
+    for part in parts:
+        for row, episode in enumerate(part.get(DECISION_EPISODE, np.zeros(0)).tolist()):
+            decision = unpack_decision(part, row)
+            yield (episode, decision.step), decision
+
+
+def _info(path: Path, text: str | None) -> RecordingInfo:
+    if text is None:
+        raise DatasetError(f"'{path}' {_WITHOUT}")
+    try:
+        version = msgspec.json.decode(text, type=_Versioned).format_version
+        if version != FORMAT_VERSION:
+            raise DatasetError(
+                f"'{path}' has format {version}, expected {FORMAT_VERSION}; read it with the "
+                "version of vqbet_edge that recorded it"
+            )
+        info = msgspec.json.decode(text, type=RecordingInfo)
+    except msgspec.DecodeError as error:
+        raise DatasetError(f"'{path}' is no recording of ours: {error}; record again") from error
+    if info.policy is None:
+        raise DatasetError(f"'{path}' {_WITHOUT}")
+    return info
+
+
+_WITHOUT = (
+    "holds observations without decisions; record with "
+    "`with policy.record(folder, decisions=True): ...`"
+)
