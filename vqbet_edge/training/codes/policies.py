@@ -52,6 +52,15 @@ class PolicyFacts:
     sequential: bool
 
 
+class _Said(NamedTuple):
+    """The part of a `Decision` that the report is about."""
+
+    codes: Codes
+    code_probabilities: Floats
+    decoded_chunk: Floats
+    offset_chunk: Floats
+
+
 class Steps(NamedTuple):
     """What a policy says at every step of a piece, its most probable codes taken."""
 
@@ -62,7 +71,7 @@ class Steps(NamedTuple):
     offset: Floats  # (T, W, A), normalised
 
     @classmethod
-    def of(cls, decisions: Sequence[Decision]) -> "Steps":
+    def of(cls, decisions: Sequence[Decision | _Said]) -> "Steps":
         """From one decision per step."""
         probabilities = np.stack([d.code_probabilities for d in decisions])
         return cls(
@@ -165,7 +174,7 @@ class CheckpointPolicy:
         return Steps.of(list(self._decisions(source, place)))
 
     @torch.no_grad()
-    def _decisions(self, source: Source, place: Place) -> Iterator[Decision]:
+    def _decisions(self, source: Source, place: Place) -> Iterator[_Said]:
         """Token by token: windows overlap, their frames are encoded once."""
         window = self._config.n_obs_steps
         tokens: Tensor | None = None  # (window - 1, K, D), of the frames before
@@ -191,7 +200,7 @@ class CheckpointPolicy:
         tokens = self._network.encode_images(pixels[None])[0]
         return tokens, states.to(self._device, self._dtype)
 
-    def _decide(self, features: Tensor) -> Iterator[Decision]:
+    def _decide(self, features: Tensor) -> Iterator[_Said]:
         head = self._network.head
         logits, offsets = head.code_logits(features).cpu().numpy(), head.offsets(features).cpu()
         outputs = [HeadOutputs(*pair) for pair in zip(logits, offsets.numpy(), strict=True)]
@@ -200,8 +209,7 @@ class CheckpointPolicy:
         for output, choice, chunk in zip(outputs, choices, decoded, strict=True):
             primary, secondary = choice.codes
             offset = output.offsets[0, primary] + output.offsets[1, secondary]
-            clamped = np.zeros_like(offset, bool)
-            yield Decision(choice.codes, choice.probabilities, chunk, offset, clamped, {})
+            yield _Said(choice.codes, choice.probabilities, chunk, offset)
 
     @torch.no_grad()
     def decode(self, pairs: Codes) -> Floats:
