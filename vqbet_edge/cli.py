@@ -6,10 +6,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
+from dataclasses import replace
+from types import FrameType, NoneType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
+
+Arguments = TypeVar("Arguments")
 
 # Shells report a program that a signal ended by 128 and the signal's number.
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -47,6 +53,53 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         code = _TERMINATED if isinstance(interrupt, TerminatedError) else _INTERRUPTED
     sys.exit(code)
+
+
+def parse(kind: type[Arguments], prog: str, *config: Any) -> Arguments:  # noqa: ANN401
+    """A command's arguments, as a dataclass that describes them.
+
+    Args:
+        kind: the dataclass.
+        prog: the command's name.
+        config: markers of `tyro.conf`.
+    """
+    import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
+
+    parsed: Arguments = tyro.cli(kind, prog=prog, config=config, registry=_registry())
+    return parsed
+
+
+def _registry() -> "ConstructorRegistry":
+    """Optional arguments are shown as what they take: `INT`, not `{None}|INT`."""
+    from tyro.constructors import (  # noqa: PLC0415
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+    )
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kinds = get_args(info.type)
+        if NoneType not in kinds or len(kinds) != 2:
+            return None
+        (kind,) = (each for each in kinds if each is not NoneType)
+        inner = PrimitiveTypeInfo.make(kind, info.markers)
+        spec = ConstructorRegistry.get_primitive_spec(inner)
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return None
+        return replace(
+            spec,
+            # None is one word, whatever the value takes.
+            nargs=(1, spec.nargs) if isinstance(spec.nargs, int) else spec.nargs,
+            choices=spec.choices and (*spec.choices, "None"),
+            instance_from_str=lambda s: None if s == ["None"] else spec.instance_from_str(s),
+            is_instance=lambda x: x is None or spec.is_instance(x),
+            str_from_instance=lambda x: ["None"] if x is None else spec.str_from_instance(x),
+        )
+
+    return registry
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def _main() -> None:
     import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
 
     options = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
-    _inspect(tyro.cli(Arguments, prog="vqbet-inspect", config=options))
+    _inspect(cli.parse(Arguments, "vqbet-inspect", *options))
 
 
 def _inspect(arguments: Arguments) -> None:

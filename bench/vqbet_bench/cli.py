@@ -26,7 +26,7 @@ class Arguments:
     """Measure bundles on this machine: latency, deadlines, memory, energy, and the bounds."""
 
     # Bundles, of one checkpoint if peers are to be compared.
-    bundles: tyro.conf.Positional[tuple[Path, ...]]
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE ...")]
     # Backends to run every bundle on.
     backend: tuple[BundleBackend, ...] = ("auto",)
     # When work is done ahead of the next prediction; the backend's default without.
@@ -38,7 +38,7 @@ class Arguments:
     # Interleaved rounds that the seconds are spread over.
     rounds: int = 5
     # A LeRobot data set (folder or Hub id) or what `policy.record` wrote; random ones without.
-    dataset: str | None = None
+    dataset: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
     # The checkpoint that the bundles were exported from; adds the peers.
     checkpoint: Path | None = None
     # Peers to compare with, given a checkpoint.
@@ -48,7 +48,7 @@ class Arguments:
     # Processors that every policy may use; all by default.
     threads: int | None = None
     # Whose bandwidth and arithmetic bound a GPU backend; by default the board that this is.
-    board: str | None = None
+    board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None
     # Print the result, every sample included, as JSON.
     json: Flag = False
     # Folder for result.json, report.md and latency.png.
@@ -57,7 +57,7 @@ class Arguments:
 
 def main() -> None:
     """Entry point."""
-    arguments = tyro.cli(Arguments, prog="vqbet-bench")
+    arguments = cli.parse(Arguments, "vqbet-bench")
     cli.run(lambda: _run(arguments))
 
 

@@ -53,6 +53,7 @@ class RegressionActor(TorchActor):
             optimizer.step()
         self._network = network.eval()
 
+    @torch.no_grad()
     def chunks(self, features: Tensor, slots: Sequence[int]) -> Floats:  # noqa: ARG002
         """The mean chunk, whatever the slot."""
         chunks: Floats = (

@@ -24,7 +24,7 @@ class Arguments:
     """Export a VQ-BeT checkpoint as a bundle that acts without PyTorch, verified against it."""
 
     # A model.safetensors that LeRobot or vqbet-train wrote, its directory, or a Hub id.
-    path: tyro.conf.Positional[str]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     # Compute in float32; the default.
     fp32: Flag = False
     # Compute in float16, with normalisation and softmax in float32.
@@ -33,7 +33,7 @@ class Arguments:
     int8: Flag = False
     # What to calibrate INT8 on: a LeRobot data set (folder or Hub id), or a folder that
     # `policy.record` wrote on the robot.
-    calibration_data: str | None = None
+    calibration_data: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
     # Observations to take from it.
     calibration_steps: int = 1024
     # Whom the bundle is for; by default both, whose graphs lie side by side.
@@ -41,15 +41,15 @@ class Arguments:
     # The bundle to write; by default named after the checkpoint and the precision, here.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     # A LeRobot data set (folder or Hub id) to verify on, besides random observations.
-    verify_data: str | None = None
+    verify_data: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
     # Observations of each kind to verify on.
     verify_steps: int = 512
     # Check that the graphs suit this board's TensorRT (engines/boards.toml), such as orin-nano.
-    board: str | None = None
+    board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None
     # Replace an existing bundle.
     force: Flag = False
     # Upload the bundle with a model card to this repository of the Hugging Face Hub: user/name.
-    push_to_hub: str | None = None
+    push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None
     # Make that repository private if it is created.
     private: Flag = False
     # Print the report as JSON.
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _export() -> None:
-    arguments = tyro.cli(Arguments, prog="vqbet-export")
+    arguments = cli.parse(Arguments, "vqbet-export")
     # Heavy, and not needed for --help.
     from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
     from vqbet_export.hub import check_repository, push  # noqa: PLC0415

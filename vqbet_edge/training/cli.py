@@ -2,9 +2,7 @@
 
 import sys
 
-import tyro
-
-from vqbet_edge.cli import run
+from vqbet_edge.cli import parse, run
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.trainer import train
 
@@ -16,5 +14,5 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = tyro.cli(TrainConfig, prog="vqbet-train")
+    config = parse(TrainConfig, "vqbet-train")
     sys.stdout.write(f"{train(config)}\n")

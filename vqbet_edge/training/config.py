@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.training.dataset import LeRobotDataset
@@ -86,7 +88,7 @@ class Hyperparameters:
     action_chunk_size: int = 5
 
     # A torchvision ResNet, or resnet10_small, a narrow one for small images and processors.
-    vision_backbone: str = "resnet18"
+    vision_backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet18"
     # (height, width) to shrink camera images to, before the crop; LeRobot never resizes.
     resize_shape: tuple[int, int] | None = None
     # (height, width) of the crop that the backbone sees.
@@ -94,7 +96,7 @@ class Hyperparameters:
     # Crop at random places while training; always the centre at evaluation.
     crop_is_random: bool = True
     # Name of torchvision's pretrained weights; None trains from scratch.
-    pretrained_backbone_weights: str | None = None
+    pretrained_backbone_weights: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     # GroupNorm instead of BatchNorm in the backbone.
     use_group_norm: bool = True
     # Keypoints of the spatial softmax behind the backbone.
@@ -302,9 +304,9 @@ class TrainConfig(Hyperparameters):
     """
 
     # A LeRobot data set: a folder, or an id on the Hub.
-    dataset: str
+    dataset: Annotated[str, tyro.conf.arg(metavar="DATASET")]
     # Keys of the cameras to look through, in this order; None takes all RGB ones of one size.
-    cameras: tuple[str, ...] | None = None
+    cameras: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="KEY ...")] = None
     # Start the backbone from ImageNet weights, with BatchNorm: the defaults of LeRobot 0.6.
     imagenet: bool = False
     # Folder of the run: checkpoints, metrics and curves go there.

@@ -2,7 +2,7 @@
 
 import sys
 
-from vqbet_edge.cli import run
+from vqbet_edge.cli import parse, run
 
 
 def main() -> None:
@@ -12,8 +12,7 @@ def main() -> None:
 
 def _main() -> None:
     # It may be missing, and is named then.
-    import tyro  # noqa: PLC0415
 
     from vqbet_edge.view.command import ViewConfig, view  # noqa: PLC0415
 
-    sys.stdout.write(f"{view(tyro.cli(ViewConfig, prog='vqbet-view'))}\n")
+    sys.stdout.write(f"{view(parse(ViewConfig, 'vqbet-view'))}\n")

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from vqbet_edge.cli import run
+from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import UsageError
 from vqbet_edge.training.codes.facts import to_json
 from vqbet_edge.training.codes.findings import Finding, judge
@@ -95,5 +95,5 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = tyro.cli(CodesConfig, prog="vqbet-codes")
+    config = parse(CodesConfig, "vqbet-codes")
     sys.stdout.write(f"{text(write_report(config))}\n{config.output}\n")

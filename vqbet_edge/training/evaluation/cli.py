@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from vqbet_edge.cli import run
+from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.training.config import check_positive
@@ -34,8 +34,8 @@ class EvalConfig:
     """
 
     # A checkpoint's directory or a bundle.
-    policy: Annotated[str, tyro.conf.Positional]
-    env: Annotated[str | None, tyro.conf.arg(help=ENV_HELP)] = None
+    policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
+    env: Annotated[str | None, tyro.conf.arg(help=ENV_HELP, metavar="ENV")] = None
     # Instead of an environment: a folder that --record or `policy.record(..., decisions=True)`
     # wrote. Its decisions are made again by the policy, and the first that differs is listed.
     replay: Path | None = None
@@ -44,7 +44,7 @@ class EvalConfig:
     # Episodes to run.
     episodes: int = 50
     # A second policy to compare with, on the same seeds.
-    versus: str | None = None
+    versus: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
     # Seed of the first episode; the others follow.
     seed: int = 100_000
     # Who runs a bundle.
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = tyro.cli(EvalConfig, prog="vqbet-eval")
+    config = parse(EvalConfig, "vqbet-eval")
     result: Result | Replay
     if config.replay is None:
         result = evaluate(config)
