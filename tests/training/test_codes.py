@@ -437,6 +437,9 @@ def test_a_bundle_tells_what_its_checkpoint_does(pair: Any, noise: Path) -> None
     np.testing.assert_allclose(bundle.predictions.pair_shares, checkpoint.pair_shares, atol=1e-4)
     for ours, theirs in zip(bundle.predictions.episodes, checkpoint.episodes, strict=True):
         np.testing.assert_allclose(ours.pair_entropy, theirs.pair_entropy, atol=1e-3)
+        np.testing.assert_allclose(ours.mode_entropy, theirs.mode_entropy, atol=1e-3)
+        assert ours.modes == theirs.modes
+    assert bundle.predictions.tolerance == pytest.approx(checkpoint.tolerance, rel=1e-3)
     np.testing.assert_allclose(
         bundle.predictions.errors.with_offset,
         checkpoint.errors.with_offset,

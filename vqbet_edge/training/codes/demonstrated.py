@@ -63,9 +63,6 @@ class Demonstrated:
         mean = _mean(self.chunks(i) for i in episodes)
         spread = _mean(np.abs(self.chunks(i) - mean) for i in episodes).mean(axis=0)
         spread[spread < _ROUNDING] = 0
-        self.rms_spread = float(
-            np.sqrt(_mean((self.chunks(i) - mean) ** 2 for i in episodes).mean())
-        )
         motions = [Motion.of(self.chunks(i)) for i in episodes]
         jerks = [m.jerk for m in motions if m.jerk is not None]
         reversals = [m.reversals for m in motions if m.reversals is not None]
@@ -92,18 +89,16 @@ class Demonstrated:
             if made is None:
                 return None, None
             lost = [np.abs(decoded - chunks) for decoded in (made.primary, made.both)]
-            # (T, 3, A): L1 by the primary code and by both, and the squares.
-            errors.append(np.stack([*lost, lost[1] ** 2], axis=1).mean(axis=2))
+            errors.append(np.stack(lost, axis=1).mean(axis=2))  # (T, 2, A)
             codes.append(made.codes)
         self.codes = codes
-        primary, both, squares = np.concatenate(errors).mean(axis=0)
+        primary, both = np.concatenate(errors).mean(axis=0)
         whole = float(spread.mean())
         found = Reconstruction(
             primary=primary * unit,
             both=both * unit,
             left_by_primary=float(primary.mean() / whole) if whole else 0.0,
             left_by_both=float(both.mean() / whole) if whole else 0.0,
-            rms=float(np.sqrt(squares.mean())),
         )
         return Use.of(np.concatenate(codes), self._policy.facts.codes), found
 

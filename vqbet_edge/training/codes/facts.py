@@ -50,14 +50,12 @@ class Reconstruction:
         left_by_primary, left_by_both: the same as shares of the demonstrations' spread, over all
             action dimensions in the network's units: 0 loses nothing, 1 is no better than the
             mean chunk. 0 too where there is no spread.
-        rms: root mean square error by both, in the network's units.
     """
 
     primary: Floats
     both: Floats
     left_by_primary: float
     left_by_both: float
-    rms: float
 
 
 @dataclass(frozen=True)

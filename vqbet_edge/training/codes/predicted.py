@@ -30,8 +30,9 @@ from vqbet_edge.training.codes.use import (
 )
 from vqbet_edge.training.dataset.samples import Place
 
-# Two chunks are the same mode within twice the codes' own error, or this share of the spread.
-_SAME_ERROR, _SAME_SPREAD = 2.0, 0.1
+# Two chunks are one mode within twice the offsets' size, which can turn one into the other, or
+# within this share of the decoded chunks' spread.
+_SAME_OFFSETS, _SAME_SPREAD = 2.0, 0.1
 
 
 class Predicted:
@@ -80,11 +81,11 @@ class Predicted:
 
     @property
     def _tolerance(self) -> float:
-        if self._demonstrated is None:
-            return _SAME_SPREAD * rms_spread(np.concatenate([s.decoded for s in self._steps]))
-        lost = self._demonstrated.figures.reconstruction
-        error = 0.0 if lost is None else _SAME_ERROR * lost.rms
-        return max(error, _SAME_SPREAD * self._demonstrated.rms_spread)
+        """From what a bundle tells as well, so that it and its checkpoint have the same modes."""
+        offsets = np.concatenate([steps.offset for steps in self._steps])
+        decoded = np.concatenate([steps.decoded for steps in self._steps])
+        bridged = _SAME_OFFSETS * float(np.sqrt((offsets**2).mean()))
+        return max(bridged, _SAME_SPREAD * rms_spread(decoded))
 
     def _traces(self) -> list[EpisodeTrace]:
         flat = [step for steps in self._considered for step in steps]
