@@ -1,0 +1,115 @@
+"""`vqbet-eval --record`: a recording for every episode, failures first."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from workshop import Workshop
+
+from vqbet_edge.errors import UsageError
+from vqbet_edge.training.evaluation.actors import ActorOptions, BundleActor, load_actor
+from vqbet_edge.training.evaluation.detour import IMAGE_SIZE, DetourEnv
+from vqbet_edge.training.evaluation.recordings import RecordingActor
+from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
+from vqbet_edge.view.episodes import INDEX_NAME, open_episodes
+
+IMAGE, STATE = "observation.image", "observation.state"
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Workshop) -> Path:
+    """An untrained policy with the detour's features."""
+    case = oracle.small("detour", image=(IMAGE_SIZE, IMAGE_SIZE), crop_shape=(56, 56))
+    return workshop.bundle(case).bundle
+
+
+class SomeSucceed(DetourEnv):
+    """As the detour, but scenes of odd seeds are solved, whatever the policy does."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self._odd = bool(seed is not None and seed % 2)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        observation, _, _, truncated, _ = super().step(action)
+        done = truncated or self._steps >= 7
+        return observation, float(self._odd), done, truncated, {"is_success": self._odd}
+
+
+def drive(bundle: Path, folder: Path, seeds: range = SEEDS) -> list[Episode]:
+    actor = load_actor(str(bundle), 2, ActorOptions(backend="onnxruntime"))
+    recording = RecordingActor(actor, folder, "detour", bundle.name, seeds)
+    return run_episodes(SomeSucceed, recording, seeds, slots=2, on_end=recording.ended)
+
+
+def test_every_episode_is_recorded_and_failures_come_first(bundle: Path, tmp_path: Path) -> None:
+    episodes = drive(bundle, tmp_path / "episodes")
+    names = sorted(path.name for path in (tmp_path / "episodes").iterdir())
+    assert names == [INDEX_NAME, "failed_0", "failed_2", "failed_4", "solved_1", "solved_3"]
+    index = json.loads((tmp_path / "episodes" / INDEX_NAME).read_text())
+    assert [e["folder"] for e in index["episodes"]] == names[1:]
+    shown = open_episodes(tmp_path / "episodes")
+    assert [one.recording.folder.name for one in shown] == names[1:]
+    by_seed = {episode.seed: episode for episode in episodes}
+    for one in shown:
+        assert one.outcome is not None
+        episode = by_seed[one.outcome.seed]
+        assert (one.outcome.success, one.outcome.steps) == (episode.success, episode.steps)
+        np.testing.assert_array_equal(one.episode.states, episode.states)
+        assert one.recording.policy.seed == one.outcome.seed
+        assert one.episode.steps[0] == 0
+        assert one.episode.decisions
+
+
+def test_recording_changes_no_episode(bundle: Path, tmp_path: Path) -> None:
+    recorded = drive(bundle, tmp_path / "episodes")
+    actor = load_actor(str(bundle), 2, ActorOptions(backend="onnxruntime"))
+    plain = run_episodes(SomeSucceed, actor, SEEDS, slots=2)
+    for a, b in zip(recorded, plain, strict=True):
+        np.testing.assert_array_equal(a.states, b.states)
+
+
+def test_what_was_running_at_the_end_is_kept(bundle: Path, tmp_path: Path) -> None:
+    actor = load_actor(str(bundle), 1, ActorOptions(backend="onnxruntime"))
+    recording = RecordingActor(actor, tmp_path / "episodes", "detour", "a", range(1))
+    recording.reset(0, seed=0)
+    env = DetourEnv()
+    observation, _ = env.reset(seed=0)
+    recording.act({key: value[None] for key, value in observation.items()})
+    recording.close()
+    (one,) = open_episodes(tmp_path / "episodes")
+    assert one.recording.folder.name == "running_0"
+    assert len(one.episode) == 1
+
+
+def test_what_cannot_be_recorded_is_said(bundle: Path, workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = workshop.checkpoint(oracle.TINY)[1]
+    actor = load_actor(str(checkpoint), 1, ActorOptions())
+    with pytest.raises(UsageError, match="type: vqbet-export"):
+        RecordingActor(actor, tmp_path, "detour", str(checkpoint), SEEDS)
+    (tmp_path / "something").touch()
+    bundled = load_actor(str(bundle), 1, ActorOptions())
+    assert isinstance(bundled, BundleActor)
+    with pytest.raises(UsageError, match="is not empty"):
+        RecordingActor(bundled, tmp_path, "detour", "a", SEEDS)
+
+
+def test_the_commands_together(bundle: Path, tmp_path: Path) -> None:
+    """Drive and record, then replay what was recorded: nothing differs."""
+    module = [sys.executable, "-m", "vqbet_edge.training.evaluation", str(bundle)]
+    folder = str(tmp_path / "episodes")
+    flags = ["--backend", "onnxruntime", "--json"]
+    driving = ["--env", "detour", "--episodes", "3", "--record", folder]
+    driven = subprocess.run([*module, *driving, *flags], capture_output=True, text=True)
+    assert driven.returncode == 0, driven.stderr
+    done = subprocess.run([*module, "--replay", folder, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["decisions"] > 0
+    assert (found["differing"], found["near_ties"], found["first"]) == (0, 0, None)
