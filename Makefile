@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`. Another Python, on the path or pyenv's,
+# Three commands do all the set-up: `make demo`, `make demo-training` and `make test`. Another Python, on the path or pyenv's,
 # gets an environment of its own: `make test PYTHON=python3.12` works in .venv-3.12.
 PYTHON ?= python3
 FOUND := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null \
@@ -8,9 +8,13 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(VERSION))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench torture check clean python
+.PHONY: demo demo-training test bench torture check clean python
 
 demo: $(VENV)/.package
+	PATH="$(abspath $(BIN)):$$PATH" examples/pusht/demo.sh
+
+# A task of its own, from demonstrations on: some minutes of training.
+demo-training: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" examples/detour/demo.sh
 
 # One thread per worker: workers that each spin on all cores slow each other several times.

@@ -1,6 +1,6 @@
 """A control loop around a bundle, fed with the observations of a recorded episode.
 
-python examples/control_loop.py outputs/demo/demo-fp16.bundle outputs/demo/demonstrations
+python examples/control_loop.py outputs/detour/demo-fp16.bundle outputs/detour/demonstrations
 """
 
 import sys

@@ -43,7 +43,7 @@ class Prepare:
     """Collect demonstrations and train both phases."""
 
     # Folder of the demo.
-    output: Path = Path("outputs/demo")
+    output: Path = Path("outputs/detour")
     # Optimisation steps of phase 2.
     policy_steps: int = POLICY_STEPS
 
@@ -55,7 +55,7 @@ class Drive:
     # A checkpoint's directory or a bundle.
     policy: Annotated[str, tyro.conf.Positional]
     # Folder of the demo.
-    output: Path = Path("outputs/demo")
+    output: Path = Path("outputs/detour")
     # Episodes to drive.
     episodes: int = 200
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a robot that acts from a bundle: demonstrations, training, export, closed loop.
 set -euo pipefail
-output=${1:-outputs/demo}
+output=${1:-outputs/detour}
 bundle=$output/demo-fp16.bundle
 
 policy=$(python -m examples.detour prepare --output "$output")
