@@ -303,3 +303,38 @@ def test_calibration_takes_observations_from_it(policy: EdgePolicy, tmp_path: Pa
         expected = observations[place.start : place.stop]
         np.testing.assert_array_equal(piece.states, [o[miniature.STATE] for o in expected])
         np.testing.assert_array_equal(piece.frames[:, 0], [o[miniature.IMAGE] for o in expected])
+
+
+@pytest.mark.parametrize(
+    ("key", "spoil"),
+    [
+        ("action", lambda a: a[:, :1].copy()),
+        ("step", lambda a: a.astype(np.int32)),
+        ("outcome", lambda a: a + 9),
+        ("time", lambda a: a - (1 << 62)),
+        ("decision.codes", lambda a: a + 8),
+        ("decision.codes", lambda a: a - 100),
+        ("decision.draws", lambda a: a[:1]),
+        ("decision.action_chunk", lambda a: a[:, :, :1].copy()),
+        ("decision.seconds.gpt", lambda a: a[:0]),
+        ("decision.clamped", None),
+    ],
+)
+def test_what_no_recorder_writes_is_refused(
+    policy: EdgePolicy, tmp_path: Path, key: str, spoil: Any
+) -> None:
+    """A recording may come from anybody, and is read as data."""
+    act(policy, seen(8), tmp_path / "seen")
+    (path,) = (tmp_path / "seen").iterdir()
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = dict(load_file(path))
+    if spoil is None:
+        del arrays[key]
+    else:
+        arrays[key] = spoil(arrays[key])
+    save_file(arrays, path, metadata)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        Recording(tmp_path / "seen")
