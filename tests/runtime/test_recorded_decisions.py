@@ -139,6 +139,31 @@ def test_late_actions_are_marked_and_late_decisions_kept(mini: Path, tmp_path: P
     np.testing.assert_array_equal(episode.actions[1], episode.actions[0])
 
 
+def test_a_decision_that_is_late_for_its_file_is_in_the_next(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when no observation follows."""
+    monkeypatch.setattr(recording, "_BLOCK_BYTES", 1)
+    policy = EdgePolicy.load(mini, guards=Guards(deadline_s=0.3, on_late="hold"), replan_every=1)
+    replan, wait, observations = policy._window.graphs.replan, threading.Event(), seen(2)
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        wait.wait(60)
+        return replan(*arguments, **options)
+
+    with policy.record(tmp_path / "seen", decisions=True):
+        policy.act(observations[0])
+        policy._window.graphs.replan = slow  # type: ignore[method-assign]
+        policy.act(observations[1])
+        wait.set()
+        while policy._deadline is not None and policy._deadline._late.running():
+            time.sleep(0.01)
+    assert len(list((tmp_path / "seen").iterdir())) == 3
+    (episode,) = Recording(tmp_path / "seen").episodes
+    assert episode.outcomes.tolist() == [Outcome.ACTED, Outcome.LATE]
+    assert sorted(episode.decisions) == [0, 1]
+
+
 def test_a_slow_disk_costs_observations_and_says_so(
     policy: EdgePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -260,5 +285,56 @@ def test_other_recordings_are_refused_in_words(policy: EdgePolicy, tmp_path: Pat
     with pytest.raises(DatasetError, match="no recording of ours"):
         Recording(tmp_path / "seen")
     path.write_bytes(data[:-9])
+    with pytest.raises(DatasetError, match="cannot be read"):
+        Recording(tmp_path / "seen")
+
+
+def test_calibration_takes_observations_from_it(policy: EdgePolicy, tmp_path: Path) -> None:
+    from vqbet_edge.training.dataset.samples import Sampler
+
+    observations = seen(30)
+    act(policy, observations, tmp_path / "seen")
+    sampler = Sampler.open(tmp_path / "seen", policy.manifest)
+    assert sampler.source.shapes.keys() == {miniature.IMAGE, miniature.STATE}
+    places = sampler.places(1000)
+    pieces = [sampler.read(place) for place in places]
+    assert sum(len(piece.states) for piece in pieces) > 20
+    for place, piece in zip(places, pieces, strict=True):
+        expected = observations[place.start : place.stop]
+        np.testing.assert_array_equal(piece.states, [o[miniature.STATE] for o in expected])
+        np.testing.assert_array_equal(piece.frames[:, 0], [o[miniature.IMAGE] for o in expected])
+
+
+@pytest.mark.parametrize(
+    ("key", "spoil"),
+    [
+        ("action", lambda a: a[:, :1].copy()),
+        ("step", lambda a: a.astype(np.int32)),
+        ("outcome", lambda a: a + 9),
+        ("time", lambda a: a - (1 << 62)),
+        ("decision.codes", lambda a: a + 8),
+        ("decision.codes", lambda a: a - 100),
+        ("decision.draws", lambda a: a[:1]),
+        ("decision.action_chunk", lambda a: a[:, :, :1].copy()),
+        ("decision.seconds.gpt", lambda a: a[:0]),
+        ("decision.clamped", None),
+    ],
+)
+def test_what_no_recorder_writes_is_refused(
+    policy: EdgePolicy, tmp_path: Path, key: str, spoil: Any
+) -> None:
+    """A recording may come from anybody, and is read as data."""
+    act(policy, seen(8), tmp_path / "seen")
+    (path,) = (tmp_path / "seen").iterdir()
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = dict(load_file(path))
+    if spoil is None:
+        del arrays[key]
+    else:
+        arrays[key] = spoil(arrays[key])
+    save_file(arrays, path, metadata)
     with pytest.raises(DatasetError, match="cannot be read"):
         Recording(tmp_path / "seen")

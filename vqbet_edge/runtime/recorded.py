@@ -17,21 +17,25 @@ from vqbet_edge.runtime.recording_format import (
     ACTION,
     DECISION,
     DECISION_EPISODE,
+    DECISION_STEP,
     EPISODE,
     FILE_PATTERN,
     FORMAT_VERSION,
     METADATA,
     OUTCOME,
     SECONDS,
+    STAGE_SECONDS,
     STEP,
     TIME,
     Array,
+    Outcome,
     PolicyInfo,
     RecordingInfo,
     unpack_decision,
 )
 from vqbet_edge.runtime.sampling import Decision
 
+_CHUNKS = ("decoded", "offset", "action")
 _ROWS = (EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME)
 
 
@@ -140,7 +144,11 @@ class Recording:
         with safe_open(path, "numpy") as file:
             self.info = _info(path, (file.metadata() or {}).get(METADATA))
             keys = [k for k in file.keys() if k in _ROWS or k.startswith(DECISION)]  # noqa: SIM118
-            return {key: file.get_tensor(key) for key in (*keys, self.info.state_key)}
+            arrays = {key: file.get_tensor(key) for key in (*keys, self.info.state_key)}
+        wrong = _misfit(arrays, self.info)
+        if wrong is not None:
+            raise self._unreadable(f"{path.name}: {wrong} is not as the format has it")
+        return arrays
 
     def _episodes(self, parts: Sequence[Mapping[str, Array]]) -> Iterator[RecordedEpisode]:
         state = self.info.state_key
@@ -170,6 +178,45 @@ class Recording:
             f"the recording in '{self.folder}' cannot be read: {reason}; copy it again, or delete "
             "the file that is damaged"
         )
+
+
+def _misfit(arrays: Mapping[str, Array], info: RecordingInfo) -> str | None:
+    """The first key whose type, shape or values no recorder writes; a missing one is a KeyError."""
+    rows, width = arrays[ACTION].shape
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        EPISODE: ("int64", (rows,)),
+        STEP: ("int64", (rows,)),
+        TIME: ("int64", (rows,)),
+        ACTION: ("float32", (rows, width)),
+        SECONDS: ("float64", (rows,)),
+        OUTCOME: ("uint8", (rows,)),
+        info.state_key: ("float32", (rows, *arrays[info.state_key].shape[1:2])),
+    }
+    codes = 0
+    if DECISION_EPISODE in arrays:
+        made, _, codes = arrays[f"{DECISION}code_probabilities"].shape
+        chunk = made, arrays[f"{DECISION}action_chunk"].shape[1], width
+        shapes |= {
+            DECISION_EPISODE: ("int64", (made,)),
+            DECISION_STEP: ("int64", (made,)),
+            f"{DECISION}codes": ("int64", (made, 2)),
+            f"{DECISION}code_probabilities": ("float64", (made, 2, codes)),
+            f"{DECISION}draws": ("float64", (made, 2)),
+            f"{DECISION}clamped": ("bool", chunk),
+            **{f"{DECISION}{name}_chunk": ("float32", chunk) for name in _CHUNKS},
+            **{k: ("float64", (made,)) for k in arrays if k.startswith(STAGE_SECONDS)},
+        }
+    for key, (dtype, shape) in shapes.items():
+        if arrays[key].dtype != dtype or arrays[key].shape != shape:
+            return f"'{key}'"
+    limits = None if info.policy is None else info.policy.action_limits
+    if limits is not None and {len(limit) for limit in limits} != {width}:
+        return "the number of action limits"
+    ranges = {f"{DECISION}codes": codes, OUTCOME: len(Outcome), TIME: 1 << 63}
+    for key, end in ranges.items():
+        if key in arrays and not ((arrays[key] >= 0) & (arrays[key] < end)).all():
+            return f"a value of '{key}'"
+    return None
 
 
 def _decisions(

@@ -186,11 +186,13 @@ class Recorder:
             seconds: that the caller waited.
             outcome: whose action it is.
         """
-        if not self._with_decisions:
-            return
-        if self._block is not None and self._kept:
-            self._block.amend({ACTION: action, SECONDS: seconds, OUTCOME: outcome})
-        self._take_decisions()
+        if self._with_decisions:
+            if self._block is not None and self._kept:
+                self._block.amend({ACTION: action, SECONDS: seconds, OUTCOME: outcome})
+            self._take_decisions()
+        # Now, so that it is written while the robot moves, not while the next call computes.
+        if self._block is not None and self._block.ended(time.monotonic()):
+            self._hand_over()
 
     def close(self) -> None:
         """Write what is left and stop.
@@ -213,8 +215,9 @@ class Recorder:
     def _take_decisions(self) -> None:
         while self._decided:
             decision = self._decided.popleft()
-            if self._block is not None and self._kept:
-                self._block.decisions.append((self._episode, decision))
+            block = None if self._full else self._open_block()
+            if block is not None:
+                block.decisions.append((self._episode, decision))
                 self._bytes_left -= self._decision_bytes
 
     def _block_for_row(self, now: float) -> _Block | None:
@@ -224,17 +227,23 @@ class Recorder:
         if not self._has_room():
             self._full = True
             _LOG.warning("the recording in '%s' is full; nothing more is recorded", self._folder)
+            self._hand_over()
             return None
         if self._block is not None and self._block.ended(now):
             self._hand_over()
-        if self._block is None:
-            if not self._free:
-                self._lose()
-                return None
-            self._block = self._free.pop()
-        if self._gap:
+        block = self._open_block()
+        if block is not None and self._gap:
             self._gap = False
             self._episode += 1
+        return block
+
+    def _open_block(self) -> _Block | None:
+        """The block that is being filled; None while the disk is too slow to have one free."""
+        if self._block is None:
+            if self._free:
+                self._block = self._free.pop()
+            else:
+                self._lose()
         return self._block
 
     def _has_room(self) -> bool:
@@ -252,7 +261,7 @@ class Recorder:
     def _hand_over(self) -> None:
         """Let the current block be written."""
         block, self._block = self._block, None
-        if block is not None and block.rows:
+        if block is not None and (block.rows or block.decisions):
             path = self._folder / FILE_PATTERN.replace("*", f"{self._files:06}")
             self._files += 1
             self._writer.submit(self._write, path, block)

@@ -31,7 +31,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from vqbet_edge.runtime.manifest import Manifest, Precision, Sha256, Text
+from vqbet_edge.runtime.manifest import Manifest, Positive, Precision, Sha256, Text
 from vqbet_edge.runtime.sampling import Decision
 
 FORMAT_VERSION: Literal[2] = 2
@@ -102,7 +102,7 @@ class PolicyInfo(Struct, frozen=True):
     seed: int
     temperature: float
     replan_every: int
-    n_obs_steps: int
+    n_obs_steps: Positive
     action_limits: tuple[Limit, Limit] | None
 
 
@@ -110,7 +110,7 @@ class RecordingInfo(Struct, frozen=True):
     """What a file says about its recording; `policy` comes with decisions only."""
 
     format_version: Literal[2]
-    image_keys: tuple[Text, ...]
+    image_keys: Annotated[tuple[Text, ...], Meta(min_length=1)]
     state_key: Text
     policy: PolicyInfo | None = None
 
