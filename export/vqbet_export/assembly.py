@@ -81,8 +81,10 @@ def assemble(
         stage = module(checkpoint, dtype)
         contents[manifest.stages[name].file] = export_graph(stage, signature(manifest, name))
     progress(f"exporting gpt for the CPU in {precision}")
+    # Traced for one window, it would serve no more than one.
+    several = cached_gpt_signature(manifest, batch=2)
     contents[manifest.cpu_stages["gpt"].file] = export_graph(
-        CachedGptStage(checkpoint, dtype), cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES
+        CachedGptStage(checkpoint, dtype), several, CACHED_GPT_FREE_AXES
     )
     return Bundle.of(path, manifest, contents)
 

@@ -247,13 +247,13 @@ class GptStage(_Transformer):
         return self.feature(x)
 
 
-# Axes of its inputs that are steps or tokens: a graph serves any number of them.
+# Axes of its inputs that are windows, steps or tokens: a graph serves any number of them.
 CACHED_GPT_FREE_AXES = {
-    "image_tokens": (1,),
-    "states": (1,),
+    "image_tokens": (0, 1),
+    "states": (0, 1),
     "constants": (0,),
     "mask": (0, 1),
-    "past": (3,),
+    "past": (1, 3),
 }
 
 

@@ -8,7 +8,7 @@ S state width, D token width, C codes per layer, W actions per chunk, A action w
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 from weakref import WeakSet
@@ -22,6 +22,8 @@ from vqbet_edge.runtime.backends.forks import never_free_in_forks
 Frames = NDArray[np.uint8]  # (K, H, W, 3)
 Floats = NDArray[np.float32]
 Prefetch: TypeAlias = Literal["thread", "inline", "off"]
+# A run of the transformer behind a prefill, or the prefill itself.
+Part: TypeAlias = Literal["prefill", "newest"]
 # What passes between graphs, by its name in the I/O signatures.
 Intermediate: TypeAlias = Literal["frame_tokens", "feature"]
 
@@ -70,14 +72,26 @@ class Backend(_Closable, ABC):
     name: ClassVar[str]
     #: When work is done that the next prediction will need, unless the user says otherwise.
     default_prefetch: ClassVar[Prefetch] = "inline"
+    #: Windows that one `run_together` takes; 1 where they cannot share a run, or gain nothing.
+    most_together: int = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.windows: WeakSet[Window] = WeakSet()
+        #: Runs a part for a window, by `run_together` or the window's `run_alone`: set by whoever
+        #: drives several robots, where `most_together` is more than 1. None runs it alone.
+        self.gather: Callable[[Window, Part], None] | None = None
 
     @abstractmethod
     def create_window(self) -> "Window":
         """One robot's window: buffers and history, no weights."""
+
+    def run_together(self, part: Part, windows: Sequence["Window"]) -> None:
+        """Run a part for 2 to `most_together` windows at once; it is the next that each needs.
+
+        What a window gets depends on the others by rounding only. One call per part at a time.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close the windows, then the backend."""
@@ -152,6 +166,10 @@ class Window(_Closable, ABC):
 
         They are encoded already; `states` is (N, S), normalised.
         """
+        raise NotImplementedError
+
+    def run_alone(self, part: Part) -> None:
+        """Run a part for this window; see `Backend.gather`."""
         raise NotImplementedError
 
     def read(self, tensor: Intermediate) -> Floats:
