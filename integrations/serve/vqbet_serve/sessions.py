@@ -3,13 +3,18 @@
 import hashlib
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, UsageError
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_serve.frames import Message, array
+
+#: Made around every step that is computed.
+Step: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
 class Session:
@@ -20,8 +25,8 @@ class Session:
         used: when it was last asked, in seconds of `time.monotonic()`.
     """
 
-    def __init__(self, policy: EdgePolicy, name: str | None) -> None:
-        self._policy, self.name = policy, name
+    def __init__(self, policy: EdgePolicy, name: str | None, step: Step) -> None:
+        self._policy, self.name, self._step = policy, name, step
         self.used = time.monotonic()
 
     def act(self, request: Message) -> NDArray[Any]:
@@ -34,7 +39,9 @@ class Session:
         self.used = time.monotonic()
         manifest = self._policy.manifest
         keys = (*manifest.image_keys, manifest.state_key)
-        return self._policy.act({key: array(key, request[key]) for key in keys if key in request})
+        seen = {key: array(key, request[key]) for key in keys if key in request}
+        with self._step():
+            return self._policy.act(seen)
 
     def reset(self, seed: int | None) -> None:
         """A new episode, as by `EdgePolicy.reset`."""
@@ -53,10 +60,11 @@ class Sessions:
         policy: whose siblings the robots get.
         seed: where the random sequence of a session without an id starts.
         most: robots at the same time.
+        step: see `Step`.
     """
 
-    def __init__(self, policy: EdgePolicy, seed: int, most: int) -> None:
-        self._policy, self._seed, self._most = policy, seed, most
+    def __init__(self, policy: EdgePolicy, seed: int, most: int, step: Step = nullcontext) -> None:
+        self._policy, self._seed, self._most, self._step = policy, seed, most, step
         self._names: list[str | None] = []
         self._lock = threading.Lock()
 
@@ -88,7 +96,7 @@ class Sessions:
                 raise UsageError("this session_id is in use by another connection; end that one")
             self._names.append(name)
         try:
-            return Session(self._policy.sibling(seed=self._start(name)), name)
+            return Session(self._policy.sibling(seed=self._start(name)), name, self._step)
         except BaseException:
             self._give_back(name)
             raise
