@@ -24,7 +24,7 @@ ALLOWED_OPERATORS = frozenset(
     }
 )  # fmt: skip
 # What a graph with a free batch asks for its size with, once per run.
-SIZE_OPERATORS = frozenset({"Shape", "Squeeze"})
+SIZE_OPERATORS = frozenset({"Shape"})
 
 
 def export_graph(

@@ -112,7 +112,7 @@ def test_what_a_neighbour_sees_changes_nothing(backend: CpuBackend, part: Part) 
 def test_bundles_from_before_run_each_window_alone(mini: Path) -> None:
     bundle = Bundle.open(mini)
     before = _Altered(bundle, for_one_window)
-    assert before.most_together == 1
+    assert before.shared_parts == ()
     random = np.random.default_rng(0)
     with EdgePolicy(bundle, before, seed=1) as old, EdgePolicy.load(mini, seed=1) as new:
         for _ in range(12):
@@ -120,6 +120,14 @@ def test_bundles_from_before_run_each_window_alone(mini: Path) -> None:
             assert old.act(seen).tobytes() == new.act(seen).tobytes()
 
 
-def test_a_window_of_one_observation_has_nothing_to_share(tmp_path: Path) -> None:
+def test_a_window_of_one_observation_shares_its_only_run(tmp_path: Path) -> None:
     path = miniature.write(tmp_path / "one.bundle", n_obs_steps=1)
-    assert create_backend("onnxruntime", Bundle.open(path)).most_together == 1
+    backend = create_backend("onnxruntime", Bundle.open(path))
+    assert isinstance(backend, CpuBackend)
+    windows = filled(backend, "window", 3)
+    backend.run_together("window", windows)
+    together = [outputs(window, "window") for window in windows]
+    for window, got in zip(windows, together, strict=True):
+        assert set(window.parts) == {"window"}
+        window.run_alone("window")
+        assert np.abs(got - outputs(window, "window")).max() <= 1e-6

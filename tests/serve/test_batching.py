@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import miniature
 import numpy as np
@@ -15,7 +15,7 @@ from vqbet_serve.sessions import derived_seed
 
 from vqbet_edge import BackendError, EdgePolicy, UsageError
 from vqbet_edge.runtime.backends import create_backend
-from vqbet_edge.runtime.backends.base import Backend
+from vqbet_edge.runtime.backends.base import Backend, Part
 from vqbet_edge.runtime.bundle import Bundle
 
 # Of the action's range: what float32 rounds.
@@ -144,7 +144,7 @@ def test_a_shared_run_that_fails_is_run_by_each(
 class Fake:
     """A backend with windows that only count."""
 
-    most_together = 4
+    shared_parts, most_together = get_args(Part), 4
 
     def __init__(self) -> None:
         self.windows: list[Any] = [None]

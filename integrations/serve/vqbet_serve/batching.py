@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from vqbet_edge.runtime.backends.base import Backend, Part, Window
 
@@ -38,7 +38,7 @@ class Gatherer:
     Whoever is the only robot is never handed over.
 
     Args:
-        backend: theirs; its `most_together` is more than 1.
+        backend: theirs; it has `shared_parts`.
         wait_s: how long a robot waits for others, at most. It does so only while others are there
             that may come.
         count: is told how many windows shared a run, whenever some did.
@@ -47,7 +47,7 @@ class Gatherer:
     def __init__(self, backend: Backend, wait_s: float, count: Callable[[int], None]) -> None:
         self._backend, self._wait_s, self._count = backend, wait_s, count
         self._changed = threading.Condition()
-        self._waiting: dict[Part, list[_Waiting]] = {part: [] for part in get_args(Part)}
+        self._waiting: dict[Part, list[_Waiting]] = {part: [] for part in backend.shared_parts}
         self._acting = 0
         self._closed = False
         self._warm_up()
@@ -122,7 +122,7 @@ class Gatherer:
             return group
 
     def _all_here(self, part: Part) -> bool:
-        coming = self._acting if part == "newest" else self._robots()
+        coming = self._robots() if part == "prefill" else self._acting
         return self._closed or len(self._waiting[part]) >= min(coming, self._backend.most_together)
 
     def _run(self, part: Part, group: list[_Waiting]) -> None:

@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -114,6 +114,12 @@ def _check_key(key: str) -> None:
         )
 
 
+def knows_key(key: str | None, given: Sequence[bytes]) -> bool:
+    """Whether a client's `Authorization` headers hold the key, if any; in constant time."""
+    expected = f"Api-Key {key}".encode()
+    return key is None or (len(given) == 1 and hmac.compare_digest(given[0], expected))
+
+
 class PolicyServer:
     """Serves a policy until `stop`.
 
@@ -130,7 +136,7 @@ class PolicyServer:
         self._config, self._max_size = config, metadata.largest_frame
         self.metrics = Metrics()
         self._gatherer: Gatherer | None = None
-        if backend is not None and backend.most_together > 1 and config.batch_wait_s > 0:
+        if backend is not None and backend.shared_parts and config.batch_wait_s > 0:
             self._gatherer = Gatherer(backend, config.batch_wait_s, self.metrics.run)
         self._pool = ThreadPoolExecutor(
             min(_THREADS, config.max_robots) if self._gatherer else None, "vqbet-serve"
@@ -202,14 +208,9 @@ class PolicyServer:
         return None
 
     def _knows_key(self, headers: Headers) -> bool:
-        if self._config.api_key is None:
-            return True
-        given = headers.get_all("Authorization")
-        expected = f"Api-Key {self._config.api_key}".encode()
         # Whatever bytes a client sends, websockets hands them over as surrogates.
-        return len(given) == 1 and hmac.compare_digest(
-            given[0].encode(errors="surrogateescape"), expected
-        )
+        given = [each.encode(errors="surrogateescape") for each in headers.get_all("Authorization")]
+        return knows_key(self._config.api_key, given)
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection's life; a cancelled one's sessions end with the process."""

@@ -22,8 +22,9 @@ from vqbet_edge.runtime.backends.forks import never_free_in_forks
 Frames = NDArray[np.uint8]  # (K, H, W, 3)
 Floats = NDArray[np.float32]
 Prefetch: TypeAlias = Literal["thread", "inline", "off"]
-# A run of the transformer behind a prefill, or the prefill itself.
-Part: TypeAlias = Literal["prefill", "newest"]
+# Runs of the transformer: over a whole window, over all but the newest observation ahead of time,
+# over the newest one behind that.
+Part: TypeAlias = Literal["window", "prefill", "newest"]
 # What passes between graphs, by its name in the I/O signatures.
 Intermediate: TypeAlias = Literal["frame_tokens", "feature"]
 
@@ -72,14 +73,16 @@ class Backend(_Closable, ABC):
     name: ClassVar[str]
     #: When work is done that the next prediction will need, unless the user says otherwise.
     default_prefetch: ClassVar[Prefetch] = "inline"
-    #: Windows that one `run_together` takes; 1 where they cannot share a run, or gain nothing.
+    #: What windows can share a run of; nothing where they cannot, or gain nothing.
+    shared_parts: tuple[Part, ...] = ()
+    #: Windows that one `run_together` takes.
     most_together: int = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.windows: WeakSet[Window] = WeakSet()
-        #: Runs a part for a window, by `run_together` or the window's `run_alone`: set by whoever
-        #: drives several robots, where `most_together` is more than 1. None runs it alone.
+        #: Runs one of `shared_parts` for a window, by `run_together` or the window's `run_alone`:
+        #: set by whoever drives several robots. None runs it alone.
         self.gather: Callable[[Window, Part], None] | None = None
 
     @abstractmethod
@@ -167,6 +170,18 @@ class Window(_Closable, ABC):
         They are encoded already; `states` is (N, S), normalised.
         """
         raise NotImplementedError
+
+    def load(self, tokens: Floats) -> None:
+        """Take encoded frames (N, K, D) as the whole window, of a robot that keeps them elsewhere.
+
+        Raises:
+            BackendError: this backend's windows are nowhere else.
+        """
+        del tokens
+        raise BackendError(
+            f"the backend '{self._backend.name}' keeps windows on its device; where they are "
+            "elsewhere, take --backend onnxruntime"
+        )
 
     def run_alone(self, part: Part) -> None:
         """Run a part for this window; see `Backend.gather`."""

@@ -48,8 +48,10 @@ class CpuBackend(Backend):
         self.graphs: dict[StageName, Graph] = {
             stage: self._load(stage, bundle.cpu_graph(stage)) for stage in bundle.stages_to_load
         }
-        if self.graphs["gpt"].free_batch and self.manifest.policy.n_obs_steps > 1:
+        if self.graphs["gpt"].free_batch:
             self.most_together = MOST_TOGETHER
+            several = self.manifest.policy.n_obs_steps > 1
+            self.shared_parts = ("window", "prefill", "newest") if several else ("window",)
         self._batches: dict[Part, Batches] = {}
 
     @abstractmethod
@@ -137,14 +139,12 @@ class CpuWindow(Window):
             constants = backend.gpt_constants(slice(first, first + images.shape[1]))
             return {"image_tokens": images, "states": states, **constants, "past": seen}
 
-        self._runs["gpt"] = graph.bind(over(self._window, self._states, 0, nothing), feature)
+        self.parts["window"] = Bound(over(self._window, self._states, 0, nothing), feature)
         if known:
             ahead = over(self._known_tokens, self._known_states, 0, nothing)
             newest = over(self._newest_tokens, self._newest_state, window - 1, past)
-            self.parts = {
-                "prefill": Bound(ahead, {"present": past}),
-                "newest": Bound(newest, feature),
-            }
+            self.parts["prefill"] = Bound(ahead, {"present": past})
+            self.parts["newest"] = Bound(newest, feature)
         for name, bound in self.parts.items():
             self._runs[name] = graph.bind(*bound)
 
@@ -174,7 +174,7 @@ class CpuWindow(Window):
     def predict(self, states: Floats) -> HeadOutputs:
         """GPT and heads over the window."""
         np.copyto(self._states, states)
-        self._run("gpt")
+        self._run_part("window", "gpt")
         self._run("code_heads")
         return self._outputs
 
@@ -199,6 +199,10 @@ class CpuWindow(Window):
         """What a graph wrote last."""
         latest: Floats = self._arrays[tensor][0].copy()
         return latest
+
+    def load(self, tokens: Floats) -> None:
+        """Encoded frames (N, K, D), as the whole window."""
+        self._window[0] = tokens
 
     def run_alone(self, part: Part) -> None:
         """See `Window`."""
