@@ -21,9 +21,11 @@ from typing import Any
 import ray
 import tyro
 from fastapi import FastAPI, Response, WebSocket
+from fastapi import Request as HttpRequest
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
+from starlette.datastructures import Headers
 from vqbet_serve.asgi import AsgiConnection
 from vqbet_serve.conversation import Conversation, Shared
 from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
@@ -97,7 +99,7 @@ def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
     while True:
         try:
             reply: Reply = handle.answer.remote(request).result(timeout_s=_PATIENCE_S)
-        except (RayActorError, RayServeException, TimeoutError) as error:
+        except (RayActorError, RayServeException, TimeoutError) as error:  # noqa: PERF203
             if time.monotonic() > end:
                 raise BackendError(f"no replica of the policy answers: {error}") from error
             time.sleep(_PAUSE_S)
@@ -105,19 +107,37 @@ def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
             return reply
 
 
+# Serve makes a copy of the class below where it stands: all that it uses comes before it.
+def _policies() -> list[str]:
+    """The policies that run, the newest last."""
+    found = serve.status().applications
+    running = [name for name, app in found.items() if app.status == "RUNNING"]
+    numbers = [name.removeprefix(POLICY) for name in running if name.startswith(POLICY)]
+    return [f"{POLICY}{number}" for number in sorted(map(int, filter(str.isdigit, numbers)))]
+
+
+def _misfit(now: PolicyMetadata, then: PolicyMetadata) -> str:
+    """Why robots that know one policy cannot be driven by another; empty if they can."""
+    for name in ("observation", "action_dim", "n_obs_steps"):
+        if getattr(now, name) != getattr(then, name):
+            return f"expected {name} {getattr(now, name)}, got {getattr(then, name)}"
+    return ""
+
+
 @serve.deployment
 @serve.ingress(_app)
 class Robots:
     """Connections, and every robot's window, queue, random sequence and guards."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._config, self._metrics = config, Metrics()
-        self._pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
-        self._connections = 0
-        self._version = _Version.of(_policies()[-1])
+    def __init__(self, arguments: "Arguments") -> None:
+        config = self._config = arguments.config()
+        self._metrics, self._connections = Metrics(), 0
+        pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
+        # Serve refuses to wait on the thread that it makes replicas on.
+        self._version = pool.submit(lambda: _Version.of(_policies()[-1])).result()
         self._sessions = Sessions(self._version.policy, config.seed, config.max_robots)
         greeting = self._version.metadata.to_frame()
-        self._shared = Shared(self._sessions, self._metrics, self._pool, greeting, config.idle_s)
+        self._shared = Shared(self._sessions, self._metrics, pool, greeting, config.idle_s)
         self._following = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -126,7 +146,7 @@ class Robots:
             await asyncio.sleep(_LOOK_S)
             try:
                 await asyncio.get_running_loop().run_in_executor(None, self._look)
-            except Exception:  # the controller or a replica may be starting anew
+            except Exception:  # noqa: BLE001 - Serve's controller may be starting anew
                 _LOG.exception("cannot look for a new policy; trying again")
 
     def _look(self) -> None:
@@ -146,9 +166,10 @@ class Robots:
         return Response("OK\n", media_type="text/plain")
 
     @_app.get("/metrics")
-    def metrics(self, authorization: Any = None) -> Response:  # noqa: ANN401
+    def metrics(self, request: HttpRequest) -> Response:
         """Of this replica."""
-        del authorization
+        if not self._knows_key(request.headers):
+            return Response("expected a valid Api-Key\n", 401, media_type="text/plain")
         return Response(self._metrics.text(len(self._sessions)), media_type=CONTENT_TYPE)
 
     @_app.websocket("/")
@@ -164,7 +185,7 @@ class Robots:
         self._connections += 1
         try:
             await conversation.run()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged; a peer learns nothing of our insides
             _LOG.exception("a connection failed")
             self._metrics.refusal("InternalError")
             await conversation.refuse("InternalError: the server's log tells more")
@@ -172,30 +193,17 @@ class Robots:
             self._connections -= 1
             await conversation.close_sessions()
 
+    def _knows_key(self, headers: Headers) -> bool:
+        given = [value.encode("latin-1") for value in headers.getlist("authorization")]
+        return knows_key(self._config.api_key, given)
+
     def _refusal(self, websocket: WebSocket) -> str:
         """Why a connection is refused; empty if it is not."""
-        given = [value.encode("latin-1") for value in websocket.headers.getlist("authorization")]
         if "origin" in websocket.headers:
             return "Origin"
-        if not knows_key(self._config.api_key, given):
+        if not self._knows_key(websocket.headers):
             return "Unauthorized"
         return "TooManyConnections" if self._connections >= 2 * self._config.max_robots else ""
-
-
-def _policies() -> list[str]:
-    """The policies that run, the newest last."""
-    found = serve.status().applications
-    running = [name for name, app in found.items() if app.status == "RUNNING"]
-    numbers = [name.removeprefix(POLICY) for name in running if name.startswith(POLICY)]
-    return [f"{POLICY}{number}" for number in sorted(map(int, filter(str.isdigit, numbers)))]
-
-
-def _misfit(now: PolicyMetadata, then: PolicyMetadata) -> str:
-    """Why robots that know one policy cannot be driven by another; empty if they can."""
-    for name in ("observation", "action_dim", "n_obs_steps"):
-        if getattr(now, name) != getattr(then, name):
-            return f"expected {name} {getattr(now, name)}, got {getattr(then, name)}"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,17 @@ class Arguments:
     # Who runs the graphs.
     backend: BackendName = "onnxruntime"
 
+    def config(self) -> ServeConfig:
+        """For the connections; the key is read where it is needed."""
+        return ServeConfig(
+            host=self.host,
+            port=self.port,
+            api_key=None if self.api_key_file is None else read_key(self.api_key_file),
+            seed=self.seed,
+            max_robots=self.max_robots,
+            idle_s=self.idle_s,
+        )
+
 
 def roll_out(arguments: Arguments) -> str:
     """Start the fleet with a bundle, or exchange its bundle; the name of its application.
@@ -235,14 +254,7 @@ def roll_out(arguments: Arguments) -> str:
     Raises:
         UsageError: the robots cannot be driven by it; nothing was changed.
     """
-    config = ServeConfig(
-        host=arguments.host,
-        port=arguments.port,
-        api_key=None if arguments.api_key_file is None else read_key(arguments.api_key_file),
-        seed=arguments.seed,
-        max_robots=arguments.max_robots,
-        idle_s=arguments.idle_s,
-    )
+    config = arguments.config()
     metadata = PolicyMetadata.of(Bundle.open(arguments.bundle).manifest)
     serve.start(http_options={"host": config.host, "port": config.port})
     before = _policies()
@@ -265,7 +277,7 @@ def roll_out(arguments: Arguments) -> str:
             ray_actor_options={"num_cpus": arguments.ingress_cpus},
             max_ongoing_requests=2 * config.max_robots + 8,
         )
-        serve.run(robots.bind(config), name=ROBOTS, route_prefix="/")
+        serve.run(robots.bind(arguments), name=ROBOTS, route_prefix="/")
     for old in before[:-1]:
         serve.delete(old)
     return name
