@@ -122,13 +122,13 @@ class Graphs:
     def __init__(self, bundle: Bundle, backend: BackendName) -> None:
         self._backend = create_backend(backend, bundle)
         self.most = max(1, self._backend.most_together)
-        self._step: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._gatherer: Gatherer | None = None
         windows = [self._backend.create_window() for _ in range(self.most)]
         shape = signature(bundle.manifest, "gpt").inputs[0].shape
         windows[0].load(np.zeros(shape[1:], np.float32))
         if self._backend.shared_parts:
             # All that come together are there at once; nobody else is waited for.
-            self._step = Gatherer(self._backend, 1.0, lambda _: None).step
+            self._gatherer = Gatherer(self._backend, 1.0, lambda _: None)
         self._free: SimpleQueue[Window] = SimpleQueue()
         for window in windows:
             self._free.put(window)
@@ -138,15 +138,28 @@ class Graphs:
         """The reply to each of up to `most` requests, or what it failed with."""
         return list(self._pool.map(self._run, requests))
 
+    def close(self) -> None:
+        """Free the weights."""
+        self._pool.shutdown()
+        if self._gatherer is not None:
+            self._gatherer.close()
+        self._backend.close()
+
     def _run(self, request: Request) -> Reply | VQBeTEdgeError:
         window = self._free.get()
         try:
-            with nullcontext() if request.states is None else self._step():
+            with self._step(request):
                 return self._answer(window, request)
         except VQBeTEdgeError as error:
             return error
         finally:
             self._free.put(window)
+
+    def _step(self, request: Request) -> AbstractContextManager[None]:
+        """Others wait for who predicts."""
+        if self._gatherer is None or request.states is None:
+            return nullcontext()
+        return self._gatherer.step()
 
     def _answer(self, window: Window, request: Request) -> Reply:
         if request.codes is not None:
