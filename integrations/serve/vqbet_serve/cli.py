@@ -12,7 +12,13 @@ import tyro
 from vqbet_edge import EdgePolicy, UsageError, cli
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_serve.server import PolicyServer, ServeConfig, read_key, run_until_stopped
+from vqbet_serve.server import (
+    DEFAULT_WAIT_MS,
+    PolicyServer,
+    ServeConfig,
+    read_key,
+    run_until_stopped,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ class Arguments:
     # Seconds without a request after which a connection is closed.
     idle_s: float = 30.0
     # Milliseconds that a robot waits for others, to share a run of the transformer; 0 shares none.
-    batch_wait_ms: float = 2.0
+    batch_wait_ms: float = DEFAULT_WAIT_MS
     # Start of the random sequence of robots without a session_id.
     seed: int = 0
     # Who runs the graphs.

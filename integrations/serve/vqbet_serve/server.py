@@ -37,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _SHORTEST_KEY = 16
 _LONGEST_WAIT_S = 1.0
+#: How long a robot waits for others to share a run with.
+DEFAULT_WAIT_MS = 2.0
 # Threads that wait for others take no time; more than two batches of them gain nothing.
 _THREADS = 16
 # What may take how long: opening a connection, a peer's goodbye, the last answers after SIGTERM.
@@ -70,7 +72,7 @@ class ServeConfig:
     seed: int = 0
     max_robots: int = 16
     idle_s: float = 30.0
-    batch_wait_s: float = 0.002
+    batch_wait_s: float = DEFAULT_WAIT_MS / 1e3
 
     def __post_init__(self) -> None:
         if self.host not in _LOOPBACK and self.api_key is None:
