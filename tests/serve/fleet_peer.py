@@ -1,6 +1,6 @@
 """Drives a fleet on Ray Serve, in Ray's environment: what its robots were told, as JSON.
 
-python fleet_peer.py FIRST SECOND MISFIT KEY_FILE PORT
+python fleet_peer.py FIRST SECOND MISFIT KEY_FILE PORT RESULT
 """
 
 import json
@@ -169,7 +169,7 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
 def main() -> None:
     # Ray takes this machine's own address otherwise, also where it is alone.
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    *bundles, key, port = sys.argv[1:]
+    *bundles, key, port, told = sys.argv[1:]
     import ray
 
     # Sockets have short names.
@@ -180,7 +180,7 @@ def main() -> None:
             result = drive(*map(Path, bundles), Path(key), int(port))
         finally:
             ray.shutdown()
-    sys.stdout.write(json.dumps(result))
+    Path(told).write_text(json.dumps(result))  # Ray writes to stdout
 
 
 if __name__ == "__main__":
