@@ -47,6 +47,8 @@ class Arguments:
     peer_device: Literal["cpu", "cuda"] = "cpu"
     # Processors that every policy may use; all by default.
     threads: int | None = None
+    # Instead: so many robots at the same time on one vqbet-serve, beside a process for each.
+    serve: tuple[int, ...] = ()
     # Whose bandwidth and arithmetic bound a GPU backend; by default the board that this is.
     board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None
     # Print the result, every sample included, as JSON.
@@ -67,6 +69,12 @@ def _run(arguments: Arguments) -> None:
 
     _check(arguments)
     console = Console(stderr=True)
+    if arguments.serve:
+        from vqbet_bench.serving import measure_serving  # noqa: PLC0415
+
+        with console.status("starting") as status:
+            measure_serving(arguments, lambda text: status.update(f"{text} ..."))
+        return
     with console.status("starting") as status:
         measured = benchmark(arguments, lambda text: status.update(f"{text} ..."))
     for warning in report.warnings_of(measured):

@@ -92,8 +92,9 @@ def assemble(
 
 
 def _cached_gpt(checkpoint: Checkpoint, manifest: Manifest, dtype: torch.dtype) -> bytes:
-    stage = CachedGptStage(checkpoint, dtype)
-    return export_graph(stage, cached_gpt_signature(manifest), CACHED_GPT_FREE_AXES)
+    # Traced for one window, it would serve no more than one.
+    several = cached_gpt_signature(manifest, batch=2)
+    return export_graph(CachedGptStage(checkpoint, dtype), several, CACHED_GPT_FREE_AXES)
 
 
 def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:

@@ -1,6 +1,6 @@
 """From an inference module to one self-contained, checked ONNX file."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx
@@ -23,6 +23,8 @@ ALLOWED_OPERATORS = frozenset(
         "Reshape", "Resize", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze",
     }
 )  # fmt: skip
+# What a graph with a free batch asks for its size with, once per run.
+SIZE_OPERATORS = frozenset({"Shape"})
 
 
 def export_graph(
@@ -60,7 +62,7 @@ def export_graph(
     model.ir_version = IR_VERSION
     _strip_comments(model)
     data: bytes = model.SerializeToString(deterministic=True)
-    _check(model, data)
+    _check(model, data, ALLOWED_OPERATORS | SIZE_OPERATORS if free else ALLOWED_OPERATORS)
     return data
 
 
@@ -80,13 +82,13 @@ def _strip_comments(message: Any) -> None:  # noqa: ANN401 - any protobuf messag
                 _strip_comments(child)
 
 
-def _check(model: onnx.ModelProto, data: bytes) -> None:
+def _check(model: onnx.ModelProto, data: bytes, allowed: Collection[str]) -> None:
     try:
         # Of a model, the checker would make the bytes again.
         onnx.checker.check_model(data, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(f"the exported graph is not valid ONNX: {error}") from error
-    unknown = {node.op_type for node in model.graph.node} - ALLOWED_OPERATORS
+    unknown = {node.op_type for node in model.graph.node}.difference(allowed)
     if unknown or model.functions or any(node.domain for node in model.graph.node):
         raise VerificationError(
             f"the exported graph has operators that no backend was tested with: {sorted(unknown)}; "

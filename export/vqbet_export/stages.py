@@ -158,7 +158,9 @@ class _Block(nn.Module):
         normed = self.norm_1(x)
         queries = self._newest(normed, batch) if self.last_row else normed
         x = self._newest(x, batch) if self.last_row else x
-        k, v = (self._split(part, batch) for part in self.key_value(normed).chunk(2, dim=1))
+        # Made contiguous, which costs no node, they are split without asking for T at run time.
+        both = (part.contiguous() for part in self.key_value(normed).chunk(2, dim=1))
+        k, v = (self._split(part, batch) for part in both)
         keys, values = (k, v) if past is None else _behind(past, (k, v))
         q = self._split(self.query(queries), batch)
         scores = (q @ keys.transpose(-1, -2)).float()  # (B, heads, rows, P + T)
@@ -247,13 +249,13 @@ class GptStage(_Transformer):
         return self.feature(x)
 
 
-# Axes of its inputs that are steps or tokens: a graph serves any number of them.
+# Axes of its inputs that are windows, steps or tokens: a graph serves any number of them.
 CACHED_GPT_FREE_AXES = {
-    "image_tokens": (1,),
-    "states": (1,),
+    "image_tokens": (0, 1),
+    "states": (0, 1),
     "constants": (0,),
     "mask": (0, 1),
-    "past": (3,),
+    "past": (1, 3),
 }
 
 

@@ -20,15 +20,19 @@ from vqbet_serve.server import PolicyServer, ServeConfig
 from websockets.sync.client import ClientConnection, connect
 
 from vqbet_edge import EdgePolicy
+from vqbet_edge.runtime.backends.base import Backend
 
 SECONDS = 20.0
 COMMAND = [sys.executable, "-c", "from vqbet_serve.cli import main; main()"]
 
 
 @contextmanager
-def serving(policy: Any, **config: Any) -> Iterator[PolicyServer]:
-    """A server on a thread; when the block ends it is stopped and has nothing left."""
-    server = PolicyServer(policy, ServeConfig(port=0, **config))
+def serving(policy: Any, backend: Backend | None = None, **config: Any) -> Iterator[PolicyServer]:
+    """A server on a thread; when the block ends it is stopped and has nothing left.
+
+    Robots share runs where the policy's backend is given.
+    """
+    server = PolicyServer(policy, ServeConfig(port=0, **config), backend)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -2,37 +2,81 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from vqbet_bench import serving
 from vqbet_serve import load
+
+COMMAND = [sys.executable, "-c", "from vqbet_bench.cli import main; main()"]
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
 
 
 def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
-    output = tmp_path / "load.json"
-    options = ["--robots", "1", "2", "--seconds", "0.5", "--backend", "onnxruntime"]
-    command = [sys.executable, "-m", "vqbet_serve.load", str(mini), *options, "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    options = ["--serve", "2", "1", "--seconds", "0.5", "--backend", "onnxruntime"]
+    done = bench(mini, *options, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text())["results"]
+    results = json.loads((tmp_path / "out/serve.json").read_text())["results"]
     ways = [(each["robots"], each["way"]) for each in results]
-    assert ways == [(1, "server"), (1, "processes"), (2, "server"), (2, "processes")]
+    assert ways == [
+        (1, "server"),
+        (1, "processes"),
+        (2, "server"),
+        (2, "server, each alone"),
+        (2, "processes"),
+    ]
     for each in results:
+        assert each["bundle"] == mini.name
         assert 0 < each["steps"] <= 15 * each["robots"]
         assert 0 < each["p50"] <= each["p95"] <= each["p99"] <= each["worst"]
         assert 0 <= each["late"] <= 1
         assert each["memory_mb"] > 10
     assert done.stdout.count("\n") == 2 + len(results)
+    assert done.stdout in (tmp_path / "out/serve.md").read_text()
 
 
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vqbet_serve.load", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = bench(tmp_path / "none", "--serve", "1")
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--serve", "0"], "--serve takes numbers of robots, 1 or more"),
+        (["--serve", "1", "--backend", "tensorrt_rtx"], "one of vqbet-serve's backends"),
+    ],
+)
+def test_what_cannot_be_measured(mini: Path, options: list[str], words: str) -> None:
+    done = bench(mini, *options)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_without_the_extra_it_says_what_to_type(mini: Path, tmp_path: Path) -> None:
+    (tmp_path / "websockets.py").write_text("raise ModuleNotFoundError('no', name='websockets')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*COMMAND, mini, "--serve", "1"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 6
+    assert "pip install 'vqbet-edge[bench,serve,cpu]'" in done.stderr
+
+
+def test_processes_that_would_not_fit_are_not_started(mini: Path) -> None:
+    assert serving._too_much(mini, 64, 1e9).endswith("are available: not measured.")
+    assert serving._too_much(mini, 64, 0.0) == ""
 
 
 @pytest.mark.parametrize("slowness", [0.5, 2.5])
@@ -51,6 +95,8 @@ def test_a_late_robot_goes_on_with_the_newest_observation(slowness: float) -> No
     if slowness > 1:
         assert paced.missed >= len(paced.seconds) / 2
     assert len(paced.seconds) + paced.missed >= 40
-    measured = load.Measured.of("server", [paced, paced], period, 1.0)
+    measured = load.Measured.of(
+        load.Load(Path("a.bundle"), 1 / period, 1.0, "auto"), "server", [paced, paced], 1.0
+    )
     late = sum(seconds > period for seconds in paced.seconds) + paced.missed
     assert measured.late == pytest.approx(late / (len(paced.seconds) + paced.missed))

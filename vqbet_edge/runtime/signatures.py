@@ -62,25 +62,31 @@ def signature(manifest: Manifest, stage: StageName) -> Signature:
             return Signature((pair,), (_floats("decoded", *chunk),))
 
 
-def cached_gpt_signature(manifest: Manifest) -> Signature:
+def cached_gpt_signature(manifest: Manifest, batch: int = 1) -> Signature:
     """Inputs and outputs of the CPU's gpt; every axis of steps or tokens at its longest.
 
-    constants (N, K + 2, D), mask (T, 2 T), past (2 L, 1, heads, T, D / heads) -> present, as past,
-    with T = N (K + 2), besides what `signature` gives for the stage.
+    constants (N, K + 2, D), mask (T, 2 T), past (2 L, B, heads, T, D / heads) -> present, as past,
+    with T = N (K + 2), besides what `signature` gives for the stage, with B in the leading 1's
+    place.
+
+    Args:
+        manifest: of the bundle.
+        batch: B, windows in one run.
     """
     policy, plain = manifest.policy, signature(manifest, "gpt")
     window, width, heads = policy.n_obs_steps, policy.gpt_hidden_dim, policy.gpt_n_head
     per_step = len(manifest.image_keys) + 2
     tokens = window * per_step
-    known = (2 * policy.gpt_n_layer, 1, heads, tokens, width // heads)
+    known = (2 * policy.gpt_n_layer, batch, heads, tokens, width // heads)
+    batched = [t._replace(shape=(batch, *t.shape[1:])) for t in (*plain.inputs, *plain.outputs)]
     return Signature(
         (
-            *plain.inputs,
+            *batched[:-1],
             TensorSpec("constants", "float32", (window, per_step, width)),
             TensorSpec("mask", "float32", (tokens, 2 * tokens)),
             TensorSpec("past", "float32", known),
         ),
-        (*plain.outputs, TensorSpec("present", "float32", known)),
+        (batched[-1], TensorSpec("present", "float32", known)),
     )
 
 

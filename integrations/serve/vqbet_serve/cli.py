@@ -3,14 +3,22 @@
 import asyncio
 import logging
 import ssl
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from vqbet_edge import EdgePolicy, UsageError, cli
-from vqbet_edge.runtime.backends import BackendName
-from vqbet_serve.server import PolicyServer, ServeConfig, read_key, run_until_stopped
+from vqbet_edge.runtime.backends import BackendName, create_backend
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_serve.server import (
+    DEFAULT_WAIT_MS,
+    PolicyServer,
+    ServeConfig,
+    read_key,
+    run_until_stopped,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +41,8 @@ class Arguments:
     max_robots: int = 16
     # Seconds without a request after which a connection is closed.
     idle_s: float = 30.0
+    # Milliseconds that a robot waits for others, to share a run of the transformer; 0 shares none.
+    batch_wait_ms: float = DEFAULT_WAIT_MS
     # Start of the random sequence of robots without a session_id.
     seed: int = 0
     # Who runs the graphs.
@@ -54,12 +64,15 @@ def _main() -> None:
         seed=arguments.seed,
         max_robots=arguments.max_robots,
         idle_s=arguments.idle_s,
+        batch_wait_s=arguments.batch_wait_ms / 1e3,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if config.api_key is not None and config.tls is None:
         _LOG.warning("without --tls-cert, the key and the images can be read on the way")
-    with EdgePolicy.load(arguments.bundle, arguments.backend) as policy:
-        asyncio.run(run_until_stopped(PolicyServer(policy, config)))
+    bundle = Bundle.open(arguments.bundle)
+    backend = create_backend(arguments.backend, bundle)
+    with closing(backend), EdgePolicy(bundle, backend) as policy:
+        asyncio.run(run_until_stopped(PolicyServer(policy, config, backend)))
 
 
 def _tls(arguments: Arguments) -> ssl.SSLContext | None:

@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
@@ -30,6 +29,19 @@ _BROKEN: dict[int, str] = {
     CloseCode.MESSAGE_TOO_BIG: "MessageTooBig",
 }
 _Result = TypeVar("_Result")
+
+
+class Connection(Protocol):
+    """A websocket; its methods raise websockets' `ConnectionClosed` once there is none."""
+
+    async def send(self, message: bytes | str, /) -> None:
+        """Send a message."""
+
+    def recv_streaming(self) -> AsyncIterator[bytes | str]:
+        """The fragments of a message."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close it; nothing when it is closed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Shared:
 class Conversation:
     """Answers one connection's requests, one after the other."""
 
-    def __init__(self, connection: ServerConnection, shared: Shared) -> None:
+    def __init__(self, connection: Connection, shared: Shared) -> None:
         self._connection, self._shared = connection, shared
         self._own: dict[str | None, Session] = {}
         self._waiting = self._ending = False

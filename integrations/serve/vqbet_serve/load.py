@@ -1,40 +1,36 @@
 """How many robots a server drives: latency over loopback, beside a policy in a process each.
 
-python -m vqbet_serve.load BUNDLE --robots 1 4 16 64 --rate 30 --seconds 10
-
-Prints a table in Markdown and, with `--output`, writes all numbers as JSON. A step is late when its
-action comes after the next observation is due, or is missed because an earlier one was. Memory is
-the share that each process has of all pages (PSS), of the server or of all processes together.
+`vqbet-bench --serve N` is the command. A step is late when its action comes after the next
+observation is due, or is missed because an earlier one was. Memory is the share that each process
+has of all pages (PSS), of the server or of all processes together.
 """
 
 import asyncio
-import json
 import math
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from websockets.asyncio.client import connect
 
-from vqbet_edge import EdgePolicy, VQBeTEdgeError, cli
+from vqbet_edge import EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_serve.frames import pack
+from vqbet_serve.server import DEFAULT_WAIT_MS
 
 # Steps before the measured ones: buffers are made, pages are touched.
 _WARM_STEPS = 20
@@ -42,22 +38,24 @@ _WARM_STEPS = 20
 _LOADING_S = 600.0
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Measure a server beside policies in processes of their own."""
+Way: TypeAlias = Literal["server", "server, each alone", "processes"]
 
-    # The bundle's directory.
-    bundle: tyro.conf.Positional[Path]
-    # Robots at the same time; each number is measured both ways.
-    robots: tuple[int, ...] = (1, 4, 16, 64)
-    # Observations per second and robot.
-    rate: float = 30.0
-    # How long to measure each.
-    seconds: float = 10.0
-    # Who runs the graphs.
-    backend: BackendName = "auto"
-    # File for the numbers.
-    output: Path | None = None
+
+@dataclass(frozen=True)
+class Load:
+    """What to measure with.
+
+    Attributes:
+        bundle: its directory.
+        rate: observations per second and robot.
+        seconds: how long to measure.
+        backend: who runs the graphs.
+    """
+
+    bundle: Path
+    rate: float
+    seconds: float
+    backend: BackendName
 
 
 class Paced(NamedTuple):
@@ -72,7 +70,9 @@ class Measured:
     """One way of driving robots; latencies are of all robots together, in milliseconds.
 
     Attributes:
-        way: `server`, or `processes` of their own.
+        bundle: its directory's name.
+        way: one `server`, whose robots share runs; one that runs each alone; or `processes`, a
+            policy in each.
         robots: how many.
         steps: measured ones.
         p50, p95, p99, worst: of the time from an observation's due moment to its action.
@@ -80,7 +80,8 @@ class Measured:
         memory_mb: PSS of the server, or of all processes, in 2**20 bytes.
     """
 
-    way: str
+    bundle: str
+    way: Way
     robots: int
     steps: int
     p50: float
@@ -91,14 +92,16 @@ class Measured:
     memory_mb: float
 
     @classmethod
-    def of(cls, way: str, robots: list[Paced], period: float, memory: float) -> "Measured":
+    def of(cls, load: Load, way: Way, robots: list[Paced], memory: float) -> "Measured":
         """Summarise what the robots measured."""
+        period = 1 / load.rate
         seconds = np.concatenate([np.array(robot.seconds) for robot in robots])
         p50, p95, p99 = (float(1e3 * np.quantile(seconds, q)) for q in (0.5, 0.95, 0.99))
         missed = sum(robot.missed for robot in robots)
         late = float((seconds > period).sum() + missed) / (seconds.size + missed)
         worst = float(1e3 * seconds.max())
-        return cls(way, len(robots), seconds.size, p50, p95, p99, worst, late, memory)
+        name = load.bundle.name
+        return cls(name, way, len(robots), seconds.size, p50, p95, p99, worst, late, memory)
 
 
 def observations(manifest: Manifest, seed: int) -> Iterator[dict[str, NDArray[Any]]]:
@@ -124,7 +127,8 @@ async def paced(
         following = max(step + 1, math.floor((now - start) / period))
         if step >= _WARM_STEPS:
             seconds.append(now - due)
-            missed += following - step - 1
+        # A late step of the warm-up may miss measured ones.
+        missed += max(0, following - max(step + 1, _WARM_STEPS))
         step = following
     return Paced(seconds, missed)
 
@@ -135,19 +139,35 @@ def pss_mb(pid: int) -> float:
     return int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0]) / 1024
 
 
-def served(arguments: Arguments, manifest: Manifest, robots: int) -> Measured:
+def measure(load: Load, way: Way, robots: int) -> Measured:
+    """Drive so many robots.
+
+    Raises:
+        VQBeTEdgeError: the server, or a policy, cannot start.
+    """
+    match way:
+        case "server":
+            return _served(load, way, robots, DEFAULT_WAIT_MS)
+        case "server, each alone":
+            return _served(load, way, robots, 0.0)
+        case "processes":
+            return _in_processes(load, robots)
+
+
+def _served(load: Load, way: Way, robots: int, batch_wait_ms: float) -> Measured:
     """Robots on one server, over loopback."""
-    period = 1 / arguments.rate
-    with _server(arguments, robots) as (pid, url):
-        driven = asyncio.run(_drive(url, manifest, robots, arguments.seconds, period))
-        return Measured.of("server", driven, period, pss_mb(pid))
+    manifest = Bundle.open(load.bundle).manifest
+    with _server(load, robots, batch_wait_ms) as (pid, url):
+        driven = asyncio.run(_drive(url, manifest, robots, load.seconds, 1 / load.rate))
+        return Measured.of(load, way, driven, pss_mb(pid))
 
 
 @contextmanager
-def _server(arguments: Arguments, robots: int) -> Iterator[tuple[int, str]]:
+def _server(load: Load, robots: int, batch_wait_ms: float) -> Iterator[tuple[int, str]]:
     code = "from vqbet_serve.cli import main; main()"
-    options = ["--port", "0", "--max-robots", str(robots), "--backend", arguments.backend]
-    command = [sys.executable, "-c", code, str(arguments.bundle), *options]
+    options = ["--port", "0", "--max-robots", str(robots), "--backend", load.backend]
+    options += ["--batch-wait-ms", str(batch_wait_ms)]
+    command = [sys.executable, "-c", code, str(load.bundle), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
         assert process.stderr is not None  # noqa: S101 - for the type checker
         text = ""
@@ -195,14 +215,14 @@ async def _drive(
     return await asyncio.gather(*tasks)
 
 
-def in_processes(arguments: Arguments, robots: int) -> Measured:
+def _in_processes(load: Load, robots: int) -> Measured:
     """Robots with a policy each, in processes of their own."""
     context = multiprocessing.get_context("spawn")
     loaded, done, ends = context.Barrier(robots), context.Barrier(robots + 1), []
     workers = []
     for number in range(robots):
         mine, theirs = context.Pipe(duplex=False)
-        target = (arguments, number, robots, loaded, done, theirs)
+        target = (load, number, robots, loaded, done, theirs)
         workers.append(context.Process(target=_own_process, args=target))
         workers[-1].start()
         theirs.close()
@@ -215,14 +235,14 @@ def in_processes(arguments: Arguments, robots: int) -> Measured:
         for worker in workers:
             worker.join(5)
             worker.kill()
-    return Measured.of("processes", driven, 1 / arguments.rate, memory)
+    return Measured.of(load, "processes", driven, memory)
 
 
 def _own_process(
-    arguments: Arguments, number: int, robots: int, loaded: Barrier, done: Barrier, end: Connection
+    load: Load, number: int, robots: int, loaded: Barrier, done: Barrier, end: Connection
 ) -> None:
-    period = 1 / arguments.rate
-    with EdgePolicy.load(arguments.bundle, arguments.backend) as policy:
+    period = 1 / load.rate
+    with EdgePolicy.load(load.bundle, load.backend) as policy:
         seen = observations(policy.manifest, number)
 
         async def act(step: int) -> None:
@@ -232,7 +252,7 @@ def _own_process(
         asyncio.run(act(0))
         loaded.wait(_LOADING_S)
         start = time.monotonic() + period * number / robots
-        steps = round(arguments.seconds / period)
+        steps = round(load.seconds / period)
         end.send_bytes(msgspec.msgpack.encode(asyncio.run(paced(act, steps, start, period))))
         # The others' memory is looked at while all are there.
         done.wait(_LOADING_S)
@@ -240,28 +260,11 @@ def _own_process(
 
 def table(results: list[Measured]) -> str:
     """The results in Markdown."""
-    rows = ["| robots | | p50 ms | p95 ms | p99 ms | worst ms | late | memory MiB |"]
-    rows.append("|---:|---|---:|---:|---:|---:|---:|---:|")
+    rows = ["| bundle | robots | | p50 ms | p95 ms | p99 ms | worst ms | late | memory MiB |"]
+    rows.append("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     rows += [
-        f"| {r.robots} | {r.way} | {r.p50:.1f} | {r.p95:.1f} | {r.p99:.1f} | {r.worst:.1f} "
-        f"| {r.late:.1%} | {r.memory_mb:.0f} |"
+        f"| {r.bundle} | {r.robots} | {r.way} | {r.p50:.1f} | {r.p95:.1f} | {r.p99:.1f} "
+        f"| {r.worst:.1f} | {r.late:.1%} | {r.memory_mb:.0f} |"
         for r in results
     ]
     return "\n".join(rows) + "\n"
-
-
-def _main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m vqbet_serve.load")
-    manifest = Bundle.open(arguments.bundle).manifest
-    results = []
-    for robots in arguments.robots:
-        results += [served(arguments, manifest, robots), in_processes(arguments, robots)]
-    sys.stdout.write(table(results))
-    if arguments.output is not None:
-        numbers = {"processors": os.cpu_count(), "rate": arguments.rate}
-        measured = [asdict(result) for result in results]
-        arguments.output.write_text(json.dumps({**numbers, "results": measured}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    cli.run(_main)

@@ -15,6 +15,7 @@ class Metrics:
         self._counts = [0] * (len(_BUCKETS) + 1)
         self._seconds = 0.0
         self._refused: dict[str, int] = {}
+        self._runs = self._windows = 0
 
     def step(self, seconds: float) -> None:
         """An answered request and how long the policy took."""
@@ -27,10 +28,17 @@ class Metrics:
         with self._lock:
             self._refused[reason] = self._refused.get(reason, 0) + 1
 
+    def run(self, windows: int) -> None:
+        """A run of the transformer for so many robots."""
+        with self._lock:
+            self._runs += 1
+            self._windows += windows
+
     def text(self, robots: int) -> str:
         """Everything, for a scraper."""
         with self._lock:
             counts, seconds, refused = list(self._counts), self._seconds, dict(self._refused)
+            runs, windows = self._runs, self._windows
         lines = [
             "# HELP vqbet_robots Sessions that are open.",
             "# TYPE vqbet_robots gauge",
@@ -44,6 +52,12 @@ class Metrics:
             lines.append(f'vqbet_step_seconds_bucket{{le="{bound}"}} {total}')
         lines += [f"vqbet_step_seconds_sum {seconds:.6f}", f"vqbet_step_seconds_count {total}"]
         lines += [
+            "# HELP vqbet_shared_runs_total Runs of the transformer for several robots.",
+            "# TYPE vqbet_shared_runs_total counter",
+            f"vqbet_shared_runs_total {runs}",
+            "# HELP vqbet_shared_windows_total Robots' windows in those runs.",
+            "# TYPE vqbet_shared_windows_total counter",
+            f"vqbet_shared_windows_total {windows}",
             "# HELP vqbet_refusals_total Refused connections and requests.",
             "# TYPE vqbet_refusals_total counter",
             *(f'vqbet_refusals_total{{reason="{r}"}} {n}' for r, n in sorted(refused.items())),

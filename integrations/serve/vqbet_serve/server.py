@@ -15,8 +15,9 @@ import logging
 import math
 import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from vqbet_edge import EdgePolicy, UsageError
+from vqbet_edge.runtime.backends.base import Backend
+from vqbet_serve.batching import Gatherer
 from vqbet_serve.conversation import Conversation, Shared
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.metrics import CONTENT_TYPE, Metrics
@@ -33,6 +36,11 @@ from vqbet_serve.sessions import Sessions
 _LOG = logging.getLogger(__name__)
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _SHORTEST_KEY = 16
+_LONGEST_WAIT_S = 1.0
+#: How long a robot waits for others to share a run with.
+DEFAULT_WAIT_MS = 2.0
+# Threads that wait for others take no time; more than two batches of them gain nothing.
+_THREADS = 16
 # What may take how long: opening a connection, a peer's goodbye, the last answers after SIGTERM.
 _OPEN_S, _CLOSE_S, _DRAIN_S = 10.0, 2.0, 10.0
 # Websockets' own log has a traceback for everybody who opens a connection and says nothing.
@@ -51,6 +59,7 @@ class ServeConfig:
         seed: start of the random sequence of sessions without an id.
         max_robots: sessions at the same time; there may be twice as many connections.
         idle_s: seconds without a request after which a connection is closed.
+        batch_wait_s: how long a robot waits for others to share a run with; 0 runs each alone.
 
     Raises:
         UsageError: a value is out of range, or an open address has no key.
@@ -63,6 +72,7 @@ class ServeConfig:
     seed: int = 0
     max_robots: int = 16
     idle_s: float = 30.0
+    batch_wait_s: float = DEFAULT_WAIT_MS / 1e3
 
     def __post_init__(self) -> None:
         if self.host not in _LOOPBACK and self.api_key is None:
@@ -76,6 +86,11 @@ class ServeConfig:
             raise UsageError(
                 "expected --max-robots of 1 or more, --idle-s above 0 and --seed of 0 or more, "
                 f"got {self.max_robots}, {self.idle_s} and {self.seed}"
+            )
+        if not 0 <= self.batch_wait_s <= _LONGEST_WAIT_S:
+            raise UsageError(
+                f"expected --batch-wait-ms in 0..{1e3 * _LONGEST_WAIT_S:g}, got "
+                f"{1e3 * self.batch_wait_s:g}"
             )
         if not 0 <= self.port < 1 << 16:
             raise UsageError(f"expected --port in 0..65535, got {self.port}")
@@ -101,20 +116,35 @@ def _check_key(key: str) -> None:
         )
 
 
+def knows_key(key: str | None, given: Sequence[bytes]) -> bool:
+    """Whether a client's `Authorization` headers hold the key, if any; in constant time."""
+    expected = f"Api-Key {key}".encode()
+    return key is None or (len(given) == 1 and hmac.compare_digest(given[0], expected))
+
+
 class PolicyServer:
     """Serves a policy until `stop`.
 
     Args:
         policy: a loaded policy; robots get its siblings.
         config: how to serve.
+        backend: the policy's, if robots may share its runs.
     """
 
-    def __init__(self, policy: EdgePolicy, config: ServeConfig) -> None:
+    def __init__(
+        self, policy: EdgePolicy, config: ServeConfig, backend: Backend | None = None
+    ) -> None:
         metadata = PolicyMetadata.of(policy.manifest)
         self._config, self._max_size = config, metadata.largest_frame
-        self._pool = ThreadPoolExecutor(thread_name_prefix="vqbet-serve")
         self.metrics = Metrics()
-        self.sessions = Sessions(policy, config.seed, config.max_robots)
+        self._gatherer: Gatherer | None = None
+        if backend is not None and backend.shared_parts and config.batch_wait_s > 0:
+            self._gatherer = Gatherer(backend, config.batch_wait_s, self.metrics.run)
+        self._pool = ThreadPoolExecutor(
+            min(_THREADS, config.max_robots) if self._gatherer else None, "vqbet-serve"
+        )
+        step = nullcontext if self._gatherer is None else self._gatherer.step
+        self.sessions = Sessions(policy, config.seed, config.max_robots, step)
         self._shared = Shared(
             self.sessions, self.metrics, self._pool, metadata.to_frame(), config.idle_s
         )
@@ -158,6 +188,8 @@ class PolicyServer:
         except asyncio.TimeoutError:  # not TimeoutError before Python 3.11
             _LOG.warning("some requests took longer than %s s and stay unanswered", _DRAIN_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._gatherer is not None:
+            await asyncio.to_thread(self._gatherer.close)
 
     def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         """Plain HTTP paths and keys; None lets the websocket open."""
@@ -178,14 +210,9 @@ class PolicyServer:
         return None
 
     def _knows_key(self, headers: Headers) -> bool:
-        if self._config.api_key is None:
-            return True
-        given = headers.get_all("Authorization")
-        expected = f"Api-Key {self._config.api_key}".encode()
         # Whatever bytes a client sends, websockets hands them over as surrogates.
-        return len(given) == 1 and hmac.compare_digest(
-            given[0].encode(errors="surrogateescape"), expected
-        )
+        given = [each.encode(errors="surrogateescape") for each in headers.get_all("Authorization")]
+        return knows_key(self._config.api_key, given)
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection's life; a cancelled one's sessions end with the process."""

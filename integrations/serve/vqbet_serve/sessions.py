@@ -3,13 +3,18 @@
 import hashlib
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, UsageError
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_serve.frames import Message, array
+
+#: Made around every step that is computed.
+Step: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
 class Session:
@@ -20,9 +25,15 @@ class Session:
         used: when it was last asked, in seconds of `time.monotonic()`.
     """
 
-    def __init__(self, policy: EdgePolicy, name: str | None) -> None:
-        self._policy, self.name = policy, name
+    def __init__(self, sessions: "Sessions", name: str | None) -> None:
+        self._sessions, self.name = sessions, name
         self.used = time.monotonic()
+        self._begin(None)
+
+    def _begin(self, seed: int | None) -> None:
+        self._made_of = self._sessions.policy
+        start = self._sessions.start(self.name) if seed is None else seed
+        self._policy = self._made_of.sibling(seed=start)
 
     def act(self, request: Message) -> NDArray[Any]:
         """The action (A,) for a request's observation.
@@ -34,12 +45,19 @@ class Session:
         self.used = time.monotonic()
         manifest = self._policy.manifest
         keys = (*manifest.image_keys, manifest.state_key)
-        return self._policy.act({key: array(key, request[key]) for key in keys if key in request})
+        seen = {key: array(key, request[key]) for key in keys if key in request}
+        with self._sessions.step():
+            return self._policy.act(seen)
 
     def reset(self, seed: int | None) -> None:
-        """A new episode, as by `EdgePolicy.reset`."""
+        """A new episode, as by `EdgePolicy.reset`; with the newest policy, from the start."""
         self.used = time.monotonic()
-        self._policy.reset(seed=seed)
+        if self._made_of is self._sessions.policy:
+            self._policy.reset(seed=seed)
+            return
+        before = self._policy
+        self._begin(seed)
+        before.close()
 
     def close(self) -> None:
         """Free the robot's memory."""
@@ -49,21 +67,28 @@ class Session:
 class Sessions:
     """All robots of a server. Its methods may be called from any thread.
 
+    Attributes:
+        policy: whose siblings the robots get. It may be exchanged for one with the same
+            observations and actions; robots then take the new one at their next `reset`.
+        step: see `Step`.
+
     Args:
-        policy: whose siblings the robots get.
+        policy: the first.
         seed: where the random sequence of a session without an id starts.
         most: robots at the same time.
+        step: see `Step`.
     """
 
-    def __init__(self, policy: EdgePolicy, seed: int, most: int) -> None:
-        self._policy, self._seed, self._most = policy, seed, most
+    def __init__(self, policy: EdgePolicy, seed: int, most: int, step: Step = nullcontext) -> None:
+        self.policy, self.step = policy, step
+        self._seed, self._most = seed, most
         self._names: list[str | None] = []
         self._lock = threading.Lock()
 
     @property
     def manifest(self) -> Manifest:
         """Of the bundle that is served."""
-        return self._policy.manifest
+        return self.policy.manifest
 
     def __len__(self) -> int:
         return len(self._names)
@@ -88,7 +113,7 @@ class Sessions:
                 raise UsageError("this session_id is in use by another connection; end that one")
             self._names.append(name)
         try:
-            return Session(self._policy.sibling(seed=self._start(name)), name)
+            return Session(self, name)
         except BaseException:
             self._give_back(name)
             raise
@@ -107,7 +132,7 @@ class Sessions:
         with self._lock:
             self._names.remove(name)
 
-    def _start(self, name: str | None) -> int:
+    def start(self, name: str | None) -> int:
         """Where a session's random sequence starts: with an id, at a number derived from it."""
         return self._seed if name is None else derived_seed(self._seed, name)
 

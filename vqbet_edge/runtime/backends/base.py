@@ -8,7 +8,7 @@ S state width, D token width, C codes per layer, W actions per chunk, A action w
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 from weakref import WeakSet
@@ -22,6 +22,9 @@ from vqbet_edge.runtime.backends.forks import never_free_in_forks
 Frames = NDArray[np.uint8]  # (K, H, W, 3)
 Floats = NDArray[np.float32]
 Prefetch: TypeAlias = Literal["thread", "inline", "off"]
+# Runs of the transformer: over a whole window, over all but the newest observation ahead of time,
+# over the newest one behind that.
+Part: TypeAlias = Literal["window", "prefill", "newest"]
 # What passes between graphs, by its name in the I/O signatures.
 Intermediate: TypeAlias = Literal["frame_tokens", "feature"]
 
@@ -70,14 +73,28 @@ class Backend(_Closable, ABC):
     name: ClassVar[str]
     #: When work is done that the next prediction will need, unless the user says otherwise.
     default_prefetch: ClassVar[Prefetch] = "inline"
+    #: What windows can share a run of; nothing where they cannot, or gain nothing.
+    shared_parts: tuple[Part, ...] = ()
+    #: Windows that one `run_together` takes.
+    most_together: int = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.windows: WeakSet[Window] = WeakSet()
+        #: Runs one of `shared_parts` for a window, by `run_together` or the window's `run_alone`:
+        #: set by whoever drives several robots. None runs it alone.
+        self.gather: Callable[[Window, Part], None] | None = None
 
     @abstractmethod
     def create_window(self) -> "Window":
         """One robot's window: buffers and history, no weights."""
+
+    def run_together(self, part: Part, windows: Sequence["Window"]) -> None:
+        """Run a part for 2 to `most_together` windows at once; it is the next that each needs.
+
+        What a window gets depends on the others by rounding only. One call per part at a time.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close the windows, then the backend."""
@@ -152,6 +169,22 @@ class Window(_Closable, ABC):
 
         They are encoded already; `states` is (N, S), normalised.
         """
+        raise NotImplementedError
+
+    def load(self, tokens: Floats) -> None:
+        """Take encoded frames (N, K, D) as the whole window, of a robot that keeps them elsewhere.
+
+        Raises:
+            BackendError: this backend's windows are nowhere else.
+        """
+        del tokens
+        raise BackendError(
+            f"the backend '{self._backend.name}' keeps windows on its device; where they are "
+            "elsewhere, take --backend onnxruntime"
+        )
+
+    def run_alone(self, part: Part) -> None:
+        """Run a part for this window; see `Backend.gather`."""
         raise NotImplementedError
 
     def read(self, tensor: Intermediate) -> Floats:

@@ -6,8 +6,7 @@ computed before that observation comes; `prefill` does so.
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +17,21 @@ from vqbet_edge.runtime.backends.base import (
     Frames,
     HeadOutputs,
     Intermediate,
+    Part,
     Window,
+)
+from vqbet_edge.runtime.backends.cpu_batches import (
+    MOST_TOGETHER,
+    Arrays,
+    Batches,
+    Bound,
+    Graph,
+    Run,
 )
 from vqbet_edge.runtime.backends.huge_pages import on_huge_pages
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
 from vqbet_edge.runtime.manifest import Manifest, StageName
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
-
-Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-Run: TypeAlias = Callable[[], object]
-
-
-class Graph(Protocol):
-    """A loaded graph, which any number of windows may be tied to and run at the same time."""
-
-    def bind(self, inputs: Arrays, outputs: Arrays) -> Run:
-        """Tie it to fixed arrays; every call of the result runs it from and to them.
-
-        An output that is not named is not wanted.
-        """
 
 
 class CpuBackend(Backend):
@@ -55,6 +50,11 @@ class CpuBackend(Backend):
             self.graphs: dict[StageName, Graph] = {
                 stage: self._load(stage, bundle.cpu_graph(stage)) for stage in bundle.stages_to_load
             }
+        if self.graphs["gpt"].free_batch:
+            self.most_together = MOST_TOGETHER
+            several = self.manifest.policy.n_obs_steps > 1
+            self.shared_parts = ("window", "prefill", "newest") if several else ("window",)
+        self._batches: dict[Part, Batches] = {}
 
     @abstractmethod
     def _load(self, stage: StageName, data: bytes) -> Graph:
@@ -68,7 +68,24 @@ class CpuBackend(Backend):
         """Arrays of a window, and the graphs tied to them."""
         return CpuWindow(self)
 
+    def run_together(self, part: Part, windows: Sequence[Window]) -> None:
+        """See `Backend`; the first call of a part makes its arrays."""
+        parts = [window.parts[part] for window in windows if isinstance(window, CpuWindow)]
+        if part not in self._batches:
+            self._batches[part] = Batches(self.graphs["gpt"], parts[0])
+        self._batches[part].run(parts)
+
+    def gpt_constants(self, steps: slice) -> Arrays:
+        """What the GPT takes besides observations to run over some steps of a window."""
+        per_step = self.token_constants.shape[1]
+        rows = slice(steps.start * per_step, steps.stop * per_step)
+        return {
+            "constants": self.token_constants[steps].copy(),
+            "mask": self.causal_mask[rows, : rows.stop].copy(),
+        }
+
     def _free(self) -> None:
+        self._batches.clear()
         self.graphs.clear()
 
 
@@ -81,6 +98,8 @@ class CpuWindow(Window):
         super().__init__(backend)
         self._create_arrays(backend)
         self._runs: dict[str, Run] = {}
+        #: What the GPT reads and writes in the runs that windows can share.
+        self.parts: dict[Part, Bound] = {}
         for stage, graph in backend.graphs.items():
             if stage == "gpt":
                 self._bind_gpt(graph, backend)
@@ -118,23 +137,18 @@ class CpuWindow(Window):
         past = np.zeros((blocks, batch, heads, known, part), np.float32)
         feature = {"feature": self._arrays["feature"]}
 
-        def inputs(images: Floats, states: Floats, first: int, seen: Floats) -> Arrays:
-            steps = slice(first, first + images.shape[1])
-            rows = slice(first * per_step, steps.stop * per_step)
-            return {
-                "image_tokens": images,
-                "states": states,
-                "constants": backend.token_constants[steps].copy(),
-                "mask": backend.causal_mask[rows, : rows.stop].copy(),
-                "past": seen,
-            }
+        def over(images: Floats, states: Floats, first: int, seen: Floats) -> Arrays:
+            constants = backend.gpt_constants(slice(first, first + images.shape[1]))
+            return {"image_tokens": images, "states": states, **constants, "past": seen}
 
-        self._runs["gpt"] = graph.bind(inputs(self._window, self._states, 0, nothing), feature)
+        self.parts["window"] = Bound(over(self._window, self._states, 0, nothing), feature)
         if known:
-            ahead = inputs(self._known_tokens, self._known_states, 0, nothing)
-            self._runs["prefill"] = graph.bind(ahead, {"present": past})
-            last = inputs(self._newest_tokens, self._newest_state, window - 1, past)
-            self._runs["gpt_last"] = graph.bind(last, feature)
+            ahead = over(self._known_tokens, self._known_states, 0, nothing)
+            newest = over(self._newest_tokens, self._newest_state, window - 1, past)
+            self.parts["prefill"] = Bound(ahead, {"present": past})
+            self.parts["newest"] = Bound(newest, feature)
+        for name, bound in self.parts.items():
+            self._runs[name] = graph.bind(*bound)
 
     def _free(self) -> None:
         self._runs.clear()
@@ -157,12 +171,12 @@ class CpuWindow(Window):
         """Keys and values of the tokens that the next prediction will find in its past."""
         np.copyto(self._known_tokens, self._window[:, 1:])
         np.copyto(self._known_states, states[1:])
-        self._run("prefill")
+        self._run_part("prefill", "prefill")
 
     def predict(self, states: Floats) -> HeadOutputs:
         """GPT and heads over the window."""
         np.copyto(self._states, states)
-        self._run("gpt")
+        self._run_part("window", "gpt")
         self._run("code_heads")
         return self._outputs
 
@@ -172,7 +186,7 @@ class CpuWindow(Window):
         if not prefilled:
             return self.predict(states)
         np.copyto(self._newest_state, states[-1:])
-        self._run("gpt_last", "gpt")
+        self._run_part("newest", "gpt")
         self._run("code_heads")
         return self._outputs
 
@@ -188,7 +202,23 @@ class CpuWindow(Window):
         latest: Floats = self._arrays[tensor][0].copy()
         return latest
 
-    def _run(self, name: str, report_as: str | None = None) -> None:
+    def load(self, tokens: Floats) -> None:
+        """Encoded frames (N, K, D), as the whole window."""
+        self._window[0] = tokens
+
+    def run_alone(self, part: Part) -> None:
+        """See `Window`."""
+        self._runs[part]()
+
+    def _run(self, stage: StageName) -> None:
         start = time.perf_counter()
-        self._runs[name]()
-        self.seconds[report_as or name] = time.perf_counter() - start
+        self._runs[stage]()
+        self.seconds[stage] = time.perf_counter() - start
+
+    def _run_part(self, part: Part, report_as: str) -> None:
+        start, gather = time.perf_counter(), self._backend.gather
+        if gather is None:
+            self.run_alone(part)
+        else:
+            gather(self, part)
+        self.seconds[report_as] = time.perf_counter() - start

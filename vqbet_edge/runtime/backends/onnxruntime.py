@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.cpu import Arrays, CpuBackend, CpuWindow, Run
+from vqbet_edge.runtime.backends.cpu import CpuBackend, CpuWindow
+from vqbet_edge.runtime.backends.cpu_batches import Arrays, Run
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
 
@@ -92,6 +93,11 @@ class _Session:
                 else ""
             )
             raise BackendError(f"ONNX Runtime refuses {self._stage}.onnx: {error}{fix}") from error
+
+    @property
+    def free_batch(self) -> bool:
+        """Whether it takes several windows at once: free axes have names, fixed ones numbers."""
+        return isinstance(self._session.get_inputs()[0].shape[0], str)
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Run:
         """Tie the session to fixed arrays, which the result keeps alive."""

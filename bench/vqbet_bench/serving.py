@@ -1,0 +1,97 @@
+"""`vqbet-bench --serve`: robots on one server, beside policies in processes of their own."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import psutil
+
+from vqbet_edge.errors import BackendError, UsageError
+from vqbet_edge.runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    from vqbet_serve.load import Measured, Way
+
+    from vqbet_bench.cli import Arguments
+
+# Of the memory that is there, what the processes of one measurement may take.
+_SHARE = 0.8
+
+
+def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> None:
+    """Measure, print and write what `--serve` asks for.
+
+    Raises:
+        BackendError: the extra is missing.
+        UsageError: an argument does not go with it.
+        VQBeTEdgeError: a server, or a policy, cannot start.
+    """
+    _check(arguments)
+    try:
+        from vqbet_serve.load import table  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"--serve needs '{error.name}', which is not installed; install it with: "
+            "pip install 'vqbet-edge[bench,serve,cpu]'"
+        ) from error
+    notes: list[str] = []
+    results = list(_results(arguments, progress, notes))
+    text = "\n\n".join([table(results).rstrip(), *notes]) + "\n"
+    numbers = {"processors": os.cpu_count(), "rate": arguments.rate, "notes": notes}
+    data = json.dumps({**numbers, "results": [asdict(each) for each in results]}, indent=1) + "\n"
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "serve.json").write_text(data)
+        (arguments.output / "serve.md").write_text(f"# vqbet-bench --serve\n\n{text}")
+    sys.stdout.write(data if arguments.json else text)
+
+
+def _check(arguments: "Arguments") -> None:
+    if min(arguments.serve) < 1:
+        raise UsageError("--serve takes numbers of robots, 1 or more")
+    if len(arguments.backend) > 1 or "tensorrt_rtx" in arguments.backend:
+        raise UsageError("--serve measures one of vqbet-serve's backends")
+    for bundle in arguments.bundles:
+        Bundle.open(bundle)  # before anything is measured
+
+
+def _results(
+    arguments: "Arguments", progress: Callable[[str], None], notes: list[str]
+) -> "Iterator[Measured]":
+    from vqbet_serve.load import Load, Way, measure  # noqa: PLC0415
+
+    for bundle in arguments.bundles:
+        load = Load(bundle, arguments.rate, arguments.seconds, arguments.backend[0])  # type: ignore[arg-type]
+        per_process = 0.0
+        for robots in sorted(arguments.serve):
+            for way in get_args(Way):
+                if _pointless(way, robots):
+                    continue
+                if way == "processes" and (note := _too_much(bundle, robots, per_process)):
+                    notes.append(note)
+                    continue
+                progress(f"{bundle.name}: {robots} robots, {way}")
+                measured = measure(load, way, robots)
+                if way == "processes":
+                    per_process = measured.memory_mb / robots
+                yield measured
+
+
+def _pointless(way: "Way", robots: int) -> bool:
+    """One robot always runs alone."""
+    return way == "server, each alone" and robots == 1
+
+
+def _too_much(bundle: Path, robots: int, per_process: float) -> str:
+    """Why so many processes are not measured; empty if they are."""
+    needed, there = robots * per_process, psutil.virtual_memory().available / 2**20
+    if needed <= _SHARE * there:
+        return ""
+    return (
+        f"{bundle.name}: {robots} processes would take about {needed:.0f} MiB, and {there:.0f} are "
+        "available: not measured."
+    )

@@ -1,0 +1,293 @@
+"""A fleet on Ray Serve: connections and windows in one deployment, batched weights in another.
+
+    ray start --head --include-dashboard=false --disable-usage-stats
+    python integrations/serve/ray_app.py pusht-fp32.bundle --replicas 2
+
+starts it. Called again with another bundle, it rolls that out: new episodes act with the new one,
+those that have begun end with the one that they began with. Robots stay connected.
+
+Every bundle is an application of its own, `policy-1`, `policy-2` and so on, with as many replicas
+as wanted; the application `robots` speaks vqbet-serve's protocol and asks the newest one.
+"""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import tyro
+from fastapi import FastAPI, Response, WebSocket
+from fastapi import Request as HttpRequest
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
+from starlette.datastructures import Headers
+from vqbet_serve.asgi import AsgiConnection
+from vqbet_serve.conversation import Conversation, Shared
+from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
+from vqbet_serve.metadata import PolicyMetadata
+from vqbet_serve.metrics import CONTENT_TYPE, Metrics
+from vqbet_serve.server import ServeConfig, knows_key, read_key
+from vqbet_serve.sessions import Sessions
+
+from vqbet_edge import BackendError, EdgePolicy, UsageError, cli
+from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.runtime.bundle import Bundle
+
+ROBOTS, POLICY = "robots", "policy-"
+# A robot whose step takes longer has stopped long before.
+_PATIENCE_S, _PAUSE_S = 10.0, 0.05
+# How soon connections notice a new bundle, and how long starting everything may take.
+_LOOK_S, _STARTING_S = 1.0, 300.0
+_LOG = logging.getLogger("ray.serve")
+_app = FastAPI(openapi_url=None)
+
+
+@serve.deployment
+class Policy:
+    """A replica: weights, and no robot's history."""
+
+    def __init__(self, bundle: str, backend: BackendName, wait_s: float) -> None:
+        self._bundle, self._graphs = bundle, Graphs(Bundle.open(Path(bundle)), backend)
+        self._answer.set_max_batch_size(self._graphs.most)
+        self._answer.set_batch_wait_timeout_s(wait_s)
+
+    def bundle(self) -> str:
+        """Where the weights came from."""
+        return self._bundle
+
+    async def answer(self, request: Request) -> Reply:
+        """Compute one robot's request, in a batch with others'.
+
+        Raises:
+            VQBeTEdgeError: it cannot be computed; the others are not concerned.
+        """
+        reply: Reply | Exception = await self._answer(request)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    @serve.batch
+    async def _answer(self, requests: list[Request]) -> list[Any]:
+        return await asyncio.get_running_loop().run_in_executor(None, self._graphs.run, requests)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A policy of the fleet as its connections see it."""
+
+    name: str
+    policy: EdgePolicy
+    metadata: PolicyMetadata
+
+    @classmethod
+    def of(cls, name: str) -> "_Version":
+        """Ask an application which bundle it has."""
+        handle = serve.get_app_handle(name)
+        bundle = Bundle.open(Path(handle.bundle.remote().result(timeout_s=_PATIENCE_S)))
+        backend = Elsewhere(bundle.manifest, lambda request: _ask(handle, request))
+        return cls(name, EdgePolicy(bundle, backend), PolicyMetadata.of(bundle.manifest))
+
+
+def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
+    """Ask any replica; when it is lost, another one: a request holds all that it needs."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            reply: Reply = handle.answer.remote(request).result(timeout_s=_PATIENCE_S)
+        except (RayActorError, RayServeException, TimeoutError) as error:  # noqa: PERF203
+            if time.monotonic() > end:
+                raise BackendError(f"no replica of the policy answers: {error}") from error
+            time.sleep(_PAUSE_S)
+        else:
+            return reply
+
+
+# Serve makes a copy of the class below where it stands: all that it uses comes before it.
+def _policies() -> list[str]:
+    """The policies that run, the newest last."""
+    found = serve.status().applications
+    running = [name for name, app in found.items() if app.status == "RUNNING"]
+    numbers = [name.removeprefix(POLICY) for name in running if name.startswith(POLICY)]
+    return [f"{POLICY}{number}" for number in sorted(map(int, filter(str.isdigit, numbers)))]
+
+
+def _misfit(now: PolicyMetadata, then: PolicyMetadata) -> str:
+    """Why robots that know one policy cannot be driven by another; empty if they can."""
+    for name in ("observation", "action_dim", "n_obs_steps"):
+        if getattr(now, name) != getattr(then, name):
+            return f"expected {name} {getattr(now, name)}, got {getattr(then, name)}"
+    return ""
+
+
+@serve.deployment
+@serve.ingress(_app)
+class Robots:
+    """Connections, and every robot's window, queue, random sequence and guards."""
+
+    def __init__(self, arguments: "Arguments") -> None:
+        config = self._config = arguments.config()
+        self._metrics, self._connections = Metrics(), 0
+        pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
+        # Serve refuses to wait on the thread that it makes replicas on.
+        self._version = pool.submit(lambda: _Version.of(_policies()[-1])).result()
+        self._sessions = Sessions(self._version.policy, config.seed, config.max_robots)
+        greeting = self._version.metadata.to_frame()
+        self._shared = Shared(self._sessions, self._metrics, pool, greeting, config.idle_s)
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        """Take the newest policy, for episodes that begin."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, self._look)
+            except Exception:  # noqa: BLE001 - Serve's controller may be starting anew
+                _LOG.exception("cannot look for a new policy; trying again")
+
+    def _look(self) -> None:
+        policies = _policies()
+        if not policies or policies[-1] == self._version.name:
+            return
+        newest = _Version.of(policies[-1])
+        if misfit := _misfit(self._version.metadata, newest.metadata):
+            _LOG.error("%s is not taken: %s", newest.name, misfit)
+            return
+        self._version, self._sessions.policy = newest, newest.policy
+        _LOG.info("new episodes act with %s", newest.name)
+
+    @_app.get("/healthz")
+    def healthz(self) -> Response:
+        """Whether connections are taken."""
+        return Response("OK\n", media_type="text/plain")
+
+    @_app.get("/metrics")
+    def metrics(self, request: HttpRequest) -> Response:
+        """Of this replica."""
+        if not self._knows_key(request.headers):
+            return Response("expected a valid Api-Key\n", 401, media_type="text/plain")
+        return Response(self._metrics.text(len(self._sessions)), media_type=CONTENT_TYPE)
+
+    @_app.websocket("/")
+    async def drive(self, websocket: WebSocket) -> None:
+        """One connection; see `vqbet_serve.server`."""
+        if reason := self._refusal(websocket):
+            self._metrics.refusal(reason)
+            await websocket.close(1008)
+            return
+        await websocket.accept()
+        connection = AsgiConnection(websocket, self._version.metadata.largest_frame)
+        conversation = Conversation(connection, self._shared)
+        self._connections += 1
+        try:
+            await conversation.run()
+        except Exception:  # noqa: BLE001 - logged; a peer learns nothing of our insides
+            _LOG.exception("a connection failed")
+            self._metrics.refusal("InternalError")
+            await conversation.refuse("InternalError: the server's log tells more")
+        finally:
+            self._connections -= 1
+            await conversation.close_sessions()
+
+    def _knows_key(self, headers: Headers) -> bool:
+        given = [value.encode("latin-1") for value in headers.getlist("authorization")]
+        return knows_key(self._config.api_key, given)
+
+    def _refusal(self, websocket: WebSocket) -> str:
+        """Why a connection is refused; empty if it is not."""
+        if "origin" in websocket.headers:
+            return "Origin"
+        if not self._knows_key(websocket.headers):
+            return "Unauthorized"
+        return "TooManyConnections" if self._connections >= 2 * self._config.max_robots else ""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Drive a fleet with a bundle, or roll out another one."""
+
+    # The bundle's directory, the same on every node.
+    bundle: tyro.conf.Positional[Path]
+    # Processes with the weights, and processes with connections.
+    replicas: int = 2
+    ingress_replicas: int = 1
+    # Processors that Ray reserves for each of them.
+    replica_cpus: float = 1.0
+    ingress_cpus: float = 0.5
+    # Address to listen on; any but loopback needs a key. Taken when the fleet starts.
+    host: str = "127.0.0.1"
+    port: int = 8000
+    # File with the key that clients must send, the same on every node.
+    api_key_file: Path | None = None
+    # Robots at the same time, per ingress replica.
+    max_robots: int = 64
+    # Seconds without a request after which a connection is closed.
+    idle_s: float = 30.0
+    # Start of the random sequence of robots without a session_id.
+    seed: int = 0
+    # Milliseconds that a request waits for others.
+    batch_wait_ms: float = 2.0
+    # Who runs the graphs.
+    backend: BackendName = "onnxruntime"
+
+    def config(self) -> ServeConfig:
+        """For the connections; the key is read where it is needed."""
+        return ServeConfig(
+            host=self.host,
+            port=self.port,
+            api_key=None if self.api_key_file is None else read_key(self.api_key_file),
+            seed=self.seed,
+            max_robots=self.max_robots,
+            idle_s=self.idle_s,
+        )
+
+
+def roll_out(arguments: Arguments) -> str:
+    """Start the fleet with a bundle, or exchange its bundle; the name of its application.
+
+    The policy before the one that is exchanged ends: an episode outlives one exchange, not two.
+
+    Raises:
+        UsageError: the robots cannot be driven by it; nothing was changed.
+    """
+    config = arguments.config()
+    metadata = PolicyMetadata.of(Bundle.open(arguments.bundle).manifest)
+    serve.start(http_options={"host": config.host, "port": config.port})
+    before = _policies()
+    if before and (misfit := _misfit(_Version.of(before[-1]).metadata, metadata)):
+        raise UsageError(f"'{arguments.bundle}' does not fit the fleet's robots: {misfit}")
+    number = int(before[-1].removeprefix(POLICY)) + 1 if before else 1
+    name = f"{POLICY}{number}"
+    policy = Policy.options(
+        num_replicas=arguments.replicas,
+        ray_actor_options={"num_cpus": arguments.replica_cpus},
+        max_ongoing_requests=2 * config.max_robots,
+    )
+    bound = policy.bind(
+        str(arguments.bundle.resolve()), arguments.backend, arguments.batch_wait_ms / 1e3
+    )
+    serve.run(bound, name=name, route_prefix=None)
+    if ROBOTS not in serve.status().applications:
+        robots = Robots.options(
+            num_replicas=arguments.ingress_replicas,
+            ray_actor_options={"num_cpus": arguments.ingress_cpus},
+            max_ongoing_requests=2 * config.max_robots + 8,
+        )
+        serve.run(robots.bind(arguments), name=ROBOTS, route_prefix="/")
+    for old in before[:-1]:
+        serve.delete(old)
+    return name
+
+
+def _main() -> None:
+    arguments = tyro.cli(Arguments, prog="ray_app.py")
+    ray.init(address="auto")
+    _LOG.info("%s is served", roll_out(arguments))
+
+
+if __name__ == "__main__":
+    cli.run(_main)

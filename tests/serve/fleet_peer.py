@@ -1,0 +1,187 @@
+"""Drives a fleet on Ray Serve, in Ray's environment: what its robots were told, as JSON.
+
+python fleet_peer.py FIRST SECOND MISFIT KEY_FILE PORT RESULT
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROBOTS, STEPS, SIZE = 8, 40, 24
+SECONDS = 90.0
+# The steps before which a replica is killed, and before which another bundle is rolled out.
+KILL_AT, ROLL_OUT_AT = 12, 25
+
+
+def observations(seed: int, count: int) -> list[dict[str, np.ndarray]]:
+    """What the miniature policy may see."""
+    random = np.random.default_rng(seed)
+    low, high = np.array([-2.0, 10.0]), np.array([2.0, 50.0])
+    return [
+        {
+            "observation.image": random.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
+            "observation.state": random.uniform(low, high).astype(np.float32),
+        }
+        for _ in range(count)
+    ]
+
+
+class Robot(threading.Thread):
+    """Acts an episode, resets, and acts another; all of them step by step together."""
+
+    def __init__(self, number: int, url: str, headers: dict[str, str], steps: Any) -> None:
+        super().__init__()
+        self.number, self.url, self.headers, self.steps = number, url, headers, steps
+        self.actions: list[list[float]] = []
+        self.error = ""
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # noqa: BLE001 - told
+            self.error = repr(error)
+            self.steps.abort()
+
+    def _run(self) -> None:
+        from vqbet_serve.frames import array, pack, unpack
+        from websockets.sync.client import connect
+
+        options: dict[str, Any] = {"compression": None, "proxy": None}
+        with connect(self.url, additional_headers=self.headers, **options) as client:
+            client.recv(SECONDS)
+            name = {"session_id": f"robot {self.number}"}
+            for episode in range(2):
+                for seen in observations(self.number + 100 * episode, STEPS):
+                    self.steps.wait(SECONDS)
+                    client.send(pack({**seen, **name}))
+                    answer = client.recv(SECONDS)
+                    assert isinstance(answer, bytes), answer
+                    self.actions.append(array("a", unpack(answer)["actions"])[0].tolist())
+                self.steps.wait(SECONDS)
+                client.send(pack({"endpoint": "reset", **name}))
+                assert client.recv(SECONDS) == "reset successful"
+
+
+def replicas(marker: str, name: str) -> list[int]:
+    """Processes of this cluster that are replicas of an application."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+            ours = marker.encode() in (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if ours and f"ServeReplica:{name}:Policy".encode() in title:
+            found.append(int(folder.name))
+    return found
+
+
+def refusals(url: str, headers: dict[str, str]) -> dict[str, str]:
+    """What hostile clients come up against."""
+    from websockets.exceptions import ConnectionClosed, InvalidStatus
+    from websockets.sync.client import connect
+
+    def status(**options: Any) -> str:
+        try:
+            with connect(url, proxy=None, **options):
+                return "open"
+        except InvalidStatus as error:
+            return str(error.response.status_code)
+
+    def closed(frame: bytes | str) -> str:
+        with connect(url, proxy=None, compression=None, additional_headers=headers) as client:
+            client.recv(SECONDS)
+            client.send(frame)
+            said = ""
+            try:
+                for _ in range(2):
+                    said += str(client.recv(SECONDS))
+            except ConnectionClosed:
+                pass
+            return f"{client.close_code} {said}"
+
+    return {
+        "no key": status(),
+        "wrong key": status(additional_headers={"Authorization": "Api-Key wrong"}),
+        "web page": status(additional_headers=headers, origin="http://example.com"),
+        "large": closed(bytes(1 << 20)),
+        "text": closed("text"),
+        "garbage": closed(b"\xc1" * 100),
+    }
+
+
+def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict[str, Any]:
+    import ray_app
+
+    from vqbet_edge import UsageError
+
+    def arguments(bundle: Path) -> ray_app.Arguments:
+        cpus = {"replica_cpus": 0.5, "ingress_cpus": 0.5}
+        return ray_app.Arguments(bundle, port=port, api_key_file=key, **cpus)
+
+    names = [ray_app.roll_out(arguments(first))]
+    url, headers = f"ws://127.0.0.1:{port}", {"Authorization": f"Api-Key {key.read_text()}"}
+    refused = refusals(url, headers)
+    try:
+        ray_app.roll_out(arguments(misfit))
+    except UsageError as error:
+        refused["misfit"] = str(error)
+    killed: list[int] = []
+
+    def between() -> None:
+        """Runs when all robots have had their action, before the next step."""
+        nonlocal step
+        if step == KILL_AT:
+            threading.Timer(0.05, kill).start()  # while they act
+        if step == ROLL_OUT_AT:
+            names.append(ray_app.roll_out(arguments(second)))
+            time.sleep(3 * ray_app._LOOK_S)
+        step += 1
+
+    def kill() -> None:
+        killed.append(replicas(os.environ["VQBET_FLEET"], "policy-1")[0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    step = 0
+    steps = threading.Barrier(ROBOTS, between)
+    robots = [Robot(number, url, headers, steps) for number in range(ROBOTS)]
+    for robot in robots:
+        robot.start()
+    for robot in robots:
+        robot.join()
+    return {
+        "names": names,
+        "killed": len(killed),
+        "refused": refused,
+        "errors": [robot.error for robot in robots],
+        "actions": [robot.actions for robot in robots],
+    }
+
+
+def main() -> None:
+    # Ray takes this machine's own address otherwise, also where it is alone.
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    *bundles, key, port, told = sys.argv[1:]
+    import ray
+
+    # Sockets have short names.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        options = {"include_dashboard": False, "log_to_driver": False, "_temp_dir": folder}
+        ray.init(num_cpus=4, object_store_memory=80 << 20, **options)
+        try:
+            result = drive(*map(Path, bundles), Path(key), int(port))
+        finally:
+            ray.shutdown()
+    Path(told).write_text(json.dumps(result))  # Ray writes to stdout
+
+
+if __name__ == "__main__":
+    main()
