@@ -16,7 +16,7 @@ import pytest
 from fake_driver import FakeDriver
 from fake_tensorrt import FakeTensorRT
 from rich.console import Console
-from vqbet_engines import build_command, cli, engines
+from vqbet_engines import build_command, cli, doctor, engines
 from vqbet_engines.builder import Built, Job
 
 from vqbet_edge import BundleError, EdgePolicy, VerificationError
@@ -79,7 +79,7 @@ Install = Callable[[Graphs], Device]
 
 @pytest.fixture
 def install(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Make this machine a board that computes engines with some graphs."""
+    """Make this machine a board that computes engines with these graphs."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
 
     def install(computed: Graphs) -> Device:
@@ -93,11 +93,13 @@ def install(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return install
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
-    """The exit code of `vqbet-build`."""
-    monkeypatch.setattr(sys, "argv", ["vqbet-build", *map(str, arguments)])
+def run(
+    monkeypatch: pytest.MonkeyPatch, *arguments: object, main: Callable[[], None] = cli.main
+) -> Any:
+    """The exit code of `vqbet-build`, or of another command."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     return stopped.value.code
 
 
@@ -207,3 +209,40 @@ def test_loading_builds_and_says_when_the_proof_failed(
     )
     with pytest.raises(VerificationError, match="none was kept"):
         EdgePolicy.load(bundle.path, "tensorrt")
+
+
+def test_the_doctor_proves_every_backend_that_is_here(
+    bundle: Bundle, other: Bundle, install: Install, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It builds nothing, and leaves nothing on the GPU."""
+
+    def examined(device: Device) -> tuple[int, dict[str, Any]]:
+        code = run(monkeypatch, bundle.path, "--json", main=doctor.main)
+        assert not any(device.driver.books.values())
+        findings = json.loads(capsys.readouterr().out)
+        return code, {f["name"]: f for f in findings if f["name"].startswith("proof on ")}
+
+    device = install(graphs(bundle))
+    code, proofs = examined(device)
+    assert code in (0, 6)  # as without a bundle
+    assert proofs["proof on onnxruntime"]["state"] == "ok"
+    assert "gpt: error" in proofs["proof on onnxruntime"]["value"]
+    missing = proofs["proof on tensorrt"]
+    assert (missing["state"], missing["fix"]["command"]) == ("note", f"vqbet-build '{bundle.path}'")
+    assert device.built == []
+
+    assert run(monkeypatch, bundle.path, "--json") == 0
+    capsys.readouterr()
+    assert examined(device)[1]["proof on tensorrt"]["state"] == "ok"
+    code, proofs = examined(install(graphs(other)))
+    assert code == 3
+    assert proofs["proof on onnxruntime"]["state"] == "ok"
+    assert proofs["proof on tensorrt"]["state"] == "problem"
+    assert "vision_encoder: relative error" in proofs["proof on tensorrt"]["value"]
+    assert proofs["proof on tensorrt"]["fix"]["command"].endswith("--force")
+
+
+def test_the_doctor_refuses_what_is_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, tmp_path, main=doctor.main) == 4
