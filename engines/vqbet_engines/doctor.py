@@ -1,5 +1,6 @@
 """`vqbet-doctor`: what is installed here, what is missing, and the command that fixes it."""
 
+import os
 import platform
 import re
 import shutil
@@ -37,6 +38,7 @@ _POWER = (
     "https://docs.nvidia.com/jetson/l4t/"
     "Tegra%20Linux%20Driver%20Package%20Development%20Guide/power_management_nano.html"
 )
+_GROUPS = "https://github.com/NVIDIA/NemoClaw/pull/5018"
 _VENV = "https://docs.python.org/3/library/venv.html"
 _PIP = "https://pip.pypa.io/en/stable/cli/pip_install/"
 _OURS = "docs/engines.md"
@@ -85,7 +87,7 @@ class Machine:
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _lerobot,
+        _board, _python, _packages, _tensorrt, _access, _gpu, _onnxruntime, _lerobot,
         _power, _clocks, _cache,
     )  # fmt: skip
     return [finding for check in checks for finding in check(machine)]
@@ -148,6 +150,17 @@ def _tensorrt(machine: Machine) -> Iterator[Finding]:
         yield Finding("TensorRT", "ok", text)
     else:
         yield Finding("TensorRT", "note", f"{text}; this JetPack brings {release.tensorrt}")
+
+
+def _access(machine: Machine) -> Iterator[Finding]:
+    """Device files belong to groups that the desktop's user is in, and a service's user is not."""
+    nodes = [machine.root / "dev/nvmap", *sorted((machine.root / "dev/dri").glob("renderD*"))]
+    closed = [node for node in nodes if node.exists() and not os.access(node, os.R_OK)]
+    if not machine.l4t or not closed:
+        return
+    names = ", ".join(f"/{node.relative_to(machine.root)}" for node in closed)
+    fix = Fix('sudo usermod -aG video,render "$(id -un)"  # and log in again', _GROUPS)
+    yield Finding("GPU access", "problem", f"user {os.geteuid()} may not open {names}", fix)
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
