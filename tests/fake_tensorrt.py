@@ -1,10 +1,12 @@
 """TensorRT's runtime over the fake driver; an engine's plan is the name of its stage.
 
 A stage computes something that depends on every byte of its inputs, which is all that order,
-addresses and waiting can be checked by. Calls are counted and fail as the driver's do.
+addresses and waiting can be checked by; or the policy itself, by ONNX Runtime. Calls are counted
+and fail as the driver's do.
 """
 
 import weakref
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,9 +26,22 @@ class FakeTensorRT:
         self.raises = False
         #: Tensor name -> the shape that engines have instead of the right one.
         self.shapes: dict[str, tuple[int, ...]] = {}
+        #: Stage -> what computes it; other stages mix their inputs up.
+        self.sessions: dict[str, Any] = {}
         self.loggers: list[Any] = []
         self.living: weakref.WeakSet[object] = weakref.WeakSet()
         self.ILogger = type("ILogger", (), {"__init__": lambda _self: None})
+
+    def compute(self, graphs: Mapping[Any, bytes]) -> None:
+        """Let ONNX graphs compute these stages, as they are written: unoptimised."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = 1
+        self.sessions |= {
+            stage: onnxruntime.InferenceSession(graph, options) for stage, graph in graphs.items()
+        }
 
     def fails(self, name: str) -> bool:
         """Count a call; whether it is to fail."""
@@ -131,6 +146,13 @@ class Context:
         return True
 
     def run(self) -> None:
+        if self.stage in self.module.sessions:
+            session = self.module.sessions[self.stage]
+            feeds = {tensor.name: self.view(tensor) for tensor in self.inputs}
+            names = [tensor.name for tensor in self.outputs]
+            for tensor, value in zip(self.outputs, session.run(names, feeds), strict=True):
+                self.view(tensor)[...] = value
+            return
         everything = [self.view(tensor).astype(np.float64).ravel() for tensor in self.inputs]
         mixed = np.concatenate(everything)
         mixed = np.cumsum(np.sin(mixed + np.arange(mixed.size)))

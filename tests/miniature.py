@@ -1,5 +1,6 @@
 """The smallest bundle that has everything: for tests that load or run one many times."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ from sizes import SMALL
 from vqbet_export import exporter
 from vqbet_export.exporter import ExportConfig
 
+from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, NormalizationMode, VQBeTConfig
@@ -52,11 +54,21 @@ def checkpoint(size: tuple[int, int] = (SIZE, SIZE), **fields: Any) -> Checkpoin
     return Checkpoint(network, scalings, action, {}, Layout.V0_4, "miniature", "0" * 64)
 
 
-def write(path: Path, policy: Checkpoint | None = None, steps: int = 1, **fields: Any) -> Path:
-    """Export it, or another policy, verified on some steps."""
+def write(
+    path: Path,
+    policy: Checkpoint | None = None,
+    steps: int = 1,
+    precision: Precision = "fp32",
+    calibration: Path | None = None,
+    **fields: Any,
+) -> Path:
+    """Export it, or another policy, verified on some steps; INT8 calibrates on a recording."""
     policy = policy or checkpoint(**fields)
+    config = ExportConfig("miniature", path, precision, verify_steps=steps)
+    if calibration is not None:
+        config = replace(config, calibration_data=str(calibration), calibration_steps=96)
     with mock.patch.object(exporter, "load_checkpoint", return_value=policy):
-        exporter.export(ExportConfig("miniature", path, verify_steps=steps))
+        exporter.export(config)
     return path
 
 

@@ -22,7 +22,7 @@ from vqbet_engines.engines import EngineBuilder, EngineReport
 
 @dataclass(frozen=True)
 class BuildArguments:
-    """Build a bundle's TensorRT engines for this device and keep them."""
+    """Build a bundle's TensorRT engines for this device, prove them and keep them."""
 
     # Directory that vqbet-export wrote.
     bundle: tyro.conf.Positional[Path]
@@ -66,6 +66,7 @@ def build(arguments: BuildArguments) -> list[EngineReport]:
 
     Raises:
         BundleError, BackendError, DiskError, UsageError: as their names say.
+        VerificationError: the engines do not compute the bundle's policy; none was kept.
     """
     bundle, ahead = Bundle.open(arguments.bundle), arguments.ahead_of_time
     flavour: Flavour | None = "tensorrt_rtx" if ahead else arguments.flavour
@@ -73,7 +74,7 @@ def build(arguments: BuildArguments) -> list[EngineReport]:
     builder = EngineBuilder(bundle, tensorrt, options, Console(stderr=True))
     if ahead:
         return [report for target in ahead for report in builder.build_ahead(target)]
-    return list(builder.build_for(create_cuda().device, force=arguments.force))
+    return builder.build_for(create_cuda(), force=arguments.force)
 
 
 def summary_table(reports: Iterable[EngineReport]) -> Table:

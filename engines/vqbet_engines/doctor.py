@@ -1,5 +1,6 @@
 """`vqbet-doctor`: what is installed here, what is missing, and the command that fixes it."""
 
+import os
 import platform
 import re
 import shutil
@@ -9,10 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
-from typing import Literal
-
-import msgspec
-from msgspec import Struct
 
 from vqbet_edge.cli import run
 from vqbet_edge.errors import BackendError
@@ -26,23 +23,11 @@ from vqbet_edge.runtime.backends.private_files import (
 )
 from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 from vqbet_engines.boards import JetPack, detect_board, match_jetpack
+from vqbet_engines.findings import Finding, Fix, State
 
-State = Literal["ok", "note", "problem"]
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them
 _PLUGIN = "lerobot_policy_vqbet_edge"
 _LEAST = {"numpy": (1, 24), "msgspec": (0, 18), "safetensors": (0, 4)}
-
-
-class Fix(Struct, frozen=True):
-    """What to type, and the documentation that it was checked against; empty when it was not."""
-
-    command: str
-    source: str = ""
-
-    def __str__(self) -> str:
-        return self.command if self.source else f"{self.command}  # not checked"
-
-
 _SETUP = "https://docs.nvidia.com/jetson/agx-orin-devkit/user-guide/setup_jetpack.html"
 _FLASHING = "https://docs.nvidia.com/jetson/jetpack/install-setup/index.html"
 _TENSORRT = (
@@ -53,6 +38,7 @@ _POWER = (
     "https://docs.nvidia.com/jetson/l4t/"
     "Tegra%20Linux%20Driver%20Package%20Development%20Guide/power_management_nano.html"
 )
+_GROUPS = "https://github.com/NVIDIA/NemoClaw/pull/5018"
 _VENV = "https://docs.python.org/3/library/venv.html"
 _PIP = "https://pip.pypa.io/en/stable/cli/pip_install/"
 _OURS = "docs/engines.md"
@@ -60,22 +46,6 @@ _PLUGIN_FOLDER = "./integrations/lerobot"
 _PLUGIN_DOCS = "integrations/lerobot/README.md"
 
 _NEWER_JETPACK = Fix("flash JetPack 6.2 or newer with NVIDIA SDK Manager", _FLASHING)
-
-
-class Finding(Struct, frozen=True):
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        state: `problem` stops the robot or the build, `note` makes it slower than it could be.
-        value: what was found.
-        fix: what to type; None when there is nothing to fix, or nothing to type for it.
-    """
-
-    name: str
-    state: State
-    value: str
-    fix: Fix | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +87,7 @@ class Machine:
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-        _board, _python, _packages, _tensorrt, _gpu, _onnxruntime, _lerobot,
+        _board, _python, _packages, _tensorrt, _access, _gpu, _onnxruntime, _lerobot,
         _power, _clocks, _cache,
     )  # fmt: skip
     return [finding for check in checks for finding in check(machine)]
@@ -180,6 +150,17 @@ def _tensorrt(machine: Machine) -> Iterator[Finding]:
         yield Finding("TensorRT", "ok", text)
     else:
         yield Finding("TensorRT", "note", f"{text}; this JetPack brings {release.tensorrt}")
+
+
+def _access(machine: Machine) -> Iterator[Finding]:
+    """Device files belong to groups that the desktop's user is in, and a service's user is not."""
+    nodes = [machine.root / "dev/nvmap", *sorted((machine.root / "dev/dri").glob("renderD*"))]
+    closed = [node for node in nodes if node.exists() and not os.access(node, os.R_OK)]
+    if not machine.l4t or not closed:
+        return
+    names = ", ".join(f"/{node.relative_to(machine.root)}" for node in closed)
+    fix = Fix('sudo usermod -aG video,render "$(id -un)"  # and log in again', _GROUPS)
+    yield Finding("GPU access", "problem", f"user {os.geteuid()} may not open {names}", fix)
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
@@ -281,35 +262,12 @@ def _cache(_machine: Machine) -> Iterator[Finding]:
         yield Finding("engine cache", "ok", text)
 
 
-@dataclass(frozen=True)
-class DoctorArguments:
-    """Say what is installed here, what is missing, and the command that fixes it."""
-
-    # Print the findings as JSON, each fix with the documentation that it was checked against.
-    json: bool = False
-
-
-def _report() -> None:
-    import tyro  # noqa: PLC0415 - may be missing, and `run` says so
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    arguments = tyro.cli(DoctorArguments, prog="vqbet-doctor")
-    findings = examine(Machine())
-    if arguments.json:
-        text = msgspec.json.format(msgspec.json.encode(findings), indent=2).decode()
-        sys.stdout.write(text + "\n")
-    else:
-        table = Table("what", "", "found", "to fix it")
-        for finding in findings:
-            fix = str(finding.fix or "")
-            table.add_row(finding.name, finding.state, finding.value, fix)
-        Console(markup=False).print(table)
-    problems = [finding.name for finding in findings if finding.state == "problem"]
-    if problems:
-        raise BackendError(f"problems with {', '.join(problems)}; see the commands that fix them")
-
-
 def main() -> None:
     """Entry point of `vqbet-doctor`."""
-    run(_report)
+    run(_main)
+
+
+def _main() -> None:
+    from vqbet_engines import doctor_command  # noqa: PLC0415 - imports tyro and rich
+
+    doctor_command.main()

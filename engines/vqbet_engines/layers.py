@@ -56,7 +56,11 @@ class Layer(Struct, frozen=True):
 def parse_layers(text: str) -> tuple[Layer, ...]:
     """Layers from the engine inspector's JSON or from the builder's log; empty from neither."""
     if text.lstrip().startswith("{"):
-        return tuple(_from_inspector(layer) for layer in json.loads(text).get("Layers", []))
+        try:
+            layers = json.loads(text).get("Layers", [])
+        except ValueError:  # a list of layers is not worth a build
+            return ()
+        return tuple(_from_inspector(layer) for layer in layers)
     lines = {match.start(): match for match in _LINE.finditer(text)}
     return tuple(_from_log(match, text) for match in lines.values())
 

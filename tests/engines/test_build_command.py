@@ -9,16 +9,18 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
+from fake_driver import FakeDriver
 from rich.console import Console
 from sizes import SMALL
 from vqbet_engines.builder import Job, build_plan
 from vqbet_engines.engines import EngineBuilder
 from vqbet_engines.layers import parse_layers
 
-from vqbet_edge.runtime.backends.cuda import Device
+from vqbet_edge.runtime.backends.cuda import Cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
 from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
 from vqbet_edge.runtime.backends.tensorrt import engine_key
@@ -82,12 +84,15 @@ def test_no_bundle(tmp_path: Path) -> None:
     assert "is not a bundle" in done.stderr
 
 
-DEVICE = Device("Orin", "8.7", "12.6", integrated=True)
+CUDA = Cuda(FakeDriver(integrated=True))
 
 
 @pytest.fixture
 def builder(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
-    """For a device that is not here: TensorRT builds ahead of time in its place."""
+    """For a device that is not here: TensorRT builds ahead of time in its place.
+
+    What was built so runs nowhere, so nothing proves it; `test_proven_engines` does that.
+    """
     from vqbet_engines import engines
 
     def build(graph: bytes, job: Job, timing_cache: bytes, on_progress: Any) -> Any:
@@ -95,6 +100,8 @@ def builder(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
         return build_plan(graph, ahead, timing_cache, on_progress)
 
     monkeypatch.setattr(engines, "build_plan", build)
+    monkeypatch.setattr(engines, "prove_plans", mock.MagicMock())
+    monkeypatch.setattr(engines.ReferenceCases, "of", lambda _bundle: None)
     console = Console(file=io.StringIO(), width=1000)
     return EngineBuilder(bundle, import_tensorrt("tensorrt_rtx"), BuildOptions(512), console)
 
@@ -104,7 +111,7 @@ def test_engines_are_built_once(builder: EngineBuilder) -> None:
 
     def reports(workspace: int, *, force: bool = False) -> list[Any]:
         changed = replace(builder, options=BuildOptions(workspace))
-        return list(changed.build_for(DEVICE, force=force))
+        return changed.build_for(CUDA, force=force)
 
     first, second, third = reports(512), reports(512), reports(256)
     assert [bool(r.seconds) for r in first + second + third] == [True] * 4 + [False] * 4 + [
@@ -114,7 +121,7 @@ def test_engines_are_built_once(builder: EngineBuilder) -> None:
     assert sum("no engine has been built" in text for text in notices) == 4
     assert sum("built for options" in text for text in notices) == 4
     for stage, report in zip(bundle.stages_to_load, third, strict=True):
-        found = EngineCache().find(engine_key(bundle, stage, tensorrt, DEVICE))
+        found = EngineCache().find(engine_key(bundle, stage, tensorrt, CUDA.device))
         assert str(found.path) == report.path
         assert len(found.plan or b"") == report.size
     assert all(report.seconds for report in reports(256, force=True))
@@ -136,9 +143,10 @@ def test_root_builds_into_an_image(builder: EngineBuilder, monkeypatch: pytest.M
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         monkeypatch.setenv(CACHE_VARIABLE, folder)
-        reports = list(builder.build_for(DEVICE, force=False))
+        reports = builder.build_for(CUDA, force=False)
         keys = [
-            engine_key(builder.bundle, report.stage, builder.tensorrt, DEVICE) for report in reports
+            engine_key(builder.bundle, report.stage, builder.tensorrt, CUDA.device)
+            for report in reports
         ]
         done = subprocess.run(
             [sys.executable, "-c", AS_A_SERVICE, msgspec.json.encode(keys).decode()],
@@ -162,3 +170,7 @@ def test_the_inspectors_json() -> None:
     assert found.is_convolution
     assert (found.precision, found.nodes) == ("FP16", ("node_conv", "node_relu"))
     assert (bare.name, bare.kind) == ("other", "unknown")
+
+
+def test_an_inspector_that_prints_no_json_costs_no_build() -> None:
+    assert parse_layers('{"Layers": [{"Name": "a "quoted" name"}]}') == ()

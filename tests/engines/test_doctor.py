@@ -70,6 +70,20 @@ def test_clocks_that_are_not_pinned(tmp_path: Path) -> None:
     assert find(machine, "GPU clock").state == "ok"
 
 
+def test_a_user_who_may_not_use_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service's, who is in none of the groups that own the device files."""
+    machine = orin_nano(tmp_path)
+    write(tmp_path, dev__nvmap="", dev__dri__renderD128="")
+    assert "GPU access" not in [finding.name for finding in examine(machine)]
+    monkeypatch.setattr("os.access", lambda path, _mode: path.name != "nvmap")
+    finding = find(machine, "GPU access")
+    assert finding.state == "problem"
+    assert "may not open /dev/nvmap" in finding.value
+    assert "renderD128" not in finding.value
+    assert finding.fix
+    assert "usermod -aG video,render" in finding.fix.command
+
+
 def test_no_jetson(tmp_path: Path) -> None:
     names = [finding.name for finding in examine(Machine(tmp_path))]
     assert "power mode" not in names

@@ -1,6 +1,7 @@
 """`vqbet-export --int8` as a person runs it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from command import run
+from onnx import numpy_helper
 from vqbet_calibration.blocks import METHODS
 from vqbet_calibration.quantize import Goal, Quantization, quantize
 from vqbet_export.onnx_graphs import TensorRTGraphs
@@ -21,6 +23,7 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES, Target
+from vqbet_edge.runtime.proof import prove
 from vqbet_edge.training.dataset import LeRobotDataset
 
 STEPS = 128
@@ -147,6 +150,28 @@ def test_the_bundle_acts(exported: Path) -> None:
             chunks.append(policy.act_chunk(observation, codes=(1, 2)))
     span = np.abs(chunks).max()
     np.testing.assert_allclose(chunks[:6], chunks[6:], atol=0.02 * span)
+
+
+def first_scale_for_all(graph: bytes) -> bytes:
+    """As an optimiser computes it that takes a scale per channel for one per tensor."""
+    model = onnx.load_from_string(graph)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(".weight_scale"):
+            scale = numpy_helper.to_array(tensor)
+            assert scale.dtype == np.float16
+            tensor.CopyFrom(numpy_helper.from_array(np.full_like(scale, scale[0]), tensor.name))
+    return model.SerializeToString()
+
+
+def test_float16_scales_that_an_optimiser_computes_wrongly_are_caught(exported: Path) -> None:
+    """On the graphs for TensorRT, by the bundle's own cases; they are right as they are written."""
+    bundle = Bundle.open(exported)
+    assert prove(bundle, TensorRTGraphs(bundle)).precision == "int8"
+    file = bundle.manifest.stages["vision_encoder"].file
+    contents = {**bundle.contents, file: first_scale_for_all(bundle.contents[file])}
+    wrong = replace(bundle, contents=contents)
+    with pytest.raises(VerificationError, match="vision_encoder: cosine"):
+        prove(wrong, TensorRTGraphs(wrong))
 
 
 def test_a_robot_without_the_kernels_is_told(

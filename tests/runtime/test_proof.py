@@ -21,7 +21,7 @@ from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.cpu import CpuWindow
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
-from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.manifest import Precision, StageName
 from vqbet_edge.runtime.proof import Proof, act_out, prove
 from vqbet_edge.training.checkpoint import Checkpoint
 
@@ -85,6 +85,15 @@ def with_weight(
     values = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
     return with_file(bundle, file_of(bundle, stage), model.SerializeToString())
+
+
+def as_if(bundle: Bundle, precision: Precision) -> Bundle:
+    """The same graphs, to be judged by the limits of another precision."""
+    stages = {
+        name: msgspec.structs.replace(stage, precision=precision)
+        for name, stage in bundle.manifest.stages.items()
+    }
+    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, stages=stages))
 
 
 def test_what_was_exported_is_proven_with_room_to_spare(bundle: Bundle) -> None:
@@ -178,15 +187,33 @@ def test_overflow_is_caught(bundle: Bundle) -> None:
         proven(with_weight(bundle, "code_heads", 0, lambda weight: weight * np.inf))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_exchanged_rows_of_any_layer_are_caught(bundle: Bundle, precision: Precision) -> None:
+    """By cosines alone too, which a layer that is one percent larger does not move enough."""
+    coarse = as_if(bundle, precision)
+    missed, count = [], 0
+    for stage in STAGES:
+        for index, tensor in enumerate(
+            onnx.load_from_string(bundle.cpu_graph(stage)).graph.initializer
+        ):
+            if len(tensor.dims) < 2 or np.prod(tensor.dims) < 16:  # no layer's
+                continue
+            count += 1
+            changed = with_weight(coarse, stage, index, lambda weight: np.roll(weight, 1, axis=0))
+            if not act_out(
+                changed, create_backend("onnxruntime", changed), ReferenceCases.of(bundle)
+            ).violations:
+                missed.append(f"{stage}: {tensor.name}")
+    assert count > 20
+    assert missed == []
+
+
 @pytest.mark.parametrize("fault", ["stage", "crop", "channels", "scales"])
 def test_float16_and_int8_catch_what_is_wrong_beyond_rounding(
     bundle: Bundle, other: Bundle, fault: str
 ) -> None:
     """The same faults, judged by the widest limits: those of INT8."""
-    stages = {
-        n: msgspec.structs.replace(s, precision="int8") for n, s in bundle.manifest.stages.items()
-    }
-    coarse = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, stages=stages))
+    coarse = as_if(bundle, "int8")
     assert proven(coarse).precision == "int8"
     match fault:
         case "stage":

@@ -14,20 +14,26 @@ _LOG = logging.getLogger(__name__)
 _FASTEST_FIRST: tuple[BackendName, ...] = ("tensorrt", "onnxruntime-cuda")
 
 
-def create_backend(name: BackendName, bundle: Bundle) -> Backend:
+def create_backend(name: BackendName, bundle: Bundle, *, build: bool = True) -> Backend:
     """Load a bundle into a backend.
 
     `auto` takes TensorRT where its engines have been built, else ONNX Runtime's CUDA provider,
     else ONNX Runtime on the CPU. It says which it took, and at level INFO why not the better
     ones. `tensorrt` builds engines that are missing, and is the backend or an error.
 
+    Args:
+        name: which.
+        bundle: the verified bundle.
+        build: without, engines that are missing are an error.
+
     Raises:
         UsageError: the name is unknown.
         BackendError: the backend's library is missing or refuses the bundle.
+        VerificationError: engines that were built do not compute the policy.
     """
     if name not in get_args(BackendName):
         raise UsageError(f"unknown backend '{name}'; use one of {', '.join(get_args(BackendName))}")
-    return _fastest(bundle) if name == "auto" else _load(name, bundle, build=True)
+    return _fastest(bundle) if name == "auto" else _load(name, bundle, build=build)
 
 
 def _fastest(bundle: Bundle) -> Backend:

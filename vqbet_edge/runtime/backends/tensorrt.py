@@ -2,9 +2,10 @@
 
 import functools
 import subprocess
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vqbet_edge.errors import BackendError
+from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.backends.cuda import Cuda, Device, create_cuda, switch
 from vqbet_edge.runtime.backends.cuda_backend import CudaBackend
@@ -51,10 +52,12 @@ class TensorRTBackend(CudaBackend):
         build: build engines that are missing, unless $VQBET_EDGE_BUILD_ENGINES is 0.
         cuda: the device; None takes device 0.
         tensorrt: the module; None takes the installed one.
+        plans: engines that were just built here and are not kept yet; None takes the cache's.
 
     Raises:
         BackendError: TensorRT, the CUDA bindings or the GPU is missing, or an engine is missing or
             not to be trusted and may not be built.
+        VerificationError: engines that were built do not compute the policy.
     """
 
     name = "tensorrt"
@@ -66,11 +69,14 @@ class TensorRTBackend(CudaBackend):
         build: bool = True,
         cuda: Cuda | None = None,
         tensorrt: TensorRT | None = None,
+        plans: Mapping[StageName, bytes] | None = None,
     ) -> None:
         self._tensorrt = tensorrt or import_tensorrt()
         cuda = cuda or create_cuda()
         # Before a context is opened here: on a small board the builder needs the memory.
-        self._plans = _plans(bundle, self._tensorrt, cuda.device, build=build)
+        if plans is None:
+            plans = _plans(bundle, self._tensorrt, cuda.device, build=build)
+        self._plans = dict(plans)
         self._engines: dict[StageName, Any] = {}
         super().__init__(bundle, cuda)
 
@@ -152,6 +158,11 @@ def _build(bundle: Bundle, tensorrt: TensorRT) -> None:
     """Run `vqbet-build`, which says why it builds and shows its progress on standard error."""
     command = module_command("vqbet_engines.cli", str(bundle.path), "--flavour", tensorrt.flavour)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
+    if done.returncode == VerificationError.exit_code:
+        raise VerificationError(
+            f"the engines that were built do not compute the policy of '{bundle.path}', and none "
+            "was kept; the figures are above"
+        )
     if done.returncode:
         raise BackendError(
             f"the engines could not be built (exit code {done.returncode}); "

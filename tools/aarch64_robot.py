@@ -1,0 +1,49 @@
+"""Prove bundles on this machine's processor and act: the robot's side alone.
+
+python tools/aarch64_robot.py BUNDLE...
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from vqbet_edge import EdgePolicy
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cases import ReferenceCases
+from vqbet_edge.runtime.proof import prove
+
+
+def check(path: Path) -> str:
+    """The proof's figures, after acting as a robot does."""
+    bundle = Bundle.open(path)
+    cases, largest = ReferenceCases.of(bundle), 0.0
+    with EdgePolicy.load(path, "onnxruntime", prove=True) as policy:
+        for case in cases.cases:
+            policy.reset()
+            observations = cases.observations(case, bundle.manifest)
+            for observation, codes, chunk in zip(
+                observations, case.outputs.codes, case.actions, strict=True
+            ):
+                acted = policy.act_chunk(observation, codes=codes.tolist())
+                largest = max(largest, float(np.abs(acted - chunk).max()))
+            policy.reset()
+            for observation in cases.observations(case, bundle.manifest):
+                policy.act(observation)
+    proof = prove(bundle, create_backend("onnxruntime", bundle))
+    return f"{path.name}: {proof}\nactions: within {largest:.2g} of the reference's, in its units"
+
+
+def main() -> None:
+    """All bundles of the command line."""
+    system = f"{platform.machine()}, Python {platform.python_version()}"
+    sys.stdout.write(f"{system}, ONNX Runtime {onnxruntime.__version__}\n")
+    for path in sys.argv[1:]:
+        sys.stdout.write(check(Path(path)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
