@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from vqbet_edge.cli import parse
 from vqbet_edge.runtime.backends.cuda import create_cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import Flavour, import_tensorrt
@@ -28,7 +29,7 @@ class BuildArguments:
     bundle: tyro.conf.Positional[Path]
 
     # Board profile whose workspace is used; this board's by default.
-    board: str | None = None
+    board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None
 
     # Scratch memory in MiB that the builder may use instead of the board's.
     workspace_mb: int | None = None
@@ -41,7 +42,7 @@ class BuildArguments:
 
     # Build for these compute capabilities, such as sm86, without a GPU, and keep nothing: proves
     # that TensorRT takes the graphs. Needs tensorrt_rtx.
-    ahead_of_time: tuple[str, ...] = ()
+    ahead_of_time: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SM ...")] = ()
 
     # Build engines that are there already.
     force: bool = False
@@ -69,6 +70,7 @@ def build(arguments: BuildArguments) -> list[EngineReport]:
         VerificationError: the engines do not compute the bundle's policy; none was kept.
     """
     bundle, ahead = Bundle.open(arguments.bundle), arguments.ahead_of_time
+    bundle.check_target("tensorrt")
     flavour: Flavour | None = "tensorrt_rtx" if ahead else arguments.flavour
     tensorrt, options = import_tensorrt(flavour), _options(arguments)
     builder = EngineBuilder(bundle, tensorrt, options, Console(stderr=True))
@@ -119,5 +121,5 @@ def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
 
 def main() -> None:
     """Parse the command line and carry it out."""
-    arguments = tyro.cli(BuildArguments, prog="vqbet-build")
+    arguments = parse(BuildArguments, "vqbet-build")
     _print(arguments, build(arguments))

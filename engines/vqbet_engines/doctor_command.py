@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from vqbet_edge.cli import parse
 from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_engines.doctor import Machine, examine
@@ -37,7 +38,7 @@ def main() -> None:
         BundleError: the bundle is none, or has no reference cases.
         VerificationError: a backend does not compute the bundle's policy.
     """
-    arguments = tyro.cli(DoctorArguments, prog="vqbet-doctor")
+    arguments = parse(DoctorArguments, "vqbet-doctor")
     bundle = None if arguments.bundle is None else Bundle.open(arguments.bundle)
     findings, proofs = examine(Machine()), [] if bundle is None else list(prove_backends(bundle))
     if arguments.json:

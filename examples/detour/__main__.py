@@ -30,7 +30,7 @@ from vqbet_edge.training.files import writing
 from vqbet_edge.training.trainer import train
 
 SCENES = 200
-VQVAE_STEPS, POLICY_STEPS = 600, 1200
+VQVAE_STEPS, POLICY_STEPS = 600, 2400
 BASELINE_STEPS = 300
 SLOTS = 8
 SHOWN_SCENES = range(4)

@@ -6,6 +6,7 @@ import ssl
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -30,7 +31,8 @@ class Arguments:
     # The bundle's directory.
     bundle: tyro.conf.Positional[Path]
     # Address to listen on; any but loopback needs a key.
-    host: str = "127.0.0.1"
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
+    # Port to listen on.
     port: int = 8000
     # File with the key that clients must send: 16 or more ASCII characters.
     api_key_file: Path | None = None
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    arguments = tyro.cli(Arguments, prog="vqbet-serve")
+    arguments = cli.parse(Arguments, "vqbet-serve")
     config = ServeConfig(
         host=arguments.host,
         port=arguments.port,
