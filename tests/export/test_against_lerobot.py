@@ -18,7 +18,7 @@ CASES = [
 def force_codes(policy: EdgePolicy, judge: oracle.JudgedPolicy) -> None:
     """Make the runtime decide as the judge is told to."""
     choose = policy._planner.sampler.choose
-    policy._planner.sampler.choose = lambda outputs, _=None: choose(  # type: ignore[method-assign]
+    policy._planner.sampler.choose = lambda outputs, *_: choose(  # type: ignore[method-assign]
         outputs, np.array(judge.injected.codes)
     )
 

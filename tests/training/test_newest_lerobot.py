@@ -99,7 +99,7 @@ def agree(directory: Path, bundle: Path, pusht: Path, limit: float) -> None:
     robot = EdgePolicy.load(bundle, guards=Guards(action_limits=None))
     sampler = robot._planner.sampler
     choose = sampler.choose
-    sampler.choose = lambda outputs, _=None: choose(  # type: ignore[method-assign]
+    sampler.choose = lambda outputs, *_: choose(  # type: ignore[method-assign]
         outputs, np.array(judge.codes.codes)
     )
     dataset = LeRobotDataset.open(pusht)
