@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def command(module: str, *arguments: object) -> str:
     """One of this package's commands; what it prints on standard output."""
     done = subprocess.run(  # noqa: S603
         module_command(module, *map(str, arguments)),
-        stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT,
+        stdout=subprocess.PIPE, text=True, check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(PLACES)},
     )  # fmt: skip
     return done.stdout
@@ -120,31 +121,28 @@ def checks(report: Report, arguments: Arguments) -> None:
     device = gpu_checks.Gpu()
     for name, check in gpu_checks.CHECKS.items():
         options = {"count": arguments.loads} if name == "loads" else {}
-        report.step(f"check: {name}", lambda check=check, options=options: check(device, **options))
+        report.step(f"check: {name}", partial(check, device, **options))
 
 
 def policy_checks(report: Report, bundle: Path, checkpoint: Path) -> None:
     """What needs one, each in a process of its own."""
     for kind in ("policy", "faults"):
         call = [sys.executable, __file__, "--one", kind, str(bundle), str(checkpoint)]
-        report.step(
-            f"check: {kind} in {bundle.stem}",
-            lambda call=call: (
-                subprocess.run(  # noqa: S603
-                    call, check=True, stdout=subprocess.PIPE, text=True
-                ).stdout
-            ),
-        )
+        report.step(f"check: {kind} in {bundle.stem}", partial(_output, call))
 
 
-def export(arguments: Arguments, checkpoint: Path, precision: str) -> Path:
-    """Export and verify on the data set."""
+def _output(call: list[str]) -> str:
+    return subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
+
+
+def export(arguments: Arguments, checkpoint: Path, precision: str) -> str:
+    """Export and verify on the data set; where to."""
     bundle = arguments.results / f"{precision}.bundle"
     data = ["--calibration-data", arguments.dataset] if precision == "int8" else []
     options = [f"--{precision}", *data, "--verify-data", arguments.dataset, "-o", bundle, "--json"]
     text = command("vqbet_export.cli", checkpoint, *options)
     (arguments.results / f"export-{precision}.json").write_text(text)
-    return bundle
+    return str(bundle)
 
 
 def evaluate(arguments: Arguments, name: str, policy: Path) -> str:
@@ -167,25 +165,22 @@ def main() -> None:
     report, output = Report(arguments.results / "gpu.json"), arguments.results / "training"
     checks(report, arguments)
     if arguments.checks_only:
-        report.step("train", lambda: train(output, arguments.dataset, _PROBES[0]))
+        report.step("train", partial(train, output, arguments.dataset, _PROBES[0]))
     else:
-        report.step("train", lambda: train_for(arguments, output))
+        report.step("train", partial(train_for, arguments, output))
     checkpoint = output / "checkpoints/last/pretrained_model"
     if not arguments.checks_only:
-        report.step("evaluate the checkpoint", lambda: evaluate(arguments, "torch", checkpoint))
+        report.step("evaluate the checkpoint", partial(evaluate, arguments, "torch", checkpoint))
     for precision in ("fp32", "fp16", "int8"):
         bundle = arguments.results / f"{precision}.bundle"
-        done = report.step(
-            f"export {precision}", lambda p=precision: str(export(arguments, checkpoint, p))
-        )
-        if not done:
+        if not report.step(
+            f"export {precision}", partial(export, arguments, checkpoint, precision)
+        ):
             continue
         if precision != "int8":  # PyTorch has no kernels for it
             policy_checks(report, bundle, checkpoint)
         if precision != "fp32" and not arguments.checks_only:
-            report.step(
-                f"evaluate {precision}", lambda p=precision, b=bundle: evaluate(arguments, p, b)
-            )
+            report.step(f"evaluate {precision}", partial(evaluate, arguments, precision, bundle))
     sys.exit(report.failures > 0)
 
 

@@ -59,7 +59,7 @@ class Gpu:
     name = "cuda"
 
     def __init__(self) -> None:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         self.cuda = Cuda()
 
     def view(self, address: int, tensor: TensorSpec) -> Tensor:
@@ -71,7 +71,8 @@ class Gpu:
 
     def put(self, stream: int, run: Launch) -> None:
         """See `Device`."""
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+        outside = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(outside):
             run()
 
     def free(self) -> int:

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,3 +131,37 @@ def test_a_wrong_policy_is_noticed(checks: Any, bundle: Bundle) -> None:
 def test_faults_on_the_device(checks: Any, bundle: Bundle, policy: Any) -> None:
     said = checks.faults(bundle, policy, FakeGpu())
     assert "ILLEGAL_ADDRESS" in said
+
+
+def test_the_script_goes_on_and_reports(
+    checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command once, by the options that it has; what fails is told at the end."""
+    script = importlib.import_module("gpu")
+    commands: list[tuple[str, ...]] = []
+
+    def command(module: str, *arguments: object) -> str:
+        commands.append((module, *map(str, arguments)))
+        if "--int8" in commands[-1]:
+            raise RuntimeError("no INT8 today")
+        return "{}"
+
+    monkeypatch.setattr(script, "command", command)
+    monkeypatch.setattr(script, "policy_checks", lambda *_: None)
+    monkeypatch.setattr(checks, "Gpu", FakeGpu)
+    results = tmp_path / "results"
+    arguments = ["data", str(results), "--minutes", "0", "--loads", "10"]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 1
+    steps = json.loads((results / "gpu.json").read_text())
+    assert [name for name, step in steps.items() if step["failed"]] == ["export int8"]
+    assert steps["check: loads"]["outcome"] == "10 loads, 0 bytes lost"
+    assert {"train", "evaluate the checkpoint", "evaluate fp16"} <= set(steps)
+    for module, *options in commands:
+        frozen = {"cli": "train", "evaluation": "eval", "vqbet_export": "export"}
+        name = next(v for k, v in reversed(frozen.items()) if k in module.split("."))
+        path = Path(__file__).parents[1] / f"runtime/frozen/vqbet-{name}.json"
+        known = " ".join(json.loads(path.read_text()))
+        assert all(o in known for o in options if o.startswith("-"))
