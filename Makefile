@@ -8,7 +8,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(VERSION))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-training test bench torture check clean python
+.PHONY: demo demo-training test bench torture aarch64 check clean python
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" examples/pusht/demo.sh
@@ -29,6 +29,11 @@ bench: $(VENV)/.judge
 # The abuse cases, the soak and the guards in full: hours instead of minutes.
 torture: $(VENV)/.judge
 	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/runtime tests/serve tests/ros2 $(PYTEST_ARGS)
+
+# The robot's side on an emulated aarch64 processor, such as a Jetson's; on Debian. Not part of CI.
+# BUNDLE=path proves that bundle instead of small ones.
+aarch64: $(VENV)/.judge
+	PYTHON=$(BIN)/python tools/aarch64.sh outputs/aarch64 $(BUNDLE)
 
 check: $(VENV)/.judge
 	$(BIN)/ruff check .

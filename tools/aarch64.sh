@@ -36,6 +36,15 @@ if [ ! -e "$root/done" ]; then
     mkdir -p "$root"/usr/{bin,sbin,lib}
     for name in bin sbin lib; do ln -sfn "usr/$name" "$root/$name"; done
     for package in "$work"/apt/cache/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
+    # ONNX Runtime reads which processor it is on, and crashes where it says x86: an Orin's.
+    mkdir -p "$root/proc"
+    for ((cpu = 0; cpu < $(nproc --all); cpu++)); do
+        printf '%s\t: %s\n' processor "$cpu" \
+            Features "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimddp" \
+            "CPU implementer" 0x41 "CPU architecture" 8 "CPU variant" 0x0 "CPU part" 0xd42 \
+            "CPU revision" 1
+        echo
+    done >"$root/proc/cpuinfo"
     touch "$root/done"
 fi
 emulated() { # ARGUMENT...: the arm64 Python

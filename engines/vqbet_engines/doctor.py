@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from vqbet_edge.cli import run
-from vqbet_edge.errors import BackendError
+from vqbet_edge.errors import BackendError, DiskError
 from vqbet_edge.runtime.backends.cuda import create_cuda
 from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
 from vqbet_edge.runtime.backends.private_files import (
@@ -245,11 +245,11 @@ def _clocks(machine: Machine) -> Iterator[Finding]:
 
 
 def _cache(_machine: Machine) -> Iterator[Finding]:
-    place = user_cache()
-    existing = next(path for path in (place, *place.parents) if path.is_dir())
     try:
+        place = user_cache()
+        existing = next(path for path in (place, *place.parents) if path.is_dir())
         check_folder(existing)
-    except RejectedError as error:
+    except (DiskError, RejectedError) as error:
         fix = Fix(f"export {CACHE_VARIABLE}=DIRECTORY", _OURS)
         yield Finding("engine cache", "problem", str(error), fix)
         return

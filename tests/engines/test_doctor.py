@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from vqbet_engines.doctor import Finding, Fix, Machine, examine
 
-from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.errors import DiskError
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE, user_cache
 
 
 def write(root: Path, **files: str) -> Machine:
@@ -170,6 +171,18 @@ def test_a_cache_that_others_may_write(tmp_path: Path, monkeypatch: pytest.Monke
     assert finding.state == "problem"
     assert f"'{tmp_path}' can be written by somebody else" in finding.value
     assert finding.fix
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's, under a number that has no name."""
+    for name in ("HOME", "XDG_CACHE_HOME", CACHE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    finding = find(Machine(tmp_path), "engine cache")
+    assert finding.state == "problem"
+    assert "no home directory" in finding.value
+    with pytest.raises(DiskError, match=f"set {CACHE_VARIABLE}"):
+        user_cache()
 
 
 def test_what_was_not_checked_says_so() -> None:

@@ -28,11 +28,21 @@ class RejectedError(Exception):
 
 
 def user_cache() -> Path:
-    """The cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where this user's caches go."""
+    """The cache directory: $VQBET_EDGE_CACHE, else `vqbet_edge` where this user's caches go.
+
+    Raises:
+        DiskError: this user has no home, as in a container under a number without a name.
+    """
     if os.environ.get(CACHE_VARIABLE):  # empty means unset, not the current directory
         return Path(os.environ[CACHE_VARIABLE])
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vqbet_edge"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "vqbet_edge"
+    except RuntimeError as error:
+        raise DiskError(
+            f"user {os.geteuid()} has no home directory for engines; "
+            f"set {CACHE_VARIABLE} to a directory of its own"
+        ) from error
 
 
 def private_user_cache(folder: str = "") -> Path:

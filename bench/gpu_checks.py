@@ -1,0 +1,296 @@
+"""The CUDA backends' own machinery on a device, without TensorRT: PyTorch computes the stages.
+
+Every check raises `VerificationError`, or returns a line with what it found.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vqbet_export.assembly import DTYPES, MODULES
+
+from vqbet_edge.errors import BackendError, VerificationError
+from vqbet_edge.runtime.backends.cuda import Cuda
+from vqbet_edge.runtime.backends.cuda_backend import CudaBackend
+from vqbet_edge.runtime.backends.cuda_execution import Execution
+from vqbet_edge.runtime.backends.cuda_stream import MAPPED_VARIABLE, Launch, Stream
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cases import ReferenceCases
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.proof import PolicyCheck, prove
+from vqbet_edge.runtime.signatures import TensorSpec
+from vqbet_edge.training.checkpoint import Checkpoint
+
+
+class Device(Protocol):
+    """What runs PyTorch where a driver's streams and addresses are.
+
+    Attributes:
+        cuda: the driver and its device.
+        name: PyTorch's, such as "cuda".
+    """
+
+    cuda: Cuda
+    name: str
+
+    def view(self, address: int, tensor: TensorSpec) -> Tensor:
+        """A tensor over memory of the driver's."""
+
+    def put(self, stream: int, run: Launch) -> None:
+        """Put what `run` launches on a stream of the driver's."""
+
+    def free(self) -> int:
+        """Bytes of the device's memory that nobody uses."""
+
+    def elsewhere(self) -> Any:  # noqa: ANN401
+        """Use CUDA as a robot's program does between two calls; what it found, its context too."""
+
+    def fault(self) -> None:
+        """Launch what fails on the device after the call has returned."""
+
+
+class Gpu:
+    """The real one."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        self.cuda = Cuda()
+
+    def view(self, address: int, tensor: TensorSpec) -> Tensor:
+        """See `Device`."""
+        kind = np.dtype(tensor.dtype).str
+        described = {"shape": tensor.shape, "typestr": kind, "data": (address, False), "version": 3}
+        holder = type("Memory", (), {"__cuda_array_interface__": described})()
+        return torch.as_tensor(holder, device="cuda")
+
+    def put(self, stream: int, run: Launch) -> None:
+        """See `Device`."""
+        outside = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(outside):
+            run()
+
+    def free(self) -> int:
+        """See `Device`."""
+        torch.cuda.synchronize()
+        return int(torch.cuda.mem_get_info()[0])
+
+    def elsewhere(self) -> Any:  # noqa: ANN401
+        """See `Device`."""
+        total = (torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum()
+        return total.item(), int(self.cuda.call("cuCtxGetCurrent"))
+
+    def fault(self) -> None:
+        """See `Device`; an index out of range trips an assertion in the kernel."""
+        torch.zeros(4, device="cuda")[torch.full((1,), 99, device="cuda")]
+
+
+class TorchStages(CudaBackend):
+    """A bundle's stages in PyTorch, at the addresses and on the streams of the backend.
+
+    Args:
+        bundle: whose signatures and precision hold.
+        checkpoint: the weights.
+        device: where.
+    """
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, device: Device) -> None:
+        self._checkpoint, self._device, self.broken = checkpoint, device, False
+        super().__init__(bundle, device.cuda)
+
+    def _load(self, bundle: Bundle) -> None:
+        stages = bundle.manifest.stages
+        self._modules: dict[StageName, nn.Module] = {
+            name: MODULES[name](self._checkpoint, DTYPES[stages[name].precision])
+            .eval()
+            .to(self._device.name)
+            for name in bundle.stages_to_load
+        }
+
+    def execution(self, stream: Stream) -> Execution:
+        """Modules over a window's own buffers."""
+        execution = Execution(self.signatures, stream)
+        for stage in self._modules:
+            run = functools.partial(self._run, stage, *self._tensors(stage, execution))
+            execution.stages[stage] = functools.partial(self._device.put, stream.handle, run)
+        return execution
+
+    def _tensors(self, stage: StageName, execution: Execution) -> tuple[list[Tensor], list[Tensor]]:
+        view, buffers = self._device.view, execution.buffers
+        inputs, outputs = self.signatures[stage]
+        return (
+            [view(buffers[tensor.name].address, tensor) for tensor in inputs],
+            [view(buffers[tensor.name].address, tensor) for tensor in outputs],
+        )
+
+    @torch.inference_mode()
+    def _run(self, stage: StageName, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if self.broken:
+            self._device.fault()
+        found = self._modules[stage](*inputs)
+        for output, value in zip(outputs, found if len(outputs) > 1 else (found,), strict=True):
+            output.copy_(value)
+
+
+def copies(device: Device, size: int = 1 << 20) -> str:
+    """Bytes to the device, within it and back, copied and mapped."""
+    for mapped in ("0", "1"):
+        os.environ[MAPPED_VARIABLE] = mapped
+        stream = Stream(device.cuda)
+        with stream.active():
+            near, far = stream.buffer(size, host=True), stream.buffer(size, host=False)
+            sent = _random(size)
+            _filled(near)[:] = sent
+            stream.upload(near)
+            stream.copy(far.address, near.address, size)
+            stream.synchronize()
+            _filled(near)[:] = 0
+            stream.upload(near)
+            stream.copy(near.address, far.address, size)
+            stream.download(near)
+            stream.synchronize()
+            _expect(_filled(near), sent, f"copies with {MAPPED_VARIABLE}={mapped}")
+        stream.close()
+    del os.environ[MAPPED_VARIABLE]
+    return f"{size} bytes, copied and mapped"
+
+
+def captures(device: Device, replays: int = 1000, size: int = 4096) -> str:
+    """A graph replays on what its memory holds; a capture that fails leaves a good stream."""
+    stream = Stream(device.cuda)
+    with stream.active():
+        near, far = stream.buffer(size, host=True), stream.buffer(size // 2, host=False)
+
+        def work() -> None:  # the first half onto the second, by way of the device
+            stream.upload(near)
+            stream.copy(far.address, near.address, size // 2)
+            stream.copy(near.address + size // 2, far.address, size // 2)
+            stream.download(near)
+
+        work()
+        stream.synchronize()
+        for launch in (stream.capture(work), _after_a_failure(stream, work)):
+            for _ in range(replays):
+                sent = _random(size)
+                _filled(near)[:] = sent
+                launch()
+                stream.synchronize()
+                _expect(_filled(near), np.tile(sent[: size // 2], 2), "a graph's replay")
+    stream.close()
+    return f"{2 * replays} replays, half of them after a capture that failed"
+
+
+def _after_a_failure(stream: Stream, work: Launch) -> Launch:
+    def fails() -> None:
+        work()
+        raise BackendError("inside the capture")
+
+    try:
+        stream.capture(fails)
+    except BackendError:
+        return stream.capture(work)
+    raise VerificationError("a capture that failed was taken for a good one")
+
+
+def contexts(device: Device) -> str:
+    """A program's own use of CUDA is as before, and as if it were alone."""
+    before = device.elsewhere()
+    stream = Stream(device.cuda)
+    for _ in range(3):
+        with stream.active():
+            stream.buffer(64, host=False)
+            stream.synchronize()
+        _equal(device.elsewhere(), before, "another library's work between two calls")
+    stream.close()
+    _equal(device.elsewhere(), before, "another library's work after the last")
+    return "the same result in the same context, before, between and after"
+
+
+def loads(device: Device, count: int = 10_000) -> str:
+    """Streams with memory and a graph, opened and closed: no byte is lost."""
+
+    def load() -> None:
+        stream = Stream(device.cuda)
+        with stream.active():
+            near, far = stream.buffer(1 << 16, host=True), stream.buffer(1 << 16, host=False)
+            stream.synchronize()
+            launch = stream.capture(lambda: stream.copy(far.address, near.address, 1 << 16))
+            launch()
+        stream.close()
+
+    load()
+    before = device.free()
+    for _ in range(count):
+        load()
+    lost = before - device.free()
+    if lost > count:  # less than a byte per load: other programs use the device too
+        raise VerificationError(f"{count} loads lost {lost} bytes")
+    return f"{count} loads, {lost} bytes lost"
+
+
+def policy(bundle: Bundle, checkpoint: Checkpoint, device: Device) -> str:
+    """The whole backend computes the policy: history, launches, graphs, two robots."""
+    backend = TorchStages(bundle, checkpoint, device)
+    try:
+        kept = backend.create_window()
+        proof = prove(bundle, backend)
+        captured = bool(kept._graphs)  # noqa: SLF001
+    finally:
+        backend.close()
+    return f"{'CUDA graphs' if captured else 'no CUDA graphs'}; {proof}"
+
+
+def faults(bundle: Bundle, checkpoint: Checkpoint, device: Device) -> str:
+    """What fails on the device is our error, again and again, and closing survives it.
+
+    The device's context is of no use afterwards: a process of its own.
+    """
+    os.environ["VQBET_EDGE_CUDA_GRAPH"] = "0"
+    backend = TorchStages(bundle, checkpoint, device)
+    check, cases, said = PolicyCheck(bundle, backend), ReferenceCases.of(bundle), set[str]()
+    case = cases.cases[0]
+    backend.broken = True
+    for _ in range(2):
+        said.add(
+            _refused(lambda: check.add(cases.observations(case, bundle.manifest), case.outputs))
+        )
+    backend.close()
+    return " / ".join(sorted(said))
+
+
+def _refused(work: Launch) -> str:
+    try:
+        work()
+    except BackendError as error:
+        return str(error)
+    raise VerificationError("a fault on the device went unnoticed")
+
+
+CHECKS: dict[str, Callable[[Device], str]] = {
+    "copies": copies, "captures": captures, "contexts": contexts, "loads": loads,
+}  # fmt: skip
+
+
+def _filled(buffer: Any) -> Any:  # noqa: ANN401
+    return buffer.host
+
+
+def _random(size: int) -> Any:  # noqa: ANN401
+    return np.random.default_rng().integers(0, 256, size, np.uint8)
+
+
+def _expect(found: Any, wanted: Any, what: str) -> None:  # noqa: ANN401
+    if not np.array_equal(found, wanted):
+        raise VerificationError(f"{what}: {int((found != wanted).sum())} of {len(wanted)} differ")
+
+
+def _equal(found: Any, wanted: Any, what: str) -> None:  # noqa: ANN401
+    if found != wanted:
+        raise VerificationError(f"{what}: expected {wanted}, got {found}")
