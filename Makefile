@@ -19,23 +19,23 @@ demo-training: $(VENV)/.package
 
 # One thread per worker: workers that each spin on all cores slow each other several times.
 # A worker that dies fails the run at once: its tests are lost, and pytest would wait for them.
-test: $(VENV)/.judge
+test: $(VENV)/.reference
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0 $(PYTEST_ARGS)
 
 # On a machine that does nothing else; bench/README.md says more.
-bench: $(VENV)/.judge
+bench: $(VENV)/.reference
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 
 # The abuse cases, the soak and the guards in full: hours instead of minutes.
-torture: $(VENV)/.judge
+torture: $(VENV)/.reference
 	VQBET_EDGE_TORTURE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/attacks tests/runtime tests/serve tests/ros2 $(PYTEST_ARGS)
 
 # The robot's side on an emulated aarch64 processor, such as a Jetson's; on Debian. Not part of CI.
 # BUNDLE=path proves that bundle instead of small ones.
-aarch64: $(VENV)/.judge
+aarch64: $(VENV)/.reference
 	PYTHON=$(BIN)/python tools/aarch64.sh outputs/aarch64 $(BUNDLE)
 
-check: $(VENV)/.judge
+check: $(VENV)/.reference
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,10 +55,10 @@ $(VENV)/.package: pyproject.toml constraints.txt
 	$(PIP) --editable '.[export,train,sim]'
 	touch $@
 
-# LeRobot judges our results: from Python 3.12 on the newest one. The newest for older Pythons pins a
+# LeRobot is the reference: from Python 3.12 on the newest one. The newest for older Pythons pins a
 # torch that is too old, so it comes without its pins.
-$(VENV)/.judge: $(VENV)/.package tests/requirements-judge.txt
+$(VENV)/.reference: $(VENV)/.package tests/requirements-reference.txt
 	$(PIP) --editable '.[dev]'
-	$(PIP) --requirement tests/requirements-judge.txt
+	$(PIP) --requirement tests/requirements-reference.txt
 	$(if $(filter 3.10 3.11,$(VERSION)),$(BIN)/python -m pip install --quiet --no-deps lerobot==0.4.4)
 	touch $@

@@ -1,4 +1,4 @@
-"""LeRobot's own VQ-BeT, the judge of ours.
+"""LeRobot's own VQ-BeT, the reference for ours.
 
 It is imported inside functions only: tests that do not need it run without it.
 """
@@ -182,7 +182,7 @@ class InjectedCodes:
         return mock.patch.object(torch, "multinomial", self.multinomial)
 
 
-class JudgedPolicy:
+class ReferencePolicy:
     """LeRobot's `select_action` with its processors, from raw observation to robot units."""
 
     def __init__(self, policy: Any, case: Case) -> None:

@@ -15,7 +15,7 @@ CASES = [
 ]
 
 
-def force_codes(policy: EdgePolicy, judge: oracle.JudgedPolicy) -> None:
+def force_codes(policy: EdgePolicy, judge: oracle.ReferencePolicy) -> None:
     """Make the runtime decide as the judge is told to."""
     choose = policy._planner.sampler.choose
     policy._planner.sampler.choose = lambda outputs, *_: choose(  # type: ignore[method-assign]
@@ -36,7 +36,7 @@ def test_acts_as_select_action(
     probability_limit: float,
 ) -> None:
     exported = workshop.bundle(case, precision)
-    judge = oracle.JudgedPolicy(exported.policy, case)
+    judge = oracle.ReferencePolicy(exported.policy, case)
     policy = EdgePolicy.load(exported.bundle)
     force_codes(policy, judge)
     stats = oracle.make_statistics(case)[oracle.ACTION]

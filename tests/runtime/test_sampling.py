@@ -128,7 +128,7 @@ def test_sequential_bundle_samples_its_own_probabilities(workshop: Workshop) -> 
     case = next(case for case in oracle.CASES if case.name == "sequential")
     exported = workshop.bundle(case)
     policy = EdgePolicy.load(exported.bundle, temperature=1.0)
-    judge = oracle.JudgedPolicy(exported.policy, case)
+    judge = oracle.ReferencePolicy(exported.policy, case)
     judge.policy.config.bet_softmax_temperature = 1.0
     observation = oracle.observations(case, 1)[0]
     for _ in range(5):

@@ -238,7 +238,7 @@ def test_of_several_outputs_the_action_is_taken_as_lerobot_does(layout_0_4: Path
             lambda p, kind=kind: step(p, f"{kind}_processor")["config"]["features"].update(extra),
         )
     judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(layout_0_4)
-    policy = oracle.JudgedPolicy(judge.eval(), TINY)
+    policy = oracle.ReferencePolicy(judge.eval(), TINY)
     observation = oracle.observations(TINY, 1)[0]
     expected = policy.act(observation)
     checkpoint = load_checkpoint(str(layout_0_4))
@@ -261,7 +261,7 @@ def test_lerobot_cannot_run_a_policy_with_an_input_that_it_does_not_read(layout_
     change_json(layout_0_4 / CONFIG, lambda c: c["input_features"].update(extra))
     judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(layout_0_4)
     with pytest.raises(IndexError):
-        oracle.JudgedPolicy(judge.eval(), TINY).act(oracle.observations(TINY, 1)[0])
+        oracle.ReferencePolicy(judge.eval(), TINY).act(oracle.observations(TINY, 1)[0])
 
 
 @pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"])

@@ -38,7 +38,7 @@ def inputs(case: oracle.Case, window: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def judge_features(policy: Any, images: Tensor, states: Tensor) -> Tensor:
+def reference_features(policy: Any, images: Tensor, states: Tensor) -> Tensor:
     """What LeRobot's GPT hands to its heads."""
     seen: list[Tensor] = []
     hook = policy.vqbet.action_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -53,7 +53,7 @@ def test_takes_lerobots_file_and_computes_the_same(workshop: Any, case: oracle.C
     network = load_checkpoint(str(directory)).network
     network.load_state_dict(load_file(directory / "model.safetensors"), strict=True)
     images, states = inputs(case, policy.config.n_obs_steps)
-    expected = judge_features(policy, images, states)
+    expected = reference_features(policy, images, states)
     with torch.no_grad():
         torch.testing.assert_close(network.double()(images, states), expected, **EXACT)
 
@@ -68,7 +68,7 @@ def test_lerobot_takes_ours_and_computes_the_same(workshop: Any, case: oracle.Ca
     images, states = inputs(case, theirs.config.n_obs_steps)
     with torch.no_grad():
         ours = network(images, states)
-    torch.testing.assert_close(ours, judge_features(theirs, images, states), **EXACT)
+    torch.testing.assert_close(ours, reference_features(theirs, images, states), **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -71,7 +71,7 @@ def trained(pusht: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "checkpoints" / "last" / "pretrained_model"
 
 
-class Judge:
+class Reference:
     """LeRobot's policy and processors as `lerobot-eval` loads them."""
 
     def __init__(self, directory: Path) -> None:
@@ -94,7 +94,7 @@ class Judge:
 
 def agree(directory: Path, bundle: Path, pusht: Path, limit: float) -> None:
     """Both act on one episode with the same codes."""
-    judge = Judge(directory)
+    judge = Reference(directory)
     # A policy after a few steps reaches out of its data, where the robot's limits would end it.
     robot = EdgePolicy.load(bundle, guards=Guards(action_limits=None))
     sampler = robot._planner.sampler
