@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,14 +48,21 @@ def prepare(name: str, install: Sequence[str], python: str = sys.executable) -> 
     key = hashlib.sha256("\n".join([python, *install, *files]).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"{name}-{key}"
     folder.parent.mkdir(exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:  # other workers want the same one
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(folder):
         if not (folder / "ready").exists():
             failure = _make(folder, install, python)
             if failure:
                 impossible(f"{name} cannot be installed: {failure}")
             (folder / "ready").touch()
     return folder / "bin" / "python"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Other workers, who want the same folder, wait until it is made."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _make(folder: Path, install: Sequence[str], python: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from environments import alone, impossible
 from safetensors.numpy import save
 from vqbet_export.assembly import assemble
 from vqbet_export.publishing import publish
@@ -90,27 +91,21 @@ def old_release(request: pytest.FixtureRequest) -> Bindings:
 def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
     """Fetched once and kept in pytest's cache."""
     root = Path(request.config.cache.mkdir("tensorrt-bindings")) / name
-    if not (root / "stubs").exists():
-        if shutil.which("gcc") is None or shutil.which("nm") is None:
-            _unavailable("gcc and nm are needed to generate TensorRT's stub libraries")
-        shutil.rmtree(root, ignore_errors=True)
-        _fetch((RELEASES | REFUSED)[name], root)
-        _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
+    with alone(root):
+        if not (root / "stubs").exists():
+            if shutil.which("gcc") is None or shutil.which("nm") is None:
+                impossible("gcc and nm are needed to generate TensorRT's stub libraries")
+            shutil.rmtree(root, ignore_errors=True)
+            _fetch((RELEASES | REFUSED)[name], root)
+            _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
-
-
-def _unavailable(reason: str) -> None:
-    """A missing outside thing: a failure where CI promises it, a skip elsewhere."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def _fetch(requirement: str, root: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(root)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
     if done.returncode:
-        _unavailable(f"cannot fetch {requirement}: {done.stderr[-500:]}")
+        impossible(f"cannot fetch {requirement}: {done.stderr[-500:]}")
     for wheel in root.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(root)

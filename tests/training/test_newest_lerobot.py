@@ -35,7 +35,7 @@ def newest() -> bool:
 
 
 pytestmark = [
-    pytest.mark.skipif(not newest(), reason="LeRobot 0.6 needs Python 3.12; the judge is 0.4.4"),
+    pytest.mark.skipif(not newest(), reason="LeRobot 0.6 needs Python 3.12; here it is 0.4.4"),
     pytest.mark.xdist_group("newest_lerobot"),
 ]
 
