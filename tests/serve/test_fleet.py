@@ -16,7 +16,7 @@ import miniature
 import numpy as np
 import pytest
 import torch
-from serve import ray_environment
+from environments import ROOT, prepare
 from serve.fleet_peer import ROBOTS, STEPS, observations
 from vqbet_serve.asgi import AsgiConnection
 from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
@@ -28,6 +28,7 @@ from vqbet_edge.runtime.backends.base import Window
 from vqbet_edge.runtime.backends.cpu import CpuWindow
 from vqbet_edge.runtime.bundle import DECODE_TABLE, Bundle
 
+REQUIREMENTS = Path(__file__).with_name("requirements-ray.txt")
 # Of the action's range: what float32 rounds.
 LIMIT = 1e-5 * (miniature.HIGH - miniature.LOW)
 KEY = "0123456789abcdef"
@@ -66,16 +67,17 @@ def free_port() -> int:
 def test_a_replica_is_lost_and_a_bundle_rolled_out(
     mini: Path, other: Path, misfit: Path, tmp_path: Path
 ) -> None:
-    python, root = ray_environment.prepare(), ray_environment.ROOT
+    needs = ["-r", str(REQUIREMENTS), "-c", str(ROOT / "constraints.txt")]
+    python = prepare("ray", needs)
     key = tmp_path / "key"
     key.write_text(KEY)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_", "RAY_"))}
     environment = kept | {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "integrations" / "serve")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations" / "serve")]),
         "HOME": str(tmp_path),  # Ray keeps its cluster's token there
         "VQBET_FLEET": uuid.uuid4().hex,
     }
-    script = root / "tests" / "serve" / "fleet_peer.py"
+    script = ROOT / "tests" / "serve" / "fleet_peer.py"
     command = [python, script, mini, other, misfit, key, str(free_port()), tmp_path / "told"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
     assert done.returncode == 0, done.stderr[-8000:]
