@@ -84,7 +84,7 @@ def test_robots_that_ask_together_act_as_if_alone(
     mini: Path, policy: EdgePolicy, backend: Backend, count: int
 ) -> None:
     steps, overheard = 30, Overheard(policy)
-    with serving(overheard, backend, max_robots=count, batch_wait_s=0.05) as server:
+    with serving(overheard, backend, max_robots=count, batch_wait_s=1.0) as server:
         acted = drive(server.url, count, steps)
         runs = counted(server.url, "vqbet_shared_runs_total")
         windows = counted(server.url, "vqbet_shared_windows_total")
@@ -122,7 +122,7 @@ def test_the_only_robot_acts_bitwise_as_always(
 def test_a_shared_run_that_fails_is_run_by_each(
     policy: EdgePolicy, backend: Backend, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(policy, backend, batch_wait_s=0.05) as server:
+    with serving(policy, backend, batch_wait_s=1.0) as server:
         failed = []
 
         def fails(*_: object) -> None:
