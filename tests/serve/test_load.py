@@ -5,12 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from vqbet_bench import serving
 from vqbet_serve import load
+
+from vqbet_edge import VQBeTEdgeError
 
 COMMAND = [sys.executable, "-c", "from vqbet_bench.cli import main; main()"]
 
@@ -40,6 +44,25 @@ def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
         assert each["memory_mb"] > 10
     assert done.stdout.count("\n") == 2 + len(results)
     assert done.stdout in (tmp_path / "out/serve.md").read_text()
+
+
+def of_a_policy(process: psutil.Process) -> bool:
+    return "multiprocessing.spawn" in " ".join(process.cmdline())
+
+
+def test_a_process_that_dies_is_not_waited_for(mini: Path) -> None:
+    """The kernel kills one where memory is short."""
+
+    def kill_one() -> None:
+        while not (started := [c for c in psutil.Process().children() if of_a_policy(c)]):
+            time.sleep(0.01)
+        started[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(VQBeTEdgeError, match=r"one of 2 processes .* fewer with --serve"):
+        load.measure(load.Load(mini, 30.0, 600.0, "onnxruntime"), "processes", 2)
+    killer.join()
 
 
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:

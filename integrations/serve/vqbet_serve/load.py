@@ -15,8 +15,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
+from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Barrier, Lock
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -36,6 +36,7 @@ from vqbet_serve.server import DEFAULT_WAIT_MS
 _WARM_STEPS = 20
 # Loading as many policies as there are robots, one after the other on a small machine.
 _LOADING_S = 600.0
+_ENDING_S = 5.0
 
 
 Way: TypeAlias = Literal["server", "server, each alone", "processes"]
@@ -218,31 +219,57 @@ async def _drive(
 def _in_processes(load: Load, robots: int) -> Measured:
     """Robots with a policy each, in processes of their own."""
     context = multiprocessing.get_context("spawn")
-    loaded, done, ends = context.Barrier(robots), context.Barrier(robots + 1), []
-    workers = []
+    # A policy that is being loaded takes more memory than one that acts.
+    loading, loaded, done = context.Lock(), context.Barrier(robots), context.Barrier(robots + 1)
+    workers, ends = [], []
     for number in range(robots):
         mine, theirs = context.Pipe(duplex=False)
-        target = (load, number, robots, loaded, done, theirs)
+        target = (load, number, robots, loading, loaded, done, theirs)
         workers.append(context.Process(target=_own_process, args=target))
         workers[-1].start()
         theirs.close()
         ends.append(mine)
     try:
-        driven = [msgspec.msgpack.decode(each.recv_bytes(), type=Paced) for each in ends]
+        driven = [msgspec.msgpack.decode(data, type=Paced) for data in _received(ends)]
         memory = sum(pss_mb(worker.pid or 0) for worker in workers)
         done.wait(_LOADING_S)
+        for worker in workers:
+            worker.join(_ENDING_S)
     finally:
         for worker in workers:
-            worker.join(5)
             worker.kill()
     return Measured.of(load, "processes", driven, memory)
 
 
+def _received(ends: list[Connection]) -> list[bytes]:
+    """What every process sends; the others would wait for one that died."""
+    received: dict[Connection, bytes] = {}
+    while len(received) < len(ends):
+        for end in wait([end for end in ends if end not in received]):
+            assert isinstance(end, Connection)  # noqa: S101 - for the type checker
+            try:
+                received[end] = end.recv_bytes()
+            except EOFError as error:
+                raise VQBeTEdgeError(
+                    f"one of {len(ends)} processes with a policy each ended before its time, "
+                    "perhaps for want of memory; measure fewer with --serve"
+                ) from error
+    return [received[end] for end in ends]
+
+
 def _own_process(
-    load: Load, number: int, robots: int, loaded: Barrier, done: Barrier, end: Connection
+    load: Load,
+    number: int,
+    robots: int,
+    loading: Lock,
+    loaded: Barrier,
+    done: Barrier,
+    end: Connection,
 ) -> None:
     period = 1 / load.rate
-    with EdgePolicy.load(load.bundle, load.backend) as policy:
+    with loading:
+        policy = EdgePolicy.load(load.bundle, load.backend)
+    with policy:
         seen = observations(policy.manifest, number)
 
         async def act(step: int) -> None:
