@@ -73,7 +73,9 @@ def _main() -> None:
         _LOG.warning("without --tls-cert, the key and the images can be read on the way")
     bundle = Bundle.open(arguments.bundle)
     backend = create_backend(arguments.backend, bundle)
-    with closing(backend), EdgePolicy(bundle, backend) as policy:
+    policy = EdgePolicy(bundle, backend)
+    del bundle  # the graphs' bytes are as large as the weights
+    with closing(backend), policy:
         asyncio.run(run_until_stopped(PolicyServer(policy, config, backend)))
 
 
