@@ -147,8 +147,7 @@ def export(arguments: Arguments, checkpoint: Path, precision: str) -> str:
 
 def evaluate(arguments: Arguments, name: str, policy: Path) -> str:
     """The score on PushT."""
-    sheet = arguments.results / f"eval-{name}.png"
-    options = ["--env", "pusht", "--episodes", arguments.episodes, "--sheet", sheet, "--json"]
+    options = ["--env", "pusht", "--episodes", arguments.episodes, "--json"]
     backend = ["--backend", "onnxruntime"] if policy.suffix == ".bundle" else []
     text = command("vqbet_edge.training.evaluation.cli", policy, *options, *backend)
     (arguments.results / f"eval-{name}.json").write_text(text)

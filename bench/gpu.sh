@@ -12,9 +12,9 @@
 #     pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'
 #     pip install --no-deps lerobot==0.4.4     # the peer in PyTorch, with what it imports
 #
-# It leaves gpu-NAME/ (vqbet-bench: every backend beside PyTorch, and how far actions differ from
-# the CPU's), gpu-NAME-no-graphs/, gpu-NAME-layers-*.json (the engine inspector's layers) and
-# gpu-NAME-doctor.json.
+# It leaves gpu-NAME/ (vqbet-bench: every backend beside PyTorch), gpu-NAME-no-graphs/,
+# gpu-NAME-proof-*.txt (ONNX Runtime on the GPU against the reference cases; engines are proven as
+# they are built), gpu-NAME-layers-*.json (the engine inspector's layers) and gpu-NAME-doctor.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -70,7 +70,13 @@ for flavour in tensorrt tensorrt_rtx; do
     done
 done
 
-bench() { # FOLDER: measure every backend beside PyTorch on the GPU; the CPU's actions come first
+for bundle in "${bundles[@]}"; do
+    proof=$report-proof-$(basename "$bundle" .bundle).txt
+    step "prove $(basename "$bundle")" to_file "$proof" \
+        entry vqbet_edge.inspection "$bundle" --prove --backend onnxruntime-cuda
+done
+
+bench() { # FOLDER: measure every backend beside PyTorch on the GPU
     entry vqbet_bench.cli "${bundles[@]}" \
         --backend onnxruntime onnxruntime-cuda tensorrt tensorrt_rtx \
         --checkpoint "$checkpoint" --peer-device cuda --dataset "$dataset" --output "$1"

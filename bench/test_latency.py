@@ -51,7 +51,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     workshop = Workshop(root)
     case = oracle.Case("default", fields={"use_group_norm": False})
     given = os.environ.get("VQBET_BENCH_CHECKPOINT")
-    checkpoint = Path(given) if given else workshop.checkpoint(case)[1]
+    checkpoint = Path(given) if given else workshop.checkpoint(case)
     bundles = {p: root / f"{p}.bundle" for p in PRECISIONS}
     for precision, bundle in bundles.items():
         export(ExportConfig(str(checkpoint), bundle, precision, verify_steps=8))

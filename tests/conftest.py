@@ -1,5 +1,7 @@
 """What tests of the exporter and of the runtime share."""
 
+import functools
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -8,7 +10,7 @@ from pathlib import Path
 import miniature
 import oracle
 import pytest
-from workshop import Exported, Workshop
+from workshop import Exported, Workshop, once
 
 _UNPICKLED: list[str] = []
 
@@ -24,6 +26,16 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(_audit)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def operators_once() -> Iterator[None]:
+    """PyTorch's exporter reads the sources of all its operators for every graph: once will do."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", functools.cache(ONNXRegistry.from_torchlib))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def unpickled() -> Iterator[list[str]]:
     """Nothing is unpickled in any test: what is would be listed here, and fails it."""
@@ -33,8 +45,17 @@ def unpickled() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers share; what is in it, `once` makes and nobody changes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workshop(shared: Path) -> Workshop:
+    return Workshop(shared)
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +65,10 @@ def tiny(workshop: Workshop) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini(shared: Path) -> Path:
     """The smallest bundle, exported from an untrained network of ours."""
-    return miniature.write(tmp_path_factory.mktemp("miniature") / "mini.bundle")
+    path = shared / "mini.bundle"
+    return once(path, lambda: miniature.write(path))
 
 
 @pytest.fixture

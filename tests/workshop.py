@@ -1,52 +1,64 @@
-"""Makes each checkpoint and bundle once per test session."""
+"""Makes each checkpoint and bundle once per test session, whichever worker wants it first."""
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import oracle
+from environments import alone
 from vqbet_export.exporter import ExportConfig, export
 
 from vqbet_edge.runtime.manifest import Precision
 
 
+def once(path: Path, make: Callable[[], object]) -> Path:
+    """What is made at a path that all workers share; who comes second waits for it."""
+    done = path.with_name(f"{path.name}.done")
+    with alone(path):
+        if not done.exists():
+            make()
+            done.touch()
+    return path
+
+
 @dataclass(frozen=True)
 class Exported:
-    """A LeRobot policy, its checkpoint, and a bundle made of it."""
+    """A LeRobot policy's checkpoint, and a bundle made of it."""
 
     case: oracle.Case
-    policy: Any
     checkpoint: Path
     bundle: Path
-    precision: Precision
 
 
 class Workshop:
-    """Makes each checkpoint and bundle once per test session."""
+    """Makes each checkpoint and bundle once per test session.
+
+    Args:
+        root: a folder that all workers share.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._policies: dict[str, Any] = {}
-        self._bundles: dict[tuple[str, Precision], Exported] = {}
 
-    def checkpoint(self, case: oracle.Case) -> tuple[Any, Path]:
-        """A LeRobot policy and the directory it was saved to."""
-        directory = self._root / case.name
+    def policy(self, case: oracle.Case) -> Any:
+        """A LeRobot policy, the same for every worker."""
         if case.name not in self._policies:
             with contextlib.redirect_stdout(io.StringIO()):
-                policy = oracle.make_policy(case)
-                oracle.save_checkpoint(policy, case, directory)
-            self._policies[case.name] = policy
-        return self._policies[case.name], directory
+                self._policies[case.name] = oracle.make_policy(case)
+        return self._policies[case.name]
+
+    def checkpoint(self, case: oracle.Case) -> Path:
+        """The directory that the policy was saved to."""
+        directory = self._root / case.name
+        return once(directory, lambda: oracle.save_checkpoint(self.policy(case), case, directory))
 
     def bundle(self, case: oracle.Case, precision: Precision = "fp32") -> Exported:
         """The bundle of a policy."""
-        key = case.name, precision
-        if key not in self._bundles:
-            policy, directory = self.checkpoint(case)
-            output = self._root / f"{case.name}-{precision}.bundle"
-            export(ExportConfig(str(directory), output, precision, verify_steps=8))
-            self._bundles[key] = Exported(case, policy, directory, output, precision)
-        return self._bundles[key]
+        checkpoint = self.checkpoint(case)
+        output = self._root / f"{case.name}-{precision}.bundle"
+        config = ExportConfig(str(checkpoint), output, precision, verify_steps=8)
+        return Exported(case, checkpoint, once(output, lambda: export(config)))

@@ -55,7 +55,7 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     facts = {**machine.facts, "hottest afterwards": hottest()}
     progress("counting what the graphs read and compute")
     results = [
-        _with_sizes(result, bundles[jobs[result.name].path], arguments, job.threads)
+        _with_sizes(result, bundles[jobs[result.name].path], job.threads)
         if result.kind == "bundle"
         else result
         for result in found
@@ -96,16 +96,19 @@ def _job(bundle: Bundle, observations: Observations, arguments: Arguments) -> Jo
 
 
 def _bundle_jobs(arguments: Arguments, job: Job) -> dict[str, Job]:
-    """Every bundle on every backend, with every way of prefetching."""
+    """Every bundle on every backend, with every way of prefetching, unrecorded and recorded."""
     found: dict[str, Job] = {}
     choices = arguments.bundles, arguments.backend, arguments.prefetch or (None,)
-    for path, backend, prefetch in itertools.product(*choices):
-        label = " ".join(filter(None, (path.stem, backend, prefetch)))
+    folders = dict.fromkeys((None, arguments.record))
+    for path, backend, prefetch, record in itertools.product(*choices, folders):
+        words = path.stem, backend, prefetch, record and "recorded"
+        label = " ".join(filter(None, words))
         if label in found:
             raise UsageError(
                 f"two bundles are named '{path.stem}'; rename one, or name each of them once"
             )
-        found[label] = replace(job, path=str(path.absolute()), backend=backend, prefetch=prefetch)
+        one = replace(job, path=str(path.absolute()), backend=backend, prefetch=prefetch)
+        found[label] = replace(one, record=record)
     return found
 
 
@@ -150,7 +153,9 @@ def _run_alone(module: str, *arguments: str) -> bytes:
 def _plans(arguments: Arguments) -> list[RoundPlan]:
     seconds = arguments.seconds / arguments.rounds
     replans = math.ceil(_MIN_REPLANS / arguments.rounds)
-    return [RoundPlan(mode, seconds, replans, arguments.rate) for mode in MODES]
+    # Back to back, no disk takes what is recorded.
+    modes = MODES if arguments.record is None else ("paced",)
+    return [RoundPlan(mode, seconds, replans, arguments.rate) for mode in modes]
 
 
 def _settings(arguments: Arguments, threads: int) -> Settings:
@@ -163,11 +168,11 @@ def _settings(arguments: Arguments, threads: int) -> Settings:
     )
 
 
-def _with_sizes(result: Result, bundle: Bundle, arguments: Arguments, threads: int) -> Result:
+def _with_sizes(result: Result, bundle: Bundle, threads: int) -> Result:
     """Add sizes and, where `onnx` is installed, the roofline."""
     size = sum(spec.size for spec in bundle.manifest.files.values())
     try:
-        roofline = _roofline(result, bundle, arguments, threads)
+        roofline = _roofline(result, bundle, threads)
     except ModuleNotFoundError as error:
         sys.stderr.write(f"no roofline: {error}; pip install 'vqbet-edge[bench]'\n")
         roofline = None
@@ -177,13 +182,13 @@ def _with_sizes(result: Result, bundle: Bundle, arguments: Arguments, threads: i
     return msgspec.structs.replace(result, bundle_bytes=size, roofline=roofline)
 
 
-def _roofline(result: Result, bundle: Bundle, arguments: Arguments, threads: int) -> Roofline:
+def _roofline(result: Result, bundle: Bundle, threads: int) -> Roofline:
     from vqbet_bench.roofline import bound, stage_runs, total_weights  # noqa: PLC0415
 
     seconds, on_processor = result.stage_medians(), result.details["backend"] == "onnxruntime"
     runs = stage_runs(bundle, on_processor=on_processor, prefilled="prefill" in seconds)
     weights = total_weights(runs)
-    ceilings = _processor(weights, threads) if on_processor else _gpu(arguments.board)
+    ceilings = _processor(weights, threads) if on_processor else _gpu()
     bounds = (
         {name: bound(run, ceilings, seconds.get(name)) for name, run in runs.items()}
         if ceilings
@@ -198,11 +203,11 @@ def _processor(weights: int, threads: int) -> Ceilings:
     return msgspec.json.decode(printed, type=Ceilings)
 
 
-def _gpu(board: str | None) -> Ceilings | None:
+def _gpu() -> Ceilings | None:
     """Of the board that this is; None for a GPU that has no profile."""
     from vqbet_engines.boards import detect_board  # noqa: PLC0415
 
     from vqbet_bench.ceilings import board_ceilings  # noqa: PLC0415
 
-    name = board or detect_board()
+    name = detect_board()
     return board_ceilings(name) if name else None

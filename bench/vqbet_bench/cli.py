@@ -49,11 +49,12 @@ class Arguments:
     threads: int | None = None
     # Instead: so many robots at the same time on one vqbet-serve, beside a process for each.
     serve: tuple[int, ...] = ()
-    # Whose bandwidth and arithmetic bound a GPU backend; by default the board that this is.
-    board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None
+    # Instead: what recording decisions costs at the rate. Takes a folder on the disk in question;
+    # what is written there is removed.
+    record: Path | None = None
     # Print the result, every sample included, as JSON.
     json: Flag = False
-    # Folder for result.json, report.md and latency.png.
+    # Folder for result.json and report.md.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
 
 
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def _run(arguments: Arguments) -> None:
-    from vqbet_bench import plots, report, results  # noqa: PLC0415 - not needed for --help
+    from vqbet_bench import report, results  # noqa: PLC0415 - not needed for --help
     from vqbet_bench.benchmark import benchmark  # noqa: PLC0415
 
     _check(arguments)
@@ -84,9 +85,8 @@ def _run(arguments: Arguments) -> None:
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "result.json").write_bytes(results.encode(measured))
-        text = f"# vqbet-bench\n\n![latency](latency.png)\n\n{report.markdown(measured)}"
+        text = f"# vqbet-bench\n\n{report.markdown(measured)}"
         (arguments.output / "report.md").write_text(text)
-        plots.plot(measured, arguments.output / "latency.png")
     if arguments.json:
         sys.stdout.buffer.write(results.encode(measured))
     else:
@@ -102,6 +102,8 @@ def _check(arguments: Arguments) -> None:
         if not getattr(arguments, name) > 0:
             raise UsageError(f"--{name} must be more than 0")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if arguments.record is not None and not arguments.record.is_dir():
+        raise UsageError(f"--record takes a folder that exists; got '{arguments.record}'")
     if arguments.threads is not None and not 1 <= arguments.threads <= processors:
         raise UsageError(f"--threads must be 1 to {processors}, the processors that there are")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from vqbet_bench.power import read_rails
+from vqbet_bench.power import read_rails, read_text
 from vqbet_bench.results import Machine
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -32,7 +32,7 @@ def describe_machine() -> Machine:
     clocks = {**cpu_clocks(_CPUS), **gpu_clocks(_DEVFREQ)}
     load = psutil.cpu_percent(interval=1) / 100
     facts = {
-        "board": _text(_DEVICE_TREE_MODEL),
+        "board": read_text(_DEVICE_TREE_MODEL),
         "processor": cpu_field(_CPUINFO, "model name") or platform.machine(),
         "vector units": ", ".join(vector_units(_CPUINFO)),
         "cores": str(os.cpu_count()),
@@ -71,8 +71,8 @@ def gpu_clocks(root: Path) -> dict[str, str]:
 
 def _range(directory: Path, prefix: str, unit: float) -> str:
     names = [f"{prefix}min_freq", f"{prefix}max_freq"]
-    low, high = (float(_text(directory / name) or "nan") / unit for name in names)
-    governor = _text(directory / f"{prefix}governor")
+    low, high = (float(read_text(directory / name) or "nan") / unit for name in names)
+    governor = read_text(directory / f"{prefix}governor")
     return f"{governor}, {low:.0f} to {high:.0f} MHz"
 
 
@@ -103,7 +103,7 @@ def _warnings(clocks: dict[str, str], load: float) -> list[str]:
 
 def cpu_field(cpuinfo: Path, name: str) -> str:
     """A field of the first processor; empty where the kernel does not tell."""
-    fields = (line.partition(":") for line in _text(cpuinfo).splitlines())
+    fields = (line.partition(":") for line in read_text(cpuinfo).splitlines())
     return next((value.strip() for key, _, value in fields if key.strip() == name), "")
 
 
@@ -116,7 +116,7 @@ def vector_units(cpuinfo: Path) -> list[str]:
 def hottest() -> str:
     """The highest temperature of any sensor; empty where there is none."""
     zones = Path("/sys/class/thermal").glob("thermal_zone*/temp")
-    degrees = [int(text) / 1000 for text in map(_text, zones) if text.lstrip("-").isdigit()]
+    degrees = [int(text) / 1000 for text in map(read_text, zones) if text.lstrip("-").isdigit()]
     return f"{max(degrees):.0f} C" if degrees else ""
 
 
@@ -137,11 +137,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip("\0\n ")
-    except OSError:
         return ""

@@ -3,9 +3,11 @@
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +38,7 @@ class Job:
         threads: processors that it may use.
         backend: of a bundle.
         prefetch: of a bundle; None is the backend's default.
+        record: where a bundle's decisions are recorded while it acts; None does not.
         device: "cpu" or "cuda", of LeRobot.
     """
 
@@ -47,6 +50,7 @@ class Job:
     threads: int
     backend: BundleBackend = "auto"
     prefetch: Prefetch | None = None
+    record: Path | None = None
     device: str = "cpu"
 
 
@@ -76,6 +80,10 @@ class Policy(ABC):
     def stages(self) -> dict[str, float]:
         """Stage -> seconds in the latest prediction; empty when it does not tell."""
         return {}
+
+    def recorded(self) -> AbstractContextManager[None]:
+        """While a round is played."""
+        return nullcontext()
 
 
 class BundlePolicy(Policy):
@@ -120,6 +128,18 @@ class BundlePolicy(Policy):
     def stages(self) -> dict[str, float]:
         """What `EdgePolicy.last` says."""
         return {} if self._policy.last is None else self._policy.last.seconds
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record decisions, where the job says so."""
+        if self._job.record is None:
+            yield
+            return
+        with (
+            TemporaryDirectory(prefix="vqbet-bench-", dir=self._job.record) as folder,
+            self._policy.record(folder, decisions=True),
+        ):
+            yield
 
     def stage_launches(self) -> dict[str, Callable[[], object]]:
         """Stage -> a call that runs it alone, of backends that run all stages in one launch."""

@@ -17,17 +17,17 @@ def read_rails(root: Path = HWMON) -> dict[str, float]:
     """Watts of every rail; empty where nothing is reported."""
     rails: dict[str, float] = {}
     for chip in sorted(root.glob("hwmon*")):
-        if _text(chip / "name") not in _CHIPS:
+        if read_text(chip / "name") not in _CHIPS:
             continue
         for label in sorted(chip.glob("in*_label")):
-            channel, name = label.name[2 : -len("_label")], _text(label)
+            channel, name = label.name[2 : -len("_label")], read_text(label)
             millivolts = _number(chip / f"in{channel}_input")
             milliamperes = _number(chip / f"curr{channel}_input")
             if name and millivolts is not None and milliamperes is not None:
                 rails[name] = millivolts * milliamperes / 1e6
         microwatts = _number(chip / "power1_input")
         if microwatts is not None:
-            rails[_text(chip / "label") or "VIN"] = microwatts / 1e6
+            rails[read_text(chip / "label") or "VIN"] = microwatts / 1e6
     return rails
 
 
@@ -65,15 +65,16 @@ class PowerMeter:
         return {name: sum(r.get(name, 0.0) for r in found) / len(found) for name in names}
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A small file of the kernel's; empty where there is none."""
     try:
-        return path.read_text().strip()
+        return path.read_text().strip("\0\n ")
     except OSError:
         return ""
 
 
 def _number(path: Path) -> float | None:
     try:
-        return float(_text(path))
+        return float(read_text(path))
     except ValueError:
         return None

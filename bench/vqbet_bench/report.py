@@ -145,8 +145,8 @@ def _energy(result: Result) -> str | None:
 
 
 def _costs(result: Result) -> Figures:
-    memory, agreement = result.memory, result.agreement
-    figures = {
+    memory = result.memory
+    return {
         "start-up to the first action, s": _scaled(result.start_up, 1),
         "of that, loading the policy, s": _scaled(result.load, 1),
         "resident memory, MB": _scaled(memory.resident, 1e-6),
@@ -157,12 +157,6 @@ def _costs(result: Result) -> Figures:
         "system memory taken, MB": _scaled(memory.system, 1e-6),
         "bundle on disk, MB": _scaled(result.bundle_bytes, 1e-6),
         "weights, MB": _scaled(result.roofline.weights if result.roofline else None, 1e-6),
-    }
-    if agreement is None:
-        return figures
-    return figures | {
-        "actions differ at most, of their range": f"{agreement.max_action_error:.1e}",
-        "most probable codes agree": f"{agreement.code_agreement:.1%}",
     }
 
 

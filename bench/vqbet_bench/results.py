@@ -125,18 +125,6 @@ class Roofline(Struct, frozen=True):
         return sum(bound.bound for name, bound in self.bounds.items() if name != "prefill")
 
 
-class Agreement(Struct, frozen=True):
-    """A bundle's predictions beside those of the first bundle, on the same codes.
-
-    Attributes:
-        max_action_error: the largest difference of an action, as a share of the normalised range.
-        code_agreement: share of observations whose most probable codes are the same.
-    """
-
-    max_action_error: float
-    code_agreement: float
-
-
 class Result(Struct, frozen=True):
     """One policy.
 
@@ -160,7 +148,6 @@ class Result(Struct, frozen=True):
     rounds: dict[Mode, list[Round]]
     memory: Memory
     stages_alone: dict[str, float] = {}
-    agreement: Agreement | None = None
     bundle_bytes: int | None = None
     roofline: Roofline | None = None
 
@@ -241,12 +228,3 @@ class Report(Struct, frozen=True):
 def encode(report: Report) -> bytes:
     """JSON with every sample."""
     return msgspec.json.encode(report) + b"\n"
-
-
-def decode(data: bytes) -> Report:
-    """The inverse of `encode`.
-
-    Raises:
-        msgspec.DecodeError: it is no result of this format.
-    """
-    return msgspec.json.decode(data, type=Report)

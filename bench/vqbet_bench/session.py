@@ -16,9 +16,9 @@ from msgspec.structs import replace
 
 from vqbet_bench.policies import Job
 from vqbet_bench.power import PowerMeter
-from vqbet_bench.results import Agreement, Mode, Result, Round
+from vqbet_bench.results import Mode, Result, Round
 from vqbet_bench.timing import RoundPlan
-from vqbet_bench.worker import Failure, Measured, Predictions, Start
+from vqbet_bench.worker import Failure, Measured, Start
 from vqbet_edge.errors import VQBeTEdgeError
 from vqbet_edge.runtime.backends.child import module_command
 
@@ -138,10 +138,9 @@ class Session:
                 self._progress(f"{plan.mode.replace('_', ' ')}: round {index + 1}/{rounds}")
                 for name, each in self._round(plan).items():
                     played[name][plan.mode].append(each)
-        self._progress("memory and predictions")
+        self._progress("memory")
         memories = self._each(lambda worker: worker.ask(Measured.memory))
         stages = self._each(lambda worker: worker.ask(Measured.stages_alone))
-        agreements = compare(self._each(lambda worker: worker.ask(Measured.predictions)))
         return [
             Result(
                 name=name,
@@ -152,7 +151,6 @@ class Session:
                 rounds=played[name],
                 memory=memory,
                 stages_alone=stages.get(name, {}),
-                agreement=agreements.get(name),
             )
             for name, memory in memories.items()
             if name not in self.failures
@@ -175,20 +173,3 @@ class Session:
             except PolicyError as error:
                 self.failures[name] = str(error)
         return answers
-
-
-def compare(predictions: dict[str, Predictions | None]) -> dict[str, Agreement]:
-    """The bundles' predictions beside those of the first, of whose checkpoint they are."""
-    found = {name: each for name, each in predictions.items() if each is not None}
-    reference = next(iter(found.values()), None)
-    if reference is None:
-        return {}
-    return {
-        name: Agreement(
-            # Normalised actions are in -1..1.
-            max_action_error=float(abs(each.actions - reference.actions).max() / 2),
-            code_agreement=float((each.codes == reference.codes).all(axis=1).mean()),
-        )
-        for name, each in found.items()
-        if each.checkpoint == reference.checkpoint
-    }

@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from vqbet_bench.machine import limit_processors
 from vqbet_bench.memory import Baseline
 from vqbet_bench.policies import BundlePolicy, Job, load_policy
 from vqbet_bench.results import Memory, Round
 from vqbet_bench.timing import Clock, RoundPlan, run_round
-from vqbet_edge.runtime.backends.base import Floats
 
 # What one sibling adds is less than what a process gains and loses by itself.
 _SIBLINGS = 8
@@ -36,20 +34,6 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Predictions(NamedTuple):
-    """What a bundle makes of M observations.
-
-    Attributes:
-        checkpoint: digest of the checkpoint that it was exported from.
-        actions: of codes that are the same for every bundle, normalised, (M, W, A).
-        codes: the most probable ones, (M, 2).
-    """
-
-    checkpoint: str
-    actions: Floats
-    codes: NDArray[np.int64]
-
-
 class Measured:
     """A policy that has acted for the first time, and what the benchmark asks of it."""
 
@@ -63,7 +47,8 @@ class Measured:
 
     def play(self, plan: RoundPlan) -> Round:
         """Act for one round."""
-        return run_round(self._policy, plan, Clock())
+        with self._policy.recorded():
+            return run_round(self._policy, plan, Clock())
 
     def memory(self) -> Memory:
         """What has been taken so far, and what one more robot on the same weights takes."""
@@ -91,23 +76,6 @@ class Measured:
                 seconds = [_seconds(launch) for _ in range(_LAUNCHES)]
                 found[name] = float(np.median(seconds))
         return found
-
-    def predictions(self) -> Predictions | None:
-        """From all observations; None of a peer."""
-        if not isinstance(self._policy, BundlePolicy):
-            return None
-        policy = self._policy.sibling(0)
-        random = np.random.default_rng(0)
-        actions, codes = [], []
-        for step in range(len(self._job.observations)):
-            pair = random.integers(policy.manifest.policy.vqvae_n_embed, size=2)
-            policy.act_chunk(self._job.observations[step], codes=pair)
-            if (last := policy.last) is None:
-                raise AssertionError("a policy that has predicted has decided")
-            actions.append(last.decoded_chunk + last.offset_chunk)
-            codes.append(last.code_probabilities.argmax(axis=1))
-        checkpoint = policy.manifest.source.sha256
-        return Predictions(checkpoint, np.stack(actions), np.stack(codes))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -6,7 +6,6 @@ them. Ours is only what the quantiser lacks: it takes products, and PyTorch expo
 """
 
 import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from vqbet_calibration.graphs import Array, Layer, Session, chosen_layers, is_transposed, layers
+from vqbet_calibration.graphs import Layer, chosen_layers, is_transposed, layers
 from vqbet_edge.errors import UsageError
 
 # Being imported, the quantiser makes the whole process log to stderr; and it reports every node.
@@ -139,21 +138,3 @@ def _to_blocks(model: onnx.ModelProto, found: Sequence[Layer], method: str) -> N
     )
     others = [node.name for node in model.graph.node if node.name not in names]
     nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config).process()
-
-
-def slowdown(graph: bytes, quantized: bytes, inputs: Sequence[Sequence[Array]]) -> float:
-    """How much longer a quantised graph takes than the one in floating point.
-
-    Where a kernel is missing it is several times; with kernels it is below 1.
-    """
-    return _seconds(Session(quantized), inputs) / _seconds(Session(graph), inputs)
-
-
-def _seconds(session: Session, inputs: Sequence[Sequence[Array]]) -> float:
-    """The quickest run, because others use the machine too."""
-    seconds = []
-    for values in inputs:
-        start = time.perf_counter()
-        session.run_all([values])
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

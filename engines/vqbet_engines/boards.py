@@ -67,7 +67,6 @@ class JetPack(Struct, frozen=True, forbid_unknown_fields=True):
     tensorrt: str
     cuda: str
     python: str
-    max_opset: int
 
     @property
     def supported(self) -> bool:

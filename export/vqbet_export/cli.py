@@ -44,8 +44,6 @@ class Arguments:
     verify_data: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
     # Observations of each kind to verify on.
     verify_steps: int = 512
-    # Check that the graphs suit this board's TensorRT (engines/boards.toml), such as orin-nano.
-    board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None
     # Replace an existing bundle.
     force: Flag = False
     # Upload the bundle with a model card to this repository of the Hugging Face Hub: user/name.
@@ -84,7 +82,6 @@ def _export() -> None:
                 precision=precision,
                 verify_data=arguments.verify_data,
                 verify_steps=arguments.verify_steps,
-                board=arguments.board,
                 force=arguments.force,
                 calibration_data=arguments.calibration_data,
                 calibration_steps=arguments.calibration_steps,

@@ -8,14 +8,12 @@ from typing import Any
 import msgspec
 from vqbet_calibration.quantize import Quantization
 from vqbet_calibration.samples import Samples, load_samples
-from vqbet_engines.boards import Board, load_board
-from vqbet_engines.suitability import check_graphs
 
 from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
 from vqbet_edge.runtime.comparison import LIMITS
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, STAGES, TARGETS, Precision, Target
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS, Precision, Target
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
@@ -40,7 +38,6 @@ class ExportConfig:
         verify_data: a LeRobot data set to verify on, besides random observations.
         verify_steps: observations of each kind to verify on; of few, one near tie between codes
             is already a share above the limit.
-        board: name of a board profile whose TensorRT the graphs must suit.
         force: replace an existing bundle.
         calibration_data: a LeRobot data set or a folder of recordings, for INT8.
         calibration_steps: observations to sample from it.
@@ -52,7 +49,6 @@ class ExportConfig:
     precision: Precision = "fp32"
     verify_data: str | None = None
     verify_steps: int = 512
-    board: str | None = None
     force: bool = False
     calibration_data: str | None = None
     calibration_steps: int = 1024
@@ -85,18 +81,16 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
     """
     _check_output(config)
     _check_calibration(config)
-    board = _board(config)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
     real = None
     if config.verify_data is not None:  # if it does not fit, nobody should have to wait for it
         real = Sampler.open(config.verify_data, describe(checkpoint, "fp32"))
     draft = _draft(checkpoint, config, progress)
-    board_notes = _check_board(draft.bundle, board, progress)
     results, cases = _verify(draft, checkpoint, config, real, progress)
     progress("writing the bundle")
     manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summarize(results))
-    report = report_data(manifest, config.precision, results, draft.quantizations, board_notes)
+    report = report_data(manifest, config.precision, results, draft.quantizations)
     contents = {**draft.bundle.contents, CASES_NAME: cases.encode()}
     contents |= lerobot_files(manifest, checkpoint.license)
     if draft.quantizations:
@@ -114,14 +108,6 @@ def _check_output(config: ExportConfig) -> None:
         raise UsageError(f"'{config.output}' exists and is no bundle; choose another place with -o")
     if not config.force:
         raise UsageError(f"'{config.output}' exists; replace it with --force, or choose another -o")
-
-
-def _board(config: ExportConfig) -> Board | None:
-    if config.board is None:
-        return None
-    if "tensorrt" not in config.targets:
-        raise UsageError("--board checks graphs for TensorRT; leave out --target cpu")
-    return load_board(config.board)
 
 
 def _check_calibration(config: ExportConfig) -> None:
@@ -162,24 +148,6 @@ def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> 
         half = assemble(checkpoint, config.output, "fp16", progress, ("tensorrt",))
     found = quantize_bundle(floating, half, samples, config.targets, progress)
     return _Draft(found.bundle, samples, found.quantizations)
-
-
-def _check_board(bundle: Bundle, board: Board | None, progress: Progress) -> tuple[str, ...]:
-    """How far the check went.
-
-    Raises:
-        VerificationError: the board's TensorRT will not take the graphs.
-    """
-    if board is None:
-        return ()
-    progress(f"building for {board.name}")
-    suitability = check_graphs({stage: bundle.graph(stage) for stage in STAGES}, board)
-    if suitability.problems:
-        raise VerificationError(
-            f"the graphs do not suit {board.name}, nothing was published: "
-            + "; ".join(suitability.problems)
-        )
-    return suitability.notes
 
 
 def _verify(

@@ -19,7 +19,6 @@ def report_data(
     precision: Precision,
     results: Sequence[Verification],
     quantizations: Sequence[Quantization],
-    board_notes: Sequence[str],
 ) -> dict[str, Any]:
     """The report as plain data, with the fields' own names."""
     return {
@@ -28,7 +27,6 @@ def report_data(
         "tools": manifest.tools,
         "limits": asdict(LIMITS[precision]),
         "results": [asdict(result) for result in results],
-        "board_notes": list(board_notes),
         "quantization": [found.report() for found in quantizations],
     }
 
@@ -53,8 +51,6 @@ def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
     limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
     lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]
     lines += quantization_markdown(data["quantization"])
-    if data["board_notes"]:
-        lines += ["", "## Board", "", *(f"- {note}" for note in data["board_notes"])]
     lines += ["", "## Made with", "", *(f"- {k} {v}" for k, v in data["tools"].items()), ""]
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ def test_in_a_bundle_with_digests_that_fit(
 
 @pytest.fixture(scope="module")
 def checkpoint(workshop: Workshop) -> Path:
-    return workshop.checkpoint(oracle.TINY)[1]
+    return workshop.checkpoint(oracle.TINY)
 
 
 def test_in_every_file_of_a_checkpoint(checkpoint: Path, tmp_path: Path, poison: bytes) -> None:

@@ -79,7 +79,7 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def checkpoint(workshop: Workshop) -> str:
-    return str(workshop.checkpoint(oracle.TINY)[1])
+    return str(workshop.checkpoint(oracle.TINY))
 
 
 @pytest.mark.parametrize("number", CODES)

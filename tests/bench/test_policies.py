@@ -1,5 +1,6 @@
 """Every peer computes the same policy, or comparing times would mean nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,3 +131,16 @@ def test_stages_are_launched_alone_where_the_backend_has_that(
     window = SimpleNamespace(stage_launches=lambda: {"gpt": list})
     with mock.patch.object(policy, "_backend", SimpleNamespace(create_window=lambda: window)):
         assert policy.stage_launches() == {"gpt": list}
+
+
+def test_a_recorded_round_leaves_nothing(
+    tiny: Exported, observations: Observations, tmp_path: Path
+) -> None:
+    policy = BundlePolicy(replace(job(tiny, "bundle", tiny.bundle, observations), record=tmp_path))
+    policy.start(every=False)
+    with policy.recorded():
+        (folder,) = tmp_path.iterdir()
+        policy.act(policy.prepare(0))
+        assert policy._policy._recorder is not None
+    assert policy._policy._recorder is None
+    assert not folder.exists()

@@ -1,13 +1,11 @@
-"""Tables, JSON and the picture of a made-up result."""
+"""Tables and JSON of a made-up result."""
 
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vqbet_bench import report
-from vqbet_bench.plots import plot
 from vqbet_bench.results import (
-    Agreement,
     Bound,
     Ceilings,
     Machine,
@@ -17,7 +15,6 @@ from vqbet_bench.results import (
     Roofline,
     Round,
     Settings,
-    decode,
     encode,
 )
 
@@ -62,7 +59,6 @@ def measured() -> Any:
         "ours",
         "bundle",
         [9, 10, 11, 12, 50],
-        agreement=Agreement(1.2e-5, 0.995),
         bundle_bytes=150_000_000,
         roofline=Roofline(
             149_000_000,
@@ -111,8 +107,6 @@ def test_deadlines_energy_and_costs(measured: Report) -> None:
     # 7 W for 2 s and 40 actions
     assert cell(measured, at_rate, "energy per action", "ours") == "VDD_IN 0.350 J"
     assert cell(measured, "Start-up", "one more robot on the same weights, MB", "ours") == "0.250"
-    assert cell(measured, "Start-up", "actions differ at most, of their range", "ours") == "1.2e-05"
-    assert cell(measured, "Start-up", "most probable codes agree", "ours") == "99.5%"
     assert cell(measured, "Start-up", "weights, MB", "LeRobot") == "-"
 
 
@@ -140,15 +134,10 @@ def test_other_processes_are_a_warning(measured: Report) -> None:
 
 
 def test_json_has_every_sample(measured: Report) -> None:
-    assert decode(encode(measured)) == measured
+    assert msgspec.json.decode(encode(measured), type=Report) == measured
 
 
 def test_numbers_have_three_digits_and_no_exponent(measured: Report) -> None:
     slow = make_result("slow", "single-graph", [123456.7] * 5)
     measured.results.append(slow)
     assert cell(measured, "back to back, ms", "p50", "slow") == "123457"
-
-
-def test_the_picture_is_a_png(measured: Report, tmp_path: Path) -> None:
-    plot(measured, tmp_path / "latency.png")
-    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ that they need are generated here from the symbols that they leave undefined.
 """
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import miniature
 import msgspec
 import pytest
 import torch
@@ -23,6 +25,7 @@ from environments import alone, impossible
 from safetensors.numpy import save
 from vqbet_export.assembly import assemble
 from vqbet_export.publishing import publish
+from workshop import once
 
 from vqbet_edge.runtime.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
 from vqbet_edge.runtime.manifest import VerificationSpec
@@ -137,7 +140,7 @@ BundleFactory = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFactory:
+def make_bundle(shared: Path) -> BundleFactory:
     """Bundles of untrained policies, one for every set of arguments.
 
     `precision` is fp32 or fp16; the rest is the policy's configuration.
@@ -145,9 +148,10 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFactory:
 
     @functools.cache
     def make(precision: str = "fp32", **fields: Any) -> Bundle:
-        path = tmp_path_factory.mktemp("bundles") / "test.bundle"
-        write_bundle(path, precision, small_checkpoint(**fields))
-        return Bundle.open(path)
+        name = hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:12]
+        path = shared / f"{name}-{precision}.bundle"
+        made = once(path, lambda: write_bundle(path, precision, small_checkpoint(**fields)))
+        return Bundle.open(made)
 
     return make
 
@@ -180,3 +184,10 @@ def write_bundle(path: Path, precision: Any, checkpoint: Checkpoint) -> None:
     contents = {**draft.contents, RUNTIME_NAME: save(arrays)}
     verification = VerificationSpec("random", 1, 0.0, 1.0, 1.0)
     publish(path, contents, msgspec.structs.replace(draft.manifest, verification=verification))
+
+
+@pytest.fixture(scope="session")
+def mini_of_3(shared: Path) -> Path:
+    """`mini` with a window of three, and reference cases."""
+    path = shared / "mini-3.bundle"
+    return once(path, lambda: miniature.write(path, steps=16, n_obs_steps=3))

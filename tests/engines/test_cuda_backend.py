@@ -10,6 +10,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import miniature
@@ -109,10 +110,9 @@ def bundle(make_bundle: Any) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def proving(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def proving(mini_of_3: Path) -> Bundle:
     """A bundle as exported, with reference cases."""
-    path = tmp_path_factory.mktemp("proving") / "mini.bundle"
-    return Bundle.open(miniature.write(path, steps=16, n_obs_steps=3))
+    return Bundle.open(mini_of_3)
 
 
 def drive(window: Window, seed: int = 0) -> list[Any]:

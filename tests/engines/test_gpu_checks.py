@@ -106,9 +106,8 @@ def policy() -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, policy: Any) -> Bundle:
-    path = tmp_path_factory.mktemp("gpu") / "mini.bundle"
-    return Bundle.open(miniature.write(path, policy, steps=16))
+def bundle(mini_of_3: Path) -> Bundle:
+    return Bundle.open(mini_of_3)
 
 
 def test_the_whole_policy(checks: Any, bundle: Bundle, policy: Any) -> None:

@@ -24,7 +24,12 @@ MOST_LAYERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def _one_worker(precision: str) -> Any:
+    """That builds its engines for all tests."""
+    return pytest.param(precision, marks=pytest.mark.xdist_group(f"layers {precision}"))
+
+
+@pytest.fixture(scope="module", params=map(_one_worker, ("fp32", "fp16")))
 def precision(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

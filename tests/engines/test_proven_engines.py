@@ -18,6 +18,7 @@ from fake_tensorrt import FakeTensorRT
 from rich.console import Console
 from vqbet_engines import build_command, cli, doctor, engines
 from vqbet_engines.builder import Built, Job
+from workshop import once
 
 from vqbet_edge import BundleError, EdgePolicy, VerificationError
 from vqbet_edge.runtime.backends import tensorrt as backend_module
@@ -37,19 +38,19 @@ Graphs = Mapping[StageName, bytes]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = tmp_path_factory.mktemp("engines") / "a.bundle"
-    return Bundle.open(miniature.write(path, steps=16, n_obs_steps=2))
+def bundle(shared: Path) -> Bundle:
+    path = shared / "engines-a.bundle"
+    return Bundle.open(once(path, lambda: miniature.write(path, steps=16, n_obs_steps=2)))
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def other(shared: Path) -> Bundle:
     """The same sizes, other weights."""
     policy = miniature.checkpoint(n_obs_steps=2)
     for tensor in policy.network.parameters():
         tensor.mul_(1.5)
-    path = tmp_path_factory.mktemp("engines") / "b.bundle"
-    return Bundle.open(miniature.write(path, policy, steps=16))
+    path = shared / "engines-b.bundle"
+    return Bundle.open(once(path, lambda: miniature.write(path, policy, steps=16)))
 
 
 def graphs(bundle: Bundle) -> dict[StageName, bytes]:

@@ -15,11 +15,11 @@ CASES = [
 ]
 
 
-def force_codes(policy: EdgePolicy, judge: oracle.ReferencePolicy) -> None:
-    """Make the runtime decide as the judge is told to."""
+def force_codes(policy: EdgePolicy, reference: oracle.ReferencePolicy) -> None:
+    """Make the runtime decide as the reference is told to."""
     choose = policy._planner.sampler.choose
     policy._planner.sampler.choose = lambda outputs, *_: choose(  # type: ignore[method-assign]
-        outputs, np.array(judge.injected.codes)
+        outputs, np.array(reference.injected.codes)
     )
 
 
@@ -36,20 +36,20 @@ def test_acts_as_select_action(
     probability_limit: float,
 ) -> None:
     exported = workshop.bundle(case, precision)
-    judge = oracle.ReferencePolicy(exported.policy, case)
+    reference = oracle.ReferencePolicy(workshop.policy(case), case)
     policy = EdgePolicy.load(exported.bundle)
-    force_codes(policy, judge)
+    force_codes(policy, reference)
     stats = oracle.make_statistics(case)[oracle.ACTION]
     action_range = (stats["max"] - stats["min"]).numpy()
     random = np.random.default_rng(0)
     codes = case.fields.get("vqvae_n_embed", 16)
     for observation in oracle.observations(case, 12):
-        judge.injected.codes = tuple(random.integers(codes, size=2).tolist())
-        expected, got = judge.act(observation), policy.act(observation)
+        reference.injected.codes = tuple(random.integers(codes, size=2).tolist())
+        expected, got = reference.act(observation), policy.act(observation)
         assert got.dtype == np.float32
         assert np.abs((got - expected) / action_range).max() <= action_limit
         assert policy.last is not None
-        change = np.abs(policy.last.code_probabilities - judge.injected.probabilities)
+        change = np.abs(policy.last.code_probabilities - reference.injected.probabilities)
         assert change.max() <= probability_limit
 
 

@@ -25,7 +25,7 @@ PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 @pytest.fixture(scope="module")
 def pusht_checkpoint(workshop: Workshop) -> Path:
     """An untrained policy with PushT's features."""
-    return workshop.checkpoint(oracle.small("pusht"))[1]
+    return workshop.checkpoint(oracle.small("pusht"))
 
 
 def test_exports_next_to_where_one_stands(
@@ -76,7 +76,7 @@ def test_failed_verification_publishes_nothing_and_exits_3(
 def test_overflow_in_float16_is_a_failed_verification(
     workshop: Workshop, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    _, source = workshop.checkpoint(oracle.TINY)
+    source = workshop.checkpoint(oracle.TINY)
     checkpoint = shutil.copytree(source, cwd / "policy")
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["vqbet.policy.transformer.h.0.mlp.2.bias"].fill_(1e5)
@@ -94,7 +94,6 @@ def test_overflow_in_float16_is_a_failed_verification(
         (["nowhere", "--fp16", "--fp32"], 2, "exclude each other"),
         (["nowhere", "--verify-steps", "0"], 2, "--verify-steps must be at least 1"),
         (["policy.pt"], 4, "pickled file"),
-        (["nowhere", "--board", "toaster"], 2, "unknown board 'toaster'"),
     ],
 )
 @pytest.mark.usefixtures("cwd")
@@ -105,22 +104,11 @@ def test_mistakes_have_their_exit_codes(
     assert message in capsys.readouterr().err
 
 
-def test_graphs_are_built_for_a_board(
-    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    arguments = [str(pusht_checkpoint), "--fp16", "--board", "orin-nano", "--verify-steps", "2"]
-    assert run(monkeypatch, *arguments, "-o", "a.bundle", "--json") == 0
-    notes = json.loads(capsys.readouterr().out)["board_notes"]
-    assert any("in place of Jetson Orin Nano" in note for note in notes)
-    assert "in place of Jetson Orin Nano" in (cwd / "a.bundle" / "report.md").read_text()
-
-
 @pytest.mark.usefixtures("cwd")
 def test_verification_data_must_fit_the_policy(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    _, checkpoint = workshop.checkpoint(oracle.TINY)
+    checkpoint = workshop.checkpoint(oracle.TINY)
     assert run(monkeypatch, str(checkpoint), "--verify-data", str(PUSHT)) == 4
     assert "the policy observes 'observation.image' of shape (40, 48, 3)" in " ".join(
         capsys.readouterr().err.split()

@@ -10,6 +10,7 @@ import torch
 from environments import ROOT, find_python, prepare
 from peers import PUSHT, Peer, Robot
 from vqbet_export.exporter import ExportConfig, export
+from workshop import once
 
 PLUGIN = ROOT / "integrations" / "lerobot"
 sys.path.append(str(PLUGIN))
@@ -25,29 +26,36 @@ def attentive(policy: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def robot(tmp_path_factory: pytest.TempPathFactory) -> Robot:
+def robot(shared: Path) -> Robot:
     """PushT's sizes, small, untrained."""
-    root = tmp_path_factory.mktemp("robot")
+    root = shared / "robot"
+    made = Robot(root / "checkpoint", root / "pusht-fp32.bundle")
+    once(root, lambda: make_robot(made))
+    return made
+
+
+def make_robot(robot: Robot) -> None:
     policy = oracle.make_policy(PUSHT)
     with torch.no_grad():
         attentive(policy)
     policy.config.license = "mit"
-    made = Robot(root / "checkpoint", root / "pusht-fp32.bundle")
-    oracle.save_checkpoint(policy, PUSHT, made.checkpoint)
-    export(ExportConfig(str(made.checkpoint), made.bundle, verify_steps=8))
-    return made
+    oracle.save_checkpoint(policy, PUSHT, robot.checkpoint)
+    export(ExportConfig(str(robot.checkpoint), robot.bundle, verify_steps=8))
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(shared: Path) -> Path:
     """A folder with the wheels of the package and of the plugin, and nothing else."""
     pytest.importorskip("hatchling")
-    folder = tmp_path_factory.mktemp("installed")
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder]
-    command = [sys.executable, "-m", "pip", "install", "-q", *options, ROOT, PLUGIN]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    folder = shared / "installed"
+
+    def install() -> None:
+        options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder]
+        command = [sys.executable, "-m", "pip", "install", "-q", *options, ROOT, PLUGIN]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return once(folder, install)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.numpy import load, save
+from workshop import once
 
 from vqbet_edge import BundleError, EdgePolicy, VerificationError
 from vqbet_edge.runtime.backends import create_backend
@@ -47,16 +48,16 @@ def attentive(seed: int) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("proof")
-    return Bundle.open(miniature.write(folder / "a.bundle", attentive(1), steps=64))
+def bundle(shared: Path) -> Bundle:
+    path = shared / "proof-a.bundle"
+    return Bundle.open(once(path, lambda: miniature.write(path, attentive(1), steps=64)))
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def other(shared: Path) -> Bundle:
     """The same sizes, other weights."""
-    folder = tmp_path_factory.mktemp("other")
-    return Bundle.open(miniature.write(folder / "b.bundle", attentive(2)))
+    path = shared / "proof-b.bundle"
+    return Bundle.open(once(path, lambda: miniature.write(path, attentive(2))))
 
 
 def proven(bundle: Bundle) -> Proof:

@@ -128,18 +128,18 @@ def test_sequential_bundle_samples_its_own_probabilities(workshop: Workshop) -> 
     case = next(case for case in oracle.CASES if case.name == "sequential")
     exported = workshop.bundle(case)
     policy = EdgePolicy.load(exported.bundle, temperature=1.0)
-    judge = oracle.ReferencePolicy(exported.policy, case)
-    judge.policy.config.bet_softmax_temperature = 1.0
+    reference = oracle.ReferencePolicy(workshop.policy(case), case)
+    reference.policy.config.bet_softmax_temperature = 1.0
     observation = oracle.observations(case, 1)[0]
     for _ in range(5):
         policy.act_chunk(observation)
         assert policy.last is not None
-        judge.policy.reset()
-        judge.injected.codes = tuple(policy.last.codes.tolist())
-        judge.act(observation)
-        change = np.abs(policy.last.code_probabilities - judge.injected.probabilities)
+        reference.policy.reset()
+        reference.injected.codes = tuple(policy.last.codes.tolist())
+        reference.act(observation)
+        change = np.abs(policy.last.code_probabilities - reference.injected.probabilities)
         assert change.max() < 1e-3
-    judge.policy.config.bet_softmax_temperature = 0.1
+    reference.policy.config.bet_softmax_temperature = 0.1
 
 
 def test_non_finite_columns_are_never_a_choice() -> None:

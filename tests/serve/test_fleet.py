@@ -22,6 +22,7 @@ from vqbet_serve.asgi import AsgiConnection
 from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
 from vqbet_serve.sessions import Sessions, derived_seed
 from websockets.exceptions import ConnectionClosed
+from workshop import once
 
 from vqbet_edge import BackendError, EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.backends.base import Window
@@ -35,21 +36,23 @@ KEY = "0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(shared: Path) -> Path:
     """Another policy for the same robot."""
     policy = miniature.checkpoint()
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in policy.network.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
-    return miniature.write(tmp_path_factory.mktemp("other") / "other.bundle", policy)
+    path = shared / "fleet-other.bundle"
+    return once(path, lambda: miniature.write(path, policy))
 
 
 @pytest.fixture(scope="module")
-def misfit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def misfit(shared: Path) -> Path:
     """A policy for a camera of another size."""
     policy = miniature.checkpoint((32, 32))
-    return miniature.write(tmp_path_factory.mktemp("misfit") / "misfit.bundle", policy)
+    path = shared / "fleet-misfit.bundle"
+    return once(path, lambda: miniature.write(path, policy))
 
 
 def alone(bundle: Path, seed: int, seen: list[dict[str, np.ndarray]]) -> np.ndarray:

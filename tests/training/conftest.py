@@ -8,11 +8,12 @@ import oracle
 import pytest
 import torch
 import two_ways
+from workshop import once
 
 
 @pytest.fixture(scope="session")
 def lerobot() -> Callable[[str], ModuleType]:
-    """Imports a module of LeRobot, the judge; in CI its absence is a failure, elsewhere a skip."""
+    """Imports a module of LeRobot, the reference; in CI its absence is a failure, elsewhere a skip."""
     return oracle.lerobot
 
 
@@ -23,11 +24,10 @@ def pusht() -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ways_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ways_run(shared: Path) -> Path:
     """The folder of a task with two ways: its `data`, and the `run` of a policy for it."""
-    root = tmp_path_factory.mktemp("two_ways")
-    two_ways.prepare(root)
-    return root
+    root = shared / "two_ways"
+    return once(root, lambda: two_ways.prepare(root))
 
 
 @pytest.fixture

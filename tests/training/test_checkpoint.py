@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 @pytest.fixture
 def layout_0_4(workshop: Any, tmp_path: Path) -> Path:
     """A copy of what LeRobot 0.4.4 wrote."""
-    return Path(shutil.copytree(workshop.checkpoint(TINY)[1], tmp_path / "policy"))
+    return Path(shutil.copytree(workshop.checkpoint(TINY), tmp_path / "policy"))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def layout_0_2(workshop: Any, tmp_path: Path) -> Path:
     case = oracle.small(
         "layout_0_2", image=(40, 48), crop_shape=(36, 40), gpt_n_layer=1, gpt_block_size=32
     )
-    tensors = load_file(workshop.checkpoint(case)[1] / WEIGHTS)
+    tensors = load_file(workshop.checkpoint(case) / WEIGHTS)
     owners = {"normalize_inputs": oracle.STATE, "normalize_targets": oracle.ACTION}
     owners["unnormalize_outputs"] = oracle.ACTION
     for owner, key in owners.items():
@@ -237,8 +237,10 @@ def test_of_several_outputs_the_action_is_taken_as_lerobot_does(layout_0_4: Path
             layout_0_4 / f"policy_{processor}processor.json",
             lambda p, kind=kind: step(p, f"{kind}_processor")["config"]["features"].update(extra),
         )
-    judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(layout_0_4)
-    policy = oracle.ReferencePolicy(judge.eval(), TINY)
+    reference = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(
+        layout_0_4
+    )
+    policy = oracle.ReferencePolicy(reference.eval(), TINY)
     observation = oracle.observations(TINY, 1)[0]
     expected = policy.act(observation)
     checkpoint = load_checkpoint(str(layout_0_4))
@@ -259,9 +261,11 @@ def test_lerobot_cannot_run_a_policy_with_an_input_that_it_does_not_read(layout_
     """Why such a policy is refused here."""
     extra = {"observation.effort": {"type": "STATE", "shape": [7]}}
     change_json(layout_0_4 / CONFIG, lambda c: c["input_features"].update(extra))
-    judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(layout_0_4)
+    reference = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(
+        layout_0_4
+    )
     with pytest.raises(IndexError):
-        oracle.ReferencePolicy(judge.eval(), TINY).act(oracle.observations(TINY, 1)[0])
+        oracle.ReferencePolicy(reference.eval(), TINY).act(oracle.observations(TINY, 1)[0])
 
 
 @pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"])
@@ -269,15 +273,15 @@ def test_lerobot_cannot_run_a_policy_with_an_input_that_it_does_not_read(layout_
 def test_every_mode_normalises_as_lerobot(layout_0_4: Path, mode: str, constant: bool) -> None:
     """Processors that LeRobot makes and writes, with a feature that may be constant."""
     types = oracle.lerobot("configs.types")
-    judge = oracle.make_policy(TINY)
-    judge.config.normalization_mapping = {
+    reference = oracle.make_policy(TINY)
+    reference.config.normalization_mapping = {
         "VISUAL": types.NormalizationMode[mode],
         "STATE": types.NormalizationMode[mode],
         "ACTION": types.NormalizationMode[mode],
     }
     stats = statistics_for_every_mode(constant)
     module = oracle.lerobot("policies.vqbet.processor_vqbet")
-    before, after = module.make_vqbet_pre_post_processors(judge.config, stats)
+    before, after = module.make_vqbet_pre_post_processors(reference.config, stats)
     before.save_pretrained(layout_0_4)
     after.save_pretrained(layout_0_4)
     checkpoint = load_checkpoint(str(layout_0_4))
@@ -578,6 +582,6 @@ def test_an_unreachable_hub_is_no_disk_error(tmp_path: Path, command: str) -> No
         env=environment, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "is not to be had from the Hub" in done.stderr
+    assert "does not exist here, and cannot be read from the Hub" in done.stderr
     assert "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr

@@ -109,14 +109,14 @@ def test_lerobot_objects_where_we_say_so(
     objections = lerobots_objections(load_checkpoint(str(directory)).config)
     assert len(objections) == len(ours)
     assert all(part in text for part, text in zip(ours, objections, strict=True))
-    judge = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy
+    reference = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy
     if "resize_shape" in changes:
         lerobots = Exception  # of the library that reads its configuration
     if lerobots is None:
-        judge.from_pretrained(directory)
+        reference.from_pretrained(directory)
     else:
         with pytest.raises(lerobots):
-            judge.from_pretrained(directory)
+            reference.from_pretrained(directory)
 
 
 @pytest.fixture

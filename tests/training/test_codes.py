@@ -245,18 +245,18 @@ def test_use_and_reconstruction_are_lerobots(
 ) -> None:
     sizes = {"vqvae_n_embed": 8, "vqvae_embedding_dim": 16, "vqvae_enc_hidden_dim": 64}
     chunk = {"action_chunk_size": two_ways.CHUNK, "action_feature": SimpleNamespace(shape=(2,))}
-    judge = lerobot("policies.vqbet.modeling_vqbet").VqVae(SimpleNamespace(**sizes, **chunk))
+    reference = lerobot("policies.vqbet.modeling_vqbet").VqVae(SimpleNamespace(**sizes, **chunk))
     prefix = "vqbet.action_head.vqvae_model."
     tensors = load_file(trained / WEIGHTS)
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    judge.load_state_dict(own)
-    judge.eval()
+    reference.load_state_dict(own)
+    reference.eval()
     chunks, _ = by_hand(data)
     with torch.no_grad():
-        latents, indices = judge.get_code(torch.from_numpy(chunks).float())
-        both = judge.get_action_from_latent(latents).double().numpy()
-        vectors = judge.vq_layer.get_codebook_vector_from_indices(indices)
-        primary = judge.get_action_from_latent(vectors[0]).double().numpy()
+        latents, indices = reference.get_code(torch.from_numpy(chunks).float())
+        both = reference.get_action_from_latent(latents).double().numpy()
+        vectors = reference.vq_layer.get_codebook_vector_from_indices(indices)
+        primary = reference.get_action_from_latent(vectors[0]).double().numpy()
 
     use = found["demonstrations"]["use"]
     counts = Counter(map(tuple, indices.tolist()))

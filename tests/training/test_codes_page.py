@@ -49,12 +49,13 @@ class Structure(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def pages(two_ways_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(
+    two_ways_run: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """A page of every kind."""
     root = tmp_path_factory.mktemp("pages")
     noise = codes.write_random(root / "noise")
-    bundle = miniature.write(root / "mini.bundle")
-    dataset, robot = LeRobotDataset.open(noise), EdgePolicy.load(bundle)
+    dataset, robot = LeRobotDataset.open(noise), EdgePolicy.load(mini)
     with robot.record(root / "seen"):
         arrays = dataset.episode(1)
         for frame, state in zip(arrays[miniature.IMAGE], arrays[miniature.STATE], strict=True):
@@ -63,9 +64,9 @@ def pages(two_ways_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     inputs = {
         "data": (trained, two_ways_run / "data"),
         "alone": (trained, None),
-        "bundle": (bundle, noise),
-        "recording": (bundle, root / "seen"),
-        "bundle_alone": (bundle, None),
+        "bundle": (mini, noise),
+        "recording": (mini, root / "seen"),
+        "bundle_alone": (mini, None),
     }
     made = {name: root / f"{name}.html" for name in inputs}
     for name, (policy, data) in inputs.items():

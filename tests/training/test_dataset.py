@@ -271,7 +271,7 @@ def test_what_is_no_data_set_is_named() -> None:
 def test_image_columns_and_several_cameras_as_lerobot_writes_them(
     tmp_path: Path, lerobot: Callable[[str], ModuleType]
 ) -> None:
-    judge = lerobot("datasets.lerobot_dataset")
+    reference = lerobot("datasets.lerobot_dataset")
     cameras = {
         f"observation.images.{name}": {
             "dtype": "image",
@@ -284,7 +284,7 @@ def test_image_columns_and_several_cameras_as_lerobot_writes_them(
         key: {"dtype": "float32", "shape": (2,), "names": None}
         for key in ("observation.state", "action")
     }
-    written = judge.LeRobotDataset.create(
+    written = reference.LeRobotDataset.create(
         "test/cameras", 10, cameras | vectors, root=tmp_path / "cameras", use_videos=False
     )
     rng = np.random.default_rng(0)

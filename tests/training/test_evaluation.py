@@ -26,7 +26,6 @@ from vqbet_edge.training.evaluation.cli import EvalConfig
 from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.pusht import PushTWithContact
 from vqbet_edge.training.evaluation.rollout import run_episodes
-from vqbet_edge.training.evaluation.sheet import draw_sheet
 from vqbet_edge.training.evaluation.summary import bootstrap, compare, summarize, wilson
 from vqbet_edge.training.evaluation.tasks import TASKS, make_task
 
@@ -98,15 +97,11 @@ def test_results_do_not_depend_on_how_many_run_at_once() -> None:
     assert isinstance(space, gymnasium.spaces.Box)
     seeds = range(5, 12)
     alone = run_episodes(DetourEnv, RandomActor(1, space), seeds, slots=1)
-    together = run_episodes(DetourEnv, RandomActor(3, space), seeds, slots=3, keep_frames=2)
+    together = run_episodes(DetourEnv, RandomActor(3, space), seeds, slots=3)
     assert [e.seed for e in together] == list(seeds)
     for a, b in zip(alone, together, strict=True):
         assert (a.success, a.max_reward) == (b.success, b.max_reward)
         np.testing.assert_array_equal(a.states, b.states)
-    frames = [e.frames for e in together]
-    assert frames[0] is not None
-    assert len(frames[0]) == together[0].steps
-    assert frames[2:] == [None] * 5
 
 
 class DyingEnv(DetourEnv):
@@ -178,16 +173,14 @@ def test_intervals_are_scipys() -> None:
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
-def test_comparison_is_paired_and_a_sheet_shows_episodes(tmp_path: Path) -> None:
+def test_comparison_is_paired() -> None:
     space = DetourEnv().action_space
     assert isinstance(space, gymnasium.spaces.Box)
-    episodes = run_episodes(DetourEnv, RandomActor(2, space), range(4), slots=2, keep_frames=2)
+    episodes = run_episodes(DetourEnv, RandomActor(2, space), range(4), slots=2)
     same = compare(episodes, episodes)
     assert (same.success.low, same.success.high) == (0, 0)
     assert (same.only_first, same.only_second) == (0, 0)
     assert summarize(episodes).episodes == 4
-    draw_sheet(episodes, tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_unknown_environment_is_named() -> None:

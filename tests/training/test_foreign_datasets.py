@@ -317,10 +317,10 @@ BROKEN_STATISTICS: dict[str, Callable[[dict], object]] = {
 NAMES = ("min", "max", "mean", "std", "q01", "q10", "q90", "q99")
 
 
-def lerobots_statistics(judge: ModuleType, frames: np.ndarray) -> dict[str, np.ndarray]:
+def lerobots_statistics(reference: ModuleType, frames: np.ndarray) -> dict[str, np.ndarray]:
     """What LeRobot's writer keeps of an episode's camera."""
     pixels = frames.transpose(0, 3, 1, 2).astype(np.float64)
-    found = judge.get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
+    found = reference.get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
     return {k: v if k == "count" else np.squeeze(v / 255, axis=0) for k, v in found.items()}
 
 
@@ -329,9 +329,9 @@ def test_statistics_of_a_camera_are_computed_where_they_are_missing(
     healthy: Path, name: str, lerobot: Lerobot
 ) -> None:
     edit_json(healthy / STATS, BROKEN_STATISTICS[name])
-    judge = lerobot("datasets.compute_stats")
+    reference = lerobot("datasets.compute_stats")
     frames = np.concatenate([d[CAMERA] for d in demonstrations()])
-    expected = lerobots_statistics(judge, frames)
+    expected = lerobots_statistics(reference, frames)
     got = LeRobotDataset.open(healthy).statistics(CAMERA, NAMES)
     for statistic in NAMES:
         assert got[statistic].shape == (3, 1, 1)
@@ -344,12 +344,12 @@ def test_statistics_of_a_camera_are_computed_where_they_are_missing(
 def test_statistics_of_episodes_are_aggregated_as_lerobot_does(
     healthy: Path, version: str, lerobot: Lerobot
 ) -> None:
-    judge = lerobot("datasets.compute_stats")
-    parts = [lerobots_statistics(judge, d[CAMERA]) for d in demonstrations()]
+    reference = lerobot("datasets.compute_stats")
+    parts = [lerobots_statistics(reference, d[CAMERA]) for d in demonstrations()]
     # Not those of the frames, so that it shows which ones are taken.
     for part in parts:
         part["mean"] = part["mean"] + 0.25
-    expected = judge.aggregate_stats([{CAMERA: part} for part in parts])[CAMERA]
+    expected = reference.aggregate_stats([{CAMERA: part} for part in parts])[CAMERA]
     (healthy / STATS).unlink()
     if version == "v3.0":
         for name in parts[0]:
@@ -391,25 +391,25 @@ def test_format_v21_with_images_in_the_file(healthy: Path) -> None:
 def test_vectors_have_the_quantiles_of_the_data(pusht: Path, lerobot: Lerobot) -> None:
     dataset = LeRobotDataset.open(pusht)
     values = dataset.column("action")
-    judge = lerobot("datasets.compute_stats").get_feature_stats(values, axis=0, keepdims=False)
+    reference = lerobot("datasets.compute_stats").get_feature_stats(values, axis=0, keepdims=False)
     got = dataset.statistics("action", NAMES)
     for name in ("min", "max", "mean", "std"):
         # LeRobot adds up in float32.
-        np.testing.assert_allclose(got[name], judge[name], rtol=1e-4)
+        np.testing.assert_allclose(got[name], reference[name], rtol=1e-4)
     for name in ("q01", "q10", "q90", "q99"):
         # LeRobot takes them from a histogram: they may be a value or two of the data apart.
-        apart = np.abs((values < got[name]).mean(0) - (values < judge[name]).mean(0))
+        apart = np.abs((values < got[name]).mean(0) - (values < reference[name]).mean(0))
         assert (apart <= 2 / len(values)).all(), name
 
 
 def test_a_deviation_that_cannot_be_is_not_believed(tmp_path: Path, lerobot: Lerobot) -> None:
     """LeRobot 0.4's writer squares pixels as uint8, so its deviations come out near zero."""
-    judge = lerobot("datasets.lerobot_dataset")
+    reference = lerobot("datasets.lerobot_dataset")
     image = {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
     vector = {"dtype": "float32", "shape": (3,), "names": None}
     features = {CAMERA: image, STATE: vector, "action": vector}
     root = tmp_path / "written"
-    written = judge.LeRobotDataset.create("t/x", 10, features, root=root, use_videos=False)
+    written = reference.LeRobotDataset.create("t/x", 10, features, root=root, use_videos=False)
     random = np.random.default_rng(0)
     frames = random.integers(0, 256, (8, SIZE, SIZE, 3), np.uint8)
     for frame in frames:

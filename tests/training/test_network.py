@@ -26,7 +26,7 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 def pair(workshop: Any, case: oracle.Case) -> tuple[Any, Any]:
     """LeRobot's policy in float64, and its checkpoint."""
-    policy, directory = workshop.checkpoint(case)
+    policy, directory = workshop.policy(case), workshop.checkpoint(case)
     return copy.deepcopy(policy).double(), directory
 
 
@@ -75,7 +75,7 @@ def test_lerobot_takes_ours_and_computes_the_same(workshop: Any, case: oracle.Ca
 def test_head_decodes_the_same(workshop: Any, case: oracle.Case) -> None:
     policy, directory = pair(workshop, case)
     head = load_checkpoint(str(directory)).network.double().head
-    judge, injected = policy.vqbet.action_head, oracle.InjectedCodes(policy)
+    reference, injected = policy.vqbet.action_head, oracle.InjectedCodes(policy)
     injected._query = 0
     torch.manual_seed(3)
     features = torch.randn(5, policy.config.gpt_output_dim)
@@ -83,7 +83,7 @@ def test_head_decodes_the_same(workshop: Any, case: oracle.Case) -> None:
         injected.codes = codes
         pairs = torch.tensor([codes] * len(features))
         with torch.no_grad(), injected.patch():
-            expected = judge(features[:, None])
+            expected = reference(features[:, None])
             chunks = head.action_chunk(features, pairs)
             logits = head.code_logits(features, pairs[:, 0])
         torch.testing.assert_close(chunks.flatten(1), expected["predicted_action"][:, 0], **EXACT)
@@ -93,15 +93,15 @@ def test_head_decodes_the_same(workshop: Any, case: oracle.Case) -> None:
 def test_encodes_actions_into_lerobots_codes(workshop: Any) -> None:
     policy, directory = pair(workshop, oracle.CASES[0])
     vqvae = load_checkpoint(str(directory)).network.double().head.vqvae_model
-    judge = policy.vqbet.action_head.vqvae_model
+    reference = policy.vqbet.action_head.vqvae_model
     with torch.no_grad():
         # An untrained code book is far from the latents; move it where they are.
         chunks = torch.rand(256, *vqvae.chunk_shape) * 2 - 1
-        for layer, theirs in zip(vqvae.vq_layer.codebooks, judge.vq_layer.layers, strict=True):
+        for layer, theirs in zip(vqvae.vq_layer.codebooks, reference.vq_layer.layers, strict=True):
             moved = vqvae.encoder(chunks[:16].flatten(1))[None]
             layer.embed.copy_(moved)
             theirs._codebook.embed.copy_(moved)
-        latents, codes = judge.get_code(chunks)
+        latents, codes = reference.get_code(chunks)
         ours = vqvae.encode(chunks)
     assert torch.equal(ours.codes, codes)
     assert len(codes.unique(dim=0)) > 8

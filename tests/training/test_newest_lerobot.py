@@ -94,21 +94,21 @@ class Reference:
 
 def agree(directory: Path, bundle: Path, pusht: Path, limit: float) -> None:
     """Both act on one episode with the same codes."""
-    judge = Reference(directory)
+    reference = Reference(directory)
     # A policy after a few steps reaches out of its data, where the robot's limits would end it.
     robot = EdgePolicy.load(bundle, guards=Guards(action_limits=None))
     sampler = robot._planner.sampler
     choose = sampler.choose
     sampler.choose = lambda outputs, *_: choose(  # type: ignore[method-assign]
-        outputs, np.array(judge.codes.codes)
+        outputs, np.array(reference.codes.codes)
     )
     dataset = LeRobotDataset.open(pusht)
     span = np.ptp(dataset.column("action"), axis=0)
     episode, random = dataset.episode(1), np.random.default_rng(0)
     for step in range(20):
-        judge.codes.codes = tuple(random.integers(16, size=2).tolist())
+        reference.codes.codes = tuple(random.integers(16, size=2).tolist())
         observation = {key: episode[key][step] for key in (CAMERA, STATE)}
-        expected, got = judge.act(observation), robot.act(observation)
+        expected, got = reference.act(observation), robot.act(observation)
         assert (np.abs(got - expected) / span).max() <= limit, step
 
 

@@ -41,7 +41,7 @@ KINDS = {"observation.image": "VISUAL", "observation.state": "STATE", "action": 
 IMAGE = "observation.image"
 
 
-def build_judge(lerobot: Callable[[str], ModuleType], **overrides: object) -> nn.Module:
+def build_reference(lerobot: Callable[[str], ModuleType], **overrides: object) -> nn.Module:
     types = lerobot("configs.types")
     features = {
         key: types.PolicyFeature(types.FeatureType[KINDS[key]], shape)
@@ -58,7 +58,7 @@ def build_judge(lerobot: Callable[[str], ModuleType], **overrides: object) -> nn
     return policy.double()
 
 
-def build_ours(judge: nn.Module, **overrides: object) -> VQBeT:
+def build_ours(reference: nn.Module, **overrides: object) -> VQBeT:
     features = {key: Feature(FeatureType[KINDS[key]], shape) for key, shape in SHAPES.items()}
     config = VQBeTConfig(
         input_features={k: v for k, v in features.items() if k != "action"},
@@ -67,7 +67,7 @@ def build_ours(judge: nn.Module, **overrides: object) -> VQBeT:
         **overrides,
     )
     network = VQBeT(config).double()
-    network.load_state_dict(judge.state_dict(), strict=True)
+    network.load_state_dict(reference.state_dict(), strict=True)
     return network
 
 
@@ -81,7 +81,7 @@ def random_batch() -> dict[str, Tensor]:
     }
 
 
-def as_judge_sees(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_reference_sees(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | {IMAGE: batch[IMAGE][:, :, 0].movedim(-1, -3).float() / 255}
 
 
@@ -89,18 +89,18 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
 
 
-def assert_same(ours: dict[str, Tensor], judges: dict[str, Tensor]) -> None:
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     """To 1e-11 of the scale of each layer's tensors.
 
     A tensor alone is no scale: the softmax over positions makes the gradient of the bias before it
     zero, and what is left of it is rounding.
     """
-    assert ours.keys() == judges.keys()
+    assert ours.keys() == theirs.keys()
     scales: dict[str, float] = {}
-    for key, expected in judges.items():
+    for key, expected in theirs.items():
         layer = key.rpartition(".")[0]
         scales[layer] = max(scales.get(layer, 0.0), float(expected.double().abs().max()))
-    for key, expected in judges.items():
+    for key, expected in theirs.items():
         scale = scales[key.rpartition(".")[0]]
         torch.testing.assert_close(ours[key], expected, rtol=EXACT, atol=EXACT * scale, msg=key)
 
@@ -108,9 +108,9 @@ def assert_same(ours: dict[str, Tensor], judges: dict[str, Tensor]) -> None:
 def test_phase1_losses_codes_gradients_and_codebooks(
     lerobot: Callable[[str], ModuleType],
 ) -> None:
-    judge = build_judge(lerobot)
-    network = build_ours(judge)
-    theirs = judge.vqbet.action_head.vqvae_model
+    reference = build_reference(lerobot)
+    network = build_ours(reference)
+    theirs = reference.vqbet.action_head.vqvae_model
     objective = VqVaeObjective(network.head.vqvae_model, lambda tensor: tensor)
     actions = random_batch()["action"]
     chunks = actions.unfold(1, 5, 1).transpose(2, 3).flatten(0, 1)
@@ -122,7 +122,7 @@ def test_phase1_losses_codes_gradients_and_codebooks(
         )
         torch.testing.assert_close(got.reconstruction, reconstruction, rtol=EXACT, atol=0)
         torch.testing.assert_close(got.commitment, commitment, rtol=EXACT, atol=0)
-        judge.zero_grad()
+        reference.zero_grad()
         objective.zero_grad()
         expected.backward()
         got.loss.backward()
@@ -139,17 +139,17 @@ def test_phase2_losses_and_gradients(
     lerobot: Callable[[str], ModuleType], sequential: bool, crop_is_random: bool
 ) -> None:
     options = {"sequentially_select": sequential, "crop_is_random": crop_is_random}
-    judge = build_judge(lerobot, **options)
-    vqvae = judge.vqbet.action_head.vqvae_model
+    reference = build_reference(lerobot, **options)
+    vqvae = reference.vqbet.action_head.vqvae_model
     vqvae.discretized.fill_(True)
     vqvae.vq_layer.freeze_codebook.fill_(True)
-    network = build_ours(judge, **options)
+    network = build_ours(reference, **options)
     everything = Scalings({key: Affine.identity(3) for key in SHAPES}, {})
     objective = PolicyObjective(network, everything).double().train()
     batch = random_batch()
     frozen = {k: v.clone() for k, v in network.head.vqvae_model.state_dict().items()}
     torch.manual_seed(2)
-    expected, parts = judge.train()(as_judge_sees(batch))
+    expected, parts = reference.train()(as_reference_sees(batch))
     torch.manual_seed(2)
     got = objective(batch[IMAGE], batch["observation.state"], batch["action"])
     torch.testing.assert_close(got.loss, expected, rtol=EXACT, atol=0)
@@ -167,22 +167,22 @@ def test_phase2_losses_and_gradients(
         assert float(ours) == pytest.approx(parts[name], rel=EXACT)
     expected.backward()
     got.loss.backward()
-    assert_same(gradients(network), gradients(judge))
+    assert_same(gradients(network), gradients(reference))
     assert_same(network.head.vqvae_model.state_dict(), frozen)
 
 
 def test_a_checkpoint_acts_as_lerobots_select_action(
     lerobot: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = build_judge(lerobot).eval()
-    judge.vqbet.action_head.vqvae_model.discretized.fill_(True)
-    network = build_ours(judge).eval().requires_grad_(False)
+    reference = build_reference(lerobot).eval()
+    reference.vqbet.action_head.vqvae_model.discretized.fill_(True)
+    network = build_ours(reference).eval().requires_grad_(False)
     inputs = {key: Affine.identity(3) for key in SHAPES if key != "action"}
     checkpoint = Checkpoint(network, inputs, Affine.identity(2), {}, Layout.V0_4, "test", "")
     actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
     rng = np.random.default_rng(0)
     monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))
-    judge.reset()
+    reference.reset()
     for slot in range(2):
         actor.reset(slot, slot)
     for step in range(12):
@@ -196,4 +196,6 @@ def test_a_checkpoint_acts_as_lerobots_select_action(
             "observation.image": pixels,
             "observation.state": torch.from_numpy(states[1:]).double(),
         }
-        np.testing.assert_allclose(got[1], judge.select_action(batch)[0], rtol=EXACT, atol=EXACT)
+        np.testing.assert_allclose(
+            got[1], reference.select_action(batch)[0], rtol=EXACT, atol=EXACT
+        )

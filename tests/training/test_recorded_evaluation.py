@@ -89,7 +89,7 @@ def test_what_was_running_at_the_end_is_kept(bundle: Path, tmp_path: Path) -> No
 
 
 def test_what_cannot_be_recorded_is_said(bundle: Path, workshop: Workshop, tmp_path: Path) -> None:
-    checkpoint = workshop.checkpoint(oracle.TINY)[1]
+    checkpoint = workshop.checkpoint(oracle.TINY)
     actor = load_actor(str(checkpoint), 1, ActorOptions())
     with pytest.raises(UsageError, match="type: vqbet-export"):
         RecordingActor(actor, tmp_path, "detour", str(checkpoint), SEEDS)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import tyro
 from sizes import SMALL
+from workshop import once
 
 from vqbet_edge.errors import CheckpointError, DatasetError, HubError, UsageError
 from vqbet_edge.training.checkpoint import load_checkpoint
@@ -71,12 +72,11 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(pusht: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(pusht: Path, shared: Path) -> Path:
     """A tiny run from the beginning to the end."""
     torch.set_num_threads(1)
-    output = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(pusht, output))
-    return output
+    output = shared / "whole"
+    return once(output, lambda: train(tiny(pusht, output)))
 
 
 def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -233,7 +233,7 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
         "ACTION": NormalizationMode[mode],
     }
     directory = train(tiny(pusht, tmp_path / "run", normalization_mapping=mapping))
-    judge = lerobot("policies.vqbet.modeling_vqbet")
+    reference = lerobot("policies.vqbet.modeling_vqbet")
     import torchvision
 
     # LeRobot looks backbones up in torchvision, which has no ResNet as small as the test's.
@@ -242,7 +242,7 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
         return torch.nn.Sequential(*small_backbone(torch.nn.BatchNorm2d), *head)
 
     monkeypatch.setattr(torchvision.models, "resnet10_small", resnet10_small, raising=False)
-    policy = judge.VQBeTPolicy.from_pretrained(directory).eval()
+    policy = reference.VQBeTPolicy.from_pretrained(directory).eval()
     pipeline = lerobot("processor").PolicyProcessorPipeline
     converters = lerobot("processor.converters")
     before = pipeline.from_pretrained(directory, config_filename="policy_preprocessor.json")
@@ -292,8 +292,8 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
 
 
 def test_defaults_are_lerobots(lerobot: Callable[[str], ModuleType]) -> None:
-    judge = lerobot("policies.vqbet.configuration_vqbet").VQBeTConfig
-    theirs = judge(device="cpu")
+    reference = lerobot("policies.vqbet.configuration_vqbet").VQBeTConfig
+    theirs = reference(device="cpu")
     newer = theirs.pretrained_backbone_weights is not None  # 0.6's, which are one flag away
     ours = TrainConfig(dataset="d", output=Path("o"), imagenet=newer)
     names = [n for n in vars(theirs) if n in vars(ours) and n != "normalization_mapping"]
@@ -365,7 +365,7 @@ def test_another_configuration_does_not_resume(pusht: Path, tmp_path: Path, whol
 def test_windows_are_padded_as_lerobot_pads(
     pusht: Path, tmp_path: Path, lerobot: Callable[[str], ModuleType]
 ) -> None:
-    judge = lerobot("datasets.lerobot_dataset")
+    reference = lerobot("datasets.lerobot_dataset")
     copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
     identity = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
     config = tiny(copy, tmp_path / "run", normalization_mapping=identity)
@@ -382,7 +382,7 @@ def test_windows_are_padded_as_lerobot_pads(
     info = json.loads((copy / "meta/info.json").read_text())
     del info["features"]["observation.image"]
     (copy / "meta/info.json").write_text(json.dumps(info))
-    theirs = judge.LeRobotDataset("test/pusht", root=copy, delta_timestamps=deltas)
+    theirs = reference.LeRobotDataset("test/pusht", root=copy, delta_timestamps=deltas)
     for frame, actions, states in zip(frames, batch.actions, batch.states, strict=True):
         row = theirs[int(frame)]
         assert torch.equal(row["action"], actions)

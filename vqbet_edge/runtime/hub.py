@@ -1,13 +1,13 @@
-"""Bundles on the Hugging Face Hub: a repository that holds a bundle's files is a bundle.
+"""The Hugging Face Hub: checkpoints, data sets, and bundles, which are repositories of their files.
 
-The Hub's client is imported only when a bundle is not on this machine's disk; a robot does without.
+The Hub's client is imported only for what is not on this machine's disk; a robot does without.
 """
 
 import os
 import re
 from pathlib import Path
 
-from vqbet_edge.errors import BundleError, UsageError
+from vqbet_edge.errors import BundleError, HubError, UsageError
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode_manifest
 
 # A repository's id. What ends like a bundle is a directory, or a mistyped one.
@@ -43,27 +43,49 @@ def local_bundle(source: str | os.PathLike[str], revision: str | None = None) ->
                 f"{'a path here' if os.path.lexists(path) else 'not spelled user/name'}"
             )
         return path
-    return _download(name, revision)
+    try:
+        return _download_bundle(name, revision)
+    except HubError as error:
+        raise BundleError(str(error)) from error
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(
+    name: str,
+    kind: str = "model",
+    patterns: list[str] | None = None,
+    revision: str | None = None,
+) -> Path:
+    """A repository's folder in the client's cache, downloaded if it is not there.
+
+    Args:
+        name: the repository's id.
+        kind: "model" or "dataset".
+        patterns: of the files to take; None takes all.
+        revision: a branch, tag or commit; None is the main branch.
+
+    Raises:
+        UsageError: the client is not installed.
+        HubError: there is no such repository, no access to it, or no network.
+    """
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - a robot does without
     except ImportError as error:
         raise UsageError(
             f"'{name}' does not exist here; to read it from the Hub: pip install huggingface_hub"
         ) from error
+    try:
+        found = snapshot_download(name, repo_type=kind, allow_patterns=patterns, revision=revision)
+    except Exception as error:  # the client raises many types, all of them mean the same here
+        reason = " ".join(str(error).split())
+        raise HubError(
+            f"'{name}' does not exist here, and cannot be read from the Hub: {reason}. Check the "
+            "name, the network and, if it is private, type: hf auth login"
+        ) from error
+    return Path(found)
 
-    def fetch(revision: str | None, names: list[str]) -> Path:
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=names))
-        except Exception as error:  # the network's, the Hub's, the client's
-            reason = " ".join(str(error).split())
-            raise BundleError(
-                f"'{name}' does not exist here, and cannot be read from the Hub: {reason}"
-            ) from error
 
-    snapshot = fetch(revision, [MANIFEST_NAME])
+def _download_bundle(name: str, revision: str | None) -> Path:
+    snapshot = download(name, patterns=[MANIFEST_NAME], revision=revision)
     manifest = snapshot / MANIFEST_NAME
     if not manifest.is_file():
         raise BundleError(
@@ -73,7 +95,7 @@ def _download(name: str, revision: str | None) -> Path:
     with manifest.open("rb") as file:
         files = decode_manifest(file.read(MAX_MANIFEST_BYTES + 1)).files
     # The snapshot's name is its commit, so that all files are of one.
-    return fetch(snapshot.name, [MANIFEST_NAME, *files])
+    return download(name, patterns=[MANIFEST_NAME, *files], revision=snapshot.name)
 
 
 def stored(path: Path) -> Path:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
+from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.hub import download, is_hub_id, remedy
+from vqbet_edge.training.files import remedy
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing

@@ -26,7 +26,6 @@ from vqbet_edge.training.pretrained import save_pretrained
 # What may differ between a run and its continuation, because no loss depends on it.
 _FREE_FIELDS = {
     "dataset", "output", "resume", "log_every", "validate_every", "save_every", "frame_cache",
-    "tensorboard",
 }  # fmt: skip
 # What reading half a checkpoint ends in.
 _BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError

@@ -4,7 +4,6 @@ import sys
 
 from vqbet_edge.cli import parse, run
 from vqbet_edge.training.config import TrainConfig
-from vqbet_edge.training.trainer import train
 
 
 def main() -> None:
@@ -15,4 +14,6 @@ def main() -> None:
 
 def _main() -> None:
     config = parse(TrainConfig, "vqbet-train")
+    from vqbet_edge.training.trainer import train  # noqa: PLC0415 - slow, not needed for --help
+
     sys.stdout.write(f"{train(config)}\n")

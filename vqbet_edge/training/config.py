@@ -345,8 +345,6 @@ class TrainConfig(Hyperparameters):
     mixed_precision: Literal["no", "bf16"] = "no"
     # Compile phase 2 with torch.compile.
     compile: bool = False
-    # Convolve in channels-last memory order.
-    channels_last: bool = False
 
     # Share of the episodes that are kept for validation.
     validation_fraction: float = 0.05
@@ -358,8 +356,6 @@ class TrainConfig(Hyperparameters):
     save_every: int = 5000
     # Keep decoded frames in this folder between runs, instead of in memory.
     frame_cache: Path | None = None
-    # Write TensorBoard events as well.
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.imagenet:

@@ -1,4 +1,4 @@
-"""Writing so that a kill or a full disk never leaves half a file where a whole one is expected."""
+"""Writing so that a kill or a full disk leaves no half of a file; what to do about a broken one."""
 
 import os
 import shutil
@@ -80,3 +80,12 @@ def point_to(link: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         temporary.replace(link)
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that is not what its name says."""
+    with path.open("rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs")
+    if pointer:
+        return f"it is a Git LFS pointer, not the file; in {path.parent} type: git lfs pull"
+    return "copy or download it again"

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, a progress bar, curves, TensorBoard on request."""
+"""What a run reports: metrics.jsonl, a progress bar and curves."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vqbet_edge.errors import UsageError
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.files import replace_bytes, writing
 
@@ -56,7 +55,6 @@ class Reporter:
             disable=not active,
         )
         self._task = self.bar.add_task("starting", total=config.steps, completed=step, losses="")
-        self._board = _open_board(config) if active and config.tensorboard else None
         if active:
             with writing(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +67,6 @@ class Reporter:
         # Opened for every line, so that a kill costs no more than the line being written.
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-            self._board.flush()
 
     def progress(self, step: int, phase: str, metrics: Metrics | None = None) -> None:
         """Move the bar."""
@@ -120,11 +114,3 @@ def _forget_after(path: Path, step: int) -> None:
     """Drop what an interrupted run wrote after the checkpoint that is gone on from."""
     kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= step]
     replace_bytes(path, "".join(kept).encode())
-
-
-def _open_board(config: TrainConfig) -> Any:  # noqa: ANN401 - its type needs the optional library
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional, and slow
-    except ImportError as e:
-        raise UsageError("--tensorboard needs it installed: pip install tensorboard") from e
-    return SummaryWriter(str(config.output / "tensorboard"))

@@ -167,8 +167,6 @@ class PolicyPhase(Phase):
         # Marked as learned and frozen, as in LeRobot's checkpoints.
         vqvae.discretized.fill_(True)
         vqvae.vq_layer.freeze_codebook.fill_(True)
-        if config.channels_last:
-            network.vqbet.rgb_encoder.to(memory_format=torch.channels_last)
         objective: nn.Module = PolicyObjective(network, scalings).to(accelerator.device)
         if config.compile:
             objective.compile()

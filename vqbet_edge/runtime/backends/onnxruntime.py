@@ -2,22 +2,18 @@
 
 import functools
 import logging
-import time
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.cpu import CpuBackend, CpuWindow
+from vqbet_edge.runtime.backends.cpu import CpuBackend
 from vqbet_edge.runtime.backends.cpu_batches import Arrays, Run
+from vqbet_edge.runtime.backends.kernels import has_kernel_for_blocks
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import StageName
 
 # The operator of INT8 transformers, as it is spelled in a graph.
 _BLOCKS = b"MatMulNBits"
-# Seconds below which a missing kernel is not missed, and nodes cost more than their products.
-_NOTICEABLE = 5e-3
 _LOG = logging.getLogger(__name__)
 
 
@@ -125,50 +121,14 @@ class OnnxRuntimeBackend(CpuBackend):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        graph = bundle.cpu_graph("gpt")
-        # About a byte per weight.
-        self._weights_in_blocks = len(graph) if _BLOCKS in graph else 0
-
-    def create_window(self) -> CpuWindow:
-        """See `CpuBackend`; warns when the transformer's kernels are missing."""
-        window = super().create_window()
-        if self._weights_in_blocks:
-            shape = self.manifest.policy.n_obs_steps, self.manifest.state_dim
-            predict = functools.partial(window.predict, np.zeros(shape, np.float32))
-            _warn_if_slow(predict, len(self.causal_mask), self._weights_in_blocks)
-            self._weights_in_blocks = 0
-        return window
+        ort = import_onnxruntime()
+        if _BLOCKS in bundle.cpu_graph("gpt") and not has_kernel_for_blocks(ort):
+            _LOG.warning(
+                "the INT8 transformer takes several times as long as one in float32: this ONNX "
+                "Runtime (%s) has no fast kernel for it on this processor; pip install --upgrade "
+                "onnxruntime, or export with --fp32",
+                ort.__version__,
+            )
 
     def _load(self, stage: StageName, data: bytes) -> _Session:
         return _Session(stage, data)
-
-
-def _warn_if_slow(predict: Run, tokens: int, weights: int) -> None:
-    """Compare a transformer in eight bits with the same products in NumPy's float32.
-
-    Where ONNX Runtime lacks a kernel it still computes, in three times as long as float32 takes;
-    with a kernel it is half.
-    """
-    width = 512
-    x, y = np.ones((tokens, width), np.float32), np.ones((width, width), np.float32)
-    floating = _quickest(functools.partial(np.matmul, x, y)) * weights / y.size
-    taken = _quickest(predict)
-    if taken > max(1.5 * floating, _NOTICEABLE):
-        _LOG.warning(
-            "the INT8 transformer takes %.0f ms of processor time, and the same products in "
-            "float32 about %.0f: this ONNX Runtime (%s) has no fast kernel for it on this "
-            "processor; pip install --upgrade onnxruntime, or export with --fp32",
-            taken * 1e3,
-            floating * 1e3,
-            import_onnxruntime().__version__,
-        )
-
-
-def _quickest(run: Run) -> float:
-    """Processor seconds of the quickest of a few runs: others use the processor too."""
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        run()
-        seconds.append(time.process_time() - start)
-    return min(seconds)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
+from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.training.dataset.frames import (
     IMAGE_ERRORS,
     Frames,
@@ -28,7 +29,6 @@ from vqbet_edge.training.dataset.metadata import (
     stored_statistics,
 )
 from vqbet_edge.training.dataset.table import Array, Table
-from vqbet_edge.training.hub import download, is_hub_id
 
 # What a policy reads besides the cameras; checked when a data set is opened.
 _POLICY_VECTORS = ("observation.state", "action")

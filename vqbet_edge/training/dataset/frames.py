@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset.metadata import Clip
-from vqbet_edge.training.hub import remedy
+from vqbet_edge.training.files import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.dataset.metadata import DatasetFeature, DatasetInfo, EpisodeInfo
-from vqbet_edge.training.hub import remedy
+from vqbet_edge.training.files import remedy
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]

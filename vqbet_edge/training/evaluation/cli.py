@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
@@ -20,7 +19,6 @@ from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 from vqbet_edge.training.evaluation.recordings import RecordingActor
 from vqbet_edge.training.evaluation.replay import Replay, replay
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
-from vqbet_edge.training.evaluation.sheet import draw_sheet, write_picture
 from vqbet_edge.training.evaluation.summary import Comparison, Summary, compare, summarize
 from vqbet_edge.training.evaluation.tasks import ENV_HELP, make_task
 
@@ -57,9 +55,6 @@ class EvalConfig:
     num_envs: int = 8
     # Give every environment a process of its own.
     processes: bool = False
-    # Write a contact sheet of the first episodes, or the window of the first decision that differs,
-    # to this PNG file.
-    sheet: Path | None = None
     # Print JSON instead of text.
     json: bool = False
 
@@ -100,8 +95,6 @@ def evaluate(config: EvalConfig) -> Result:
     assert config.env is not None  # noqa: S101 - checked by the configuration
     sources = [config.policy] + ([config.versus] if config.versus else [])
     runs = {source: _run(config, config.env, source) for source in sources}
-    if config.sheet is not None:
-        draw_sheet(runs[config.policy], config.sheet)
     compared = compare(runs[sources[0]], runs[sources[1]]) if len(runs) == 2 else None
     return Result(config.env, {s: summarize(e) for s, e in runs.items()}, compared)
 
@@ -125,13 +118,7 @@ def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
             bar.advance(task)
 
         return run_episodes(
-            make,
-            actor,
-            seeds,
-            slots=slots,
-            processes=config.processes,
-            keep_frames=8 if config.sheet else 0,
-            on_end=on_end,
+            make, actor, seeds, slots=slots, processes=config.processes, on_end=on_end
         )
 
 
@@ -172,13 +159,6 @@ def _main() -> None:
         result = evaluate(config)
         text = _text(result)
     else:
-        result = _replay(config, config.replay)
+        result = replay(config.replay, config.policy, config.backend)
         text = str(result)
     sys.stdout.write((json.dumps(asdict(result), indent=2) if config.json else text) + "\n")
-
-
-def _replay(config: EvalConfig, folder: Path) -> Replay:
-    found = replay(folder, config.policy, config.backend)
-    if config.sheet is not None and found.frames:
-        write_picture(np.concatenate(list(found.frames), axis=1), config.sheet)
-    return found.replay

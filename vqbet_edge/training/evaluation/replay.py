@@ -4,12 +4,10 @@ Every recorded decision is made again on the recorded observations with the reco
 numbers, so a policy that computes the same decides the same.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.backends import BackendName
@@ -70,15 +68,7 @@ class Replay:
         return text
 
 
-@dataclass(frozen=True)
-class Found:
-    """A replay, and the frames (N, H, W, 3) that the first difference was decided on, or none."""
-
-    replay: Replay
-    frames: Sequence[npt.NDArray[np.uint8]]
-
-
-def replay(folder: Path, source: str, backend: BackendName) -> Found:
+def replay(folder: Path, source: str, backend: BackendName) -> Replay:
     """Make a recording's decisions again.
 
     Args:
@@ -99,9 +89,9 @@ def replay(folder: Path, source: str, backend: BackendName) -> Found:
     run = _Run(replayer, TOLERANCES[precision])
     for one in shown:
         run.add(one)
-    ties = [place for place in run.places if place.difference.near_tie]
-    differing = [place for place in run.places if not place.difference.near_tie]
-    found = Replay(
+    ties = [one for one in run.differences if one.near_tie]
+    differing = [one for one in run.differences if not one.near_tie]
+    return Replay(
         folder=str(folder),
         recorded=f"{info.bundle}, {info.precision} on {info.backend}",
         replayed=f"{source}, {facts.precision} on {facts.runs_on}",
@@ -112,24 +102,9 @@ def replay(folder: Path, source: str, backend: BackendName) -> Found:
         near_ties=len(ties),
         largest_probability=run.largest_probability,
         largest_action=run.largest_action,
-        first=differing[0].difference if differing else None,
-        first_near_tie=ties[0].difference if ties else None,
+        first=differing[0] if differing else None,
+        first_near_tie=ties[0] if ties else None,
     )
-    return Found(found, [frame for place in [*differing, *ties][:1] for frame in place.frames()])
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A difference and where it is."""
-
-    shown: ShownEpisode
-    rows: list[int]
-    difference: Difference
-
-    def frames(self) -> list[npt.NDArray[np.uint8]]:
-        """Of the first camera."""
-        key = self.shown.recording.info.image_keys[0]
-        return [self.shown.episode.frame(key, row) for row in self.rows]
 
 
 class _Run:
@@ -139,7 +114,7 @@ class _Run:
         self._replayer, self._tolerance = replayer, tolerance
         self.decisions = self.skipped = 0
         self.largest_probability = self.largest_action = 0.0
-        self.places: list[_Place] = []
+        self.differences: list[Difference] = []
 
     def add(self, shown: ShownEpisode) -> None:
         """Replay one episode."""
@@ -169,15 +144,16 @@ class _Run:
             return
         # The first observation of an episode fills the window.
         rows = [max(0, row - back) for back in reversed(range(facts.n_obs_steps))]
-        difference = Difference(
-            episode=shown.name,
-            step=recorded.step,
-            change=change,
-            near_tie=change.is_near_tie(self._tolerance),
-            window=shown.episode.steps[rows].tolist(),
-            states=shown.episode.states[rows].tolist(),
+        self.differences.append(
+            Difference(
+                episode=shown.name,
+                step=recorded.step,
+                change=change,
+                near_tie=change.is_near_tie(self._tolerance),
+                window=shown.episode.steps[rows].tolist(),
+                states=shown.episode.states[rows].tolist(),
+            )
         )
-        self.places.append(_Place(shown, rows, difference))
 
 
 def _check_observation(shown: ShownEpisode, replayer: Replayer) -> None:

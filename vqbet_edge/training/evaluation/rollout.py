@@ -13,8 +13,6 @@ from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.evaluation.actors import Actor
 from vqbet_edge.training.evaluation.tasks import Environment
 
-Frames = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Episode:
@@ -25,14 +23,12 @@ class Episode:
         success: whether it was solved at any step.
         max_reward: the highest reward of any step.
         states: float32 (T, S), the robot's state at every step.
-        frames: uint8 (T, H, W, 3) of the first camera, when asked for.
     """
 
     seed: int
     success: bool
     max_reward: float
     states: npt.NDArray[np.float32]
-    frames: Frames | None = None
 
     @property
     def steps(self) -> int:
@@ -43,24 +39,20 @@ class Episode:
 class _Recorder:
     """Collects an episode while it goes on."""
 
-    def __init__(self, seed: int, keep_frames: bool) -> None:
+    def __init__(self, seed: int) -> None:
         self.seed, self._success, self._max_reward = seed, False, -np.inf
         self._states: list[npt.NDArray[np.float32]] = []
-        self._frames: list[Frames] | None = [] if keep_frames else None
 
-    def see(self, frame: Frames, state: npt.NDArray[np.float32]) -> None:
+    def see(self, state: npt.NDArray[np.float32]) -> None:
         self._states.append(state.copy())
-        if self._frames is not None:
-            self._frames.append(frame.copy())
 
     def score(self, reward: float, success: bool) -> None:
         self._max_reward = max(self._max_reward, reward)
         self._success |= success
 
     def episode(self) -> Episode:
-        frames = None if self._frames is None else np.stack(self._frames)
         states = np.stack(self._states)
-        return Episode(self.seed, self._success, float(self._max_reward), states, frames)
+        return Episode(self.seed, self._success, float(self._max_reward), states)
 
 
 def run_episodes(
@@ -70,7 +62,6 @@ def run_episodes(
     *,
     slots: int,
     processes: bool = False,
-    keep_frames: int = 0,
     on_end: Callable[[Episode], None] = lambda _: None,
 ) -> list[Episode]:
     """Run one episode per seed.
@@ -81,7 +72,6 @@ def run_episodes(
         seeds: of the episodes.
         slots: environments that run at the same time.
         processes: give every environment a process of its own.
-        keep_frames: of how many episodes to keep the frames.
         on_end: called with every episode that has ended.
 
     Returns:
@@ -92,8 +82,7 @@ def run_episodes(
     """
     vector = AsyncVectorEnv if processes else SyncVectorEnv
     envs = vector([make] * slots, autoreset_mode=AutoresetMode.DISABLED)
-    kept = set(seeds[:keep_frames])
-    waiting = iter([_Recorder(seed, seed in kept) for seed in seeds])
+    waiting = map(_Recorder, seeds)
     ended: dict[int, Episode] = {}
     try:
         for episode in _episodes(envs, actor, waiting, slots):
@@ -117,9 +106,8 @@ def _episodes(
     envs: VectorEnv[Any, Any, Any], actor: Actor, waiting: Iterator[_Recorder], slots: int
 ) -> Iterator[Episode]:
     """Step all environments together until nothing waits and none is in an episode."""
-    camera = next(k for k, s in envs.single_observation_space.items() if len(s.shape) == 3)  # type: ignore[attr-defined]
     # A slot without work steps along, and nobody looks at what it records.
-    idle = _Recorder(0, keep_frames=False)
+    idle = _Recorder(0)
     running = [idle] * slots
     free = np.ones(slots, bool)
     while True:
@@ -132,7 +120,7 @@ def _episodes(
             seeds: Any = [recorder.seed for recorder in running]
             observations, _ = envs.reset(seed=seeds, options={"reset_mask": free.copy()})
         for slot, recorder in enumerate(running):
-            recorder.see(observations[camera][slot], observations[STATE_KEY][slot])
+            recorder.see(observations[STATE_KEY][slot])
         actions = actor.act(observations)
         observations, rewards, terminated, truncated, info = envs.step(actions)
         successes = info.get("is_success", np.zeros(slots, bool))
