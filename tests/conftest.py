@@ -8,6 +8,7 @@ from pathlib import Path
 import miniature
 import oracle
 import pytest
+from two_cameras import Trained, prepare
 from workshop import Exported, Workshop
 
 _UNPICKLED: list[str] = []
@@ -47,6 +48,12 @@ def tiny(workshop: Workshop) -> Exported:
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest bundle, exported from an untrained network of ours."""
     return miniature.write(tmp_path_factory.mktemp("miniature") / "mini.bundle")
+
+
+@pytest.fixture(scope="session")
+def two_cameras(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A policy that was trained on two cameras of different sizes."""
+    return prepare(tmp_path_factory.mktemp("two_cameras"))
 
 
 @pytest.fixture
