@@ -89,8 +89,7 @@ class Hyperparameters:
 
     # A torchvision ResNet, or resnet10_small, a narrow one for small images and processors.
     vision_backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet18"
-    # (height, width) to shrink camera images to, before the crop, whatever their own size; LeRobot
-    # never resizes.
+    # (height, width) to shrink images of any size to, before the crop; LeRobot never resizes.
     resize_shape: tuple[int, int] | None = None
     # (height, width) of the crop that the backbone sees.
     crop_shape: tuple[int, int] | None = (84, 84)
@@ -328,8 +327,7 @@ class TrainConfig(Hyperparameters):
 
     # A LeRobot data set: a folder, or an id on the Hub.
     dataset: Annotated[str, tyro.conf.arg(metavar="DATASET")]
-    # Keys of the cameras to look through, in this order; None takes all RGB ones of one size, with
-    # --resize-shape all that are as large as that.
+    # Keys of the cameras to look through, in this order; None takes all RGB ones that fit together.
     cameras: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="KEY ...")] = None
     # Start the backbone from ImageNet weights, with BatchNorm: the defaults of LeRobot 0.6.
     imagenet: bool = False
