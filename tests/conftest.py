@@ -10,6 +10,7 @@ from pathlib import Path
 import miniature
 import oracle
 import pytest
+from two_cameras import Trained, prepare
 from workshop import Exported, Workshop, once
 
 _UNPICKLED: list[str] = []
@@ -69,6 +70,12 @@ def mini(shared: Path) -> Path:
     """The smallest bundle, exported from an untrained network of ours."""
     path = shared / "mini.bundle"
     return once(path, lambda: miniature.write(path))
+
+
+@pytest.fixture(scope="session")
+def two_cameras(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A policy that was trained on two cameras of different sizes."""
+    return prepare(tmp_path_factory.mktemp("two_cameras"))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from vqbet_edge import EdgePolicy, __version__
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cameras import unpack_frames
 
 PeerName = Literal["lerobot", "single-graph"]
 PEERS: tuple[PeerName, ...] = ("lerobot", "single-graph")
@@ -187,8 +188,9 @@ class LeRobot(Policy):
         if self._every:
             self._policy._queues["action"].clear()  # noqa: SLF001 - when empty, LeRobot re-plans
         kept, row = self._observations, step % len(self._observations)
-        frames = dict(zip(kept.image_keys, map(self._image, kept.frames[row]), strict=True))
-        return {**frames, kept.state_key: self._torch.from_numpy(kept.states[row].copy())}
+        frames = unpack_frames(kept.frames[row], kept.image_shapes)
+        images = {key: self._image(frame) for key, frame in frames.items()}
+        return {**images, kept.state_key: self._torch.from_numpy(kept.states[row].copy())}
 
     def _image(self, frame: NDArray[np.uint8]) -> Any:
         return self._torch.from_numpy(frame).permute(2, 0, 1).float() / 255

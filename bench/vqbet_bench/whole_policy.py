@@ -57,7 +57,8 @@ def export_single_graph(checkpoint: str, output: str) -> None:
     """Write the whole policy as one ONNX graph, with PyTorch's exporter as it comes."""
     loaded = load_checkpoint(checkpoint)
     config = loaded.config
-    images = torch.zeros(1, config.n_obs_steps, len(config.image_keys), *config.image_shape)
+    frames = len(config.image_keys), 3, *config.frame_size
+    images = torch.zeros(1, config.n_obs_steps, *frames)
     states = torch.zeros(1, config.n_obs_steps, config.state_dim)
     torch.onnx.export(
         WholePolicy(loaded).eval(),

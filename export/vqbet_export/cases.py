@@ -116,8 +116,7 @@ class CaseChooser:
     def _case(self, candidate: Candidate, uncertainty: float) -> Case:
         """A candidate with what PyTorch computes for it as it is stored."""
         config, action = self._checkpoint.config, self._checkpoint.action
-        channels, height, width = config.image_shape
-        images = self._geometry.images(candidate.frames, (height, width, channels))
+        images = self._geometry.images(candidate.frames, (*config.frame_size, 3))
         outputs = run_reference(self._checkpoint, Piece(images, candidate.states)).outputs
         chunks = outputs.decoded_chunk + outputs.offset_chunk
         return Case(

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import NUM_CODE_LAYERS, VQBeTConfig
-from vqbet_edge.training.network import Block, shrink
+from vqbet_edge.training.network import Block
+from vqbet_edge.training.resizing import shrink, shrink_cameras
 from vqbet_export.folding import AffineMap, fold_batch_norms
 
 # Finite, so that no row of the softmax can become NaN; below any score; within float16.
@@ -64,7 +65,7 @@ def runtime_crop(config: VQBeTConfig) -> Crop:
 
     The crop costs nothing while the frame is copied; only behind a resize the graph has to do it.
     """
-    full = config.image_shape[1:]
+    full = config.frame_size
     return center_crop(full, config.encoder_shape if config.resize_shape is None else full)
 
 
@@ -79,6 +80,7 @@ class VisionEncoderStage(nn.Module):
         super().__init__()
         trunk, config = checkpoint.network.vqbet, checkpoint.config
         self.dtype, self.resize_shape = dtype, config.resize_shape
+        self.sizes = config.image_sizes if config.cameras_differ else None
         self.crop = center_crop(config.resize_shape or config.encoder_shape, config.encoder_shape)
         scalings = [checkpoint.inputs[key] for key in config.image_keys]
         multiply = torch.tensor([s.multiply.tolist() for s in scalings])  # (K, 3)
@@ -98,7 +100,10 @@ class VisionEncoderStage(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """uint8 (B, K, H, W, 3), cropped -> float32 (B, K, D)."""
         # TensorRT takes uint8 at a graph's border only, so the cast comes first.
-        images = frames.float().permute(0, 1, 4, 2, 3) * self.scale
+        images = frames.float().permute(0, 1, 4, 2, 3)
+        if self.sizes is not None and self.resize_shape is not None:
+            images = shrink_cameras(images, self.sizes, self.resize_shape)
+        images = images * self.scale
         if self.shifted:
             images = images + self.shift
         images = images.flatten(0, 1)

@@ -13,6 +13,7 @@ import numpy as np
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.base import Backend
 from vqbet_edge.runtime.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.cases import ReferenceCases
 from vqbet_edge.runtime.comparison import (
     Limits,
@@ -194,7 +195,6 @@ def _verify_decoder(decoder: StageSession, checkpoint: Checkpoint) -> StageResul
 
 def _observations(checkpoint: Checkpoint, piece: Piece) -> Iterator[Observation]:
     """What a robot would pass, one step after the other."""
-    keys = checkpoint.config.image_keys
+    shapes, state_key = checkpoint.image_shapes, checkpoint.renamed.get(STATE_KEY, STATE_KEY)
     for frames, state in zip(piece.frames, piece.states, strict=True):
-        values = {**dict(zip(keys, frames, strict=True)), STATE_KEY: state}
-        yield {checkpoint.renamed.get(key, key): value for key, value in values.items()}
+        yield {**unpack_frames(frames, shapes), state_key: state}

@@ -28,6 +28,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
 
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.manifest import Manifest
 
 JOINT_HZ = 100.0
@@ -44,8 +45,11 @@ class Simulator:
         self.node.create_subscription(Float64MultiArray, "/commands", self._command, 10)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._status, 10)
         random = np.random.default_rng(0)
-        frames = random.integers(0, 256, (8, *manifest.image_shape), np.uint8)
-        self._frames = [_image(frame) for frame in frames]
+        area = random.integers(
+            0, 256, (8, len(manifest.image_keys), *manifest.frame_shape), np.uint8
+        )
+        shapes = manifest.image_shapes
+        self._frames = [list(map(_image, unpack_frames(f, shapes).values())) for f in area]
         self._joints = [f"j{number}" for number in range(manifest.state_dim)]
         cameras = [self.node.create_publisher(Image, topic, 1) for topic in camera_topics(manifest)]
         state = self.node.create_publisher(JointState, "/joints", 1)
@@ -76,18 +80,18 @@ class Simulator:
         values = {each.key: each.value for each in status.values}
         self.statuses.append(values | {"": status.message})
 
-    def _frame(self, number: int) -> Any:
+    def _frame(self, number: int) -> list[Any]:
         return self._frames[number % len(self._frames)]
 
-    def _state(self, number: int) -> Any:
-        return JointState(name=self._joints, position=[np.sin(number / 50)] * len(self._joints))
+    def _state(self, number: int) -> list[Any]:
+        return [JointState(name=self._joints, position=[np.sin(number / 50)] * len(self._joints))]
 
     def _publish(self, rate: float, make: Any, publishers: list[Any]) -> None:
         due, number = time.monotonic(), 0
         while not self._ended.wait(max(0.0, due - time.monotonic())):
-            message = make(number)
-            message.header.stamp = self.node.get_clock().now().to_msg()
-            for publisher in publishers:
+            stamp = self.node.get_clock().now().to_msg()
+            for message, publisher in zip(make(number), publishers, strict=True):
+                message.header.stamp = stamp
                 publisher.publish(message)
             due, number = due + 1 / rate, number + 1
 

@@ -39,7 +39,7 @@ def run(bundle: Bundle, name: str, data: bytes) -> None:
     changed = Bundle.of(bundle.path, bundle.manifest, {**bundle.contents, name: data})
     policy = EdgePolicy(changed, create_backend("onnxruntime", changed))
     features = bundle.manifest.input_features
-    height, width, _ = bundle.manifest.image_shape
+    height, width, _ = bundle.manifest.frame_shape
     observation = {
         key: np.zeros((height, width, 3), np.uint8)
         if feature.type == "VISUAL"

@@ -49,7 +49,7 @@ def test_options_of_a_command(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     # Names and what they take; the words that explain them may change.
-    rows = re.findall(r"^│ (\S.*?)(?:  |\s*│$)", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^│ ([^\s─].*?)(?:  |\s*│$)", done.stdout, re.MULTILINE)
     assert len(rows) >= 2
     compare(command, sorted(" ".join(row.split()) for row in set(rows)))
 

@@ -179,4 +179,4 @@ def test_random_pieces_fill_the_normalised_range(bundle: Bundle) -> None:
     normalized = scaling.apply(states, np.empty_like(states))
     assert -1.001 < normalized.min() < -0.95
     assert 0.95 < normalized.max() < 1.001
-    assert pieces[0].frames.shape == (16, 1, *bundle.manifest.image_shape)
+    assert pieces[0].frames.shape == (16, 1, *bundle.manifest.frame_shape)

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from vqbet_edge.errors import BundleError
 from vqbet_edge.runtime.bundle import Bundle, load_arrays
+from vqbet_edge.runtime.cameras import ImageShape, unpack_frames
 from vqbet_edge.runtime.manifest import CropSpec, Manifest
 from vqbet_edge.runtime.observation import Observation
 
@@ -120,11 +121,11 @@ class ReferenceCases:
     def observations(self, case: Case, manifest: Manifest) -> Iterator[Observation]:
         """What the robot would have passed, step by step: whole images."""
         for frames, state in zip(case.frames, case.states, strict=True):
-            images = self.images(frames, manifest.image_shape)
-            yield {**dict(zip(manifest.image_keys, images, strict=True)), manifest.state_key: state}
+            images = unpack_frames(self.images(frames, manifest.frame_shape), manifest.image_shapes)
+            yield {**images, manifest.state_key: state}
 
-    def images(self, frames: Frames, shape: tuple[int, int, int]) -> Frames:
-        """Stored frames (..., h, w, 3) -> images (..., H, W, 3)."""
+    def images(self, frames: Frames, shape: ImageShape) -> Frames:
+        """Stored frames (..., K, h, w, 3) -> (..., K, H, W, 3), whole."""
         images = np.zeros((*frames.shape[:-3], *shape), np.uint8)
         large = frames.repeat(self.magnification, axis=-3).repeat(self.magnification, axis=-2)
         part = self.crop.cut(images)
@@ -157,7 +158,7 @@ def _check_arrays(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest)
         raise _misfit("geometry or lengths")
     assert geometry is not None and lengths is not None  # noqa: S101, PT018 - for the type checker
     top, left, height, width, magnification = (int(value) for value in geometry.tolist())
-    rows, columns, _ = manifest.image_shape
+    rows, columns, _ = manifest.frame_shape
     inside = 0 <= top <= rows - height and 0 <= left <= columns - width
     if not (inside and min(height, width, magnification) > 0):
         raise _misfit("geometry")

@@ -178,10 +178,16 @@ class Manifest(_Strict, frozen=True):
         return tuple(k for k, f in self.input_features.items() if f.type == "VISUAL")
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, 3) of every camera's frame."""
-        channels, height, width = self.input_features[self.image_keys[0]].shape
-        return height, width, channels
+    def image_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(height, width, 3) of every camera's frame, in token order."""
+        found = ((key, self.input_features[key].shape) for key in self.image_keys)
+        return {key: (height, width, channels) for key, (channels, height, width) in found}
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3) of the area that holds any camera's frame; see `vqbet_edge.runtime.cameras`."""
+        heights, widths, _ = zip(*self.image_shapes.values(), strict=True)
+        return max(heights), max(widths), 3
 
     @property
     def state_key(self) -> str:
@@ -277,9 +283,9 @@ def _check_features(manifest: Manifest) -> None:
     images = {feature.shape for feature in inputs if feature.type == "VISUAL"}
     states = [feature.shape for feature in inputs if feature.type == "STATE"]
     actions = [feature.shape for feature in manifest.output_features.values()]
-    if len(images) != 1 or [len(s) for s in images] != [3] or next(iter(images))[0] != 3:
+    if not images or any(len(shape) != 3 or shape[0] != 3 for shape in images):
         raise BundleError(
-            f"{MANIFEST_NAME}: expected cameras of one shape (3, H, W), got {sorted(images)}"
+            f"{MANIFEST_NAME}: expected cameras of shape (3, H, W), got {sorted(images)}"
         )
     if [len(shape) for shape in (*states, *actions)] != [1, 1] or "action" not in (
         manifest.output_features
@@ -288,9 +294,14 @@ def _check_features(manifest: Manifest) -> None:
             f"{MANIFEST_NAME}: expected one state and one 'action' of shape (dim,), "
             f"got {states} and {actions}"
         )
-    crop, (_, height, width) = manifest.crop, next(iter(images))
+    crop, (height, width, _) = manifest.crop, manifest.frame_shape
     if crop.top + crop.height > height or crop.left + crop.width > width:
         raise BundleError(f"{MANIFEST_NAME}: the crop {crop} leaves the image {height}x{width}")
+    if len(images) > 1 and crop != CropSpec(0, 0, height, width):
+        raise BundleError(
+            f"{MANIFEST_NAME}: cameras of several sizes {sorted(images)} are not cropped before "
+            f"the encoder, expected a crop of {height}x{width} from 0, 0, got {crop}"
+        )
 
 
 def _check_policy(policy: PolicySpec) -> None:

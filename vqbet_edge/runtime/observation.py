@@ -3,9 +3,9 @@
 The data contract:
 
     {
-        "observation.image": uint8   (H, W, 3)                    a camera frame, RGB
-                        or   float32 (3, H, W), values in [0, 1]  as LeRobot passes it
-        ... one per camera, under the checkpoint's keys ...
+        "observation.image": uint8   (h, w, 3)                    a camera frame, RGB
+                        or   float32 (3, h, w), values in [0, 1]  as LeRobot passes it
+        ... one per camera, under the checkpoint's keys and of its own size ...
         "observation.state": float32 or float64 (S,), finite, in the robot's units
     }
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from vqbet_edge.errors import ObservationError
 from vqbet_edge.runtime.backends.base import Floats, Frames
+from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 
@@ -36,14 +37,19 @@ class ObservationReader:
     """Checks observations and writes them, normalised, into the runtime's arrays."""
 
     def __init__(self, manifest: Manifest, state_scaling: Affine) -> None:
-        self._image_keys = manifest.image_keys
-        self._image_shape = manifest.image_shape
-        self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
         self._rows, self._columns = manifest.crop.rows, manifest.crop.columns
+        # Key and shape of every camera, and where in `frames` its pixels go.
+        self._cameras = [
+            (key, shape, (camera, *self._cropped(shape)))
+            for camera, (key, shape) in enumerate(manifest.image_shapes.items())
+        ]
+        self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
         self._scaling = state_scaling
 
     def read(self, observation: Observation, frames: Frames, state: Floats) -> None:
         """Write an observation into `frames` (K, H, W, 3), cropped, and `state` (S,).
+
+        Of a smaller camera only the upper left corner of its frame is written.
 
         Raises:
             ObservationError: a feature is missing or not as the policy expects it; what was
@@ -54,15 +60,24 @@ class ObservationReader:
             raise ObservationError(
                 f"expected a mapping with {self._keys()}, got {type(observation).__name__}"
             )
-        for camera, key in enumerate(self._image_keys):
-            self._read_image(key, feature_array(observation, key, self._keys()), frames[camera])
+        for key, shape, place in self._cameras:
+            image = feature_array(observation, key, self._keys())
+            self._read_image(key, shape, image, frames[place])
         self._read_state(feature_array(observation, self._state_key, self._keys()), state)
 
     def _keys(self) -> list[str]:
-        return [*self._image_keys, self._state_key]
+        return [*(key for key, *_ in self._cameras), self._state_key]
 
-    def _read_image(self, key: str, image: NDArray[Any], out: NDArray[np.uint8]) -> None:
-        height, width, channels = self._image_shape
+    def _cropped(self, shape: ImageShape) -> tuple[slice, slice]:
+        """The rows and columns of `frames` that a camera's pixels take."""
+        sides = zip((self._rows, self._columns), shape[:2], strict=True)
+        rows, columns = (slice(len(range(*part.indices(side)))) for part, side in sides)
+        return rows, columns
+
+    def _read_image(
+        self, key: str, shape: ImageShape, image: NDArray[Any], out: NDArray[np.uint8]
+    ) -> None:
+        height, width, channels = shape
         if image.dtype == _UINT8 and _matches(image, (height, width, channels)):
             np.copyto(out, image[..., self._rows, self._columns, :])
         elif image.dtype == _FLOAT32 and _matches(image, (channels, height, width)):

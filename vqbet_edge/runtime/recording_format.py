@@ -124,7 +124,7 @@ def row_columns(manifest: Manifest, *, decisions: bool) -> dict[str, tuple[str, 
     columns: dict[str, tuple[str, tuple[int, ...]]] = {
         EPISODE: ("int64", ()),
         STEP: ("int64", ()),
-        **dict.fromkeys(manifest.image_keys, ("uint8", manifest.image_shape)),
+        **{key: ("uint8", shape) for key, shape in manifest.image_shapes.items()},
         manifest.state_key: ("float32", (manifest.state_dim,)),
     }
     if decisions:

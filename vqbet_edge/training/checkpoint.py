@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
+from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
@@ -56,6 +57,12 @@ class Checkpoint:
     def config(self) -> VQBeTConfig:
         """The network's configuration."""
         return self.network.config
+
+    @property
+    def image_shapes(self) -> dict[str, ImageShape]:
+        """(height, width, 3) of every camera's frame, under the robot's keys, in token order."""
+        sizes = zip(self.config.image_keys, self.config.image_sizes, strict=True)
+        return {self.renamed.get(key, key): (*size, 3) for key, size in sizes}
 
 
 def load_checkpoint(source: str) -> Checkpoint:

@@ -89,7 +89,7 @@ class Hyperparameters:
 
     # A torchvision ResNet, or resnet10_small, a narrow one for small images and processors.
     vision_backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet18"
-    # (height, width) to shrink camera images to, before the crop; LeRobot never resizes.
+    # (height, width) to shrink images of any size to, before the crop; LeRobot never resizes.
     resize_shape: tuple[int, int] | None = None
     # (height, width) of the crop that the backbone sees.
     crop_shape: tuple[int, int] | None = (84, 84)
@@ -146,7 +146,7 @@ class VQBeTConfig(Hyperparameters):
         CheckpointError: the fields contradict each other or are not VQ-BeT's.
     """
 
-    # Features by LeRobot's keys; several cameras of one shape are allowed, in this order.
+    # Features by LeRobot's keys; the cameras in this order, of one shape unless they are resized.
     input_features: dict[str, Feature]
     output_features: dict[str, Feature]
 
@@ -161,15 +161,26 @@ class VQBeTConfig(Hyperparameters):
         return tuple(k for k, f in self.input_features.items() if f.type is FeatureType.VISUAL)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of every camera before resize and crop."""
-        channels, height, width = self.input_features[self.image_keys[0]].shape
-        return channels, height, width
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every camera before resize and crop, in token order."""
+        shapes = (self.input_features[key].shape for key in self.image_keys)
+        return tuple((height, width) for _, height, width in shapes)
+
+    @property
+    def cameras_differ(self) -> bool:
+        """Whether the cameras are of several sizes."""
+        return len(set(self.image_sizes)) > 1
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(H, W) of the area that holds any camera's frame: see `pack_frames`."""
+        heights, widths = zip(*self.image_sizes, strict=True)
+        return max(heights), max(widths)
 
     @property
     def encoder_shape(self) -> tuple[int, int]:
         """(height, width) that the backbone sees, after resize and crop."""
-        return self.crop_shape or self.resize_shape or self.image_shape[1:]
+        return self.crop_shape or self.resize_shape or self.frame_size
 
     @property
     def state_dim(self) -> int:
@@ -218,11 +229,15 @@ def _check_features(config: VQBeTConfig) -> None:
         raise CheckpointError(
             "no camera among the input features; VQ-BeT needs at least one feature of type VISUAL"
         )
-    shapes = {config.input_features[key].shape for key in config.image_keys}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 3 or next(iter(shapes))[0] != 3:
+    for key in config.image_keys:
+        shape = config.input_features[key].shape
+        if len(shape) != 3 or shape[0] != 3:
+            raise CheckpointError(f"expected '{key}' of shape (3, height, width), got {shape}")
+    if config.cameras_differ and config.resize_shape is None:
+        shapes = sorted({config.input_features[key].shape for key in config.image_keys})
         raise CheckpointError(
-            f"expected cameras of one shape (3, height, width), got {sorted(shapes)}; choose "
-            "cameras of one size with --cameras"
+            f"expected cameras of one shape (3, height, width), got {shapes}; choose cameras of "
+            "one size with --cameras, or shrink all to one with --resize-shape HEIGHT WIDTH"
         )
 
 
@@ -245,13 +260,20 @@ def _check_vision(config: VQBeTConfig) -> None:
             f"{config.use_group_norm}; pass --no-use-group-norm, or no pretrained weights"
         )
     resize, crop = config.resize_shape, config.crop_shape
-    height, width = config.image_shape[1:]
+    height, width = resize or config.frame_size
     if resize is not None:
-        if not (0 < resize[0] <= height and 0 < resize[1] <= width):
-            raise CheckpointError(f"resize_shape {resize} does not shrink {height}x{width} images")
-        height, width = resize
+        _check_resize(config, resize)
     if crop is not None and not (0 < crop[0] <= height and 0 < crop[1] <= width):
         raise CheckpointError(f"crop_shape {crop} does not fit into images of {height}x{width}")
+
+
+def _check_resize(config: VQBeTConfig, resize: tuple[int, int]) -> None:
+    for key, (height, width) in zip(config.image_keys, config.image_sizes, strict=True):
+        if not (0 < resize[0] <= height and 0 < resize[1] <= width):
+            raise CheckpointError(
+                f"resize_shape {resize} does not shrink the {height}x{width} images of '{key}'; "
+                "choose a smaller one, or leave the camera out with --cameras"
+            )
 
 
 def _check_sizes(config: VQBeTConfig) -> None:
@@ -305,7 +327,7 @@ class TrainConfig(Hyperparameters):
 
     # A LeRobot data set: a folder, or an id on the Hub.
     dataset: Annotated[str, tyro.conf.arg(metavar="DATASET")]
-    # Keys of the cameras to look through, in this order; None takes all RGB ones of one size.
+    # Keys of the cameras to look through, in this order; None takes all RGB ones that fit together.
     cameras: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="KEY ...")] = None
     # Start the backbone from ImageNet weights, with BatchNorm: the defaults of LeRobot 0.6.
     imagenet: bool = False

@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import CenterCrop, RandomCrop
 
 from vqbet_edge.training.backbone_weights import pretrained_weights
 from vqbet_edge.training.config import BACKBONES, NUM_CODE_LAYERS, VQBeTConfig
+from vqbet_edge.training.resizing import shrink, shrink_cameras
 
 # ---- Image encoder: LeRobot's `VQBeTRgbEncoder`.
 
@@ -51,18 +52,6 @@ class SpatialSoftmax(nn.Module):
         heat = self.nets(features).flatten(2)  # (B, num_keypoints, height * width)
         expected: Tensor = heat.softmax(dim=-1) @ self.pos_grid
         return expected
-
-
-def shrink(images: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *shape) without aliasing.
-
-    Averages over whole pixels first and interpolates the rest, because every inference engine has
-    these two operators, and none has an antialiased resize.
-    """
-    factors = [have // want for have, want in zip(images.shape[-2:], shape, strict=True)]
-    if max(factors) > 1:
-        images = F.avg_pool2d(images, factors)
-    return F.interpolate(images, shape, mode="bilinear", align_corners=False)
 
 
 def build_backbone(config: VQBeTConfig) -> nn.Sequential:
@@ -424,6 +413,8 @@ class VQBeT(nn.Module):
     def forward(self, images: Tensor, states: Tensor) -> Tensor:
         """(B, N, K, 3, H, W) and (B, N, S), normalised -> (B, Q, D): features of action queries.
 
+        Images are whole ones, those of cameras of several sizes as `pack_frames` makes them one
+        array, or shrunk to `resize_shape` already.
         The window's queries come first, then the future's; index N - 1 is the current step, the
         only one used at rollout.
         """
@@ -439,7 +430,10 @@ class VQBeT(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, N, K, 3, H, W) -> (B, N, K, gpt_input_dim): one token per frame."""
-        features = self.vqbet.rgb_encoder(images.flatten(0, 2))  # (B * N * K, feature_dim)
+        frames = images.flatten(0, 1)  # (B * N, K, 3, H, W)
+        if self.config.cameras_differ and self.config.resize_shape is not None:
+            frames = shrink_cameras(frames, self.config.image_sizes, self.config.resize_shape)
+        features = self.vqbet.rgb_encoder(frames.flatten(0, 1))  # (B * N * K, feature_dim)
         tokens: Tensor = self.vqbet.rgb_feature_projector(features)
         return tokens.view(*images.shape[:3], -1)  # (B, N, K, gpt_input_dim)
 

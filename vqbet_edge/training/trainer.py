@@ -63,7 +63,10 @@ def train(config: TrainConfig) -> Path:
         )
     with accelerator.main_process_first():
         dataset = LeRobotDataset.open(
-            config.dataset, cameras=config.cameras, cache_dir=config.frame_cache
+            config.dataset,
+            cameras=config.cameras,
+            cache_dir=config.frame_cache,
+            resize_shape=config.resize_shape,
         )
     trainer = _Trainer(config, accelerator, dataset)
     trainer.run()
@@ -99,8 +102,11 @@ class _Trainer:
         self._validation = _batches(current_frames(dataset, split.validation), config)
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []
-        for key, what in dataset.chosen_cameras.left_out.items():
+        left_out = dataset.chosen_cameras.left_out
+        for key, what in left_out.items():
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
+        if policy.resize_shape is None and left_out.keys() & set(dataset.image_keys):
+            self._reporter.note("cameras of other sizes fit with --resize-shape HEIGHT WIDTH")
         for reason in lerobots_objections(policy):
             self._reporter.note(f"LeRobot cannot load this policy's checkpoints: {reason}")
 

@@ -30,7 +30,7 @@ def current_frames(dataset: LeRobotDataset, episodes: tuple[int, ...]) -> Indice
 class Batch(NamedTuple):
     """What one step of phase 2 sees."""
 
-    images: Tensor  # uint8 (B, N, K, H, W, 3)
+    images: Tensor  # uint8 (B, N, K, H, W, 3), shrunk if the policy resizes
     states: Tensor  # (B, N, S), normalised
     actions: Tensor  # (B, Q + W - 1, A), normalised, from the oldest observation's on
 

@@ -40,9 +40,8 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
 def _warm(policy: EdgePolicy) -> None:
     """The first call is slower than all others, and would be late; a sibling leaves no trace."""
     manifest = policy.manifest
-    blank: dict[str, Any] = dict.fromkeys(
-        manifest.image_keys, np.zeros(manifest.image_shape, np.uint8)
-    )
+    shapes = manifest.image_shapes.items()
+    blank: dict[str, Any] = {key: np.zeros(shape, np.uint8) for key, shape in shapes}
     blank[manifest.state_key] = np.zeros(manifest.state_dim, np.float32)
     with policy.sibling() as other:
         other.act_chunk(blank)
@@ -106,7 +105,8 @@ def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
         if topic.endswith(COMPRESSED):
             _check_pillow(topic)
             decode = decode_compressed
-        inputs[key] = Input(topic, partial(decode, shape=manifest.image_shape), parameters.max_age)
+        shape = manifest.image_shapes[key]
+        inputs[key] = Input(topic, partial(decode, shape=shape), parameters.max_age)
     joints = state_joints(parameters, policy)
     inputs[manifest.state_key] = Input(parameters.state.topic, joints.read, parameters.max_age)
     return inputs

@@ -28,6 +28,7 @@ from websockets.asyncio.client import connect
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_serve.frames import pack
 from vqbet_serve.server import DEFAULT_WAIT_MS
@@ -108,11 +109,11 @@ class Measured:
 def observations(manifest: Manifest, seed: int) -> Iterator[dict[str, NDArray[Any]]]:
     """Random images, states of zero."""
     random = np.random.default_rng(seed)
-    images = random.integers(0, 256, (8, *manifest.image_shape), np.uint8)
+    area = random.integers(0, 256, (8, len(manifest.image_keys), *manifest.frame_shape), np.uint8)
     state = np.zeros(manifest.state_dim, np.float32)
     while True:
-        for image in images:
-            yield {**dict.fromkeys(manifest.image_keys, image), manifest.state_key: state}
+        for frames in area:
+            yield {**unpack_frames(frames, manifest.image_shapes), manifest.state_key: state}
 
 
 async def paced(

@@ -49,16 +49,13 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, manifest: Manifest) -> "PolicyMetadata":
         """What a bundle's manifest says."""
-        image = Feature("uint8", manifest.image_shape)
+        images = {key: Feature("uint8", shape) for key, shape in manifest.image_shapes.items()}
         state = Feature("float32", (manifest.state_dim,))
         return cls(
             policy="vqbet",
             server=f"vqbet_edge {__version__}",
             checkpoint=manifest.source.name,
-            observation={
-                **dict.fromkeys(manifest.image_keys, image),
-                manifest.state_key: state,
-            },
+            observation={**images, manifest.state_key: state},
             action_dim=manifest.action_dim,
             action_horizon=1,
             action_chunk_size=manifest.policy.action_chunk_size,

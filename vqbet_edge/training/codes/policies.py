@@ -16,6 +16,7 @@ from torch import Tensor
 from vqbet_edge import EdgePolicy, Guards
 from vqbet_edge.runtime.backends.base import HeadOutputs
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.planning import decode_table, secondary_columns
 from vqbet_edge.runtime.sampling import CodeSampler, Decision
@@ -156,7 +157,7 @@ class CheckpointPolicy:
         self.columns = None if columns is None else columns.cpu().numpy()
         counts = [book.cluster_size[0] for book in self._vqvae.vq_layer.codebooks]
         self.moving_counts: Floats | None = torch.stack(counts).double().cpu().numpy()
-        self._image_keys = [checkpoint.renamed.get(key, key) for key in config.image_keys]
+        self._image_shapes = checkpoint.image_shapes
         self._state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
         self._state = checkpoint.inputs[STATE_KEY]
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
@@ -165,9 +166,8 @@ class CheckpointPolicy:
 
     def check(self, source: Source) -> None:
         """See `CodedPolicy`."""
-        channels, height, width = self._config.image_shape
-        frames = dict.fromkeys(self._image_keys, (height, width, channels))
-        check_features(source, {**frames, self._state_key: (self._config.state_dim,)})
+        state = {self._state_key: (self._config.state_dim,)}
+        check_features(source, {**self._image_shapes, **state})
 
     def predict(self, source: Source, place: Place) -> Steps:
         """See `CodedPolicy`."""
@@ -179,7 +179,7 @@ class CheckpointPolicy:
         window = self._config.n_obs_steps
         tokens: Tensor | None = None  # (window - 1, K, D), of the frames before
         states: Tensor | None = None
-        for piece in _pieces(source, place, self._image_keys, self._state_key):
+        for piece in _pieces(source, place, list(self._image_shapes), self._state_key):
             new_tokens, new_states = self._encode(piece)
             if tokens is None or states is None:
                 # The first observation fills the window, as in LeRobot's `populate_queues`.
@@ -259,17 +259,17 @@ class BundlePolicy:
     def check(self, source: Source) -> None:
         """See `CodedPolicy`."""
         manifest = self._manifest
-        frames = dict.fromkeys(manifest.image_keys, manifest.image_shape)
-        check_features(source, {**frames, manifest.state_key: (manifest.state_dim,)})
+        expected = {**manifest.image_shapes, manifest.state_key: (manifest.state_dim,)}
+        check_features(source, expected)
 
     def predict(self, source: Source, place: Place) -> Steps:
         """See `CodedPolicy`."""
         self._policy.reset()
-        keys, state_key = self._manifest.image_keys, self._manifest.state_key
+        shapes, state_key = self._manifest.image_shapes, self._manifest.state_key
         decisions = []
-        for piece in _pieces(source, place, keys, state_key):
+        for piece in _pieces(source, place, list(shapes), state_key):
             for frames, state in zip(piece.frames, piece.states, strict=True):
-                decisions.append(self._decide(dict(zip(keys, frames, strict=True)), state))
+                decisions.append(self._decide(unpack_frames(frames, shapes), state))
         return Steps.of(decisions)
 
     def _decide(
@@ -286,7 +286,7 @@ class BundlePolicy:
             return self._table[pairs[:, 0], pairs[:, 1]].astype(np.float64)
         # Too large to be tabulated: the pairs are forced, whatever is observed.
         manifest = self._manifest
-        frames = dict.fromkeys(manifest.image_keys, np.zeros(manifest.image_shape, np.uint8))
+        frames = {key: np.zeros(shape, np.uint8) for key, shape in manifest.image_shapes.items()}
         state = np.zeros(manifest.state_dim, np.float32)
         chunks = [self._decide(frames, state, *pair).decoded_chunk for pair in pairs.tolist()]
         return np.array(chunks, np.float64).reshape(-1, self.facts.chunk, self.facts.action_dim)

@@ -1,9 +1,9 @@
 """A LeRobot data set, opened and checked."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +12,8 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.training.dataset.frames import (
-    IMAGE_ERRORS,
-    Frames,
-    Times,
-    Videos,
-    cached_frames,
-    decode_image,
-    unreadable,
-)
+from vqbet_edge.training.dataset.decoding import Decoder
+from vqbet_edge.training.dataset.frames import Frames, cached_frames
 from vqbet_edge.training.dataset.metadata import (
     DatasetFeature,
     DatasetInfo,
@@ -33,6 +26,12 @@ from vqbet_edge.training.dataset.table import Array, Table
 # What a policy reads besides the cameras; checked when a data set is opened.
 _POLICY_VECTORS = ("observation.state", "action")
 _BASIC = ("min", "max", "mean", "std")
+# Of frames that are shrunk so many are decoded at once: whole episodes of them would need much of
+# the memory that shrinking saves.
+_AT_ONCE = 32
+
+Size = tuple[int, int]  # (height, width)
+Levels = npt.NDArray[np.int64]  # (3, 256)
 
 
 class Split(NamedTuple):
@@ -57,20 +56,25 @@ class LeRobotDataset:
     """
 
     def __init__(
-        self, info: DatasetInfo, cameras: Sequence[str] | None, cache_dir: Path | None
+        self,
+        info: DatasetInfo,
+        cameras: Sequence[str] | None,
+        cache_dir: Path | None,
+        resize_shape: Size | None,
     ) -> None:
-        self.info = info
+        self.info, self._resize_shape = info, resize_shape
         self.image_keys = _cameras(info, cameras)
         self._asked_for = cameras is not None
         self._table = Table(info)
         self._cache_dir = cache_dir
-        self._videos = Videos(info.fps)
+        self._decoder = Decoder(info, self._table)
         self._columns: dict[str, Array] = {}
         self._frames: dict[str, Frames] = {}
+        self._counted: dict[str, Levels] = {}
         for key in _POLICY_VECTORS:
             if key in info.features:
                 self.column(key)
-        self._check_videos()
+        self._decoder.check(self.image_keys)
 
     @classmethod
     def open(
@@ -79,6 +83,7 @@ class LeRobotDataset:
         *,
         cameras: Sequence[str] | None = None,
         cache_dir: Path | None = None,
+        resize_shape: Size | None = None,
     ) -> "LeRobotDataset":
         """Open and check a data set; one that is corrupt or incomplete is refused here.
 
@@ -89,12 +94,13 @@ class LeRobotDataset:
                 the Hub ("lerobot/pusht").
             cameras: keys of the cameras; None takes all RGB ones.
             cache_dir: where to keep decoded frames between runs; None keeps them in memory.
+            resize_shape: (height, width) that `frames` shrinks to; None keeps them as they are.
 
         Raises:
             DatasetError: what is wrong, with the file and the episode.
             HubError: it is not here and not to be had from the Hub.
         """
-        return cls(read_info(_locate(str(source))), cameras, cache_dir)
+        return cls(read_info(_locate(str(source))), cameras, cache_dir, resize_shape)
 
     @property
     def features(self) -> Mapping[str, DatasetFeature]:
@@ -108,14 +114,27 @@ class LeRobotDataset:
 
     @cached_property
     def chosen_cameras(self) -> Cameras:
-        """Those that were asked for, else all RGB ones of the size that most of them have."""
+        """Those that were asked for, else all RGB ones of the size that most of them have.
+
+        With a `resize_shape`, all that are at least as large; if none is, all.
+        """
         if self._asked_for:
             return Cameras(self.image_keys, {})
-        shapes = [self.features[key].shape for key in self.image_keys]
-        common = max(shapes, key=shapes.count, default=())  # the first one's of equally many
-        keys = tuple(k for k in self.image_keys if self.features[k].shape == common)
-        others = [key for key in self.info.cameras if key not in keys]
-        return Cameras(keys, {key: str(self.features[key]) for key in others})
+        keys = self._fitting() or self.image_keys
+        others = {key: str(self.features[key]) for key in self.info.cameras if key not in keys}
+        if self._resize_shape is not None:
+            why = "smaller than {}x{}".format(*self._resize_shape)
+            others |= {key: f"{others[key]}, {why}" for key in self.image_keys if key in others}
+        return Cameras(keys, others)
+
+    def _fitting(self) -> tuple[str, ...]:
+        shapes = {key: self.features[key].shape for key in self.image_keys}
+        if self._resize_shape is None:
+            found = list(shapes.values())
+            common = max(found, key=found.count, default=())  # the first one's of equally many
+            return tuple(key for key, shape in shapes.items() if shape == common)
+        height, width = self._resize_shape
+        return tuple(k for k, shape in shapes.items() if shape[0] >= height and shape[1] >= width)
 
     @property
     def num_episodes(self) -> int:
@@ -146,7 +165,7 @@ class LeRobotDataset:
             return _vector_statistics(self.column(key), names)
         found = stored_statistics(self.info, key, names) if names else {}
         if found is None:
-            found = _image_statistics(self.frames(key), names)
+            found = _image_statistics(self._levels(key), names)
         return {name: value.reshape(3, 1, 1) for name, value in found.items()}
 
     def column(self, key: str) -> Array:
@@ -170,14 +189,17 @@ class LeRobotDataset:
     def frames(self, key: str) -> Frames:
         """uint8 (frames, height, width, 3): one camera over all episodes; see `bounds`.
 
-        Decoded at the first call, in memory or memory-mapped from the cache directory.
+        Decoded and shrunk at the first call, in memory or memory-mapped from the cache directory.
         """
         _cameras(self.info, [key])
         if key not in self._frames:
-            parts = (self._decode(position, key) for position in range(self.num_episodes))
-            shape = (self.num_frames, *self.features[key].shape)
-            cache = self._cache_dir and self._cache_dir / f"{self._digest(key)}.npy"
-            self._frames[key] = cached_frames(parts, shape, cache)
+            height, width = size = self._resize_shape or self.features[key].shape[:2]
+            name = self._decoder.digest(key)
+            if self._resize_shape is not None:
+                name += f"_{height}x{width}"
+            cache = self._cache_dir and self._cache_dir / f"{name}.npy"
+            shape = (self.num_frames, *size, 3)
+            self._frames[key] = cached_frames(self._parts(key), shape, cache)
         return self._frames[key]
 
     def episode(
@@ -215,58 +237,32 @@ class LeRobotDataset:
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
 
     def _episode_frames(self, position: int, key: str, steps: slice) -> Frames:
-        if key in self._frames:
+        if key in self._frames and self._resize_shape is None:
             return self._frames[key][self.bounds[position] : self.bounds[position + 1]][steps]
         _cameras(self.info, [key])
-        return self._decode(position, key, steps)
-
-    def _decode(self, position: int, key: str, steps: slice = slice(None)) -> Frames:
-        episode, feature = self._table.episodes[position], self.features[key]
-        if feature.dtype == "video":
-            clip = self.info.clip(episode, key)
-            path, seconds = clip.path, self._times(position)
-            frames = self._videos.read(clip, seconds, episode.index, steps)
-        else:
-            path = self._table.files(position)[0]
-            try:
-                images = self._table.images(position, key)[steps]
-                frames = np.stack([decode_image(png) for png in images])
-            except IMAGE_ERRORS as e:
-                raise unreadable(path, episode.index, e) from e
-        expected = (len(frames), *feature.shape)
-        if frames.shape != expected:
-            raise DatasetError(
-                f"{path}: '{key}' of episode {episode.index} decodes to {frames.shape}, "
-                f"expected {expected}"
-            )
+        (frames,) = self._decoder.read(position, key, steps)
         return frames
 
-    def _check_videos(self) -> None:
-        for position, episode in enumerate(self._table.episodes):
-            for key in self._video_keys:
-                clip = self.info.clip(episode, key)
-                self._videos.check(clip, self._times(position), episode.index)
+    def _parts(self, key: str) -> Iterator[Frames]:
+        """All frames as `frames` keeps them."""
+        if self._resize_shape is None:
+            return self._recorded(key)
+        from vqbet_edge.training.resizing import shrink_frames  # noqa: PLC0415 - torch
 
-    @property
-    def _video_keys(self) -> Iterator[str]:
-        return (key for key in self.image_keys if self.features[key].dtype == "video")
+        return (shrink_frames(part, self._resize_shape) for part in self._recorded(key))
 
-    @cached_property
-    def _seconds(self) -> Array:
-        return self._table.vectors("timestamp", DatasetFeature("float32", (1,)))[:, 0]
+    def _recorded(self, key: str) -> Iterator[Frames]:
+        """All frames as they were recorded, a part of them at a time."""
+        at_once = None if self._resize_shape is None else _AT_ONCE
+        for position in range(self.num_episodes):
+            yield from self._decoder.read(position, key, at_once=at_once)
 
-    def _times(self, position: int) -> Times:
-        rows = slice(self.bounds[position], self.bounds[position + 1])
-        return self._seconds[rows].astype(np.float64)
-
-    def _digest(self, key: str) -> str:
-        """Changes when any file that holds the camera's frames does."""
-        if self.features[key].dtype == "video":
-            paths = {self.info.clip(episode, key).path for episode in self._table.episodes}
-        else:
-            paths = set(self._table.paths)
-        facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
-        return hashlib.sha256(repr((key, facts)).encode()).hexdigest()[:32]
+    def _levels(self, key: str) -> Levels:
+        """How often each level is in each channel of a camera, as it was recorded."""
+        if key not in self._counted:
+            kept = [self.frames(key)] if self._resize_shape is None else self._recorded(key)
+            self._counted[key] = _count_levels(kept)
+        return self._counted[key]
 
 
 def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]:
@@ -310,12 +306,17 @@ def _statistic(values: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.flo
     return found
 
 
-def _image_statistics(frames: npt.NDArray[np.uint8], names: Sequence[str]) -> Stats:
-    """The named statistics of the channels of uint8 (frames, H, W, 3), in [0, 1]."""
+def _count_levels(parts: Iterable[Frames]) -> Levels:
+    """Of uint8 (frames, H, W, 3) each."""
     counts = np.zeros((3, 256), np.int64)
-    for frame in frames:
+    for frame in chain.from_iterable(parts):
         for channel in range(3):
             counts[channel] += np.bincount(frame[..., channel].reshape(-1), minlength=256)
+    return counts
+
+
+def _image_statistics(counts: Levels, names: Sequence[str]) -> Stats:
+    """The named statistics of a camera's channels, in [0, 1]."""
     levels = np.arange(256) / 255
     share = counts / counts.sum(axis=1, keepdims=True)
     seen = np.where(counts > 0, levels, np.nan)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from vqbet_edge.errors import DatasetError, UsageError
+from vqbet_edge.runtime.cameras import pack_frames
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.recording_format import EPISODE, FILE_PATTERN, is_feature
@@ -34,7 +35,7 @@ Array = NDArray[Any]
 class Piece(NamedTuple):
     """Consecutive observations of one episode, as a robot with an empty history would see them."""
 
-    frames: NDArray[np.uint8]  # (M, K, H, W, 3), whole frames
+    frames: NDArray[np.uint8]  # (M, K, H, W, 3), whole frames: see `pack_frames`
     states: NDArray[np.float32]  # (M, S), in the robot's units
 
 
@@ -191,7 +192,7 @@ class Sampler:
         """
         opened = open_source(source)
         expected = {
-            **dict.fromkeys(manifest.image_keys, manifest.image_shape),
+            **manifest.image_shapes,
             manifest.state_key: (manifest.state_dim,),
         }
         check_features(opened, expected)
@@ -246,7 +247,7 @@ def read_piece(source: Source, place: Place, image_keys: Sequence[str], state_ke
             f"the state of episode {place.episode}, step {place.start + int(finite.argmin())} "
             f"is not finite in '{source.name}'; repair the data or leave the episode out"
         )
-    return Piece(np.stack([arrays[key] for key in image_keys], axis=1), states)
+    return Piece(pack_frames([arrays[key] for key in image_keys]), states)
 
 
 def _stretches(lengths: Sequence[int]) -> list[Place]:
@@ -294,7 +295,7 @@ def random_pieces(manifest: Manifest, state_scaling: Affine, steps: int) -> Iter
     random = np.random.default_rng(0)
     for first in range(0, steps, PIECE_STEPS):
         count = min(PIECE_STEPS, steps - first)
-        shape = (count, len(manifest.image_keys), *manifest.image_shape)
+        shape = (count, len(manifest.image_keys), *manifest.frame_shape)
         normalized = random.uniform(-1, 1, (count, manifest.state_dim))
         states = (normalized - state_scaling.add) / state_scaling.multiply + state_scaling.subtract
         yield Piece(random.integers(0, 256, shape, np.uint8), states.astype(np.float32))

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.backends.base import HeadOutputs
+from vqbet_edge.runtime.cameras import pack_frames
 from vqbet_edge.runtime.guards import Guards
 from vqbet_edge.runtime.manifest import MANIFEST_NAME
 from vqbet_edge.runtime.sampling import Choice, CodeSampler
@@ -123,7 +124,7 @@ class TorchActor:
         self._network = checkpoint.network.to(self._device)
         self._dtype = next(self._network.parameters()).dtype
         self._config = config = checkpoint.config
-        self.image_keys = [checkpoint.renamed.get(k, k) for k in config.image_keys]
+        self.image_keys = list(checkpoint.image_shapes)
         self.state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
         self._pixels = pixels.to(self._device, self._dtype)
@@ -152,7 +153,7 @@ class TorchActor:
 
     def see(self, observations: Observations) -> None:
         """Take observations into the windows."""
-        images = np.stack([observations[key] for key in self.image_keys], axis=1)
+        images = pack_frames([observations[key] for key in self.image_keys])
         states = observations[self.state_key].astype(np.float32)
         self._state.apply(states, out=states)
         rows = zip(torch.from_numpy(images), torch.from_numpy(states), strict=True)

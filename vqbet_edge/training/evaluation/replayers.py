@@ -103,7 +103,7 @@ class _BundleReplayer:
             precision=manifest.precision,
             runs_on=loaded.name,
             shapes={
-                **dict.fromkeys(manifest.image_keys, manifest.image_shape),
+                **manifest.image_shapes,
                 manifest.state_key: (manifest.state_dim,),
             },
             n_obs_steps=manifest.policy.n_obs_steps,
@@ -129,13 +129,12 @@ class _CheckpointReplayer:
     def __init__(self, source: str, temperature: float) -> None:
         checkpoint = load_checkpoint(source)
         self._actor = TorchActor(checkpoint, 1, ActorOptions(temperature=temperature))
-        config, keys = checkpoint.config, self._actor.image_keys
-        images = [config.input_features[key].shape for key in config.image_keys]
+        config = checkpoint.config
         self.facts = PolicyFacts(
             precision="fp32",
             runs_on="PyTorch",
             shapes={
-                **{k: (*s[1:], s[0]) for k, s in zip(keys, images, strict=True)},
+                **checkpoint.image_shapes,
                 self._actor.state_key: config.input_features[STATE_KEY].shape,
             },
             n_obs_steps=config.n_obs_steps,
