@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType, NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args
 
 from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
 
@@ -55,18 +55,26 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def parse(kind: type[Arguments], prog: str, *config: Any) -> Arguments:  # noqa: ANN401
+def parse(
+    kind: type[Arguments],
+    prog: str,
+    *config: Any,  # noqa: ANN401
+    default: Arguments | None = None,
+) -> Arguments:
     """A command's arguments, as a dataclass that describes them.
 
     Args:
         kind: the dataclass.
         prog: the command's name.
         config: markers of `tyro.conf`.
+        default: values of what is not given, instead of the dataclass's own.
     """
     import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
 
-    parsed: Arguments = tyro.cli(kind, prog=prog, config=config, registry=_registry())
-    return parsed
+    return cast(
+        "Arguments",
+        tyro.cli(kind, prog=prog, config=config, registry=_registry(), default=default),
+    )
 
 
 def _registry() -> "ConstructorRegistry":
