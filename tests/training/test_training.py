@@ -26,7 +26,7 @@ from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.config import NormalizationMode, TrainConfig, flag
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
-from vqbet_edge.training.metrics import read_metrics
+from vqbet_edge.training.metrics import overfitting, read_metrics
 from vqbet_edge.training.network import small_backbone
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import PixelScaling, predict
@@ -497,3 +497,22 @@ def test_pretrained_weights_that_are_not_to_be_had_are_no_disk_error(
     }
     with pytest.raises(error, match=message):
         train(tiny(pusht, tmp_path / "run", **options))
+
+
+def learning(training: list[float], validation: list[float]) -> list[dict[str, object]]:
+    kinds = {"phase 2": training, "phase 2 validation": validation}
+    return [
+        {"step": 100 * step, "kind": kind, "primary": loss}
+        for kind, losses in kinds.items()
+        for step, loss in enumerate(losses)
+    ]
+
+
+def test_memorising_is_said() -> None:
+    """The course of a run on 206 people's demonstrations, and of one that goes well."""
+    said = overfitting(learning([1.0, 0.6, 0.4] + 10 * [0.2], [1.0, 0.66, 0.70, 0.73]))
+    assert "0.20 on them and 0.73 on those kept for validation" in said
+    assert "lowest (0.66) at step 100" in said
+    assert overfitting(learning([1.0, 0.6, 0.55], [1.0, 0.66, 0.64])) == ""
+    assert overfitting(learning([1.0] + 10 * [0.2], [1.0, 0.33, 0.32])) == ""  # not yet
+    assert overfitting(learning([1.0], [])) == ""  # nothing is kept for validation

@@ -33,6 +33,10 @@ _PANELS = [
 ]
 
 
+# Lines of metrics that a mean is taken of: a batch by itself says little.
+_LATEST = 10
+
+
 class Reporter:
     """Writes metrics; on every process but the first it does nothing.
 
@@ -103,6 +107,28 @@ def draw_curves(metrics: Path, target: Path) -> None:
             axis.legend()
     with writing(target):
         figure.savefig(target, dpi=120)
+
+
+def overfitting(records: Sequence[Record]) -> str:
+    """What to say about a network that learns its demonstrations by heart; empty if none does.
+
+    The primary code's loss decides: in validation a tenth above its lowest, and in training half of
+    that or less.
+    """
+    steps, kept = _points(records, "phase 2 validation", "primary")
+    trained = _points(records, "phase 2", "primary")[1][-_LATEST:]
+    if not kept or not trained:
+        return ""
+    lowest, last, own = min(kept), kept[-1], sum(trained) / len(trained)
+    if last < 1.1 * lowest or own > last / 2:
+        return ""
+    return (
+        f"[yellow]the network learns its demonstrations by heart: the primary code's loss is "
+        f"{own:.2f} on them and {last:.2f} on those kept for validation, where it was lowest "
+        f"({lowest:.2f}) at step {steps[kept.index(lowest)]}. More demonstrations may "
+        "help, a --crop-shape with more margin, or fewer --steps. What the robot does may go on "
+        "getting better all the same: compare checkpoints with vqbet-eval"
+    )
 
 
 def _points(records: Sequence[Record], kind: str, name: str) -> tuple[list[int], list[float]]:

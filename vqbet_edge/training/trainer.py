@@ -20,7 +20,7 @@ from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.metrics import Reporter, draw_curves
+from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
@@ -125,7 +125,10 @@ class _Trainer:
                 self._resumed = None  # the optimiser in the checkpoint is phase 1's
             self._train(PolicyPhase(*parts, self._scalings), config.steps)
         if self._accelerator.is_main_process:
-            draw_curves(config.output / "metrics.jsonl", config.output / "curves.png")
+            metrics = config.output / "metrics.jsonl"
+            draw_curves(metrics, config.output / "curves.png")
+            if advice := overfitting(read_metrics(metrics)):
+                self._reporter.note(advice)
             self._report_codes()
 
     def _report_codes(self) -> None:
