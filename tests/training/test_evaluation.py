@@ -24,7 +24,12 @@ from vqbet_edge.training.evaluation.actors import (
 )
 from vqbet_edge.training.evaluation.cli import EvalConfig
 from vqbet_edge.training.evaluation.detour import DetourEnv
-from vqbet_edge.training.evaluation.pusht import PushTWithContact
+from vqbet_edge.training.evaluation.pusht import (
+    PushTWithContact,
+    PushTWithPose,
+    mirror_frames,
+    mirror_points,
+)
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.summary import bootstrap, compare, summarize, wilson
 from vqbet_edge.training.evaluation.tasks import TASKS, make_task
@@ -90,6 +95,39 @@ def test_the_contact_state_sees_the_pusher_from_the_block_as_the_simulator_does(
         np.testing.assert_allclose(observation["observation.state"][6:], expected, atol=1e-3)
         turn = np.arctan2(*observation["observation.state"][[5, 4]])
         np.testing.assert_allclose(np.exp(1j * turn), np.exp(1j * simulator.block.angle), atol=1e-6)
+
+
+def mirrored(pose: np.ndarray) -> np.ndarray:
+    pusher, block = mirror_points(pose[:2]), mirror_points(pose[2:4])
+    return np.array([*pusher, *block, np.pi / 2 - pose[4]])
+
+
+def place(env: PushTWithPose, pose: np.ndarray) -> None:
+    env.reset(seed=0)
+    simulator: Any = env.unwrapped
+    simulator.agent.position = pose[:2].tolist()
+    simulator.block.angle = float(pose[4])
+    simulator.block.position = pose[2:4].tolist()
+    simulator.space.step(1e-6)
+
+
+def test_pusht_is_the_same_task_in_the_mirror() -> None:
+    """The simulator pushes, draws and counts alike where all is mirrored but the target."""
+    pytest.importorskip("gym_pusht")
+    env, mirror = PushTWithPose(), PushTWithPose()
+    pose = np.array([180.0, 200.0, 250.0, 240.0, 0.4])
+    place(env, pose)
+    place(mirror, mirrored(pose))
+    for action in ([200.0, 210.0], [250.0, 240.0], [280.0, 260.0], [300.0, 280.0]):
+        seen, reward, *_ = env.step(np.array(action))
+        also, same_reward, *_ = mirror.step(mirror_points(np.array(action)))
+        expected = mirrored(seen["observation.state"])
+        np.testing.assert_allclose(also["observation.state"], expected, atol=0.1)
+        assert reward == pytest.approx(same_reward, abs=1e-3)
+        frames = mirror_frames(seen["observation.image"]), also["observation.image"]
+        unlike = np.abs(np.subtract(*frames, dtype=int)).max(axis=-1) > 40
+        assert unlike.mean() < 0.01  # edges, drawn in whole pixels
+    assert abs(seen["observation.state"][2] - pose[2]) > 5  # the block was pushed
 
 
 def test_results_do_not_depend_on_how_many_run_at_once() -> None:

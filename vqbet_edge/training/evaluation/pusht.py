@@ -8,6 +8,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 IMAGE_SIZE = 96
+BOARD = 512.0  # side, in pixels of positions
 
 
 def contact_state(pose: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -28,6 +29,20 @@ def contact_state(pose: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     x, y = np.moveaxis(pose[..., :2] - pose[..., 2:4], -1, 0)
     seen_from_block = (cosine, sine, cosine * x + sine * y, cosine * y - sine * x)
     return np.concatenate([pose[..., :4], np.stack(seen_from_block, axis=-1)], axis=-1)
+
+
+def mirror_points(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Positions seen in the target's axis of symmetry, in which the task is the same.
+
+    Args:
+        points: (..., 2), x and y on the board in pixels.
+    """
+    return BOARD - points[..., ::-1]
+
+
+def mirror_frames(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Pictures of the board (..., H, H, 3) seen in the same axis; see `mirror_points`."""
+    return np.flip(frames, (-3, -2)).swapaxes(-3, -2)
 
 
 class PushT(gymnasium.ObservationWrapper[dict[str, Any], Any, dict[str, Any]]):
