@@ -71,7 +71,7 @@ def _make(folder: Path, install: Sequence[str], python: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     for command in (
         [python, "-m", "venv", str(folder)],
-        [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *install],
+        [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--no-compile", *install],
     ):
         done = subprocess.run(command, capture_output=True, text=True, env=clean)
         if done.returncode:

@@ -69,15 +69,14 @@ def small(name: str, **changes: Any) -> Case:
 CASES = [
     Case("default", fields={"use_group_norm": False}),
     small("sequential", sequentially_select=True),
-    small("group_norm", use_group_norm=True),
-    small("resnet34", vision_backbone="resnet34", gpt_n_layer=1),
+    small("group_norm_window_1", use_group_norm=True, n_obs_steps=1, n_action_pred_token=7),
+    small("resnet34_window_7", vision_backbone="resnet34", gpt_n_layer=1, n_obs_steps=7,
+          bet_softmax_temperature=0.5),
     small("resnet50", vision_backbone="resnet50", vqvae_n_embed=24),
     small("arm", image=(120, 160), state_dim=7, action_dim=6, action_chunk_size=8,
           crop_shape=(105, 144)),
     small("chunk_1_no_crop", action_chunk_size=1, crop_shape=None, n_action_pred_token=1),
     small("two_cameras", cameras=2, image=(80, 72), crop_shape=(64, 64), vqvae_n_embed=8),
-    small("window_1", n_obs_steps=1, n_action_pred_token=7),
-    small("window_7", n_obs_steps=7, bet_softmax_temperature=0.5),
 ]  # fmt: skip
 
 TINY = small("tiny", image=(40, 48), crop_shape=(36, 40))

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
+from attacks.saving import checkpoints, network, progress
 from sizes import SMALL
 from torture import cases
-from workshop import Workshop
 
 from vqbet_edge import cli
 
@@ -28,6 +27,10 @@ SECONDS = cases(10, 2)
 
 # A shell's background jobs, which tests may be, ignore interrupts, and so would their children.
 HEED_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+# An export whose last step takes long; the graphs of one target are enough of it.
+LONG = ["--verify-steps", "5000", "--target", "tensorrt"]
 
 
 class Terminal:
@@ -78,13 +81,15 @@ class Terminal:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(workshop: Workshop) -> str:
-    return str(workshop.checkpoint(oracle.TINY))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    saved = checkpoints(tmp_path_factory.mktemp("saved"))
+    saved.save(progress(1), network(), None, {"state": {}, "param_groups": []})
+    return str(saved.last / "pretrained_model")
 
 
 @pytest.mark.parametrize("number", CODES)
 def test_export(checkpoint: str, cwd: Path, number: signal.Signals) -> None:
-    command = Terminal("vqbet_export.cli", checkpoint, "--verify-steps", "5000")
+    command = Terminal("vqbet_export.cli", checkpoint, *LONG)
     command.read_until("verifying")
     assert command.end(number) == CODES[number]
     assert list(cwd.iterdir()) == []
@@ -94,7 +99,7 @@ def test_export_at_random_moments(checkpoint: str, cwd: Path) -> None:
     random = np.random.default_rng(14)
     for case in range(cases(2, 30)):
         number = list(CODES)[case % 2]
-        command = Terminal("vqbet_export.cli", checkpoint, "--verify-steps", "5000")
+        command = Terminal("vqbet_export.cli", checkpoint, *LONG)
         command.read(random.uniform(0.5, 8))
         assert command.end(number) == CODES[number], command.text
         assert not any(path.suffix == ".bundle" for path in cwd.iterdir())

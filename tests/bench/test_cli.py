@@ -58,7 +58,18 @@ def test_beside_its_own_recording_as_json_and_torch_is_never_loaded(
     code = "from vqbet_bench.cli import main; main()"
     path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny.bundle), *QUICK, "--json", "--record", str(disk)],
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(tiny.bundle),
+            *QUICK,
+            "--threads",
+            "1",
+            "--json",
+            "--record",
+            str(disk),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path},

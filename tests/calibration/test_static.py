@@ -21,6 +21,8 @@ from vqbet_edge.runtime.comparison import cosines
 from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.runtime.signatures import signature
 
+# One worker runs the policy in floating point for all.
+pytestmark = pytest.mark.xdist_group("calibration")
 QUANTIZED: tuple[StageName, ...] = ("vision_encoder", "gpt")
 
 

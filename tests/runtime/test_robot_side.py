@@ -76,7 +76,16 @@ def test_acts_in_an_environment_with_the_runtime_only(tiny: Exported, tmp_path: 
     environment = tmp_path / "robot"
     venv.create(environment, with_pip=True)
     python = str(environment / "bin" / "python")
-    install = [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-compile",
+        "-c",
+        str(ROOT / "constraints.txt"),
+    ]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([*install, f"{ROOT}[cpu]"], capture_output=True, text=True, env=clean)
     if done.returncode and not os.environ.get("CI"):
