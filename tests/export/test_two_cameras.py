@@ -255,20 +255,6 @@ def test_a_recording_is_replayed_and_its_codes_reported(
         assert output.exists()
 
 
-def test_a_recording_calibrates(two_cameras: Trained, tmp_path: Path) -> None:
-    with EdgePolicy.load(two_cameras.bundle("fp32"), "onnxruntime") as policy:
-        recording = policy.record(tmp_path / "seen")
-        with recording:
-            for episode in range(6):
-                policy.reset()
-                for observation in two_cameras.observations(episode):
-                    policy.act(observation)
-    options: dict[str, Any] = {"calibration_data": str(tmp_path / "seen"), "targets": ("cpu",)}
-    output = tmp_path / "a.bundle"
-    export(ExportConfig(str(two_cameras.checkpoint), output, "int8", verify_steps=8, **options))
-    EdgePolicy.load(output, "onnxruntime", prove=True).close()
-
-
 def test_the_benchmark_observes_every_camera_at_its_size(two_cameras: Trained) -> None:
     bundle = Bundle.open(two_cameras.bundle("fp32"))
     for source in (None, str(two_cameras.data)):
