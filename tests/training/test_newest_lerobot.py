@@ -63,7 +63,8 @@ def trained(pusht: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--dataset.repo_id=local/pusht", f"--dataset.root={pusht}",
         "--policy.type=vqbet", "--policy.push_to_hub=false", "--policy.device=cpu",
         "--policy.n_vqvae_training_steps=20", "--steps=30", "--batch_size=8",
-        "--wandb.enable=false", "--num_workers=0", "--save_freq=30",
+        # Its default. After so few steps codes are nearly tied with some seeds, and INT8 is refused.
+        "--wandb.enable=false", "--num_workers=0", "--save_freq=30", "--seed=1000",
         "--policy.gpt_n_layer=2", "--policy.pretrained_backbone_weights=null",
         f"--output_dir={folder / 'run'}",
         cwd=folder,
@@ -112,7 +113,9 @@ def agree(directory: Path, bundle: Path, pusht: Path, limit: float) -> None:
         assert (np.abs(got - expected) / span).max() <= limit, step
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 2e-3), ("int8", 0.1)])
+# Of INT8 four times the largest error of three policies (seeds 1000, 1 and 2, on all episodes: 0.003
+# to 0.005 of the data's range, over three to nine times of which their actions reach).
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 2e-3), ("int8", 0.02)])
 def test_what_lerobot_trains_acts_as_its_select_action(
     trained: Path, pusht: Path, tmp_path: Path, precision: Precision, limit: float
 ) -> None:
