@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from vqbet_bench.results import Bound, Ceilings
 from vqbet_edge.runtime.bundle import Bundle
@@ -54,9 +54,12 @@ def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
             counted rather than too little.
     """
     model = onnx.load_from_string(data)
+    weights = sum(map(_bytes, (*model.graph.initializer, *_constants(model.graph).values())))
+    _spell_out_blocks(model.graph)
     if inputs:
         for value in model.graph.input:
-            _fix_shape(value, inputs[value.name])
+            if value.name in inputs:
+                _fix_shape(value, inputs[value.name])
         del model.graph.value_info[:]
         for value in model.graph.output:
             value.type.tensor_type.ClearField("shape")
@@ -66,10 +69,8 @@ def graph_cost(data: bytes, inputs: Shapes | None = None) -> Cost:
         for value in (*graph.value_info, *graph.input, *graph.output)
         if all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
     }
-    constants = {node.output[0]: tensor for node, tensor in _constants(graph)}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
-    weights = sum(map(_bytes, (*graph.initializer, *constants.values())))
+    shapes |= {name: tuple(tensor.dims) for name, tensor in _constants(graph).items()}
     return Cost(weights, sum(_multiply_adds(node, shapes) for node in graph.node))
 
 
@@ -78,9 +79,22 @@ def _fix_shape(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
         dim.dim_value = size
 
 
-def _constants(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     nodes = [node for node in graph.node if node.op_type == "Constant"]
-    return [(node, a.t) for node in nodes for a in node.attribute if a.name == "value"]
+    return {node.output[0]: a.t for node in nodes for a in node.attribute if a.name == "value"}
+
+
+def _spell_out_blocks(graph: onnx.GraphProto) -> None:
+    """ONNX infers the shape of a MatMul, not of ONNX Runtime's product with blocks of weights."""
+    for node in graph.node:
+        if (node.domain, node.op_type) != ("com.microsoft", "MatMulNBits"):
+            continue
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        name = f"{node.output[0]}.weights"
+        shape = [sizes["K"], sizes["N"]]
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        inputs, outputs = [node.input[0], name], list(node.output)
+        node.CopyFrom(helper.make_node("MatMul", inputs, outputs))
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

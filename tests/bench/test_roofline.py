@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqbet_bench.ceilings import board_ceilings, measure_bandwidth, measure_gemm
 from vqbet_bench.results import Ceilings
 from vqbet_bench.roofline import Cost, Run, bound, graph_cost, stage_runs, total_weights
+from vqbet_calibration.blocks import Blocks
 from vqbet_engines.boards import board_names, load_board
 from vqbet_export.stages import CodeHeadsStage, GptStage, RvqDecoderStage, VisionEncoderStage
 from workshop import Exported
@@ -94,16 +95,25 @@ def test_integer_products_count_like_others() -> None:
     assert graph_cost(helper.make_model(graph).SerializeToString()) == Cost(60, 4 * 6 * 10)
 
 
+def test_products_with_weights_in_blocks_count_like_others(tiny: Exported) -> None:
+    graph = Bundle.open(tiny.bundle).graph("gpt")
+    quantizer = Blocks(graph)
+    blocks = quantizer.quantize(graph, dict.fromkeys(quantizer.layers, "blocks of 32"))
+    before, after = graph_cost(graph), graph_cost(blocks)
+    assert after.multiply_adds == before.multiply_adds
+    assert after.weight_bytes < before.weight_bytes / 2
+
+
 def test_arithmetic_that_is_not_known_is_refused_not_ignored() -> None:
     graph = helper.make_graph(
-        [helper.make_node("MatMulNBits", ["x"], ["y"], domain="com.microsoft")],
+        [helper.make_node("FusedMatMul", ["x"], ["y"], domain="com.microsoft")],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 4))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 4))],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets)
-    with pytest.raises(ValueError, match="MatMulNBits"):
+    with pytest.raises(ValueError, match="FusedMatMul"):
         graph_cost(model.SerializeToString())
 
 
