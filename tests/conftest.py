@@ -74,9 +74,9 @@ def mini(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_cameras(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def two_cameras(shared: Path) -> Trained:
     """A policy that was trained on two cameras of different sizes."""
-    return prepare(tmp_path_factory.mktemp("two_cameras"))
+    return prepare(shared / "two_cameras")
 
 
 @pytest.fixture

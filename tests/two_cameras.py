@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from sizes import SMALL
 from vqbet_export.exporter import ExportConfig, export
+from workshop import once
 
 from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.training.config import NormalizationMode, TrainConfig
@@ -87,22 +88,25 @@ class Trained:
 
 
 def prepare(root: Path) -> Trained:
-    """Write the data and train."""
-    torch.set_num_threads(1)
-    write_dataset(root / "data", demonstrations(), fps=10, task="wave")
-    checkpoint = train(config(root / "data", root / "run"))
+    """Write the data and train, in a folder that all workers share."""
+    data, checkpoint = root / "data", root / "run" / "checkpoints" / "last" / "pretrained_model"
+
+    def teach() -> None:
+        torch.set_num_threads(1)
+        write_dataset(data, demonstrations(), fps=10, task="wave")
+        train(config(data, root / "run"))
 
     def bundle(precision: Precision) -> Path:
         output = root / f"{precision}.bundle"
-        if not output.exists():
-            calibration = str(root / "data") if precision == "int8" else None
-            options: dict[str, Any] = {
-                "verify_steps": 32,
-                "verify_data": str(root / "data"),
-                "calibration_data": calibration,
-                "calibration_steps": 128,
-            }
-            export(ExportConfig(str(checkpoint), output, precision, **options))
-        return output
+        options: dict[str, Any] = {
+            "verify_steps": 32,
+            "verify_data": str(data),
+            "calibration_data": str(data) if precision == "int8" else None,
+            "calibration_steps": 128,
+        }
+        return once(
+            output, lambda: export(ExportConfig(str(checkpoint), output, precision, **options))
+        )
 
-    return Trained(root / "data", checkpoint, bundle)
+    once(root, teach)
+    return Trained(data, checkpoint, bundle)

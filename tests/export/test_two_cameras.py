@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from two_cameras import RESIZED, SCENE, SIZES, STATE, TINY, WRIST, Trained, config
 from vqbet_bench.observations import create_observations
-from vqbet_engines.boards import load_board
-from vqbet_engines.suitability import check_graphs
+from vqbet_engines.builder import Job, build_plan
 from vqbet_export.exporter import ExportConfig, export
 
 from vqbet_edge import BundleError, EdgePolicy, ObservationError, VerificationError
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.inspection import main as inspect
 from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import pack_frames, unpack_frames
 from vqbet_edge.runtime.manifest import CropSpec, Precision, decode_manifest, encode_manifest
@@ -205,7 +205,7 @@ def test_tensorrt_builds_the_encoder(two_cameras: Trained, precision: Precision)
     operators = {node.op_type for node in onnx.load_from_string(graph).graph.node}
     assert {"Slice", "AveragePool", "Resize"} <= operators
     assert not {"Shape", "Loop", "If"} & operators
-    assert check_graphs({"vision_encoder": graph}, load_board("orin-nano")).problems == ()
+    assert build_plan(graph, Job("tensorrt_rtx", BuildOptions(512), "sm86")).plan
 
 
 def test_acts_as_lerobot_does_on_shrunk_frames(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_recording_is_replayed_and_its_codes_reported(
             for observation in two_cameras.observations(1) * 4:
                 policy.act(observation)
     for number, source in enumerate((bundle, two_cameras.checkpoint)):
-        found = replay(tmp_path / "seen", str(source), "onnxruntime").replay
+        found = replay(tmp_path / "seen", str(source), "onnxruntime")
         assert (found.decisions, found.differing) == (40, 0)
         output = tmp_path / f"{number}.html"
         write_report(
