@@ -2,12 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import oracle
+import pytest
+import torch
 from environments import alone
 from vqbet_export.exporter import ExportConfig, export
 
@@ -22,6 +24,25 @@ def once(path: Path, make: Callable[[], object]) -> Path:
             make()
             done.touch()
     return path
+
+
+_FLOAT = torch.Tensor.float
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """In float32 and without a word, also for a test that has put all of torch into float64.
+
+    What is made for all must not depend on who wants it first.
+    """
+    before = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(torch.Tensor, "float", _FLOAT)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -47,18 +68,22 @@ class Workshop:
     def policy(self, case: oracle.Case) -> Any:
         """A LeRobot policy, the same for every worker."""
         if case.name not in self._policies:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with plainly():
                 self._policies[case.name] = oracle.make_policy(case)
         return self._policies[case.name]
 
     def checkpoint(self, case: oracle.Case) -> Path:
         """The directory that the policy was saved to."""
         directory = self._root / case.name
-        return once(directory, lambda: oracle.save_checkpoint(self.policy(case), case, directory))
+        with plainly():
+            return once(
+                directory, lambda: oracle.save_checkpoint(self.policy(case), case, directory)
+            )
 
     def bundle(self, case: oracle.Case, precision: Precision = "fp32") -> Exported:
         """The bundle of a policy."""
         checkpoint = self.checkpoint(case)
         output = self._root / f"{case.name}-{precision}.bundle"
         config = ExportConfig(str(checkpoint), output, precision, verify_steps=8)
-        return Exported(case, checkpoint, once(output, lambda: export(config)))
+        with plainly():
+            return Exported(case, checkpoint, once(output, lambda: export(config)))
