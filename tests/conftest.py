@@ -76,7 +76,7 @@ def mini(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def two_cameras(shared: Path) -> Trained:
     """A policy that was trained on two cameras of different sizes."""
-    return prepare(shared / "two_cameras")
+    return prepare(shared / "cameras_of_two_sizes")
 
 
 @pytest.fixture
