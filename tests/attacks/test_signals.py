@@ -91,7 +91,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_export(checkpoint: str, cwd: Path, number: signal.Signals) -> None:
     command = Terminal("vqbet_export.cli", checkpoint, *LONG)
     command.read_until("verifying")
-    assert command.end(number) == CODES[number]
+    assert command.end(number) == CODES[number], command.text
     assert list(cwd.iterdir()) == []
 
 
