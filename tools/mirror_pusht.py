@@ -6,32 +6,29 @@ python tools/mirror_pusht.py SOURCE TARGET
 from pathlib import Path
 
 import tyro
+from pusht_data import Demonstrations, rewrite
 
 from vqbet_edge.cli import run
-from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY
-from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.writer import Demonstration, write_dataset
 from vqbet_edge.training.evaluation.pusht import mirror_frames, mirror_points
 
 
-def mirror(source: str, target: Path, /) -> None:
-    """Write `target` from the data set `source`; images are stored without loss."""
-    data = LeRobotDataset.open(source)
-    width = data.column(STATE_KEY).shape[1]
-    if width != 2:
-        raise DatasetError(f"{source}: expected a state of 2 numbers (x, y), got {width}")
-    keys = (*data.image_keys, STATE_KEY, ACTION_KEY)
-    seen = [data.episode(position, keys) for position in range(data.num_episodes)]
-    mirrored: list[Demonstration] = [
+def with_mirror_image(seen: Demonstrations) -> Demonstrations:
+    """All of them as they are, then all of them mirrored."""
+    mirrored = [
         {
-            key: mirror_frames(values) if key in data.image_keys else mirror_points(values)
-            for key, values in episode.items()
+            key: mirror_points(values) if key in {STATE_KEY, ACTION_KEY} else mirror_frames(values)
+            for key, values in each.items()
         }
-        for episode in seen
+        for each in seen
     ]
-    write_dataset(target, [*seen, *mirrored], data.fps, "push the block onto its target")
+    return [*seen, *mirrored]
+
+
+def main(source: str, target: Path, /) -> None:
+    """Write `target` from the data set `source`; images are stored without loss."""
+    rewrite(source, target, ("x", "y"), with_mirror_image)
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(mirror))
+    run(lambda: tyro.cli(main))
