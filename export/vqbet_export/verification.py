@@ -26,7 +26,6 @@ from vqbet_edge.runtime.manifest import StageName, Target, VerificationSpec
 from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.proof import PolicyCheck, act_out
 from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.dataset.samples import Piece
 from vqbet_export.onnx_graphs import StageSession, TensorRTGraphs
 from vqbet_export.reference import Reference, run_reference
@@ -195,6 +194,6 @@ def _verify_decoder(decoder: StageSession, checkpoint: Checkpoint) -> StageResul
 
 def _observations(checkpoint: Checkpoint, piece: Piece) -> Iterator[Observation]:
     """What a robot would pass, one step after the other."""
-    shapes, state_key = checkpoint.image_shapes, checkpoint.renamed.get(STATE_KEY, STATE_KEY)
+    shapes, state_key = checkpoint.image_shapes, checkpoint.state_key
     for frames, state in zip(piece.frames, piece.states, strict=True):
         yield {**unpack_frames(frames, shapes), state_key: state}

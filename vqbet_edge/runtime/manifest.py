@@ -200,6 +200,11 @@ class Manifest(_Strict, frozen=True):
         return self.input_features[self.state_key].shape[0]
 
     @property
+    def observation_shapes(self) -> dict[str, Shape]:
+        """Of everything that the policy observes: the cameras' frames and the state."""
+        return {**self.image_shapes, self.state_key: (self.state_dim,)}
+
+    @property
     def precision(self) -> Precision:
         """The least precise of all graphs'."""
         return self.precisions[-1]

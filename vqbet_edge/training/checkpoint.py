@@ -64,6 +64,16 @@ class Checkpoint:
         sizes = zip(self.config.image_keys, self.config.image_sizes, strict=True)
         return {self.renamed.get(key, key): (*size, 3) for key, size in sizes}
 
+    @property
+    def state_key(self) -> str:
+        """The state's key on the robot."""
+        return self.renamed.get(STATE_KEY, STATE_KEY)
+
+    @property
+    def observation_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of everything that the policy observes: the cameras' frames and the state."""
+        return {**self.image_shapes, self.state_key: (self.config.state_dim,)}
+
 
 def load_checkpoint(source: str) -> Checkpoint:
     """Load a checkpoint of any of LeRobot's layouts.

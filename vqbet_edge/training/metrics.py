@@ -92,9 +92,8 @@ def read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def draw_curves(metrics: Path, target: Path) -> None:
-    """Training curves, validation dashed, from a metrics.jsonl."""
-    records = read_metrics(metrics)
+def draw_curves(records: Sequence[Record], target: Path) -> None:
+    """Training curves, validation dashed, of what `read_metrics` found."""
     figure = Figure(figsize=(15, 7), layout="constrained")
     for axis, (title, kind, names) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         axis.set_title(title)

@@ -125,9 +125,9 @@ class _Trainer:
                 self._resumed = None  # the optimiser in the checkpoint is phase 1's
             self._train(PolicyPhase(*parts, self._scalings), config.steps)
         if self._accelerator.is_main_process:
-            metrics = config.output / "metrics.jsonl"
-            draw_curves(metrics, config.output / "curves.png")
-            if advice := overfitting(read_metrics(metrics)):
+            records = read_metrics(config.output / "metrics.jsonl")
+            draw_curves(records, config.output / "curves.png")
+            if advice := overfitting(records):
                 self._reporter.note(advice)
             self._report_codes()
 

@@ -157,8 +157,8 @@ class CheckpointPolicy:
         self.columns = None if columns is None else columns.cpu().numpy()
         counts = [book.cluster_size[0] for book in self._vqvae.vq_layer.codebooks]
         self.moving_counts: Floats | None = torch.stack(counts).double().cpu().numpy()
-        self._image_shapes = checkpoint.image_shapes
-        self._state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
+        self._observed = checkpoint.observation_shapes
+        self._image_keys, self._state_key = list(checkpoint.image_shapes), checkpoint.state_key
         self._state = checkpoint.inputs[STATE_KEY]
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
         self._pixels = pixels.to(self._device, self._dtype)
@@ -166,8 +166,7 @@ class CheckpointPolicy:
 
     def check(self, source: Source) -> None:
         """See `CodedPolicy`."""
-        state = {self._state_key: (self._config.state_dim,)}
-        check_features(source, {**self._image_shapes, **state})
+        check_features(source, self._observed)
 
     def predict(self, source: Source, place: Place) -> Steps:
         """See `CodedPolicy`."""
@@ -179,7 +178,7 @@ class CheckpointPolicy:
         window = self._config.n_obs_steps
         tokens: Tensor | None = None  # (window - 1, K, D), of the frames before
         states: Tensor | None = None
-        for piece in _pieces(source, place, list(self._image_shapes), self._state_key):
+        for piece in _pieces(source, place, self._image_keys, self._state_key):
             new_tokens, new_states = self._encode(piece)
             if tokens is None or states is None:
                 # The first observation fills the window, as in LeRobot's `populate_queues`.
@@ -258,9 +257,7 @@ class BundlePolicy:
 
     def check(self, source: Source) -> None:
         """See `CodedPolicy`."""
-        manifest = self._manifest
-        expected = {**manifest.image_shapes, manifest.state_key: (manifest.state_dim,)}
-        check_features(source, expected)
+        check_features(source, self._manifest.observation_shapes)
 
     def predict(self, source: Source, place: Place) -> Steps:
         """See `CodedPolicy`."""

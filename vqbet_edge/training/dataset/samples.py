@@ -191,11 +191,7 @@ class Sampler:
             UsageError: see `open_source`.
         """
         opened = open_source(source)
-        expected = {
-            **manifest.image_shapes,
-            manifest.state_key: (manifest.state_dim,),
-        }
-        check_features(opened, expected)
+        check_features(opened, manifest.observation_shapes)
         return cls(opened, manifest)
 
     def pieces(self, steps: int) -> Iterator[Piece]:

@@ -125,7 +125,7 @@ class TorchActor:
         self._dtype = next(self._network.parameters()).dtype
         self._config = config = checkpoint.config
         self.image_keys = list(checkpoint.image_shapes)
-        self.state_key = checkpoint.renamed.get(STATE_KEY, STATE_KEY)
+        self.state_key = checkpoint.state_key
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
         self._pixels = pixels.to(self._device, self._dtype)
         self._state, self.unnormalize = checkpoint.inputs[STATE_KEY], checkpoint.action

@@ -17,7 +17,6 @@ from vqbet_edge.runtime.planning import Planner, decode_table, secondary_columns
 from vqbet_edge.runtime.sampling import CodeSampler
 from vqbet_edge.runtime.window import ObservationWindow
 from vqbet_edge.training.checkpoint import load_checkpoint
-from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor, is_bundle
 
 Floats = npt.NDArray[np.float32]
@@ -102,10 +101,7 @@ class _BundleReplayer:
         self.facts = PolicyFacts(
             precision=manifest.precision,
             runs_on=loaded.name,
-            shapes={
-                **manifest.image_shapes,
-                manifest.state_key: (manifest.state_dim,),
-            },
+            shapes=manifest.observation_shapes,
             n_obs_steps=manifest.policy.n_obs_steps,
             action_scale=np.abs(unnormalize.multiply),
         )
@@ -129,15 +125,11 @@ class _CheckpointReplayer:
     def __init__(self, source: str, temperature: float) -> None:
         checkpoint = load_checkpoint(source)
         self._actor = TorchActor(checkpoint, 1, ActorOptions(temperature=temperature))
-        config = checkpoint.config
         self.facts = PolicyFacts(
             precision="fp32",
             runs_on="PyTorch",
-            shapes={
-                **checkpoint.image_shapes,
-                self._actor.state_key: config.input_features[STATE_KEY].shape,
-            },
-            n_obs_steps=config.n_obs_steps,
+            shapes=checkpoint.observation_shapes,
+            n_obs_steps=checkpoint.config.n_obs_steps,
             action_scale=np.abs(self._actor.unnormalize.multiply),
         )
 
