@@ -1,6 +1,5 @@
 """What tests of the exporter and of the runtime share."""
 
-import functools
 import os
 import sys
 import traceback
@@ -25,17 +24,6 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_audit)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def operators_once() -> Iterator[None]:
-    """PyTorch's exporter reads the sources of all its operators for every graph: once will do."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(ONNXRegistry.from_torchlib)
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cached))
-        yield
 
 
 @pytest.fixture(autouse=True)

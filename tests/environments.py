@@ -57,6 +57,18 @@ def prepare(name: str, install: Sequence[str], python: str = sys.executable) -> 
     return folder / "bin" / "python"
 
 
+def with_the_reference(version: str) -> Path:
+    """The Python of the environment in which `make test PYTHON=python<version>` runs."""
+    folder = ROOT / f".venv-{version}"
+    (ROOT / "build").mkdir(exist_ok=True)
+    with alone(ROOT / "build" / folder.name):
+        make = ["make", "--silent", f"{folder.name}/.reference", f"PYTHON=python{version}"]
+        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        impossible(f"{folder.name} cannot be made: {done.stderr[-2000:]}")
+    return folder / "bin" / "python"
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Other workers, who want the same folder, wait until it is made."""

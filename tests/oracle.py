@@ -4,6 +4,7 @@ It is imported inside functions only: tests that do not need it run without it.
 """
 
 import importlib
+import importlib.metadata
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,14 @@ import pytest
 import torch
 
 STATE, ACTION = "observation.state", "action"
+
+
+def newest() -> bool:
+    """Whether the LeRobot here is 0.6.1, which needs Python 3.12, and not 0.4.4."""
+    try:
+        return importlib.metadata.version("lerobot") >= "0.6"
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def lerobot(name: str) -> Any:

@@ -1,5 +1,7 @@
 """From an inference module to one self-contained, checked ONNX file."""
 
+import contextlib
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,6 +29,19 @@ ALLOWED_OPERATORS = frozenset(
 SIZE_OPERATORS = frozenset({"Shape"})
 
 
+@functools.cache
+def _read_operators_once() -> None:
+    """Keep what PyTorch's exporter else reads from its operators' sources for every graph."""
+    # None of its interface: in a PyTorch that has it elsewhere, an export is only slower.
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.onnx._internal.exporter._registration import (  # noqa: PLC0415
+            ONNXRegistry,
+        )
+
+        cached = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        ONNXRegistry.from_torchlib = cached  # type: ignore[method-assign]
+
+
 def export_graph(
     module: nn.Module, signature: Signature, free: Mapping[str, tuple[int, ...]] | None = None
 ) -> bytes:
@@ -44,6 +59,7 @@ def export_graph(
     Raises:
         VerificationError: the graph is not valid ONNX or has an operator outside the known set.
     """
+    _read_operators_once()
     inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in signature.inputs}
     program = torch.onnx.export(
         module.eval(),

@@ -95,3 +95,18 @@ def test_unknown_operators_are_refused() -> None:
     x, y = TensorSpec("x", "float32", (1, 4)), TensorSpec("y", "float32", (1, 2))
     with pytest.raises(VerificationError, match="operators that no backend was tested with"):
         export_graph(Sorting(), Signature((x,), (y,)))
+
+
+def test_operators_are_read_once_for_all_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's exporter would read the sources of all of them for each graph."""
+    from torch.onnx._internal.exporter import _registration
+
+    spec = TensorSpec("x", "float32", (1, 4)), TensorSpec("y", "float32", (1, 4))
+    signature = Signature(spec[:1], spec[1:])
+    before = export_graph(torch.nn.ReLU(), signature)
+
+    def anew(*_: object) -> None:
+        raise AssertionError("read once more")
+
+    monkeypatch.setattr(_registration._torchlib_registry, "get_torchlib_ops", anew)
+    assert export_graph(torch.nn.ReLU(), signature) == before

@@ -7,15 +7,13 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from environments import ROOT, find_python, prepare
+from environments import ROOT, find_python, with_the_reference
 from peers import PUSHT, Peer, Robot
 from vqbet_export.exporter import ExportConfig, export
 from workshop import once
 
 PLUGIN = ROOT / "integrations" / "lerobot"
 sys.path.append(str(PLUGIN))
-
-NEWEST_NEEDS = ["lerobot[training,pusht]==0.6.1", "onnxruntime==1.32.0", "msgspec==0.22.0"]
 
 
 def attentive(policy: object) -> None:
@@ -61,13 +59,19 @@ def installed(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def newest(installed: Path) -> Peer:
     """LeRobot 0.6.1."""
-    python = find_python("3.12")
-    if python is None:
+    if oracle.newest():
+        return Peer(sys.executable, installed)
+    if find_python("3.12") is None:
         pytest.skip("there is no Python 3.12 for LeRobot 0.6.1")
-    return Peer(str(prepare("lerobot", NEWEST_NEEDS, python)), installed)
+    return Peer(str(with_the_reference("3.12")), installed)
 
 
-@pytest.fixture(params=["this", pytest.param("newest", marks=pytest.mark.xdist_group("lerobot"))])
+OTHERS = (
+    [] if oracle.newest() else [pytest.param("newest", marks=pytest.mark.xdist_group("lerobot"))]
+)
+
+
+@pytest.fixture(params=["this", *OTHERS])
 def peer(request: pytest.FixtureRequest, installed: Path) -> Peer:
     """Each LeRobot in turn."""
     if request.param == "newest":

@@ -3,7 +3,6 @@
 It needs Python 3.12: `make test PYTHON=python3.12`.
 """
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -27,15 +26,10 @@ from vqbet_edge.training.dataset import LeRobotDataset
 STATE, CAMERA = "observation.state", "observation.image"
 
 
-def newest() -> bool:
-    try:
-        return importlib.metadata.version("lerobot") >= "0.6"
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
 pytestmark = [
-    pytest.mark.skipif(not newest(), reason="LeRobot 0.6 needs Python 3.12; here it is 0.4.4"),
+    pytest.mark.skipif(
+        not oracle.newest(), reason="LeRobot 0.6 needs Python 3.12; here it is 0.4.4"
+    ),
     pytest.mark.xdist_group("newest_lerobot"),
 ]
 
