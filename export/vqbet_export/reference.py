@@ -77,9 +77,10 @@ def _encode(checkpoint: Checkpoint, piece: Piece) -> Tensor:
 
 def _images(frames: Tensor, checkpoint: Checkpoint) -> Tensor:
     """uint8 (M, K, 3, H, W) -> float32, normalised."""
-    images, keys = frames / 255, checkpoint.config.image_keys
-    scaled = [scale_images(images[:, k], checkpoint.inputs[key]) for k, key in enumerate(keys)]
-    return torch.stack(scaled, dim=1)
+    images = frames / 255
+    for k, key in enumerate(checkpoint.config.image_keys):
+        images[:, k] = scale_images(images[:, k], checkpoint.inputs[key])
+    return images
 
 
 def _windows(rows: Tensor, length: int) -> Tensor:

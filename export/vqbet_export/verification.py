@@ -110,6 +110,7 @@ class Verifier:
             seen(piece, reference)
             for check in checks:
                 check.add(piece, reference)
+            del piece  # before the next one is made
         return [check.result(name) for check in checks]
 
     def proves(self, cases: ReferenceCases) -> bool:

@@ -80,17 +80,17 @@ class Policy:
 class _Version:
     """A policy of the fleet as its connections see it."""
 
-    name: str
+    number: int
     policy: EdgePolicy
     metadata: PolicyMetadata
 
     @classmethod
-    def of(cls, name: str) -> "_Version":
+    def of(cls, number: int) -> "_Version":
         """Ask an application which bundle it has."""
-        handle = serve.get_app_handle(name)
+        handle = serve.get_app_handle(f"{POLICY}{number}")
         bundle = Bundle.open(Path(handle.bundle.remote().result(timeout_s=_PATIENCE_S)))
         backend = Elsewhere(bundle.manifest, lambda request: _ask(handle, request))
-        return cls(name, EdgePolicy(bundle, backend), PolicyMetadata.of(bundle.manifest))
+        return cls(number, EdgePolicy(bundle, backend), PolicyMetadata.of(bundle.manifest))
 
 
 def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
@@ -108,12 +108,23 @@ def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
 
 
 # Serve makes a copy of the class below where it stands: all that it uses comes before it.
-def _policies() -> list[str]:
-    """The policies that run, the newest last."""
-    found = serve.status().applications
-    running = [name for name, app in found.items() if app.status == "RUNNING"]
-    numbers = [name.removeprefix(POLICY) for name in running if name.startswith(POLICY)]
-    return [f"{POLICY}{number}" for number in sorted(map(int, filter(str.isdigit, numbers)))]
+def _policies() -> dict[int, bool]:
+    """Every policy's number, the newest last, and whether any of its replicas runs.
+
+    Its application's status does not tell: while a lost replica starts anew it is not `RUNNING`.
+    """
+    found = {
+        int(name.removeprefix(POLICY)): any(
+            deployment.replica_states.get("RUNNING") for deployment in app.deployments.values()
+        )
+        for name, app in serve.status().applications.items()
+        if name.startswith(POLICY)
+    }
+    return dict(sorted(found.items()))
+
+
+def _running() -> list[int]:
+    return [number for number, runs in _policies().items() if runs]
 
 
 def _misfit(now: PolicyMetadata, then: PolicyMetadata) -> str:
@@ -134,7 +145,7 @@ class Robots:
         self._metrics, self._connections = Metrics(), 0
         pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
         # Serve refuses to wait on the thread that it makes replicas on.
-        self._version = pool.submit(lambda: _Version.of(_policies()[-1])).result()
+        self._version = pool.submit(lambda: _Version.of(_running()[-1])).result()
         self._sessions = Sessions(self._version.policy, config.seed, config.max_robots)
         greeting = self._version.metadata.to_frame()
         self._shared = Shared(self._sessions, self._metrics, pool, greeting, config.idle_s)
@@ -150,15 +161,16 @@ class Robots:
                 _LOG.exception("cannot look for a new policy; trying again")
 
     def _look(self) -> None:
-        policies = _policies()
-        if not policies or policies[-1] == self._version.name:
+        # Never an older one, also when all of the newest one's replicas are lost.
+        newer = [number for number in _running() if number > self._version.number]
+        if not newer:
             return
-        newest = _Version.of(policies[-1])
+        newest = _Version.of(newer[-1])
         if misfit := _misfit(self._version.metadata, newest.metadata):
-            _LOG.error("%s is not taken: %s", newest.name, misfit)
+            _LOG.error("%s%d is not taken: %s", POLICY, newest.number, misfit)
             return
         self._version, self._sessions.policy = newest, newest.policy
-        _LOG.info("new episodes act with %s", newest.name)
+        _LOG.info("new episodes act with %s%d", POLICY, newest.number)
 
     @_app.get("/healthz")
     def healthz(self) -> Response:
@@ -257,11 +269,10 @@ def roll_out(arguments: Arguments) -> str:
     config = arguments.config()
     metadata = PolicyMetadata.of(Bundle.open(arguments.bundle).manifest)
     serve.start(http_options={"host": config.host, "port": config.port})
-    before = _policies()
-    if before and (misfit := _misfit(_Version.of(before[-1]).metadata, metadata)):
+    before, running = list(_policies()), _running()
+    if running and (misfit := _misfit(_Version.of(running[-1]).metadata, metadata)):
         raise UsageError(f"'{arguments.bundle}' does not fit the fleet's robots: {misfit}")
-    number = int(before[-1].removeprefix(POLICY)) + 1 if before else 1
-    name = f"{POLICY}{number}"
+    name = f"{POLICY}{max(before, default=0) + 1}"
     policy = Policy.options(
         num_replicas=arguments.replicas,
         ray_actor_options={"num_cpus": arguments.replica_cpus},
@@ -278,8 +289,9 @@ def roll_out(arguments: Arguments) -> str:
             max_ongoing_requests=2 * config.max_robots + 8,
         )
         serve.run(robots.bind(arguments), name=ROBOTS, route_prefix="/")
-    for old in before[:-1]:
-        serve.delete(old)
+    for old in before:
+        if old not in running[-1:]:
+            serve.delete(f"{POLICY}{old}")
     return name
 
 

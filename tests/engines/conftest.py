@@ -93,7 +93,8 @@ def old_release(request: pytest.FixtureRequest) -> Bindings:
 
 def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
     """Fetched once and kept in pytest's cache."""
-    root = Path(request.config.cache.mkdir("tensorrt-bindings")) / name
+    python = sys.implementation.cache_tag
+    root = Path(request.config.cache.mkdir(f"tensorrt-bindings-{python}")) / name
     with alone(root):
         if not (root / "stubs").exists():
             if shutil.which("gcc") is None or shutil.which("nm") is None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 ROBOTS, STEPS, SIZE = 8, 40, 24
 SECONDS = 90.0
-# The steps before which a replica is killed, and before which another bundle is rolled out.
+# The steps before which a replica is killed, and before which another is and a bundle rolled out.
 KILL_AT, ROLL_OUT_AT = 12, 25
 
 
@@ -84,6 +85,21 @@ def replicas(marker: str, name: str) -> list[int]:
     return found
 
 
+def status(name: str) -> str:
+    """Of an application."""
+    from ray import serve
+
+    return str(serve.status().applications[name].status.value)
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Wait for it."""
+    end = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def refusals(url: str, headers: dict[str, str]) -> dict[str, str]:
     """What hostile clients come up against."""
     from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -142,13 +158,21 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         if step == KILL_AT:
             threading.Timer(0.05, kill).start()  # while they act
         if step == ROLL_OUT_AT:
+            lose_one()
             names.append(ray_app.roll_out(arguments(second)))
             time.sleep(3 * ray_app._LOOK_S)
         step += 1
 
     def kill() -> None:
         killed.append(replicas(os.environ["VQBET_FLEET"], "policy-1")[0])
-        os.kill(killed[0], signal.SIGKILL)
+        os.kill(killed[-1], signal.SIGKILL)
+
+    def lose_one() -> None:
+        """Until Ray says that the policy, of which one replica acts, is not in order."""
+        until(lambda: len(replicas(os.environ["VQBET_FLEET"], "policy-1")) == 2)
+        until(lambda: status("policy-1") == "RUNNING")
+        kill()
+        until(lambda: status("policy-1") != "RUNNING")
 
     step = 0
     steps = threading.Barrier(ROBOTS, between)

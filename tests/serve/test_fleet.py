@@ -86,7 +86,7 @@ def test_a_replica_is_lost_and_a_bundle_rolled_out(
     assert done.returncode == 0, done.stderr[-8000:]
     told = json.loads((tmp_path / "told").read_text())
     assert told["errors"] == [""] * ROBOTS
-    assert told["killed"] == 1
+    assert told["killed"] == 2
     assert told["names"] == ["policy-1", "policy-2"]
     for number, acted in enumerate(told["actions"]):
         seed, actions = derived_seed(0, f"robot {number}"), np.array(acted, np.float32)
