@@ -140,8 +140,8 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
     from vqbet_edge import UsageError
 
     def arguments(bundle: Path) -> ray_app.Arguments:
-        cpus = {"replica_cpus": 0.5, "ingress_cpus": 0.5}
-        return ray_app.Arguments(bundle, port=port, api_key_file=key, **cpus)
+        small = {"replica_cpus": 0.5, "ingress_cpus": 0.5, "idle_s": SECONDS}
+        return ray_app.Arguments(bundle, port=port, api_key_file=key, **small)
 
     names = [ray_app.roll_out(arguments(first))]
     url, headers = f"ws://127.0.0.1:{port}", {"Authorization": f"Api-Key {key.read_text()}"}
