@@ -114,17 +114,15 @@ def _policies() -> dict[int, bool]:
     Its application's status does not tell: while a lost replica starts anew it is not `RUNNING`.
     """
     found = {
-        int(name.removeprefix(POLICY)): any(
-            deployment.replica_states.get("RUNNING") for deployment in app.deployments.values()
-        )
+        int(number): any(each.replica_states.get("RUNNING") for each in app.deployments.values())
         for name, app in serve.status().applications.items()
-        if name.startswith(POLICY)
+        if name.startswith(POLICY) and (number := name.removeprefix(POLICY)).isdigit()
     }
     return dict(sorted(found.items()))
 
 
-def _running() -> list[int]:
-    return [number for number, runs in _policies().items() if runs]
+def _running(policies: dict[int, bool]) -> list[int]:
+    return [number for number, runs in policies.items() if runs]
 
 
 def _misfit(now: PolicyMetadata, then: PolicyMetadata) -> str:
@@ -145,7 +143,7 @@ class Robots:
         self._metrics, self._connections = Metrics(), 0
         pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
         # Serve refuses to wait on the thread that it makes replicas on.
-        self._version = pool.submit(lambda: _Version.of(_running()[-1])).result()
+        self._version = pool.submit(lambda: _Version.of(_running(_policies())[-1])).result()
         self._sessions = Sessions(self._version.policy, config.seed, config.max_robots)
         greeting = self._version.metadata.to_frame()
         self._shared = Shared(self._sessions, self._metrics, pool, greeting, config.idle_s)
@@ -162,7 +160,7 @@ class Robots:
 
     def _look(self) -> None:
         # Never an older one, also when all of the newest one's replicas are lost.
-        newer = [number for number in _running() if number > self._version.number]
+        newer = [number for number in _running(_policies()) if number > self._version.number]
         if not newer:
             return
         newest = _Version.of(newer[-1])
@@ -269,7 +267,8 @@ def roll_out(arguments: Arguments) -> str:
     config = arguments.config()
     metadata = PolicyMetadata.of(Bundle.open(arguments.bundle).manifest)
     serve.start(http_options={"host": config.host, "port": config.port})
-    before, running = list(_policies()), _running()
+    before = _policies()
+    running = _running(before)
     if running and (misfit := _misfit(_Version.of(running[-1]).metadata, metadata)):
         raise UsageError(f"'{arguments.bundle}' does not fit the fleet's robots: {misfit}")
     name = f"{POLICY}{max(before, default=0) + 1}"
@@ -290,7 +289,7 @@ def roll_out(arguments: Arguments) -> str:
         )
         serve.run(robots.bind(arguments), name=ROBOTS, route_prefix="/")
     for old in before:
-        if old not in running[-1:]:
+        if old < max(running, default=0):
             serve.delete(f"{POLICY}{old}")
     return name
 

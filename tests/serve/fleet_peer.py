@@ -85,11 +85,11 @@ def replicas(marker: str, name: str) -> list[int]:
     return found
 
 
-def status(name: str) -> str:
-    """Of an application."""
+def applications() -> dict[str, str]:
+    """Their statuses."""
     from ray import serve
 
-    return str(serve.status().applications[name].status.value)
+    return {name: app.status.value for name, app in serve.status().applications.items()}
 
 
 def until(what: Callable[[], bool]) -> None:
@@ -170,9 +170,9 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
     def lose_one() -> None:
         """Until Ray says that the policy, of which one replica acts, is not in order."""
         until(lambda: len(replicas(os.environ["VQBET_FLEET"], "policy-1")) == 2)
-        until(lambda: status("policy-1") == "RUNNING")
+        until(lambda: applications()["policy-1"] == "RUNNING")
         kill()
-        until(lambda: status("policy-1") != "RUNNING")
+        until(lambda: applications()["policy-1"] != "RUNNING")
 
     step = 0
     steps = threading.Barrier(ROBOTS, between)
@@ -183,6 +183,7 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         robot.join()
     return {
         "names": names,
+        "applications": applications(),
         "killed": len(killed),
         "refused": refused,
         "errors": [robot.error for robot in robots],

@@ -88,6 +88,8 @@ def test_a_replica_is_lost_and_a_bundle_rolled_out(
     assert told["errors"] == [""] * ROBOTS
     assert told["killed"] == 2
     assert told["names"] == ["policy-1", "policy-2"]
+    # Episodes that had begun end with the first one.
+    assert told["applications"].keys() == {"policy-1", "policy-2", "robots"}
     for number, acted in enumerate(told["actions"]):
         seed, actions = derived_seed(0, f"robot {number}"), np.array(acted, np.float32)
         for episode, bundle in enumerate((mini, other)):
