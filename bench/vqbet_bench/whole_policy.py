@@ -33,6 +33,8 @@ class WholePolicy(nn.Module):
     (index N - 1 is the current step), C codes per layer, T actions per chunk, A action width.
     """
 
+    relative: Tensor | None
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.network = checkpoint.network
@@ -40,6 +42,9 @@ class WholePolicy(nn.Module):
         self.scale_images = nn.ModuleList(_Scale(terms, -1, 1, 1) for terms in cameras)
         self.scale_states = _Scale(checkpoint.inputs[STATE_KEY], -1)
         self.scale_actions = _Scale(checkpoint.action, -1)
+        scaling = checkpoint.action_scaling
+        relative = None if scaling.base is None else torch.from_numpy(scaling.relative).float()
+        self.register_buffer("relative", relative)
 
     def forward(self, images: Tensor, states: Tensor) -> Tensor:
         """(1, N, K, 3, H, W) in [0, 1] and (1, N, S) -> (Q, T, A), in the robot's units."""
@@ -50,6 +55,8 @@ class WholePolicy(nn.Module):
         secondary = head.code_logits(features, primary)[:, 1].argmax(dim=-1)
         codes = torch.stack([primary, secondary], dim=-1)
         chunks: Tensor = self.scale_actions(head.action_chunk(features, codes))
+        if self.relative is not None:
+            chunks = chunks + self.relative * states[0, -1, : len(self.relative)]
         return chunks
 
 

@@ -42,11 +42,11 @@ class RegressionActor(TorchActor):
         trained = [*network.vqbet.parameters(), *self._head.parameters()]
         optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
         network.train()
-        first, width = policy.n_obs_steps - 1, policy.action_chunk_size
+        first = policy.n_obs_steps - 1
         for step in range(steps):
             batch = data.batch(shuffle.batch(step))
             features = network(self._pixels(batch.images), batch.states)[:, first]
-            chunks = batch.actions[:, first : first + width].flatten(1)
+            chunks = batch.chunks[:, first].flatten(1)
             loss = F.mse_loss(self._head(features), chunks)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 from torch import nn
 
 from vqbet_edge.runtime.bundle import (
+    ACTION_LIMITS,
     CAUSAL_MASK,
     DECODE_TABLE,
     RUNTIME_NAME,
@@ -106,6 +107,8 @@ def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
         for key, scaling in scalings.items()
         for term in ("subtract", "multiply", "add")
     }
+    if checkpoint.action_scaling.base is not None and checkpoint.action_limits is not None:
+        arrays[ACTION_LIMITS] = checkpoint.action_limits
     arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
     arrays[CAUSAL_MASK] = causal_mask(config.n_obs_steps * config.tokens_per_step).numpy()
     values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
@@ -141,6 +144,7 @@ def describe(
             gpt_n_head=policy.gpt_n_head,
             bet_softmax_temperature=policy.bet_softmax_temperature,
             sequentially_select=policy.sequentially_select,
+            relative_actions=policy.relative_actions,
         ),
         input_features=inputs,
         output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},

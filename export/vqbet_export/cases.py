@@ -13,6 +13,7 @@ from vqbet_edge.runtime.cases import Case, PolicyOutputs, ReferenceCases
 from vqbet_edge.runtime.manifest import CropSpec
 from vqbet_edge.runtime.sampling import softmax
 from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.dataset.samples import Piece
 from vqbet_export.reference import Reference, run_reference
 from vqbet_export.stages import runtime_crop
@@ -115,15 +116,16 @@ class CaseChooser:
 
     def _case(self, candidate: Candidate, uncertainty: float) -> Case:
         """A candidate with what PyTorch computes for it as it is stored."""
-        config, action = self._checkpoint.config, self._checkpoint.action
+        config = self._checkpoint.config
         images = self._geometry.images(candidate.frames, (*config.frame_size, 3))
         outputs = run_reference(self._checkpoint, Piece(images, candidate.states)).outputs
         chunks = outputs.decoded_chunk + outputs.offset_chunk
+        states = self._checkpoint.inputs[STATE_KEY].apply(candidate.states)
         return Case(
             frames=candidate.frames,
             states=candidate.states,
             outputs=outputs,
-            actions=(chunks - action.subtract) * action.multiply + action.add,
+            actions=self._checkpoint.action_scaling.apply(chunks, states),
             clear=code_margins(outputs, config.bet_softmax_temperature) > _CLEARANCE * uncertainty,
         )
 

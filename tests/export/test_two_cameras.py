@@ -102,7 +102,7 @@ def test_training_sees_shrunk_frames_and_goes_on_exactly(
 def chunks(policy: EdgePolicy, checkpoint: Path, seen: list[dict[str, np.ndarray]]) -> list[float]:
     """Errors of the chunks, as shares of the range, codes being those of the checkpoint."""
     actor = TorchActor(load_checkpoint(str(checkpoint)), 1, ActorOptions(temperature=0))
-    network, scale = actor._network, actor.unnormalize
+    network = actor._network
     errors = []
     policy.reset()
     for observation in seen:
@@ -113,7 +113,7 @@ def chunks(policy: EdgePolicy, checkpoint: Path, seen: list[dict[str, np.ndarray
         actor._slots[0].see(frames, state)
         features = actor.features([0])
         (choice,) = actor.choose(features, [0])
-        (expected,) = scale.apply(actor.decode(features, [choice]))
+        (expected,) = actor.scaled(actor.decode(features, [choice]), [0])
         got = policy.act_chunk(observation, codes=choice.codes)
         errors.append(float(np.abs(got - expected).max() / 2))
     assert network.config.cameras_differ

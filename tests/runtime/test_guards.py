@@ -6,25 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from vqbet_edge import DeadlineError, Guards, NonFiniteError, StaleObservationError, UsageError
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.deadline import Deadline
 from vqbet_edge.runtime.guards.limits import ActionLimits, action_limits, change_limit
-from vqbet_edge.runtime.normalization import Affine
+
+DATA = np.array([[0, -1], [100, 1]], np.float32)  # lowest and highest
 
 
-def affine(subtract: float, multiply: list[float], add: list[float]) -> Affine:
-    wide = np.full(len(add), subtract, np.float32)
-    return Affine(wide, np.array(multiply, np.float32), np.array(add, np.float32))
-
-
-MIN_MAX = affine(-1, [50, 1], [0, -1])  # ranges 0 to 100 and -1 to 1
-MEAN_STD = affine(0, [50, 1], [0, -1])
-
-
-def limits(guards: Guards, scaling: Affine = MIN_MAX) -> ActionLimits:
-    found = action_limits(guards, scaling, 2)
+def limits(guards: Guards, data: NDArray[np.float32] | None = DATA) -> ActionLimits:
+    found = action_limits(guards, data, 2)
     assert found is not None
     return found
 
@@ -39,9 +32,9 @@ def test_by_default_actions_stay_near_the_training_data() -> None:
 
 
 def test_without_the_datas_range_there_is_no_limit_but_the_users() -> None:
-    assert action_limits(Guards(), MEAN_STD, 2) is None
-    assert action_limits(Guards(action_limits=None), MIN_MAX, 2) is None
-    found = limits(Guards(action_limits=((-1, -2), 3)), MEAN_STD)
+    assert action_limits(Guards(), None, 2) is None
+    assert action_limits(Guards(action_limits=None), DATA, 2) is None
+    found = limits(Guards(action_limits=((-1, -2), 3)), None)
     assert found.low.tolist() == [-1, -2]
     assert found.high.tolist() == [3, 3]
 
@@ -113,7 +106,7 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any]) -> None:
 )
 def test_limits_that_do_not_fit_are_refused(value: Any) -> None:
     with pytest.raises(UsageError, match="expected action_limits"):
-        action_limits(Guards(action_limits=value), MIN_MAX, 2)
+        action_limits(Guards(action_limits=value), DATA, 2)
 
 
 @pytest.mark.parametrize("value", [-1, (1, 2, 3), np.nan, "fast"])

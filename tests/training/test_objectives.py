@@ -144,14 +144,15 @@ def test_phase2_losses_and_gradients(
     vqvae.discretized.fill_(True)
     vqvae.vq_layer.freeze_codebook.fill_(True)
     network = build_ours(reference, **options)
-    everything = Scalings({key: Affine.identity(3) for key in SHAPES}, {})
+    everything = Scalings({key: Affine.identity(3) for key in SHAPES}, {}, {})
     objective = PolicyObjective(network, everything).double().train()
     batch = random_batch()
     frozen = {k: v.clone() for k, v in network.head.vqvae_model.state_dict().items()}
     torch.manual_seed(2)
     expected, parts = reference.train()(as_reference_sees(batch))
     torch.manual_seed(2)
-    got = objective(batch[IMAGE], batch["observation.state"], batch["action"])
+    chunks = batch["action"][:, network.vqbet.select_target_actions_indices]
+    got = objective(batch[IMAGE], batch["observation.state"], chunks)
     torch.testing.assert_close(got.loss, expected, rtol=EXACT, atol=0)
     weights = network.config
     classification = (

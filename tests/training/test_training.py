@@ -383,9 +383,10 @@ def test_windows_are_padded_as_lerobot_pads(
     del info["features"]["observation.image"]
     (copy / "meta/info.json").write_text(json.dumps(info))
     theirs = reference.LeRobotDataset("test/pusht", root=copy, delta_timestamps=deltas)
-    for frame, actions, states in zip(frames, batch.actions, batch.states, strict=True):
+    for frame, chunks, states in zip(frames, batch.chunks, batch.states, strict=True):
         row = theirs[int(frame)]
-        assert torch.equal(row["action"], actions)
+        expected = row["action"].unfold(0, policy.action_chunk_size, 1).mT  # (Q, W, A)
+        assert torch.equal(expected, chunks)
         assert torch.equal(row["observation.state"], states)
 
 

@@ -29,6 +29,7 @@ from vqbet_edge.runtime.signatures import check_sizes
 
 RUNTIME_NAME = "runtime.safetensors"
 # Arrays of runtime.safetensors; docs/bundle.md gives their shapes.
+ACTION_LIMITS = "action.limits"
 DECODE_TABLE = "decode_table"
 SECONDARY_COLUMNS = "secondary_columns"
 TOKEN_CONSTANTS, CAUSAL_MASK = "token_constants", "causal_mask"

@@ -90,8 +90,12 @@ class CropSpec(_Strict, frozen=True):
         return frames[..., self.rows, self.columns, :]
 
 
-class PolicySpec(_Strict, frozen=True):
-    """What the runtime needs of the policy's configuration, under LeRobot's field names."""
+class PolicySpec(_Strict, frozen=True, omit_defaults=True):
+    """What the runtime needs of the policy's configuration, under LeRobot's field names.
+
+    `relative_actions` says for every action whether it is a distance from the state, and is empty
+    where none is: see `ActionScaling`. Who does not know the field refuses it.
+    """
 
     n_obs_steps: Positive
     action_chunk_size: Positive
@@ -102,6 +106,7 @@ class PolicySpec(_Strict, frozen=True):
     gpt_n_head: Positive
     bet_softmax_temperature: Annotated[float, Meta(gt=0)]
     sequentially_select: bool
+    relative_actions: tuple[bool, ...] = ()
 
 
 class VerificationSpec(_Strict, frozen=True):
@@ -298,6 +303,12 @@ def _check_features(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: expected one state and one 'action' of shape (dim,), "
             f"got {states} and {actions}"
+        )
+    relative = manifest.policy.relative_actions
+    if relative and not len(relative) == manifest.action_dim <= manifest.state_dim:
+        raise BundleError(
+            f"{MANIFEST_NAME}: expected relative_actions for {manifest.action_dim} actions and at "
+            f"least as many states, got {len(relative)} and {manifest.state_dim}; export again"
         )
     crop, (height, width, _) = manifest.crop, manifest.frame_shape
     if crop.top + crop.height > height or crop.left + crop.width > width:

@@ -1,6 +1,6 @@
 """Scaling of states and actions between the robot's units and the network's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,3 +48,67 @@ class Affine:
         np.multiply(out, self.multiply, out=out)
         np.add(out, self.add, out=out)
         return out
+
+
+@dataclass(frozen=True)
+class ActionScaling:
+    """From what the network predicts to actions in the robot's units.
+
+    Relative actions (openpi's `DeltaActions`, LeRobot's `RelativeActionsProcessorStep`) are
+    distances from the state that their chunk was predicted on: action i from state i.
+
+    Attributes:
+        affine: network units -> the robot's.
+        relative: bool (A,), which actions are distances.
+        base: normalised state (A,) -> what is added to every action of the chunk; None where no
+            action is relative.
+        limits: float32 (2, A), the training data's lowest and highest actions in the robot's
+            units; None where they are not known.
+    """
+
+    affine: Affine
+    relative: NDArray[np.bool_]
+    base: Affine | None
+    limits: Floats | None
+
+    @classmethod
+    def of(
+        cls, affine: Affine, state: Affine, relative: Sequence[bool], limits: Floats | None
+    ) -> "ActionScaling":
+        """From the scaling of actions, that of states, and which actions are distances.
+
+        Args:
+            affine: network units -> the robot's.
+            state: the robot's units -> the network's.
+            relative: (A,), or empty where none is.
+            limits: (2, A) of relative actions as the robot takes them; others' are known from
+                their scaling.
+        """
+        dim = len(affine.add)
+        mask = np.array(relative or [False] * dim)
+        if not mask.any():
+            return cls(affine, mask, None, _range(affine))
+        part = state.add[:dim], mask / state.multiply[:dim], mask * state.subtract[:dim]
+        base = Affine(*(term.astype(np.float32) for term in part))
+        return cls(affine, mask, base, limits)
+
+    def apply(self, chunks: Floats, states: Floats, out: Floats | None = None) -> Floats:
+        """Scale chunks (..., W, A) that were predicted on states (..., S), both normalised.
+
+        Args:
+            chunks: decoded chunks plus offsets.
+            states: those of the current step.
+            out: may be `chunks` itself; None makes a new array.
+        """
+        out = self.affine.apply(chunks, out)
+        if self.base is not None:
+            out += self.base.apply(states[..., : out.shape[-1]])[..., None, :]
+        return out
+
+
+def _range(affine: Affine) -> Floats | None:
+    # Un-normalising by MIN_MAX maps [-1, 1] to the data's range: (y + 1) * range / 2 + minimum.
+    if not (affine.subtract == -1).all():
+        return None
+    limits: Floats = np.stack([affine.add, affine.add + 2 * affine.multiply])
+    return limits

@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from vqbet_edge.errors import NonFiniteError, UsageError
 from vqbet_edge.runtime.backends.base import Floats
-from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.bundle import ACTION_LIMITS, DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow
 
@@ -22,7 +22,7 @@ class Planner:
         window: the observations, and the graphs.
         sampler: draws the code pair.
         table: float32 (C, C, W, A), the decoded chunk of every code pair; None decodes by graph.
-        unnormalize: network units -> the robot's.
+        scaling: network units -> the robot's.
         actions: clamps what was planned.
     """
 
@@ -31,12 +31,12 @@ class Planner:
         window: ObservationWindow,
         sampler: CodeSampler,
         table: Floats | None,
-        unnormalize: Affine,
+        scaling: ActionScaling,
         actions: ActionGuard,
     ) -> None:
         self.sampler = sampler
         self._window, self._table = window, table
-        self._unnormalize, self._actions = unnormalize, actions
+        self._scaling, self._actions = scaling, actions
 
     def plan(
         self, forced: Codes | None = None, draws: NDArray[np.float64] | None = None
@@ -56,7 +56,7 @@ class Planner:
         offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
         decoded = self._decode(choice.codes)
         chunk: Floats = decoded + offsets
-        self._unnormalize.apply(chunk, chunk)
+        self._scaling.apply(chunk, self._window.newest_state, chunk)
         if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
             raise NonFiniteError("the predicted actions are not finite; none is executed")
         clamped = self._actions.planned(chunk)
@@ -112,3 +112,18 @@ def decode_table(bundle: Bundle) -> Floats | None:
     policy, action_dim = bundle.manifest.policy, bundle.manifest.action_dim
     codes = policy.vqvae_n_embed
     return bundle.array(DECODE_TABLE, (codes, codes, policy.action_chunk_size, action_dim))
+
+
+def action_scaling(bundle: Bundle) -> ActionScaling:
+    """What turns the network's chunks into the robot's actions.
+
+    Raises:
+        BundleError: it is not whole.
+    """
+    manifest, arrays = bundle.manifest, bundle.arrays
+    action = Affine.from_arrays(arrays, "action", manifest.action_dim)
+    state = Affine.from_arrays(arrays, "state", manifest.state_dim)
+    limits = None
+    if ACTION_LIMITS in arrays:
+        limits = bundle.array(ACTION_LIMITS, (2, manifest.action_dim))
+    return ActionScaling.of(action, state, manifest.policy.relative_actions, limits)

@@ -29,7 +29,13 @@ from vqbet_edge.runtime.hub import local_bundle
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
-from vqbet_edge.runtime.planning import Planner, checked_codes, decode_table, secondary_columns
+from vqbet_edge.runtime.planning import (
+    Planner,
+    action_scaling,
+    checked_codes,
+    decode_table,
+    secondary_columns,
+)
 from vqbet_edge.runtime.recording import Recorder
 from vqbet_edge.runtime.recording_format import Outcome, PolicyInfo
 from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
@@ -79,9 +85,9 @@ class EdgePolicy:
         self._reader = ObservationReader(
             manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
         )
-        unnormalize = Affine.from_arrays(arrays, "action", manifest.action_dim)
+        scaling = action_scaling(bundle)
         self._guards = guards or Guards()
-        self._actions = ActionGuard(self._guards, unnormalize, manifest.action_dim)
+        self._actions = ActionGuard(self._guards, scaling.limits, manifest.action_dim)
         self._clock = ObservationClock(self._guards.max_age_s)
         waiting, most = self._replan_every, policy.action_chunk_size
         self._deadline: Deadline[_Step] | None = None
@@ -93,7 +99,7 @@ class EdgePolicy:
         self._seed = _checked_seed(seed)
         sampler = CodeSampler(self._temperature, trained, secondary_columns(bundle), self._seed)
         table = decode_table(bundle)
-        self._planner = Planner(self._window, sampler, table, unnormalize, self._actions)
+        self._planner = Planner(self._window, sampler, table, scaling, self._actions)
         self._prefetch = _checked_prefetch(prefetch or backend.default_prefetch)
         self._worker = Worker("vqbet-prefetch", finish=True)
         self._prefetching: Backlog[None] = Backlog()

@@ -105,6 +105,12 @@ class ObservationWindow:
         self._encoded.append(False)
         self._encoded.pop(0)
 
+    @property
+    def newest_state(self) -> Floats:
+        """float32 (S,), normalised: of the newest observation."""
+        state: Floats = self._states[-1]
+        return state
+
     def encode_newest(self) -> None:
         """Encode the newest observation now, ahead of the prediction that will need it."""
         self._encode(self._length - 1)

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import safetensors
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
 from vqbet_edge.training.files import remedy
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
@@ -36,7 +38,7 @@ class Checkpoint:
     Attributes:
         network: float32, in eval mode, on the CPU.
         inputs: by the policy's key: robot units -> network units, images from [0, 1].
-        action: network units -> robot units.
+        action: network units -> robot units; see `action_scaling`.
         renamed: the policy's key -> the key that the robot passes, where they differ.
         layout: which releases of LeRobot write checkpoints so.
         name: where it was loaded from, as the user wrote it.
@@ -52,6 +54,14 @@ class Checkpoint:
     name: str
     sha256: str
     license: str | None = None
+    #: (2, A): lowest and highest of relative actions as the robot takes them, if they are known.
+    action_limits: NDArray[np.float32] | None = None
+
+    @property
+    def action_scaling(self) -> ActionScaling:
+        """What turns the network's chunks into the robot's actions."""
+        relative = self.config.relative_actions
+        return ActionScaling.of(self.action, self.inputs[STATE_KEY], relative, self.action_limits)
 
     @property
     def config(self) -> VQBeTConfig:
@@ -117,6 +127,7 @@ def load_checkpoint(source: str) -> Checkpoint:
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
         license=_license(config),
+        action_limits=found.action_limits,
     )
 
 
@@ -211,6 +222,7 @@ def _config(config: Json, found: Description, weights: Mapping[str, Tensor]) -> 
         "normalization_mapping": modes,
         **{name: None if shape is None else tuple(shape) for name, shape in shapes.items()},
         "pretrained_backbone_weights": None,
+        **found.relative,
         **_sizes(weights),
     }
     return VQBeTConfig(**chosen)

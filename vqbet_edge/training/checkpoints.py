@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
 from vqbet_edge.training.config import TrainConfig, flag
-from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import new_directory, point_to, sweep, write_bytes
 from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.pretrained import save_pretrained
 
 # What may differ between a run and its continuation, because no loss depends on it.
@@ -72,8 +72,8 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, config: TrainConfig, dataset: LeRobotDataset) -> None:
-        self._config, self._dataset = config, dataset
+    def __init__(self, config: TrainConfig, scalings: Scalings) -> None:
+        self._config, self._scalings = config, scalings
         self._directory = config.output / "checkpoints"
 
     @property
@@ -105,7 +105,7 @@ class Checkpoints:
             state = temporary / "training_state"
             state.mkdir()
             final = averaged or network
-            save_pretrained(temporary / "pretrained_model", final, self._config, self._dataset)
+            save_pretrained(temporary / "pretrained_model", final, self._config, self._scalings)
             write_bytes(state / "training_step.json", json.dumps(asdict(progress)).encode())
             _write_optimizer(state / "optimizer.safetensors", optimizer)
             if averaged is not None:

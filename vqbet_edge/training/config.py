@@ -86,6 +86,10 @@ class Hyperparameters:
     n_action_pred_token: int = 3
     # Actions that one code pair stands for, executed before the next prediction.
     action_chunk_size: int = 5
+    # Predict distances from the state that an observation shows instead of positions.
+    use_relative_actions: bool = False
+    # Actions with one of these in their names stay positions.
+    relative_exclude_joints: tuple[str, ...] = ("gripper",)
 
     # A torchvision ResNet, or resnet10_small, a narrow one for small images and processors.
     vision_backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet18"
@@ -149,6 +153,8 @@ class VQBeTConfig(Hyperparameters):
     # Features by LeRobot's keys; the cameras in this order, of one shape unless they are resized.
     input_features: dict[str, Feature]
     output_features: dict[str, Feature]
+    # Of every action, as the data set has them; empty where it has none.
+    action_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_features(self)
@@ -193,6 +199,19 @@ class VQBeTConfig(Hyperparameters):
         return self.output_features[ACTION_KEY].shape[0]
 
     @property
+    def relative_actions(self) -> tuple[bool, ...]:
+        """(A,): which actions are distances from the state; empty where none is.
+
+        Those that `relative_exclude_joints` does not name, as LeRobot's
+        `RelativeActionsProcessorStep` finds them: by parts of names, whatever their case.
+        """
+        if not self.use_relative_actions:
+            return ()
+        kept = [name.lower() for name in self.relative_exclude_joints if name]
+        names = [name.lower() for name in self.action_names] or [""] * self.action_dim
+        return tuple(not any(part in name for part in kept) for name in names)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one observation: a token per camera, the state, the action query."""
         return len(self.image_keys) + 2
@@ -225,6 +244,7 @@ def _check_features(config: VQBeTConfig) -> None:
         )
     _check_vector(STATE_KEY, config.input_features[STATE_KEY])
     _check_vector(ACTION_KEY, config.output_features[ACTION_KEY])
+    _check_relative(config)
     if not config.image_keys:
         raise CheckpointError(
             "no camera among the input features; VQ-BeT needs at least one feature of type VISUAL"
@@ -244,6 +264,26 @@ def _check_features(config: VQBeTConfig) -> None:
 def _check_vector(key: str, feature: Feature) -> None:
     if len(feature.shape) != 1 or feature.shape[0] < 1:
         raise CheckpointError(f"expected '{key}' of shape (dim,), got {feature.shape}")
+
+
+def _check_relative(config: VQBeTConfig) -> None:
+    names = config.action_names
+    if names and len(names) != config.action_dim:
+        raise CheckpointError(
+            f"expected names of {config.action_dim} actions, got {len(names)}: {', '.join(names)}"
+        )
+    if not config.use_relative_actions:
+        return
+    if config.state_dim < config.action_dim:
+        raise CheckpointError(
+            f"use_relative_actions takes action i as a distance from state i, and there are "
+            f"{config.action_dim} actions and {config.state_dim} states; leave it out"
+        )
+    if not any(config.relative_actions):
+        raise CheckpointError(
+            f"relative_exclude_joints {config.relative_exclude_joints} leaves none of the actions "
+            f"{', '.join(names)} relative; name fewer, or leave use_relative_actions out"
+        )
 
 
 def _check_vision(config: VQBeTConfig) -> None:
@@ -425,6 +465,7 @@ class TrainConfig(Hyperparameters):
         return VQBeTConfig(
             input_features={**images, STATE_KEY: state},
             output_features={ACTION_KEY: action},
+            action_names=dataset.features[ACTION_KEY].names,
             **chosen,
         )
 

@@ -26,13 +26,18 @@ from vqbet_edge.training.config import (
     FeatureType,
     NormalizationMode,
 )
-from vqbet_edge.training.normalization import EPSILON, Epsilon, Floats, Statistics
+from vqbet_edge.training.normalization import EPSILON, RANGE, Epsilon, Floats, Statistics
 
 Json = dict[str, Any]
 Arrays = Mapping[str, Floats]
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 _BUFFER_EPSILON = Epsilon(1e-8, always=True)
+RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
+_KNOWN_STEPS = {
+    "normalizer_processor", "unnormalizer_processor", "rename_observations_processor", RELATIVE,
+    ABSOLUTE,
+}  # fmt: skip
 # Steps of a processor that do not change what the policy computes from one observation.
 _NEUTRAL_STEPS = {"to_batch_processor", "device_processor"}
 
@@ -63,12 +68,17 @@ class Description:
         normalization: by the policy's key; absent means unchanged.
         renamed: the policy's key of an observation -> the key under which the robot passes it,
             where they differ.
+        relative: what the configuration says about relative actions.
+        action_limits: (2, A), lowest and highest action in the robot's units where actions are
+            relative and they are known.
     """
 
     layout: Layout
     features: dict[str, Feature]
     normalization: dict[str, Normalization]
     renamed: dict[str, str] = field(default_factory=dict)
+    relative: Json = field(default_factory=dict)
+    action_limits: Floats | None = None
 
 
 def read_description(directory: Path, config: Json, arrays: Arrays) -> Description:
@@ -131,7 +141,48 @@ def _layout_0_4(directory: Path, config: Json) -> Description:
         )
     rename = before.get("rename_observations_processor", {}).get("config", {})
     renamed = {new: old for old, new in rename.get("rename_map", {}).items() if new in features}
-    return Description(Layout.V0_4, features, normalization, renamed)
+    relative = _relative(config, before, after)
+    found = normalization[ACTION_KEY].stats if relative and ACTION_KEY in normalization else {}
+    limits = [found[name] for name in RANGE if name in found]
+    return Description(
+        Layout.V0_4,
+        features,
+        normalization,
+        renamed,
+        relative,
+        np.stack(limits) if len(limits) == len(RANGE) else None,
+    )
+
+
+def _relative(config: Json, before: Mapping[str, Json], after: Mapping[str, Json]) -> Json:
+    """What a pair of steps says about relative actions, as fields of the configuration."""
+    steps = before.get(RELATIVE), after.get(ABSOLUTE)
+    there, back = (step is not None and bool(step["config"]["enabled"]) for step in steps)
+    if not there == back == config.get("use_relative_actions", there):
+        raise CheckpointError(
+            f"config.json, the step {RELATIVE} of {PREPROCESSOR} and the step {ABSOLUTE} of "
+            f"{POSTPROCESSOR} do not agree on whether actions are relative to the state; save the "
+            "policy with both processors"
+        )
+    if not there:
+        return {"use_relative_actions": False}
+    _check_order(PREPROCESSOR, before, RELATIVE, "normalizer_processor")
+    _check_order(POSTPROCESSOR, after, "unnormalizer_processor", ABSOLUTE)
+    step = before[RELATIVE]["config"]
+    return {
+        "use_relative_actions": True,
+        "relative_exclude_joints": tuple(step.get("exclude_joints") or ()),
+        "action_names": tuple(step.get("action_names") or ()),
+    }
+
+
+def _check_order(name: str, steps: Mapping[str, Json], *order: str) -> None:
+    found = [step for step in steps if step in order]
+    if found != list(order):
+        raise CheckpointError(
+            f"{name}: expected the steps {' and '.join(order)}, in this order, got "
+            f"{', '.join(steps)}; differences from the state are taken in the robot's units"
+        )
 
 
 def _named_features(config: Json) -> dict[str, Feature]:
@@ -191,8 +242,7 @@ def _processor_steps(directory: Path, name: str) -> dict[str, Json]:
     steps: dict[str, Json] = {}
     for step in read_json(directory / name).get("steps", []):
         kind = step.get("registry_name")
-        known = {"normalizer_processor", "unnormalizer_processor", "rename_observations_processor"}
-        if kind not in known | _NEUTRAL_STEPS:
+        if kind not in _KNOWN_STEPS | _NEUTRAL_STEPS:
             raise CheckpointError(
                 f"{name} has the step {kind or step.get('class')!r}, which is unknown here: "
                 "the exported policy would lack it; remove the step or apply it on the robot"

@@ -3,7 +3,7 @@
 Sources: `Normalize` and `Unnormalize` of LeRobot up to 0.3.3, `_NormalizationMixin` from 0.4 on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqbet_edge.errors import CheckpointError
+from vqbet_edge.errors import CheckpointError, DatasetError
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.training.config import NormalizationMode, VQBeTConfig
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.dataset import vector_statistics
 
 Floats = npt.NDArray[np.float32]
 Statistics = Mapping[str, Floats]  # by name, see `STATISTICS`
@@ -47,6 +48,9 @@ class Epsilon:
         result: Floats = span + value if self.always else np.where(span == 0, value, span)
         return result
 
+
+# Further statistics of relative actions: the lowest and highest that the robot takes.
+RANGE = "lowest", "highest"
 
 # LeRobot's processors replace a range of zero by this.
 EPSILON = Epsilon(1e-8, always=False)
@@ -100,30 +104,42 @@ def required_statistics(
 
 @dataclass(frozen=True)
 class Scalings:
-    """Per feature: robot units -> network units, and back."""
+    """Per feature: robot units -> network units, and back.
+
+    Attributes:
+        forward, backward: of states, actions and cameras; of relative actions behind and before
+            their state is subtracted and added.
+        stats: what both follow from, and of relative actions the range that the robot takes.
+    """
 
     forward: Mapping[str, Affine]
     backward: Mapping[str, Affine]
+    stats: Mapping[str, Statistics]
 
     @classmethod
     def of(cls, dataset: LeRobotDataset, config: VQBeTConfig) -> "Scalings":
         """What the configuration's `normalization_mapping` makes of the data set's statistics.
 
         Raises:
-            DatasetError: a feature is missing or damaged.
+            DatasetError: a feature is missing or damaged, or actions are no positions that could
+                be relative to the state.
         """
-        forward, backward = {}, {}
+        forward, backward, kept = {}, {}, {}
         for key, feature in {**config.input_features, **config.output_features}.items():
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
             if mode is NormalizationMode.IDENTITY:
                 forward[key] = backward[key] = Affine.identity(dim)
                 continue
-            found = dataset.statistics(key, STATISTICS[mode])
-            stats = {name: values.reshape(dim) for name, values in found.items()}
+            kept[key] = (
+                relative_statistics(dataset, config, STATISTICS[mode])
+                if key == ACTION_KEY and config.use_relative_actions
+                else dataset.statistics(key, STATISTICS[mode])
+            )
+            stats = {name: values.reshape(-1) for name, values in kept[key].items()}
             forward[key] = normalizing(mode, stats, EPSILON)
             backward[key] = unnormalizing(mode, stats, EPSILON)
-        return cls(forward, backward)
+        return cls(forward, backward, kept)
 
     def normalize(self, key: str, values: npt.NDArray[np.generic]) -> Tensor:
         """(..., dim) in the robot's units -> float32 (..., dim) in the network's."""
@@ -132,6 +148,39 @@ class Scalings:
     def unit(self, key: str) -> Floats:
         """float32 (dim,): how much of the robot's unit one of the network's is."""
         return self.backward[key].multiply
+
+
+def relative_statistics(
+    dataset: LeRobotDataset, config: VQBeTConfig, names: Sequence[str]
+) -> Statistics:
+    """The named statistics of every frame's chunk, its state subtracted; `RANGE` of the actions.
+
+    Raises:
+        DatasetError: actions spread more from the state than from their mean, so they are not
+            positions of what the state holds.
+    """
+    actions, states = dataset.column(ACTION_KEY), dataset.column(STATE_KEY)
+    lengths = np.diff(dataset.bounds)
+    last = np.repeat(dataset.bounds[1:] - 1, lengths)
+    ahead = np.arange(len(actions))[:, None] + np.arange(config.action_chunk_size)
+    places = np.minimum(ahead, last[:, None])  # (F, W)
+    found: dict[str, list[Floats]] = {name: [] for name in names}
+    for i, relative in enumerate(config.relative_actions):
+        column = actions[:, i].astype(np.float64)
+        chunks = column[places] - (states[:, i, None] if relative else 0)
+        if relative and np.abs(column - states[:, i]).mean() > column.std():
+            name = config.action_names[i] if config.action_names else str(i)
+            raise DatasetError(
+                f"use_relative_actions: action '{name}' differs from state {i} by "
+                f"{np.abs(column - states[:, i]).mean():.3g} on average and spreads by "
+                f"{column.std():.3g} by itself, so it is no position of what that state holds; "
+                "name it in relative_exclude_joints, or leave use_relative_actions out"
+            )
+        for name, value in vector_statistics(chunks.reshape(-1, 1), names).items():
+            found[name].append(value)
+    whole = dataset.statistics(ACTION_KEY, ("min", "max"))
+    limits = dict(zip(RANGE, whole.values(), strict=True))
+    return {**{name: np.concatenate(values) for name, values in found.items()}, **limits}
 
 
 def scale_images(images: Tensor, affine: Affine) -> Tensor:

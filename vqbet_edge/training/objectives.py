@@ -72,14 +72,13 @@ class PolicyObjective(nn.Module):
         self.network.head.vqvae_model.eval()
         return self
 
-    def forward(self, images: Tensor, states: Tensor, actions: Tensor) -> PolicyLosses:
+    def forward(self, images: Tensor, states: Tensor, chunks: Tensor) -> PolicyLosses:
         """Losses on one batch; see `Batch` for the shapes."""
         config, head = self.network.config, self.network.head
         features = self.network(self.pixels(images), states).flatten(0, 1)  # (B * Q, D)
-        targets = actions[:, self.network.vqbet.select_target_actions_indices]  # (B, Q, W, A)
-        chunks = targets.flatten(0, 1)
+        chunks = chunks.flatten(0, 1)  # (B * Q, W, A)
         # The codes of a chunk must not depend on the precision that the rest runs in.
-        with torch.no_grad(), torch.autocast(actions.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(chunks.device.type, enabled=False):
             target = head.vqvae_model.encode(chunks).codes
         predicted = predict(head, features, config.bet_softmax_temperature)
         primary = focal_loss(predicted.logits[:, 0], target[:, 0])

@@ -142,7 +142,7 @@ class VqVaePhase(Phase):
 
     def batch(self, frames: Indices) -> tuple[Tensor, ...]:
         """Every query's action chunk."""
-        return (self._data.chunks(frames),)
+        return (self._data.chunks(frames).flatten(0, 1),)
 
     def rate(self, step: int) -> float:  # noqa: ARG002
         """Constant, as in LeRobot's `VQBeTSchedulerConfig`."""
@@ -177,7 +177,7 @@ class PolicyPhase(Phase):
         super().__init__(config, accelerator, network, objective, groups)
 
     def batch(self, frames: Indices) -> tuple[Tensor, ...]:
-        """Images, states and actions."""
+        """Images, states and chunks."""
         return self._data.batch(frames)
 
     def rate(self, step: int) -> float:

@@ -18,10 +18,10 @@ import safetensors.numpy
 import safetensors.torch
 
 from vqbet_edge.training.config import Feature, Hyperparameters, TrainConfig, VQBeTConfig
-from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import write_bytes
+from vqbet_edge.training.layouts import ABSOLUTE, RELATIVE
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import EPSILON, STATISTICS
+from vqbet_edge.training.normalization import EPSILON, Scalings
 
 # The fields of our configuration that LeRobot's does not have: it refuses those it does not know.
 _OWN_FIELDS = {"optimizer_grad_clip_norm"}
@@ -29,7 +29,7 @@ _DEVICE = {"registry_name": "device_processor", "config": {"device": "cpu", "flo
 
 
 def save_pretrained(
-    directory: Path, network: VQBeT, config: TrainConfig, dataset: LeRobotDataset
+    directory: Path, network: VQBeT, config: TrainConfig, scalings: Scalings
 ) -> None:
     """Write everything but the training state into an existing directory."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -37,24 +37,27 @@ def save_pretrained(
     _write_json(directory / "config.json", _policy_json(network, config))
     _write_json(directory / "train_config.json", config.to_json())
     features = {**network.config.input_features, **network.config.output_features}
-    stats = safetensors.numpy.save(
+    statistics = safetensors.numpy.save(
         {
             f"{key}.{name}": np.ascontiguousarray(value)
-            for key, feature in features.items()
-            for name, value in dataset.statistics(
-                key, STATISTICS[config.normalization_mapping[feature.type.value]]
-            ).items()
+            for key, stats in scalings.stats.items()
+            for name, value in stats.items()
         }
     )
     before = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
         _DEVICE,
+        *_relative(network.config, RELATIVE),
         _normalizer("normalizer_processor", features, config),
     ]
-    after = [_normalizer("unnormalizer_processor", network.config.output_features, config), _DEVICE]
-    _write_processor(directory, "policy_preprocessor", before, stats)
-    _write_processor(directory, "policy_postprocessor", after, stats)
+    after = [
+        _normalizer("unnormalizer_processor", network.config.output_features, config),
+        *_relative(network.config, ABSOLUTE),
+        _DEVICE,
+    ]
+    _write_processor(directory, "policy_preprocessor", before, statistics)
+    _write_processor(directory, "policy_postprocessor", after, statistics)
 
 
 def lerobots_objections(config: VQBeTConfig) -> list[str]:
@@ -66,6 +69,11 @@ def lerobots_objections(config: VQBeTConfig) -> list[str]:
         found.append("it does not know resize_shape")
     if config.vision_backbone == "resnet10_small":
         found.append("it does not know the backbone resnet10_small")
+    if config.use_relative_actions:
+        found.append(
+            "it does not know use_relative_actions, and would add a queued action to another state "
+            "than the one it was predicted on"
+        )
     return found
 
 
@@ -76,6 +84,8 @@ def _policy_json(network: VQBeT, config: TrainConfig) -> dict[str, Any]:
     chosen = {name: everything[name] for name in names if name not in _OWN_FIELDS}
     if chosen["resize_shape"] is None:
         del chosen["resize_shape"]
+    if not chosen["use_relative_actions"]:
+        del chosen["use_relative_actions"], chosen["relative_exclude_joints"]
     # The backbone's weights are in the checkpoint: loading it must download none.
     chosen["pretrained_backbone_weights"] = None
     return {
@@ -101,6 +111,17 @@ def _normalizer(name: str, features: Mapping[str, Feature], config: TrainConfig)
             "norm_map": norm_map,
         },
     }
+
+
+def _relative(config: VQBeTConfig, name: str) -> list[dict[str, Any]]:
+    """One of LeRobot's pair of steps; none where actions are positions."""
+    if not config.use_relative_actions:
+        return []
+    step: dict[str, Any] = {"enabled": True}
+    if name == RELATIVE:
+        step["exclude_joints"] = list(config.relative_exclude_joints)
+        step["action_names"] = list(config.action_names) or None
+    return [{"registry_name": name, "config": step}]
 
 
 def _write_processor(directory: Path, name: str, steps: list[dict[str, Any]], stats: bytes) -> None:

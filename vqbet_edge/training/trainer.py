@@ -84,7 +84,7 @@ class _Trainer:
         policy = config.policy(dataset)
         self._scalings = Scalings.of(dataset, policy)
         torch.manual_seed(config.seed)
-        self.checkpoints = Checkpoints(config, dataset)
+        self.checkpoints = Checkpoints(config, self._scalings)
         self._resumed = self.checkpoints.start()
         if self._resumed is not None:  # the backbone's weights are in the checkpoint
             policy = replace(policy, pretrained_backbone_weights=None)
@@ -98,7 +98,7 @@ class _Trainer:
         self._kept = split.validation
         self._shuffle = Shuffle(frames, config.batch_size, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(frames))
-        self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]])
+        self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
         self._validation = _batches(current_frames(dataset, split.validation), config)
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 (B, N, K, H, W, 3), shrunk if the policy resizes
     states: Tensor  # (B, N, S), normalised
-    actions: Tensor  # (B, Q + W - 1, A), normalised, from the oldest observation's on
+    chunks: Tensor  # (B, Q, W, A), normalised: every query's action chunk
 
 
 class WindowedDataset:
@@ -56,19 +56,33 @@ class WindowedDataset:
         self._last = np.repeat(dataset.bounds[1:] - 1, lengths)
         self._states = scalings.normalize(STATE_KEY, dataset.column(STATE_KEY)).to(device)
         self._actions = scalings.normalize(ACTION_KEY, dataset.column(ACTION_KEY)).to(device)
+        self._bases: Tensor | None = None
+        if config.use_relative_actions:
+            # What relative actions are distances from, in the actions' scale.
+            scale = np.where(config.relative_actions, scalings.forward[ACTION_KEY].multiply, 0)
+            bases = dataset.column(STATE_KEY)[:, : config.action_dim] * scale
+            self._bases = torch.from_numpy(bases.astype(np.float32)).to(device)
         self._frames: list[Tensor] | None = None
 
     def chunks(self, frames: Indices) -> Tensor:
-        """Phase 1's data: every query's action chunk of every window.
+        """Phase 1's data: every query's action chunk of every window; no image is touched.
+
+        A relative chunk is the distance from the state of the step that it begins with, of a
+        future query from the current step's, the newest that it can know.
 
         Args:
             frames: int64 (B,), the windows' current frames.
 
         Returns:
-            (B x Q, W, A), normalised; no image is touched.
+            (B, Q, W, A), normalised.
         """
-        chunks = self._target_actions(frames).unfold(1, self._config.action_chunk_size, 1)
-        return chunks.transpose(2, 3).flatten(0, 1)  # (B, Q, A, W) -> (B * Q, W, A)
+        queries, width = self._config.num_queries, self._config.action_chunk_size
+        actions = self._actions[self._around(frames, queries + width - 1).to(self._device)]
+        chunks = actions.unfold(1, width, 1).transpose(2, 3)  # (B, Q, A, W) -> (B, Q, W, A)
+        if self._bases is None:
+            return chunks
+        known = self._around(frames, queries).clamp(max=torch.from_numpy(frames)[:, None])
+        return chunks - self._bases[known.to(self._device)][:, :, None]
 
     def batch(self, frames: Indices) -> Batch:
         """Phase 2's data; the first call decodes the cameras' frames.
@@ -86,13 +100,8 @@ class WindowedDataset:
         return Batch(
             images=torch.stack(images, dim=2),
             states=self._states[observed.to(self._device)],
-            actions=self._target_actions(frames),
+            chunks=self.chunks(frames),
         )
-
-    def _target_actions(self, frames: Indices) -> Tensor:
-        """(B,) -> (B, Q + W - 1, A): the actions of all queries' chunks, which overlap."""
-        count = self._config.num_queries + self._config.action_chunk_size - 1
-        return self._actions[self._around(frames, count).to(self._device)]
 
     def _around(self, frames: Indices, count: int) -> Tensor:
         """(B,) -> int64 (B, count): frames from each window's oldest observation on."""

@@ -24,7 +24,6 @@ from vqbet_edge.errors import (
 from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
-from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, feature_array
 from vqbet_edge.runtime.worker import Job  # noqa: TC001 - annotations of locals too
 from vqbet_serve.frames import RESET_DONE, array, pack, unpack
@@ -88,7 +87,7 @@ class RemotePolicy:
         dim = self.metadata.action_dim
         try:
             # Nothing is known here of the data's range: "data" limits nothing.
-            self._actions = ActionGuard(guards, Affine.identity(dim), dim)
+            self._actions = ActionGuard(guards, None, dim)
         except UsageError:
             self._link.close()
             raise

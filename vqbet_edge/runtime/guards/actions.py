@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.limits import ActionLimits, Floats, action_limits, change_limit
-from vqbet_edge.runtime.normalization import Affine
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,10 +27,13 @@ class GuardCounts(NamedTuple):
 
 
 class ActionGuard:
-    """Clamps planned actions and limits their change; counts both, and warns of the first clamp."""
+    """Clamps planned actions and limits their change; counts both, and warns of the first clamp.
 
-    def __init__(self, guards: Guards, unnormalize: Affine, dim: int) -> None:
-        self._limits = action_limits(guards, unnormalize, dim)
+    Args: those of `action_limits`.
+    """
+
+    def __init__(self, guards: Guards, data: Floats | None, dim: int) -> None:
+        self._limits = action_limits(guards, data, dim)
         self._change = change_limit(guards, dim)
         self.clamped = self.slowed = 0
 

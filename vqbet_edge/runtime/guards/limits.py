@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from vqbet_edge.errors import NonFiniteError, UsageError
 from vqbet_edge.runtime.guards.config import Guards, PerDimension
-from vqbet_edge.runtime.normalization import Affine
 
 Floats = NDArray[np.float32]
 
@@ -58,8 +57,13 @@ class ChangeLimit:
         return changed
 
 
-def action_limits(guards: Guards, unnormalize: Affine, dim: int) -> ActionLimits | None:
+def action_limits(guards: Guards, data: Floats | None, dim: int) -> ActionLimits | None:
     """The limits that the guards ask for; None where there are none.
+
+    Args:
+        guards: what they ask for.
+        data: (2, A), the training data's lowest and highest actions; None where not known.
+        dim: width of an action.
 
     Raises:
         UsageError: they do not fit actions of `dim` values.
@@ -68,7 +72,7 @@ def action_limits(guards: Guards, unnormalize: Affine, dim: int) -> ActionLimits
         case None:
             return None
         case "data":
-            return _data_limits(unnormalize, guards.margin)
+            return _data_limits(data, guards.margin)
         case (low, high):
             lowest = _per_dimension("action_limits", low, dim)
             highest = _per_dimension("action_limits", high, dim)
@@ -95,13 +99,12 @@ def change_limit(guards: Guards, dim: int) -> ChangeLimit | None:
     return ChangeLimit(_rounded(step, "down"))
 
 
-def _data_limits(unnormalize: Affine, margin: float) -> ActionLimits | None:
-    # Un-normalising by MIN_MAX maps [-1, 1] to the data's range: (y + 1) * range / 2 + minimum.
-    if not (unnormalize.subtract == -1).all():
+def _data_limits(data: Floats | None, margin: float) -> ActionLimits | None:
+    if data is None:
         return None
-    low, span = unnormalize.add, 2 * unnormalize.multiply
-    slack = np.float32(margin) * span
-    return ActionLimits(low - slack, low + span + slack)
+    low, high = data
+    slack = np.float32(margin) * (high - low)
+    return ActionLimits(low - slack, high + slack)
 
 
 def _per_dimension(name: str, values: PerDimension, dim: int) -> NDArray[np.float64]:

@@ -3,7 +3,8 @@
 Letters: M chunks, T steps of an episode, C codes per layer, W actions per chunk, A action width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,28 @@ from vqbet_edge.training.dataset.samples import Place, Source, check_features
 _ROUNDING = 1e-9
 
 
+class Episode(NamedTuple):
+    """One demonstration, normalised."""
+
+    actions: Floats  # (T, A)
+    bases: Floats  # (T, A), what is subtracted from the chunk of a step: zero unless relative
+
+    def chunks(self, width: int) -> Floats:
+        """(T, W, A): the chunk from every step on."""
+        return chunks_of(self.actions, width) - self.bases[:, None]
+
+
 def normalize_actions(actions: NDArray[np.number], action: Affine) -> Floats:
     """(T, A) in the robot's units -> in the network's; `action` goes the other way."""
+    result: Floats = _scaled_down(actions - action.add, action) + action.subtract
+    return result
+
+
+def _scaled_down(differences: NDArray[np.number], action: Affine) -> Floats:
     scale = action.multiply.astype(np.float64)
     # A constant action whose range is zero in the checkpoint has one value in the network too.
-    shifted = np.divide(actions - action.add, scale, out=np.zeros(actions.shape), where=scale != 0)
-    result: Floats = shifted + action.subtract
+    zeros = np.zeros(differences.shape)
+    result: Floats = np.divide(differences, scale, out=zeros, where=scale != 0)
     return result
 
 
@@ -35,31 +52,39 @@ def chunks_of(actions: Floats, width: int) -> Floats:
     return chunks
 
 
-def read_actions(policy: CodedPolicy, source: Source) -> list[Floats] | None:
-    """Every episode's normalised actions, if the source has any."""
+def read_episodes(policy: CodedPolicy, source: Source) -> list[Episode] | None:
+    """All demonstrations, if the source has actions."""
     if ACTION_KEY not in source.shapes:
         return None
     check_features(source, {ACTION_KEY: (policy.facts.action_dim,)})
     places = [Place(i, 0, length, i) for i, length in enumerate(source.lengths)]
-    read = (source.read(place, [ACTION_KEY])[ACTION_KEY] for place in places)
-    return [normalize_actions(actions, policy.action) for actions in read]
+    return [
+        _episode(policy, source.read(place, [ACTION_KEY, policy.state_key])) for place in places
+    ]
+
+
+def _episode(policy: CodedPolicy, columns: Mapping[str, NDArray[Any]]) -> Episode:
+    affine, relative = policy.action.affine, policy.action.relative
+    states = np.where(relative, columns[policy.state_key][:, : len(relative)], 0)
+    actions = normalize_actions(columns[ACTION_KEY], affine)
+    return Episode(actions, _scaled_down(states, affine))
 
 
 class Demonstrated:
     """Demonstrated chunks and their codes, episode by episode."""
 
-    def __init__(self, policy: CodedPolicy, actions: Sequence[Floats]) -> None:
-        self._policy, self._actions = policy, actions
+    def __init__(self, policy: CodedPolicy, episodes: Sequence[Episode]) -> None:
+        self._policy, self._episodes = policy, episodes
         self.codes: list[Codes] | None = None
         self.figures = self._figures()
 
     def chunks(self, episode: int) -> Floats:
         """(T, W, A), normalised."""
-        return chunks_of(self._actions[episode], self._policy.facts.chunk)
+        return self._episodes[episode].chunks(self._policy.facts.chunk)
 
     def _figures(self) -> Demonstrations:
-        episodes = range(len(self._actions))
-        unit = np.abs(self._policy.action.multiply).astype(np.float64)
+        episodes = range(len(self._episodes))
+        unit = np.abs(self._policy.action.affine.multiply).astype(np.float64)
         mean = _mean(self.chunks(i) for i in episodes)
         spread = _mean(np.abs(self.chunks(i) - mean) for i in episodes).mean(axis=0)
         spread[spread < _ROUNDING] = 0
@@ -69,7 +94,7 @@ class Demonstrated:
         use, lost = self._codes(unit, spread)
         facts = self._policy.facts
         return Demonstrations(
-            chunks=sum(map(len, self._actions)),
+            chunks=sum(len(episode.actions) for episode in self._episodes),
             spread=spread * unit,
             jerk=float(np.concatenate(jerks).mean()) if jerks else None,
             reversals=float(np.concatenate(reversals).mean()) if reversals else None,
@@ -83,7 +108,7 @@ class Demonstrated:
     def _codes(self, unit: Floats, spread: Floats) -> tuple[Use | None, Reconstruction | None]:
         """Encode every episode, and see what is lost."""
         codes, errors = [], []
-        for episode in range(len(self._actions)):
+        for episode in range(len(self._episodes)):
             chunks = self.chunks(episode)
             made = self._policy.reconstruct(chunks)
             if made is None:

@@ -17,8 +17,8 @@ from vqbet_edge import EdgePolicy, Guards
 from vqbet_edge.runtime.backends.base import HeadOutputs
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
-from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.runtime.planning import decode_table, secondary_columns
+from vqbet_edge.runtime.normalization import ActionScaling
+from vqbet_edge.runtime.planning import action_scaling, decode_table, secondary_columns
 from vqbet_edge.runtime.sampling import CodeSampler, Decision
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.codes.use import Codes, Floats
@@ -98,13 +98,15 @@ class CodedPolicy(Protocol):
     Attributes:
         facts: what it is.
         action: network units -> the robot's.
+        state_key: of what it observes.
         columns: (C, C), what each primary code adds to the secondary logits, if it does.
         moving_counts: (2, C), how often each code was lately used when phase 1 ended; None where
             that is not kept.
     """
 
     facts: PolicyFacts
-    action: Affine
+    action: ActionScaling
+    state_key: str
     columns: NDArray[np.float32] | None
     moving_counts: Floats | None
 
@@ -152,13 +154,13 @@ class CheckpointPolicy:
             temperature=config.bet_softmax_temperature,
             sequential=config.sequentially_select,
         )
-        self.action = checkpoint.action
+        self.action = checkpoint.action_scaling
         columns = head.secondary_columns
         self.columns = None if columns is None else columns.cpu().numpy()
         counts = [book.cluster_size[0] for book in self._vqvae.vq_layer.codebooks]
         self.moving_counts: Floats | None = torch.stack(counts).double().cpu().numpy()
         self._observed = checkpoint.observation_shapes
-        self._image_keys, self._state_key = list(checkpoint.image_shapes), checkpoint.state_key
+        self._image_keys, self.state_key = list(checkpoint.image_shapes), checkpoint.state_key
         self._state = checkpoint.inputs[STATE_KEY]
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
         self._pixels = pixels.to(self._device, self._dtype)
@@ -178,7 +180,7 @@ class CheckpointPolicy:
         window = self._config.n_obs_steps
         tokens: Tensor | None = None  # (window - 1, K, D), of the frames before
         states: Tensor | None = None
-        for piece in _pieces(source, place, self._image_keys, self._state_key):
+        for piece in _pieces(source, place, self._image_keys, self.state_key):
             new_tokens, new_states = self._encode(piece)
             if tokens is None or states is None:
                 # The first observation fills the window, as in LeRobot's `populate_queues`.
@@ -248,7 +250,7 @@ class BundlePolicy:
             temperature=policy.bet_softmax_temperature,
             sequential=policy.sequentially_select,
         )
-        self.action = Affine.from_arrays(bundle.arrays, "action", manifest.action_dim)
+        self.action, self.state_key = action_scaling(bundle), manifest.state_key
         self.columns = secondary_columns(bundle)
         self._table = decode_table(bundle)
         self._policy = EdgePolicy.load(
@@ -262,9 +264,9 @@ class BundlePolicy:
     def predict(self, source: Source, place: Place) -> Steps:
         """See `CodedPolicy`."""
         self._policy.reset()
-        shapes, state_key = self._manifest.image_shapes, self._manifest.state_key
+        shapes = self._manifest.image_shapes
         decisions = []
-        for piece in _pieces(source, place, list(shapes), state_key):
+        for piece in _pieces(source, place, list(shapes), self.state_key):
             for frames, state in zip(piece.frames, piece.states, strict=True):
                 decisions.append(self._decide(unpack_frames(frames, shapes), state))
         return Steps.of(decisions)
@@ -272,7 +274,7 @@ class BundlePolicy:
     def _decide(
         self, frames: dict[str, NDArray[np.uint8]], state: NDArray[np.float32], *codes: int
     ) -> Decision:
-        observation = {**frames, self._manifest.state_key: state}
+        observation = {**frames, self.state_key: state}
         self._policy.act_chunk(observation, codes=codes or None)
         assert self._policy.last is not None  # noqa: S101 - for the type checker
         return self._policy.last

@@ -123,7 +123,7 @@ class Predicted:
             decoded=changed,
             offset=offset.mean(axis=(1, 2)),
             ratio=float(offset.mean() / whole) if whole > SAME else None,
-            in_units=offset.mean(axis=(0, 1)) * np.abs(self._policy.action.multiply),
+            in_units=offset.mean(axis=(0, 1)) * np.abs(self._policy.action.affine.multiply),
         )
 
     def _confusion(self, traces: Sequence[EpisodeTrace]) -> tuple[Confusion, Confusion] | None:
@@ -146,7 +146,7 @@ class Predicted:
     def _errors(self) -> Errors | None:
         if self._demonstrated is None:
             return None
-        unit, sums, count = np.abs(self._policy.action.multiply), np.zeros(()), 0
+        unit, sums, count = np.abs(self._policy.action.affine.multiply), np.zeros(()), 0
         for place, steps in zip(self._places, self._steps, strict=True):
             chunks = self._demonstrated.chunks(place.episode)[place.start : place.stop]
             both = np.stack([steps.decoded, steps.decoded + steps.offset])

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_edge.training.codebooks import DEAD_SHARE
-from vqbet_edge.training.codes.demonstrated import Demonstrated, read_actions
+from vqbet_edge.training.codes.demonstrated import Demonstrated, read_episodes
 from vqbet_edge.training.codes.facts import DRAWN, CodesReport, Demonstrations, Pair, Predictions
 from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.predicted import Predicted
@@ -39,8 +39,8 @@ def examine_codes(
     demonstrated = predicted = None
     if source is not None:
         policy.check(source)
-        actions = read_actions(policy, source)
-        demonstrated = None if actions is None else Demonstrated(policy, actions)
+        episodes_seen = read_episodes(policy, source)
+        demonstrated = None if episodes_seen is None else Demonstrated(policy, episodes_seen)
         places = chosen_places(source.lengths, frames, episodes)
         predicted = Predicted(policy, demonstrated)
         for done, place in enumerate(places, 1):
@@ -104,7 +104,7 @@ def _pairs(
             secondary=secondary,
             count=None if counts is None else int(counts[primary, secondary]),
             drawn=None if drawn is None else float(drawn[primary, secondary]),
-            chunk=policy.action.apply(chunks[i].astype(np.float32)).astype(np.float64),
+            chunk=policy.action.affine.apply(chunks[i].astype(np.float32)).astype(np.float64),
             jerk=None if motion.jerk is None else float(motion.jerk[i]),
             reversals=None if motion.reversals is None else int(motion.reversals[i]),
         )

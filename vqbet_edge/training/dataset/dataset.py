@@ -162,7 +162,7 @@ class LeRobotDataset:
             names: of min, max, mean, std, q01, q10, q50, q90, q99 (quantiles).
         """
         if key not in self.info.cameras:
-            return _vector_statistics(self.column(key), names)
+            return vector_statistics(self.column(key), names)
         found = stored_statistics(self.info, key, names) if names else {}
         if found is None:
             found = _image_statistics(self._levels(key), names)
@@ -292,7 +292,7 @@ def _locate(source: str) -> Path:
     return recorded if (recorded / "meta").is_dir() else download(source, "dataset")
 
 
-def _vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:
+def vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:
     """The named statistics of values (frames, dim)."""
     # float64: a float32 sum over millions of frames loses digits.
     wide = values.astype(np.float64)

@@ -41,11 +41,13 @@ class DatasetFeature:
         shape: without the time axis; an image's is (height, width, channels) whatever the file
             says.
         is_depth: whether it is a depth map.
+        names: of a vector's numbers; empty where there are none, or not one for each.
     """
 
     dtype: str
     shape: tuple[int, ...]
     is_depth: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -199,14 +201,22 @@ def _features(raw: Mapping[str, Any]) -> dict[str, DatasetFeature]:
 def _feature(raw: Mapping[str, Any]) -> DatasetFeature:
     shape = tuple(int(side) for side in raw["shape"])
     dtype = str(raw["dtype"])
-    if dtype not in {"image", "video"}:
-        return DatasetFeature(dtype, shape)
     names = raw.get("names")
+    if dtype not in {"image", "video"}:
+        return DatasetFeature(dtype, shape, names=_vector_names(names, shape))
     first = isinstance(names, list) and bool(names) and str(names[0]).startswith("channel")
     if len(shape) == 3 and (first or (shape[0] == 3 and shape[-1] != 3)):
         shape = (*shape[1:], shape[0])
     marks = {**(raw.get("video_info") or {}), **(raw.get("info") or {})}
     return DatasetFeature(dtype, shape, any(marks.get(mark) for mark in _DEPTH_MARKS))
+
+
+def _vector_names(names: Any, shape: tuple[int, ...]) -> tuple[str, ...]:  # noqa: ANN401 - a file's
+    """LeRobot writes a list, before 2025 in a mapping of one kind: {"motors": [...]}."""
+    if isinstance(names, dict) and len(names) == 1:
+        (names,) = names.values()
+    fits = isinstance(names, list) and len(shape) == 1 and len(names) == shape[0]
+    return tuple(map(str, names)) if fits else ()
 
 
 def _episode(row: Mapping[str, Any]) -> EpisodeInfo:

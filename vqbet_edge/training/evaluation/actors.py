@@ -128,7 +128,7 @@ class TorchActor:
         self.state_key = checkpoint.state_key
         pixels = PixelScaling([checkpoint.inputs[key] for key in config.image_keys])
         self._pixels = pixels.to(self._device, self._dtype)
-        self._state, self.unnormalize = checkpoint.inputs[STATE_KEY], checkpoint.action
+        self._state, self._scaling = checkpoint.inputs[STATE_KEY], checkpoint.action_scaling
         self._replan_every = options.replan_every or config.action_chunk_size
         trained = config.bet_softmax_temperature
         temperature = trained if options.temperature is None else options.temperature
@@ -161,10 +161,14 @@ class TorchActor:
             slot.see(frames, state)  # (K, H, W, 3) and (S,)
 
     def _plan(self, slots: Sequence[int]) -> None:
-        chunks = self.chunks(self.features(slots), slots)
-        self.unnormalize.apply(chunks, out=chunks)
+        chunks = self.scaled(self.chunks(self.features(slots), slots), slots)
         for index, chunk in zip(slots, chunks, strict=True):
             self._slots[index].actions.extend(chunk[: self._replan_every])
+
+    def scaled(self, chunks: Floats, slots: Sequence[int]) -> Floats:
+        """(B, W, A), normalised, of the slots' current steps -> in the robot's units."""
+        states = np.stack([self._slots[index].seen[-1][1].numpy() for index in slots])
+        return self._scaling.apply(chunks, states, out=chunks)
 
     @torch.no_grad()
     def features(self, slots: Sequence[int]) -> Tensor:

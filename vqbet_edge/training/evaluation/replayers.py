@@ -13,7 +13,7 @@ from vqbet_edge.runtime.guards.actions import ActionGuard
 from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
-from vqbet_edge.runtime.planning import Planner, decode_table, secondary_columns
+from vqbet_edge.runtime.planning import Planner, action_scaling, decode_table, secondary_columns
 from vqbet_edge.runtime.sampling import CodeSampler
 from vqbet_edge.runtime.window import ObservationWindow
 from vqbet_edge.training.checkpoint import load_checkpoint
@@ -90,20 +90,20 @@ class _BundleReplayer:
     def __init__(self, bundle: Bundle, backend: BackendName, temperature: float) -> None:
         manifest, loaded = bundle.manifest, create_backend(backend, bundle)
         state = Affine.from_arrays(bundle.arrays, "state", manifest.state_dim)
-        unnormalize = Affine.from_arrays(bundle.arrays, "action", manifest.action_dim)
+        scaling = action_scaling(bundle)
         trained = manifest.policy.bet_softmax_temperature
         sampler = CodeSampler(temperature, trained, secondary_columns(bundle), 0)
-        guard = ActionGuard(Guards(action_limits=None), unnormalize, manifest.action_dim)
+        guard = ActionGuard(Guards(action_limits=None), None, manifest.action_dim)
         self._reader = ObservationReader(manifest, state)
         self._window = ObservationWindow(manifest, loaded.create_window(), waiting=0)
         table = decode_table(bundle)
-        self._planner = Planner(self._window, sampler, table, unnormalize, guard)
+        self._planner = Planner(self._window, sampler, table, scaling, guard)
         self.facts = PolicyFacts(
             precision=manifest.precision,
             runs_on=loaded.name,
             shapes=manifest.observation_shapes,
             n_obs_steps=manifest.policy.n_obs_steps,
-            action_scale=np.abs(unnormalize.multiply),
+            action_scale=np.abs(scaling.affine.multiply),
         )
 
     def begin(self) -> None:
@@ -130,7 +130,7 @@ class _CheckpointReplayer:
             runs_on="PyTorch",
             shapes=checkpoint.observation_shapes,
             n_obs_steps=checkpoint.config.n_obs_steps,
-            action_scale=np.abs(self._actor.unnormalize.multiply),
+            action_scale=np.abs(checkpoint.action.multiply),
         )
 
     def begin(self) -> None:
@@ -143,6 +143,5 @@ class _CheckpointReplayer:
     def decide(self, draws: npt.NDArray[np.float64]) -> Redecided:
         features = self._actor.features([0])
         (choice,) = choices = self._actor.choose(features, [0], draws)
-        (chunk,) = self._actor.decode(features, choices)
-        self._actor.unnormalize.apply(chunk, out=chunk)
+        (chunk,) = self._actor.scaled(self._actor.decode(features, choices), [0])
         return Redecided(choice.codes, choice.probabilities, chunk)
