@@ -216,6 +216,18 @@ def test_states_that_the_actions_are_no_positions_of_are_refused(
         train(config(radians, tmp_path / "b"))
 
 
+def test_the_trainer_says_where_they_would_help(
+    pusht: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(pusht, tmp_path / "a", use_relative_actions=False))
+    assert "positions near the state (at 1" in " ".join(capsys.readouterr().err.split())
+    train(config(pusht, tmp_path / "b"))
+    assert "near the state" not in capsys.readouterr().err
+    radians = rewritten(pusht, tmp_path / "radians", lambda states: states / 512)
+    train(config(radians, tmp_path / "c", use_relative_actions=False))
+    assert "near the state" not in capsys.readouterr().err
+
+
 def change_steps(
     directory: Path, name: str, change: Callable[[list[dict[str, Any]]], None]
 ) -> None:

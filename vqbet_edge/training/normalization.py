@@ -5,10 +5,11 @@ Sources: `Normalize` and `Unnormalize` of LeRobot up to 0.3.3, `_NormalizationMi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, DatasetError
@@ -17,7 +18,7 @@ from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode,
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.dataset import vector_statistics
 
-Floats = npt.NDArray[np.float32]
+Floats = NDArray[np.float32]
 Statistics = Mapping[str, Floats]  # by name, see `STATISTICS`
 
 # What a mode needs; all but MEAN_STD map the first to -1 and the second to 1.
@@ -51,6 +52,9 @@ class Epsilon:
 
 # Further statistics of relative actions: the lowest and highest that the robot takes.
 RANGE = "lowest", "highest"
+
+# Actions are positions near the state when they are so much closer to it than to their mean.
+_NEAR = 0.5
 
 # LeRobot's processors replace a range of zero by this.
 EPSILON = Epsilon(1e-8, always=False)
@@ -141,13 +145,45 @@ class Scalings:
             backward[key] = unnormalizing(mode, stats, EPSILON)
         return cls(forward, backward, kept)
 
-    def normalize(self, key: str, values: npt.NDArray[np.generic]) -> Tensor:
+    def normalize(self, key: str, values: NDArray[np.generic]) -> Tensor:
         """(..., dim) in the robot's units -> float32 (..., dim) in the network's."""
         return torch.from_numpy(self.forward[key].apply(values.astype(np.float32)))
 
     def unit(self, key: str) -> Floats:
         """float32 (dim,): how much of the robot's unit one of the network's is."""
         return self.backward[key].multiply
+
+
+class Spreads(NamedTuple):
+    """Mean distances of a data set's actions, in the robot's units."""
+
+    from_state: NDArray[np.float64]  # (A,), of action i from state i
+    by_itself: NDArray[np.float64]  # (A,), from its mean
+
+
+def spreads(dataset: LeRobotDataset) -> Spreads:
+    """How far actions are from the state, which has at least their width."""
+    actions = dataset.column(ACTION_KEY).astype(np.float64)
+    states = dataset.column(STATE_KEY)[:, : actions.shape[1]]
+    return Spreads(
+        from_state=np.abs(actions - states).mean(axis=0),
+        by_itself=np.abs(actions - actions.mean(axis=0)).mean(axis=0),
+    )
+
+
+def relative_advice(dataset: LeRobotDataset, config: VQBeTConfig) -> str:
+    """What to say about actions that are positions near the state; empty if they are none."""
+    if config.use_relative_actions or config.state_dim < config.action_dim:
+        return ""
+    found = spreads(dataset)
+    if (found.from_state > _NEAR * found.by_itself).any():
+        return ""
+    shares = ", ".join(f"{share:.0%}" for share in found.from_state / found.by_itself)
+    return (
+        f"actions are positions near the state (at {shares} of their spread): codes then say where "
+        "the robot is rather than what it does next; --use-relative-actions learns the distance "
+        "instead, see docs/training.md"
+    )
 
 
 def relative_statistics(
@@ -160,6 +196,15 @@ def relative_statistics(
             positions of what the state holds.
     """
     actions, states = dataset.column(ACTION_KEY), dataset.column(STATE_KEY)
+    from_state, by_itself = spreads(dataset)
+    for i in np.flatnonzero(config.relative_actions & (from_state > by_itself)).tolist():
+        name = config.action_names[i] if config.action_names else str(i)
+        raise DatasetError(
+            f"use_relative_actions: action '{name}' differs from state {i} by "
+            f"{from_state[i]:.3g} on average and from its mean by {by_itself[i]:.3g}, so it is no "
+            "position of what that state holds; name it in --relative-exclude-joints, or leave "
+            "--use-relative-actions out"
+        )
     lengths = np.diff(dataset.bounds)
     last = np.repeat(dataset.bounds[1:] - 1, lengths)
     ahead = np.arange(len(actions))[:, None] + np.arange(config.action_chunk_size)
@@ -168,14 +213,6 @@ def relative_statistics(
     for i, relative in enumerate(config.relative_actions):
         column = actions[:, i].astype(np.float64)
         chunks = column[places] - (states[:, i, None] if relative else 0)
-        if relative and np.abs(column - states[:, i]).mean() > column.std():
-            name = config.action_names[i] if config.action_names else str(i)
-            raise DatasetError(
-                f"use_relative_actions: action '{name}' differs from state {i} by "
-                f"{np.abs(column - states[:, i]).mean():.3g} on average and spreads by "
-                f"{column.std():.3g} by itself, so it is no position of what that state holds; "
-                "name it in relative_exclude_joints, or leave use_relative_actions out"
-            )
         for name, value in vector_statistics(chunks.reshape(-1, 1), names).items():
             found[name].append(value)
     whole = dataset.statistics(ACTION_KEY, ("min", "max"))

@@ -22,7 +22,7 @@ from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import Scalings
+from vqbet_edge.training.normalization import Scalings, relative_advice
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
 from vqbet_edge.training.pretrained import lerobots_objections
 from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset, current_frames
@@ -107,6 +107,8 @@ class _Trainer:
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
         if policy.resize_shape is None and left_out.keys() & set(dataset.image_keys):
             self._reporter.note("cameras of other sizes fit with --resize-shape HEIGHT WIDTH")
+        if advice := relative_advice(dataset, policy):
+            self._reporter.note(advice)
         for reason in lerobots_objections(policy):
             self._reporter.note(f"LeRobot cannot load this policy's checkpoints: {reason}")
 
