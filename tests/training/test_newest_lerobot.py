@@ -22,6 +22,8 @@ from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.training import TrainConfig, load_checkpoint, train
 from vqbet_edge.training.config import NormalizationMode
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.normalization import Scalings
+from vqbet_edge.training.windows import WindowedDataset
 
 STATE, CAMERA = "observation.state", "observation.image"
 
@@ -143,6 +145,37 @@ def test_what_we_train_lerobot_evaluates(pusht: Path, tmp_path: Path, mode: str)
     )  # fmt: skip
     found = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
     assert found["overall"]["n_episodes"] == 2
+
+
+def test_relative_actions_are_lerobots(pusht: Path, tmp_path: Path) -> None:
+    """Its processors, as the checkpoint describes them, there and back."""
+    directory = train(
+        TrainConfig(
+            dataset=str(pusht), output=tmp_path / "run", steps=4, n_vqvae_training_steps=2,
+            batch_size=4, gpt_n_layer=1, n_obs_steps=1, n_action_pred_token=1,
+            use_relative_actions=True, relative_exclude_joints=("Y",),
+        )
+    )  # fmt: skip
+    modeling = oracle.lerobot("policies.vqbet.modeling_vqbet")
+    with pytest.raises(Exception, match="use_relative_actions"):
+        modeling.VQBeTPolicy.from_pretrained(directory)
+    before, after = oracle.lerobot("policies.factory").make_pre_post_processors(
+        modeling.VQBeTConfig(), pretrained_path=str(directory)
+    )
+    checkpoint, dataset = load_checkpoint(str(directory)), LeRobotDataset.open(pusht)
+    policy = checkpoint.config
+    assert policy.relative_actions == (True, False)
+    data = WindowedDataset(dataset, policy, Scalings.of(dataset, policy), torch.device("cpu"))
+    states, actions = dataset.column(STATE), dataset.column("action")
+    for frame in (0, 40, 120):
+        raw = torch.from_numpy(actions[frame : frame + policy.action_chunk_size])[None]
+        state = torch.from_numpy(states[frame])[None]
+        batch = before({STATE: state, CAMERA: torch.zeros(1, 3, 96, 96), "action": raw})
+        chunk = data.chunks(np.array([frame]))[:, 0]
+        torch.testing.assert_close(batch["action"], chunk, atol=1e-5, rtol=0)
+        own = checkpoint.action_scaling.apply(chunk[0].numpy(), batch[STATE][0].numpy())
+        np.testing.assert_allclose(own, after(chunk[0]).numpy(), atol=1e-3)
+        np.testing.assert_allclose(own, raw[0], atol=1e-3)
 
 
 def test_the_whole_data_set_reads_as_lerobots(pusht: Path, tmp_path: Path) -> None:
