@@ -85,7 +85,8 @@ def _summary(manifest: Manifest) -> "Table":
     for key, feature in features.items():
         table.add_row(key, f"{feature.type.lower()} {feature.shape}")
     table.add_row("window", f"{policy.n_obs_steps} observations")
-    table.add_row("action chunk", f"{policy.action_chunk_size} actions")
+    from_state = ", relative to the state" if any(policy.relative_actions) else ""
+    table.add_row("action chunk", f"{policy.action_chunk_size} actions{from_state}")
     selection = "sequentially" if policy.sequentially_select else "jointly"
     table.add_row("codes", f"2 x {policy.vqvae_n_embed}, selected {selection}")
     table.add_row("temperature", f"{policy.bet_softmax_temperature:g}")

@@ -1,6 +1,7 @@
 """Actions as distances from the state, from the data set to the robot."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from workshop import once
 
 from vqbet_edge import BundleError, EdgePolicy, Guards
 from vqbet_edge.errors import CheckpointError, DatasetError
+from vqbet_edge.inspection import main as inspect
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import decode_manifest, encode_manifest
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
@@ -89,7 +91,9 @@ def test_a_chunk_and_its_state_make_the_demonstrated_actions(
         np.testing.assert_allclose(got, aim, atol=1e-4)
 
 
-def test_a_policy_adds_the_state_that_it_predicted_on(tmp_path: Path) -> None:
+def test_a_policy_adds_the_state_that_it_predicted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     random = np.random.default_rng(0)
     observations = [miniature.observation(random) for _ in range(12)]
     options: dict[str, Any] = {"use_relative_actions": True, "action_names": ("a", "b_Gripper")}
@@ -97,6 +101,12 @@ def test_a_policy_adds_the_state_that_it_predicted_on(tmp_path: Path) -> None:
     bundle = miniature.write(tmp_path / "relative.bundle", checkpoint)
     plain = miniature.write(tmp_path / "plain.bundle")
     assert Bundle.open(bundle).manifest.policy.relative_actions == (True, False)
+    for path, said in ((bundle, True), (plain, False)):
+        monkeypatch.setattr(sys, "argv", ["vqbet-inspect", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            inspect()
+        assert ended.value.code == 0
+        assert ("relative to the state" in capsys.readouterr().out) == said
     assert b"relative_actions" not in (plain / "manifest.json").read_bytes()
     actor = TorchActor(checkpoint, 1, ActorOptions(temperature=0))
     actor.reset(0, 0)
