@@ -27,7 +27,7 @@ RECIPES: Mapping[Recipe, Mapping[str, Any]] = {
         # A policy that sees its own movement copies it.
         "n_obs_steps": 1,
         "n_action_pred_token": 1,
-        # Pairs of codes that no demonstration has are moves between two behaviours.
+        # What a secondary code means depends on the primary one, whose residual it is.
         "sequentially_select": True,
         "gpt_n_layer": 4,
         "gpt_n_head": 4,
