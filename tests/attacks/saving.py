@@ -11,6 +11,7 @@ from vqbet_edge.training.checkpoints import Checkpoints, Progress
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.normalization import Scalings
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 _TINY: dict[str, Any] = {
@@ -33,9 +34,15 @@ def dataset() -> LeRobotDataset:
     return LeRobotDataset.open(PUSHT)
 
 
+@cache
+def scalings() -> Scalings:
+    """Of those episodes."""
+    return Scalings.of(dataset(), config(Path()).policy(dataset()))
+
+
 def checkpoints(output: Path, *, resume: bool = False) -> Checkpoints:
     """Those of a tiny run."""
-    return Checkpoints(config(output, resume=resume), dataset())
+    return Checkpoints(config(output, resume=resume), scalings())
 
 
 @cache
