@@ -107,7 +107,7 @@ def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
         for key, scaling in scalings.items()
         for term in ("subtract", "multiply", "add")
     }
-    if checkpoint.action_scaling.base is not None and checkpoint.action_limits is not None:
+    if checkpoint.action_limits is not None:
         arrays[ACTION_LIMITS] = checkpoint.action_limits
     arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
     arrays[CAUSAL_MASK] = causal_mask(config.n_obs_steps * config.tokens_per_step).numpy()

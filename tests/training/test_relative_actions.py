@@ -222,8 +222,10 @@ def test_states_that_the_actions_are_no_positions_of_are_refused(
     with pytest.raises(CheckpointError, match="there are 2 actions and 1 states"):
         train(config(narrow, tmp_path / "a"))
     radians = rewritten(pusht, tmp_path / "radians", lambda states: states / 512)
-    with pytest.raises(DatasetError, match="it is no position of what that state holds"):
-        train(config(radians, tmp_path / "b"))
+    for mode in ("MIN_MAX", "IDENTITY"):  # whatever is made of the numbers
+        mapping = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode[mode])
+        with pytest.raises(DatasetError, match="it is no position of what that state holds"):
+            train(config(radians, tmp_path / "b", normalization_mapping=mapping))
 
 
 def test_the_trainer_says_where_they_would_help(

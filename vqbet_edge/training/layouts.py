@@ -141,17 +141,10 @@ def _layout_0_4(directory: Path, config: Json) -> Description:
         )
     rename = before.get("rename_observations_processor", {}).get("config", {})
     renamed = {new: old for old, new in rename.get("rename_map", {}).items() if new in features}
+    stats = normalization[ACTION_KEY].stats if ACTION_KEY in normalization else {}
+    limits = np.stack([stats[name] for name in RANGE]) if stats.keys() >= set(RANGE) else None
     relative = _relative(config, before, after)
-    found = normalization[ACTION_KEY].stats if relative and ACTION_KEY in normalization else {}
-    limits = [found[name] for name in RANGE if name in found]
-    return Description(
-        Layout.V0_4,
-        features,
-        normalization,
-        renamed,
-        relative,
-        np.stack(limits) if len(limits) == len(RANGE) else None,
-    )
+    return Description(Layout.V0_4, features, normalization, renamed, relative, limits)
 
 
 def _relative(config: Json, before: Mapping[str, Json], after: Mapping[str, Json]) -> Json:

@@ -393,7 +393,8 @@ class Trunk(nn.Module):
         self.policy = GPT(config)
         self.action_head = ActionHead(config)
         first, step = torch.arange(config.num_queries), torch.arange(config.action_chunk_size)
-        # (Q, W): row q holds the indices of query q's action chunk within the training sequence.
+        # (Q, W): row q holds the indices of query q's action chunk within the training sequence;
+        # nothing here reads it, LeRobot's checkpoints have it.
         self.register_buffer("select_target_actions_indices", first[:, None] + step)
 
 

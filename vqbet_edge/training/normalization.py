@@ -5,7 +5,7 @@ Sources: `Normalize` and `Unnormalize` of LeRobot up to 0.3.3, `_NormalizationMi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from vqbet_edge.training.dataset.dataset import vector_statistics
 
 Floats = NDArray[np.float32]
 Statistics = Mapping[str, Floats]  # by name, see `STATISTICS`
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 # What a mode needs; all but MEAN_STD map the first to -1 and the second to 1.
 STATISTICS = {
@@ -128,6 +129,8 @@ class Scalings:
             DatasetError: a feature is missing or damaged, or actions are no positions that could
                 be relative to the state.
         """
+        if config.use_relative_actions:
+            _check_positions(dataset, config)
         forward, backward, kept = {}, {}, {}
         for key, feature in {**config.input_features, **config.output_features}.items():
             dim = feature.shape[0]
@@ -136,7 +139,7 @@ class Scalings:
                 forward[key] = backward[key] = Affine.identity(dim)
                 continue
             kept[key] = (
-                relative_statistics(dataset, config, STATISTICS[mode])
+                _relative_statistics(dataset, config, STATISTICS[mode])
                 if key == ACTION_KEY and config.use_relative_actions
                 else dataset.statistics(key, STATISTICS[mode])
             )
@@ -154,18 +157,18 @@ class Scalings:
         return self.backward[key].multiply
 
 
-class Spreads(NamedTuple):
+class _Spreads(NamedTuple):
     """Mean distances of a data set's actions, in the robot's units."""
 
     from_state: NDArray[np.float64]  # (A,), of action i from state i
     by_itself: NDArray[np.float64]  # (A,), from its mean
 
 
-def spreads(dataset: LeRobotDataset) -> Spreads:
+def _spreads(dataset: LeRobotDataset) -> _Spreads:
     """How far actions are from the state, which has at least their width."""
     actions = dataset.column(ACTION_KEY).astype(np.float64)
     states = dataset.column(STATE_KEY)[:, : actions.shape[1]]
-    return Spreads(
+    return _Spreads(
         from_state=np.abs(actions - states).mean(axis=0),
         by_itself=np.abs(actions - actions.mean(axis=0)).mean(axis=0),
     )
@@ -175,7 +178,7 @@ def relative_advice(dataset: LeRobotDataset, config: VQBeTConfig) -> str:
     """What to say about actions that are positions near the state; empty if they are none."""
     if config.use_relative_actions or config.state_dim < config.action_dim:
         return ""
-    found = spreads(dataset)
+    found = _spreads(dataset)
     if (found.from_state > _NEAR * found.by_itself).any():
         return ""
     shares = ", ".join(f"{share:.0%}" for share in found.from_state / found.by_itself)
@@ -186,17 +189,9 @@ def relative_advice(dataset: LeRobotDataset, config: VQBeTConfig) -> str:
     )
 
 
-def relative_statistics(
-    dataset: LeRobotDataset, config: VQBeTConfig, names: Sequence[str]
-) -> Statistics:
-    """The named statistics of every frame's chunk, its state subtracted; `RANGE` of the actions.
-
-    Raises:
-        DatasetError: actions spread more from the state than from their mean, so they are not
-            positions of what the state holds.
-    """
-    actions, states = dataset.column(ACTION_KEY), dataset.column(STATE_KEY)
-    from_state, by_itself = spreads(dataset)
+def _check_positions(dataset: LeRobotDataset, config: VQBeTConfig) -> None:
+    """Raise DatasetError where a relative action is further from its state than from its mean."""
+    from_state, by_itself = _spreads(dataset)
     for i in np.flatnonzero(config.relative_actions & (from_state > by_itself)).tolist():
         name = config.action_names[i] if config.action_names else str(i)
         raise DatasetError(
@@ -205,14 +200,26 @@ def relative_statistics(
             "position of what that state holds; name it in --relative-exclude-joints, or leave "
             "--use-relative-actions out"
         )
-    lengths = np.diff(dataset.bounds)
-    last = np.repeat(dataset.bounds[1:] - 1, lengths)
-    ahead = np.arange(len(actions))[:, None] + np.arange(config.action_chunk_size)
-    places = np.minimum(ahead, last[:, None])  # (F, W)
+
+
+def chunks_of(actions: NDArray[Scalar], width: int) -> NDArray[Scalar]:
+    """(T, ...) -> (T, width, ...): the chunk from every step on; the last action is repeated."""
+    steps = np.arange(len(actions))[:, None] + np.arange(width)
+    chunks: NDArray[Scalar] = actions[steps.clip(max=len(actions) - 1)]
+    return chunks
+
+
+def _relative_statistics(
+    dataset: LeRobotDataset, config: VQBeTConfig, names: Sequence[str]
+) -> Statistics:
+    """The named statistics of every frame's chunk, its state subtracted; `RANGE` of the actions."""
+    actions, states = dataset.column(ACTION_KEY), dataset.column(STATE_KEY)
     found: dict[str, list[Floats]] = {name: [] for name in names}
-    for i, relative in enumerate(config.relative_actions):
-        column = actions[:, i].astype(np.float64)
-        chunks = column[places] - (states[:, i, None] if relative else 0)
+    for i, relative in enumerate(config.relative_actions):  # one at a time: chunks are W times more
+        column = np.split(actions[:, i].astype(np.float64), dataset.bounds[1:-1])
+        chunks = np.concatenate([chunks_of(part, config.action_chunk_size) for part in column])
+        if relative:
+            chunks -= states[:, i, None]
         for name, value in vector_statistics(chunks.reshape(-1, 1), names).items():
             found[name].append(value)
     whole = dataset.statistics(ACTION_KEY, ("min", "max"))

@@ -15,6 +15,7 @@ from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.use import Codes, Floats, Motion, Use, transitions
 from vqbet_edge.training.config import ACTION_KEY
 from vqbet_edge.training.dataset.samples import Place, Source, check_features
+from vqbet_edge.training.normalization import chunks_of
 
 # A mean of equal numbers differs from them by about so much.
 _ROUNDING = 1e-9
@@ -43,13 +44,6 @@ def _scaled_down(differences: NDArray[np.number], action: Affine) -> Floats:
     zeros = np.zeros(differences.shape)
     result: Floats = np.divide(differences, scale, out=zeros, where=scale != 0)
     return result
-
-
-def chunks_of(actions: Floats, width: int) -> Floats:
-    """(T, A) -> (T, W, A): the chunk from every step on; the last action is repeated."""
-    steps = np.arange(len(actions))[:, None] + np.arange(width)
-    chunks: Floats = actions[steps.clip(max=len(actions) - 1)]
-    return chunks
 
 
 def read_episodes(policy: CodedPolicy, source: Source) -> list[Episode] | None:
