@@ -67,6 +67,7 @@ class Checkpoint:
         license: as the configuration names it.
         fps: observations a second of the demonstrations; None where its files do not tell.
         dataset: name or folder of the demonstrations, likewise.
+        action_kinds: what each number of an action is; empty where nobody said.
     """
 
     network: VQBeT
@@ -78,6 +79,7 @@ class Checkpoint:
     license: str | None = None
     fps: float | None = None
     dataset: str | None = None
+    action_kinds: tuple[ActionKind, ...] = ()
 
     @cached_property
     def inputs(self) -> Mapping[str, Affine]:
@@ -121,13 +123,6 @@ class Checkpoint:
         """What turns the network's chunks into the robot's actions."""
         relative = self.config.relative_actions
         return ActionScaling.of(self.action, self.inputs[STATE_KEY], relative, self.action_range)
-
-    @property
-    def action_kinds(self) -> tuple[ActionKind, ...]:
-        """What each number of an action is, as far as the configuration tells; empty if not."""
-        # Who trains distances from the state has been asked whether actions are positions of it.
-        relative = self.config.relative_actions
-        return tuple("position" if each else "unknown" for each in relative)
 
     @property
     def config(self) -> VQBeTConfig:
