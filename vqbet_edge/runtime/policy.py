@@ -35,16 +35,16 @@ from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts, Step
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.deadline import Deadline
+from vqbet_edge.runtime.guards.limits import tell_of_limits
 from vqbet_edge.runtime.guards.states import StateGuard
 from vqbet_edge.runtime.hub import local_bundle
-from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.manifest import STATE_RANGE, Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
 from vqbet_edge.runtime.planning import (
     Planner,
     action_scaling,
     decode_table,
-    demonstrated,
     secondary_columns,
 )
 from vqbet_edge.runtime.recording import Recorder
@@ -85,9 +85,11 @@ class EdgePolicy:
         trained = policy.bet_softmax_temperature
         self._temperature = trained if temperature is None else checked_temperature(temperature)
         scaling, self._guards = action_scaling(bundle), guards or Guards()
-        data = demonstrated(bundle)
-        self._actions = ActionGuard(self._guards, data.action, manifest.action_dim)
-        self._states = StateGuard(self._guards, data.state, manifest.state_key, manifest.state_dim)
+        self._actions = ActionGuard(self._guards, scaling.limits, manifest.action_dim)
+        demonstrated = bundle.demonstrated(STATE_RANGE, manifest.state_dim)
+        self._states = StateGuard(
+            self._guards, demonstrated, manifest.state_key, manifest.state_dim
+        )
         state = Affine.from_arrays(arrays, "state", manifest.state_dim)
         self._reader = ObservationReader(manifest, state, self._states)
         self._clock = ObservationClock(self._guards.max_age_s)
@@ -163,7 +165,7 @@ class EdgePolicy:
                 prefetch=prefetch,
                 guards=guards,
             )
-            demonstrated(opened).tell(policy._guards)
+            policy._tell_of_limits()
             if prove:
                 # It is built on this class.
                 from vqbet_edge.runtime import proof  # noqa: PLC0415
@@ -266,6 +268,11 @@ class EdgePolicy:
     def backend_name(self) -> str:
         """The backend that runs the graphs."""
         return self._backend.name
+
+    @property
+    def fps(self) -> float | None:
+        """Observations a second that the policy was trained on, None where not known."""
+        return self._manifest.fps
 
     def reset(self, seed: int | None = None, *, from_action: ArrayLike | None = None) -> None:
         """Forget history and queued actions; call it at the start of every episode.
@@ -414,6 +421,12 @@ class EdgePolicy:
         finally:
             self._recorder = None
             recorder.close()
+
+    def _tell_of_limits(self) -> None:
+        """At loading; siblings have the same."""
+        scaling = action_scaling(self._bundle)
+        inferred = self._manifest.format_version == 2 and scaling.base is None
+        tell_of_limits(self._guards, scaling.limits, inferred=inferred)
 
     def _info(self) -> PolicyInfo:
         """For who reads the recording."""

@@ -1,5 +1,6 @@
 """Limits on actions and on their change from step to step."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,6 +11,8 @@ from vqbet_edge.errors import NonFiniteError, UsageError
 from vqbet_edge.runtime.guards.config import Guards, PerDimension
 
 Floats = NDArray[np.float32]
+
+_LOG = logging.getLogger(__name__)
 
 
 class ActionLimits:
@@ -76,6 +79,30 @@ def action_limits(guards: Guards, data: Floats | None, dim: int) -> ActionLimits
             return _data_limits(data, guards.margin)
         case given:
             return ActionLimits(*given_range("action_limits", given, dim, "in"))
+
+
+def tell_of_limits(guards: Guards, data: Floats | None, *, inferred: bool) -> None:
+    """Log what a user would not expect of `action_limits="data"`.
+
+    Args:
+        guards: what they ask for.
+        data: as for `action_limits`.
+        inferred: from how actions are scaled, which is the same for quantiles.
+    """
+    if guards.action_limits != "data":
+        return
+    if data is None:
+        _LOG.warning(
+            "the bundle does not know the range of the actions that it was trained on: no action "
+            "is clamped; pass Guards(action_limits=(lowest, highest)) in the robot's units, or "
+            "action_limits=None to leave it so"
+        )
+    elif inferred:
+        _LOG.warning(
+            "the bundle has an older format, whose range of actions may be that of quantiles: "
+            "demonstrated actions may be clamped; export its checkpoint again, or pass "
+            "Guards(action_limits=(lowest, highest)) in the robot's units"
+        )
 
 
 def change_limit(guards: Guards, dim: int) -> ChangeLimit | None:
