@@ -109,7 +109,10 @@ class ActionGuard:
         self.late += 1
         match self._guards.on_late:
             case "hold" if self._held is not None:
-                return self._held.copy()
+                held = self._held.copy()
+                # Who follows trajectories stays there too.
+                self._step = Step(held[None], 0)
+                return held.copy()
             case "continue" if self._step is not None:
                 chunk, position = self._step
                 if position + 1 < len(chunk):
