@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, Guards, ObservationError, UsageError
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.guards.actions import ActionGuard
 from vqbet_edge.runtime.guards.states import StateGuard
 from vqbet_edge.runtime.manifest import ACTION_RANGE, STATE_RANGE
 
@@ -149,6 +150,27 @@ def test_not_a_number_is_no_far_state(mini: Path) -> None:
 
 def without(bundle: Bundle, *names: str) -> Bundle:
     return replace(bundle, arrays={k: v for k, v in bundle.arrays.items() if k not in names})
+
+
+def test_limits_hold_what_was_demonstrated_whatever_scales_it() -> None:
+    """Quantiles leave out what a gripper does in one step of a hundred."""
+    from vqbet_edge.training.config import NormalizationMode
+    from vqbet_edge.training.layouts import Normalization
+    from vqbet_edge.training.normalization import EPSILON
+
+    random, checkpoint = np.random.default_rng(0), miniature.checkpoint()
+    actions = np.stack([random.normal(0, 1, 1000), np.arange(1000) % 100 == 0], 1)
+    actions = actions.astype(np.float32)
+    quantiles = {f"q{q:02}": np.quantile(actions, q / 100, 0) for q in (1, 10, 90, 99)}
+    ends = {"min": actions.min(0), "max": actions.max(0)}
+    stats = {"mean": actions.mean(0), "std": actions.std(0), **quantiles}
+    for mode in NormalizationMode:
+        for known in (ends, {}):
+            how = Normalization(mode, stats | known, EPSILON)
+            made = replace(checkpoint, normalization={"action": how})
+            guard = ActionGuard(Guards(margin=0), made.action_range, 2)
+            assert (guard.limits is None) is (not known)
+            assert not guard.planned(actions.copy()).any()
 
 
 MARGIN = 0.1 * (HIGH - LOW)
