@@ -242,8 +242,9 @@ class EdgePolicy:
         """What `act` would return if it were called again and never predicted: float32 (n, A).
 
         The first is the latest action, the others follow in the chunk, for controllers that take
-        trajectories; of a chunk from `act_chunk`, which is executed whole, the last is left. None
-        before the first call. Guards that limit change are not applied.
+        trajectories; of a chunk from `act_chunk`, which is executed whole, the last is left, and
+        after a late call that held, what it held. None before the first call. Guards that limit
+        change are not applied.
         """
         return self._actions.upcoming
 
@@ -255,7 +256,7 @@ class EdgePolicy:
 
     @property
     def action_limits(self) -> tuple[Floats, Floats] | None:
-        """The lowest and highest action that leaves `act`, float32 (A,) each; None: no limits."""
+        """Lowest and highest that actions are clamped to, float32 (A,) each; None: they are not."""
         limits = self._actions.limits
         return None if limits is None else (limits.low.copy(), limits.high.copy())
 
