@@ -87,10 +87,10 @@ class Promised:
         return np.stack([self.out(action) for action in chunk])
 
 
-def late(robot: EdgePolicy, observation: Any, stamp: float | None) -> Floats:
+def late(robot: EdgePolicy, observation: Any, observation_time: float | None) -> Floats:
     deadline = robot._deadline
     if deadline is None:
-        return robot.act(observation, stamp)
+        return robot.act(observation, observation_time)
     in_time = deadline.run
 
     def finished_but_late(work: Any, start: float) -> None:
@@ -101,21 +101,20 @@ def late(robot: EdgePolicy, observation: Any, stamp: float | None) -> Floats:
 
     deadline.run = finished_but_late  # type: ignore[method-assign]
     try:
-        return robot.act(observation, stamp)
+        return robot.act(observation, observation_time)
     finally:
         deadline.run = in_time  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("replan_every", [1, 2, 5])
 @pytest.mark.parametrize("on_late", [None, "raise", "hold", "continue"])
-@pytest.mark.parametrize("prefetch", ["thread", "off"])
-def test_every_guard_with_every_other(
-    loaded: EdgePolicy, on_late: Any, replan_every: int, prefetch: Any
-) -> None:
-    random = np.random.default_rng(5)
-    for limits, change, stamps, known in product(
-        (None, LIMITS), (None, CHANGE), (False, True), (False, True)
-    ):
+def test_every_guard_with_every_other(loaded: EdgePolicy, on_late: Any, replan_every: int) -> None:
+    random, free = (
+        np.random.default_rng(5),
+        policy(loaded, Guards(action_limits=None), replan_every),
+    )
+    changes = (None, None), (CHANGE, None), (CHANGE, np.float32([0.1, 25]))
+    for limits, (change, before), stamped in product((None, LIMITS), changes, (False, True)):
         guards = Guards(
             action_limits=limits,
             max_change=change,
@@ -124,16 +123,12 @@ def test_every_guard_with_every_other(
             on_late=on_late,
         )
         robot = policy(loaded, guards, replan_every)
-        robot._prefetch = prefetch
-        before = np.float32([0.1, 25]) if known else None
-        robot.reset(3, from_action=before)
-        promised = Promised(
-            policy(loaded, Guards(action_limits=None), replan_every), guards, before
-        )
-        counted = 0
+        for each in (robot, free):
+            each.reset(3, from_action=before)
+        promised, counted = Promised(free, guards, before), 0
         for call in SCRIPT.split():
             observation = miniature.observation(random)
-            stamp = time.monotonic() if stamps else None
+            stamp = time.monotonic() if stamped else None
             if call == "stale":
                 for impossible in (time.monotonic() - 100, time.monotonic() + 100):
                     with pytest.raises(StaleObservationError):
@@ -145,10 +140,8 @@ def test_every_guard_with_every_other(
                 with pytest.raises(DeadlineError, match="no action within"):
                     late(robot, observation, stamp)
                 continue
-            if call == "late":
-                got = late(robot, observation, stamp)
-            else:
-                got = getattr(robot, call)(observation, observation_time=stamp)
+            act = late if call == "late" else getattr(EdgePolicy, call)
+            got = act(robot, observation, observation_time=stamp)
             np.testing.assert_array_equal(got, expected)
             assert robot.upcoming is not None
             if (call, on_late) == ("late", "hold"):
