@@ -13,13 +13,13 @@ from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
 from vqbet_edge.runtime.comparison import LIMITS
+from vqbet_edge.runtime.lerobot_files import lerobot_files
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS, Precision, Target
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
 from vqbet_export.assembly import assemble, describe
 from vqbet_export.cases import CaseChooser
-from vqbet_export.lerobot import lerobot_files
 from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.report import report_data, report_markdown
