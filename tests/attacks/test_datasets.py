@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vqbet_edge.errors import DatasetError
+from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.frames import IMAGE_ERRORS, decode_image
+from vqbet_edge.training.dataset.frames import IMAGE_ERRORS, cached_frames, decode_image
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 IMAGE = "observation.image"
@@ -108,3 +108,20 @@ def test_statistics_are_finite_whatever_stands_there(tmp_path: Path, value: obje
     (root / "meta/stats.json").write_text(json.dumps({IMAGE: stats}))
     found = LeRobotDataset.open(root).statistics(IMAGE)
     assert all(np.isfinite(values).all() for values in found.values())
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr':'|O','fortran_order':False,'shape':(1,)}",
+     "{'descr':'|u1','fortran_order':False,'shape':(-5,)}",
+     "{'descr':'|u1','fortran_order':False,'shape':(True,)}",
+     f"{{'descr':'|u1','fortran_order':False,'shape':({1 << 62},)}}",
+     f"{{'descr':'|u1','fortran_order':False,'shape':({10**30},)}}",
+     "{'descr':[('a',')'],'fortran_order':False,'shape':(1,)}", "(" * 3000],
+)  # fmt: skip
+def test_a_cache_of_frames_with_another_header(tmp_path: Path, header: str) -> None:
+    text = header.encode() + b"\n"
+    path = tmp_path / "cache.npy"
+    path.write_bytes(b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(100))
+    with pytest.raises(DiskError, match="is not the cache that was written"):
+        cached_frames([], (1, 2, 2, 3), path)

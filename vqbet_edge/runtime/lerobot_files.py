@@ -70,8 +70,10 @@ def check_lerobot_files(manifest: Manifest, contents: Mapping[str, bytes]) -> No
         BundleError: one differs.
     """
     found = {name: contents[name] for name in LEROBOT_NAMES if name in contents}
-    name_of_license = read_license(found[CONFIG_NAME]) if CONFIG_NAME in found else None
-    expected = lerobot_files(manifest, name_of_license)
+    terms = manifest.license
+    if manifest.format_version == 2 and CONFIG_NAME in found:
+        terms = read_license(found[CONFIG_NAME])
+    expected = lerobot_files(manifest, terms)
     for name, data in found.items():
         if data != expected[name]:
             raise _foreign(name)

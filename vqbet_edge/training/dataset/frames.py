@@ -187,8 +187,7 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
     try:
         if not path.is_file():
             _write(parts, shape, path)
-        # Not `np.load`, which opens archives and pickles too.
-        frames: Frames = np.lib.format.open_memmap(path, mode="c")
+        frames = _mapped(path)
         if frames.shape != shape or frames.dtype != np.uint8:
             raise ValueError(f"it holds {frames.dtype} {frames.shape}, expected uint8 {shape}")
     except ValueError as e:
@@ -201,6 +200,16 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
             f"They need {np.prod(shape) / 1e9:.1f} GB; free space or choose another cache folder"
         ) from e
     return frames
+
+
+def _mapped(path: Path) -> Frames:
+    # Not `np.load`, which opens archives and pickles too.
+    try:
+        return np.lib.format.open_memmap(path, mode="c")
+    except OSError:
+        raise
+    except Exception as e:  # a header is Python's text, and fails as such and as its numbers do
+        raise ValueError(str(e)) from e
 
 
 def _fill(parts: Iterable[Frames], shape: tuple[int, ...]) -> Frames:
