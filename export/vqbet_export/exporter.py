@@ -12,6 +12,7 @@ from vqbet_calibration.samples import Samples, load_samples
 from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
+from vqbet_edge.runtime.lerobot_files import lerobot_files
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
@@ -20,7 +21,6 @@ from vqbet_export.assembly import assemble
 from vqbet_export.cases import CASES, CaseChooser, frame_of
 from vqbet_export.config import ExportConfig
 from vqbet_export.demonstrations import find_demonstrations, notes_on
-from vqbet_export.lerobot import lerobot_files
 from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.reference import run_reference

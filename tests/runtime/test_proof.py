@@ -270,6 +270,8 @@ def damaged(bundle: Bundle) -> Callable[..., Bundle]:
         ("lengths", lambda x: x[:0]),
         ("geometry", lambda x: x - 5),
         ("geometry", lambda x: x * 1000),
+        # The whole frame would have to be so large.
+        ("geometry", lambda x: [*x[:4], 1 << 40]),
         ("frames", lambda x: x[:, :, :5]),
         ("states", lambda x: x[:-1]),
         ("feature", lambda x: x.astype(np.float64)),

@@ -204,7 +204,7 @@ def _check_arrays(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest)
     top, left, height, width, magnification = (int(value) for value in geometry.tolist())
     rows, columns, _ = manifest.frame_shape
     inside = 0 <= top <= rows - height and 0 <= left <= columns - width
-    if not (inside and min(height, width, magnification) > 0):
+    if not (inside and min(height, width, magnification) > 0) or magnification > max(height, width):
         raise _misfit("geometry")
     values: list[int] = lengths.tolist()  # Python's integers do not overflow
     total = sum(values)

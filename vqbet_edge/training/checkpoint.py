@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import safetensors
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from torch import Tensor
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.runtime.manifest import ActionKind
+from vqbet_edge.runtime.manifest import ActionKind, Text
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
 from vqbet_edge.training.files import remedy
@@ -222,8 +223,10 @@ def _dataset(run: Json) -> str | None:
 
 
 def _license(config: Json) -> str | None:
-    name = config.get("license")
-    return name if isinstance(name, str) else None
+    try:
+        return msgspec.convert(config.get("license"), Text | None)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{CONFIG_NAME}: license: {error}; correct it, or null") from error
 
 
 def _locate(source: str) -> Path:
