@@ -17,6 +17,7 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import ReferenceCases
 from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.proof import act_out
+from vqbet_edge.training.dataset.samples import patches
 
 CAMERAS = IMAGE, f"{IMAGE}.wrist"
 
@@ -46,7 +47,9 @@ def record(shared: Path) -> None:
         for _ in range(8):
             policy.reset()
             for _ in range(32):
-                policy.act(miniature.observation(random, CAMERAS))
+                seen = miniature.observation(random, CAMERAS)
+                seen |= {key: patches(random, seen[key].shape) for key in CAMERAS}
+                policy.act(seen)
 
 
 def refused(bundle: Bundle, cases: ReferenceCases) -> bool:

@@ -26,6 +26,8 @@ PIECE_STEPS = 16
 # Of so many episodes or fewer, quarters are what pieces are spread over.
 _FEW_EPISODES = 3
 _QUARTERS = 4
+# In a row and in a column of a random frame.
+_PATCHES = 5
 # However many pieces there are, their places in time are spread evenly.
 _GOLDEN = 0.6180339887
 
@@ -303,7 +305,9 @@ def check_features(source: Source, expected: Mapping[str, tuple[int, ...]]) -> N
 
 
 def random_pieces(manifest: Manifest, state_scaling: Affine, steps: int) -> Iterator[Piece]:
-    """Frames of noise, and states over the range that normalisation maps to [-1, 1].
+    """Frames of patches and noise, and states over the range that normalisation maps to [-1, 1].
+
+    Noise alone is the same to an encoder wherever it looks, and so would hide what it does wrong.
 
     Args:
         manifest: of the policy's bundle.
@@ -316,4 +320,14 @@ def random_pieces(manifest: Manifest, state_scaling: Affine, steps: int) -> Iter
         shape = (count, len(manifest.image_keys), *manifest.frame_shape)
         normalized = random.uniform(-1, 1, (count, manifest.state_dim))
         states = (normalized - state_scaling.add) / state_scaling.multiply + state_scaling.subtract
-        yield Piece(random.integers(0, 256, shape, np.uint8), states.astype(np.float32))
+        yield Piece(patches(random, shape), states.astype(np.float32))
+
+
+def patches(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """uint8 (..., H, W, 3): frames of patches of one colour each, with noise over them."""
+    *leading, height, width, channels = shape
+    across = -(-height // _PATCHES), -(-width // _PATCHES)
+    coarse = random.integers(0, 192, (*leading, _PATCHES, _PATCHES, channels), np.uint8)
+    large = coarse.repeat(across[0], axis=-3).repeat(across[1], axis=-2)[..., :height, :width, :]
+    frames: NDArray[np.uint8] = large + random.integers(0, 64, shape, np.uint8)
+    return frames
