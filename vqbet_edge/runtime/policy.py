@@ -286,6 +286,20 @@ class EdgePolicy:
             self._last = None
             self._broken = False
 
+    def drop_queue(self) -> None:
+        """Forget queued actions but not the history: the next `act` predicts from what is seen.
+
+        It waits for calls that were late. `reset` is for a new episode.
+        """
+        with self._exclusive():
+            if self._deadline is None:
+                self._queue.clear()
+            else:
+                self._deadline.finish(self._queue.clear)
+            if self._handed is not None:
+                chunk, position = self._handed
+                self._handed = _Step(chunk[: position + 1], position)
+
     def act(self, observation: Observation, observation_time: float | None = None) -> Floats:
         """The action for this observation.
 
