@@ -25,7 +25,6 @@ from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.deadline import Deadline
-from vqbet_edge.runtime.hub import local_bundle
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
@@ -127,9 +126,10 @@ class EdgePolicy:
         """Load a bundle that `vqbet-export` wrote.
 
         Args:
-            bundle: the bundle's directory, or the id of a repository on the Hugging Face Hub.
+            bundle: the bundle's directory, or the id of a repository on the Hugging Face Hub:
+                "user/name" or "user/name@revision".
             backend: who runs the graphs; `auto` takes the fastest that is there.
-            revision: of the repository: a branch, tag or commit.
+            revision: of the repository, if the id names none: a branch, tag or commit.
             seed: start of the random sequence that codes are drawn with.
             temperature: of the code distribution; None takes the checkpoint's, 0 is greedy.
             replan_every: predict a new chunk after so many actions, 1 to `action_chunk_size`;
@@ -150,7 +150,7 @@ class EdgePolicy:
             BackendError: the backend is missing or refuses the bundle.
             UsageError: an argument is out of range.
         """
-        opened = Bundle.open(local_bundle(bundle, revision))
+        opened = Bundle.open(bundle, revision)
         loaded = create_backend(backend, opened)
         try:
             policy = cls(
