@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from vqbet_edge.runtime.extras import install_command
+
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({}, None)); from {} import main; main()"
 
 
@@ -14,5 +16,5 @@ def test_what_to_install(module: str, missing: tuple[str, ...]) -> None:
     command = [sys.executable, "-c", WITHOUT.format(missing, module), "test.bundle"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'vqbet-edge[cli]'" in done.stderr
+    assert install_command("cli") in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,6 +12,7 @@ import pytest
 from workshop import Exported
 
 from vqbet_edge import inspection
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.manifest import decode_manifest, encode_manifest
 
 
@@ -44,7 +45,7 @@ def test_without_its_libraries_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert run(monkeypatch, str(tiny.bundle)) == 2
-    assert "pip install 'vqbet-edge[cli]'" in capsys.readouterr().err
+    assert install_command("cli") in capsys.readouterr().err
 
 
 def test_names_an_altered_file(
