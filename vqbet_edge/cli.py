@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
-from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
-from vqbet_edge.runtime.extras import install_command
+from vqbet_edge.errors import DiskError, VQBeTEdgeError
 
 Arguments = TypeVar("Arguments")
 
@@ -36,11 +35,6 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
     except VQBeTEdgeError as error:
         code = _fail(error, error.exit_code)
-    except ModuleNotFoundError as error:
-        if error.name not in {"tyro", "rich"}:
-            raise
-        message = f"commands need '{error.name}'; type: {install_command('cli')}"
-        code = _fail(UsageError(message), UsageError.exit_code)
     except OSError as error:
         # The parts that know a better explanation raise it themselves. Networks fail with errors
         # of this class too.

@@ -12,7 +12,6 @@ import pytest
 from workshop import Exported
 
 from vqbet_edge import inspection
-from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.manifest import decode_manifest, encode_manifest
 
 
@@ -38,14 +37,6 @@ def test_shows_a_bundle(tiny: Exported, monkeypatch: pytest.MonkeyPatch, capsys:
     assert run(monkeypatch, str(tiny.bundle), "--json") == 0
     manifest = (tiny.bundle / "manifest.json").read_text()
     assert json.loads(capsys.readouterr().out) == json.loads(manifest)
-
-
-def test_without_its_libraries_it_says_what_to_install(
-    tiny: Exported, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert run(monkeypatch, str(tiny.bundle)) == 2
-    assert install_command("cli") in capsys.readouterr().err
 
 
 def test_names_an_altered_file(

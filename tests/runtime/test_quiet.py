@@ -142,14 +142,15 @@ def test_acting_serving_and_looking(mini: Path, tmp_path: Path) -> None:
         quiet(watch(tmp_path / name, *command))
 
 
-def test_training_exporting_and_calibrating(tmp_path: Path) -> None:
+def test_training_exporting_calibrating_and_evaluating(tmp_path: Path) -> None:
     """Only Matplotlib keeps its list of fonts."""
     sizes = [text for name, value in TRAINING.items() for text in (f"--{name}", value)]
     trained = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
     calibrated = ["--int8", "--calibration-data", PUSHT, "--calibration-steps", 32]
     train = run("vqbet_edge.training.cli", "--dataset", PUSHT, "--output", tmp_path / "run", *sizes)
     export = run("vqbet_export.cli", trained, *calibrated, "--verify-steps", 8, "-o", "x.bundle")
-    for name, command in {"train": train, "export": export}.items():
+    drive = run("vqbet_edge.training.evaluation.cli", trained, "--env", "pusht", "--episodes", 1)
+    for name, command in {"train": train, "export": export, "eval": drive}.items():
         (tmp_path / name).mkdir()
         quiet(watch(tmp_path / name, *command), *MATPLOTLIB)
 
