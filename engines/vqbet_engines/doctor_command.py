@@ -23,7 +23,7 @@ class DoctorArguments:
 
     # With a bundle, a directory or a Hub id (user/name, user/name@revision): prove by its reference
     # cases that every backend that is here computes the policy that was trained. Nothing is built.
-    bundle: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")] = None
+    bundle: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[BUNDLE]")] = None
 
     # Print the findings as JSON, each fix with the documentation that it was checked against.
     json: bool = False
