@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, requires
 
 _NAME = "vqbet-edge"
 # A requirement, its own condition if there is one, and the extra that it belongs to.
-_LINE = re.compile(r"([^;]+?)\s*(?:;\s*(?:\((.*)\) and )?extra == '([\w-]+)')?")
+_LINE = re.compile(r"""([^;]+?)\s*(?:;\s*(?:\(?(.*?)\)? and )?extra == ["']([\w-]+)["'])?""")
 
 
 def install_command(*extras: str) -> str:
