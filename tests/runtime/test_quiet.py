@@ -95,7 +95,16 @@ def watch(folder: Path, *command: str, **variables: str) -> Traces:
     kept = {
         k: v for k, v in os.environ.items() if k not in HIDDEN and k[:4] not in {"XDG_", "HF_H"}
     }
-    tracer = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(log)]
+    tracer = [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-qq",
+        "-e",
+        "trace=connect,sendto,sendmsg,sendmmsg",
+        "-o",
+        str(log),
+    ]
     done = subprocess.run(
         [*(tracer if shutil.which("strace") else []), *command],
         env=kept | {"HOME": str(home)} | variables,
