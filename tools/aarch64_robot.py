@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import ReferenceCases
 from vqbet_edge.runtime.proof import prove
@@ -40,7 +40,7 @@ def check(path: Path) -> str:
 def main() -> None:
     """All bundles of the command line."""
     system = f"{platform.machine()}, Python {platform.python_version()}"
-    sys.stdout.write(f"{system}, ONNX Runtime {onnxruntime.__version__}\n")
+    sys.stdout.write(f"{system}, ONNX Runtime {import_onnxruntime().__version__}\n")
     for path in sys.argv[1:]:
         sys.stdout.write(check(Path(path)) + "\n")
 

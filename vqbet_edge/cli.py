@@ -6,14 +6,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from types import FrameType, NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, cast
 
-from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
-
-if TYPE_CHECKING:
-    from tyro.constructors import ConstructorRegistry
+from vqbet_edge.errors import DiskError, VQBeTEdgeError
 
 Arguments = TypeVar("Arguments")
 
@@ -39,11 +35,6 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
     except VQBeTEdgeError as error:
         code = _fail(error, error.exit_code)
-    except ModuleNotFoundError as error:
-        if error.name not in {"tyro", "rich"}:
-            raise
-        message = f"commands need '{error.name}'; type: pip install 'vqbet-edge[cli]'"
-        code = _fail(UsageError(message), UsageError.exit_code)
     except OSError as error:
         # The parts that know a better explanation raise it themselves. Networks fail with errors
         # of this class too.
@@ -71,43 +62,8 @@ def parse(
     """
     import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
 
-    return cast(
-        "Arguments",
-        tyro.cli(kind, prog=prog, config=config, registry=_registry(), default=default),
-    )
-
-
-def _registry() -> "ConstructorRegistry":
-    """Optional arguments are shown as what they take: `INT`, not `{None}|INT`."""
-    from tyro.constructors import (  # noqa: PLC0415
-        ConstructorRegistry,
-        PrimitiveConstructorSpec,
-        PrimitiveTypeInfo,
-    )
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        kinds = get_args(info.type)
-        if NoneType not in kinds or len(kinds) != 2:
-            return None
-        (kind,) = (each for each in kinds if each is not NoneType)
-        inner = PrimitiveTypeInfo.make(kind, info.markers)
-        spec = ConstructorRegistry.get_primitive_spec(inner)
-        if not isinstance(spec, PrimitiveConstructorSpec):
-            return None
-        return replace(
-            spec,
-            # None is one word, whatever the value takes.
-            nargs=(1, spec.nargs) if isinstance(spec.nargs, int) else spec.nargs,
-            choices=spec.choices and (*spec.choices, "None"),
-            instance_from_str=lambda s: None if s == ["None"] else spec.instance_from_str(s),
-            is_instance=lambda x: x is None or spec.is_instance(x),
-            str_from_instance=lambda x: ["None"] if x is None else spec.str_from_instance(x),
-        )
-
-    return registry
+    # Without a default it is typed as perhaps None, and never is.
+    return cast("Arguments", tyro.cli(kind, prog=prog, config=config, default=default))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqbet_edge import cli
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 class Arguments:
     """Check a bundle and show what is in it."""
 
-    # The bundle's directory.
-    bundle: Path
+    # The bundle: a directory or a Hub id (user/name, user/name@revision).
+    bundle: str
     # Print the manifest as JSON.
     json: bool = False
     # Act the bundle's reference cases out on this machine: the proof that it computes the policy

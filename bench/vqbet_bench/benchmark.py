@@ -25,6 +25,7 @@ from vqbet_bench.timing import RoundPlan
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.extras import install_command
 
 _PEER_NAMES: dict[PeerName, str] = {"lerobot": "LeRobot", "single-graph": "single ONNX graph"}
 # Enough predictions over all rounds to name the 90th percentile.
@@ -37,12 +38,13 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
     Raises:
         VQBeTEdgeError: the bundles cannot be read or do not belong together.
     """
-    bundles = {str(path.absolute()): Bundle.open(path) for path in arguments.bundles}
+    named = {source: Bundle.open(source) for source in arguments.bundles}
+    bundles = {str(bundle.path.absolute()): bundle for bundle in named.values()}
     first = _checked(bundles)
     progress("looking at the machine")
     machine = describe_machine()
     job = _job(first, create_observations(first, arguments.dataset), arguments)
-    jobs = _bundle_jobs(arguments, job)
+    jobs = _bundle_jobs(arguments, named, job)
     with TemporaryDirectory(prefix="vqbet-bench-") as name:
         folder = Path(name)
         with closing(Session(folder, progress)) as session:
@@ -95,17 +97,18 @@ def _job(bundle: Bundle, observations: Observations, arguments: Arguments) -> Jo
     )
 
 
-def _bundle_jobs(arguments: Arguments, job: Job) -> dict[str, Job]:
+def _bundle_jobs(arguments: Arguments, bundles: Mapping[str, Bundle], job: Job) -> dict[str, Job]:
     """Every bundle on every backend, with every way of prefetching, unrecorded and recorded."""
     found: dict[str, Job] = {}
     choices = arguments.bundles, arguments.backend, arguments.prefetch or (None,)
     folders = dict.fromkeys((None, arguments.record))
-    for path, backend, prefetch, record in itertools.product(*choices, folders):
-        words = path.stem, backend, prefetch, record and "recorded"
+    for source, backend, prefetch, record in itertools.product(*choices, folders):
+        name, path = Path(source).name.removesuffix(".bundle"), bundles[source].path
+        words = name, backend, prefetch, record and "recorded"
         label = " ".join(filter(None, words))
         if label in found:
             raise UsageError(
-                f"two bundles are named '{path.stem}'; rename one, or name each of them once"
+                f"two bundles are named '{name}'; rename one, or name each of them once"
             )
         one = replace(job, path=str(path.absolute()), backend=backend, prefetch=prefetch)
         found[label] = replace(one, record=record)
@@ -117,7 +120,9 @@ def _peer_jobs(
 ) -> Iterator[tuple[str, Job]]:
     if arguments.checkpoint is None:
         return
-    checkpoint = str(arguments.checkpoint.absolute())
+    from vqbet_edge.training.checkpoint import locate_checkpoint  # noqa: PLC0415 - loads torch
+
+    checkpoint = str(locate_checkpoint(arguments.checkpoint).absolute())
     for kind in arguments.peers:
         name, path = _PEER_NAMES[kind], checkpoint
         if kind == "single-graph":
@@ -174,7 +179,7 @@ def _with_sizes(result: Result, bundle: Bundle, threads: int) -> Result:
     try:
         roofline = _roofline(result, bundle, threads)
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"no roofline: {error}; pip install 'vqbet-edge[bench]'\n")
+        sys.stderr.write(f"no roofline: {error}; type: {install_command('bench')}\n")
         roofline = None
     except ValueError as error:
         sys.stderr.write(f"no roofline of {result.name}: {error}\n")

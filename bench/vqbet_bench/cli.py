@@ -25,8 +25,9 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class Arguments:
     """Measure bundles on this machine: latency, deadlines, memory, energy, and the bounds."""
 
-    # Bundles, of one checkpoint if peers are to be compared.
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE ...")]
+    # Bundles: directories or Hub ids (user/name, user/name@revision), of one checkpoint if peers
+    # are to be compared.
+    bundles: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE ...")]
     # Backends to run every bundle on.
     backend: tuple[BundleBackend, ...] = ("auto",)
     # When work is done ahead of the next prediction; the backend's default without.
@@ -39,9 +40,9 @@ class Arguments:
     rounds: int = 5
     # A LeRobot data set (folder or Hub id) or what `policy.record` wrote; random ones without.
     dataset: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
-    # The checkpoint that the bundles were exported from; adds the peers. LeRobot's own loader reads
-    # it, and imports and runs what its processors name: trust it as a program.
-    checkpoint: Path | None = None
+    # The checkpoint that the bundles were exported from, likewise; adds the peers. LeRobot's own
+    # loader reads it, and imports and runs what its processors name: trust it as a program.
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
     # Peers to compare with, given a checkpoint.
     peers: tuple[PeerName, ...] = PEERS
     # Where LeRobot runs.

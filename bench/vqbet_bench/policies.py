@@ -17,6 +17,7 @@ from vqbet_bench.observations import Observations
 from vqbet_edge import EdgePolicy, __version__
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
+from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 
@@ -208,8 +209,7 @@ class SingleGraph(Policy):
     """
 
     def __init__(self, job: Job) -> None:
-        import onnxruntime  # noqa: PLC0415
-
+        onnxruntime = import_onnxruntime()
         self._observations, self._window = job.observations, job.window
         self.chunk, self._every = job.chunk, False
         self._frames: deque[Floats] = deque(maxlen=self._window)

@@ -3,8 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -12,6 +12,7 @@ import psutil
 
 from vqbet_edge.errors import BackendError, UsageError
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.extras import install_command
 
 if TYPE_CHECKING:
     from vqbet_serve.load import Measured, Way
@@ -36,10 +37,11 @@ def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> 
     except ModuleNotFoundError as error:
         raise BackendError(
             f"--serve needs '{error.name}', which is not installed; install it with: "
-            "pip install 'vqbet-edge[bench,serve,cpu]'"
+            f"{install_command('bench', 'serve', 'cpu')}"
         ) from error
+    bundles = {source: Bundle.open(source).path for source in arguments.bundles}
     notes: list[str] = []
-    results = list(_results(arguments, progress, notes))
+    results = list(_results(arguments, bundles, progress, notes))
     text = "\n\n".join([table(results).rstrip(), *notes]) + "\n"
     numbers = {"processors": os.cpu_count(), "rate": arguments.rate, "notes": notes}
     data = json.dumps({**numbers, "results": [asdict(each) for each in results]}, indent=1) + "\n"
@@ -55,30 +57,32 @@ def _check(arguments: "Arguments") -> None:
         raise UsageError("--serve takes numbers of robots, 1 or more")
     if len(arguments.backend) > 1 or "tensorrt_rtx" in arguments.backend:
         raise UsageError("--serve measures one of vqbet-serve's backends")
-    for bundle in arguments.bundles:
-        Bundle.open(bundle)  # before anything is measured
 
 
 def _results(
-    arguments: "Arguments", progress: Callable[[str], None], notes: list[str]
+    arguments: "Arguments",
+    bundles: Mapping[str, Path],
+    progress: Callable[[str], None],
+    notes: list[str],
 ) -> "Iterator[Measured]":
     from vqbet_serve.load import Load, Way, measure  # noqa: PLC0415
 
-    for bundle in arguments.bundles:
+    for source, bundle in bundles.items():
+        name = Path(source).name
         load = Load(bundle, arguments.rate, arguments.seconds, arguments.backend[0])  # type: ignore[arg-type]
         per_process = 0.0
         for robots in sorted(arguments.serve):
             for way in get_args(Way):
                 if _pointless(way, robots):
                     continue
-                if way == "processes" and (note := _too_much(bundle, robots, per_process)):
+                if way == "processes" and (note := _too_much(name, robots, per_process)):
                     notes.append(note)
                     continue
-                progress(f"{bundle.name}: {robots} robots, {way}")
+                progress(f"{name}: {robots} robots, {way}")
                 measured = measure(load, way, robots)
                 if way == "processes":
                     per_process = measured.memory_mb / robots
-                yield measured
+                yield replace(measured, bundle=name)
 
 
 def _pointless(way: "Way", robots: int) -> bool:
@@ -86,12 +90,12 @@ def _pointless(way: "Way", robots: int) -> bool:
     return way == "server, each alone" and robots == 1
 
 
-def _too_much(bundle: Path, robots: int, per_process: float) -> str:
+def _too_much(name: str, robots: int, per_process: float) -> str:
     """Why so many processes are not measured; empty if they are."""
     needed, there = robots * per_process, psutil.virtual_memory().available / 2**20
     if needed <= _SHARE * there:
         return ""
     return (
-        f"{bundle.name}: {robots} processes would take about {needed:.0f} MiB, and {there:.0f} are "
+        f"{name}: {robots} processes would take about {needed:.0f} MiB, and {there:.0f} are "
         "available: not measured."
     )

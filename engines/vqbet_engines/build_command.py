@@ -4,7 +4,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -25,8 +24,8 @@ from vqbet_engines.engines import EngineBuilder, EngineReport
 class BuildArguments:
     """Build a bundle's TensorRT engines for this device, prove them and keep them."""
 
-    # Directory that vqbet-export wrote.
-    bundle: tyro.conf.Positional[Path]
+    # What vqbet-export wrote: a directory or a Hub id (user/name, user/name@revision).
+    bundle: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
 
     # Board profile whose workspace is used; this board's by default.
     board: Annotated[str | None, tyro.conf.arg(metavar="BOARD")] = None

@@ -1,4 +1,4 @@
-"""Entry point of `vqbet-build`; `run` says what to install where its libraries are missing."""
+"""Entry point of `vqbet-build`."""
 
 from vqbet_edge.cli import run
 

@@ -46,7 +46,7 @@ _GROUPS = "https://github.com/NVIDIA/NemoClaw/pull/5018"
 _VENV = "https://docs.python.org/3/library/venv.html"
 _PIP = "https://pip.pypa.io/en/stable/cli/pip_install/"
 _OURS = "docs/engines.md"
-_PLUGIN_FOLDER = "./integrations/lerobot"
+_PLUGIN_FOLDER = "./integrations/lerobot  # in a clone of vqbet-edge"
 _PLUGIN_DOCS = "integrations/lerobot/README.md"
 
 _NEWER_JETPACK = Fix("flash JetPack 6.2 or newer with NVIDIA SDK Manager", _FLASHING)
@@ -229,9 +229,7 @@ def _lerobot(_machine: Machine) -> Iterator[Finding]:
     spelled = [name for name in names if re.sub(r"[-_.]+", "_", name).lower() == _PLUGIN]
     if not spelled:
         text = f"{lerobot}, without the plugin for bundles"
-        yield Finding(
-            "LeRobot", "note", text, Fix("pip install ./integrations/lerobot", _PLUGIN_DOCS)
-        )
+        yield Finding("LeRobot", "note", text, Fix(f"pip install {_PLUGIN_FOLDER}", _PLUGIN_DOCS))
     elif not any(name.startswith("lerobot_policy_") for name in spelled):
         text = f"{lerobot} skips '{spelled[0]}': its name must start with lerobot_policy_"
         yield Finding("LeRobot", "problem", text, install)

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -22,9 +21,9 @@ from vqbet_engines.proofs import prove_backends
 class DoctorArguments:
     """Say what is installed here, what is missing, and the command that fixes it."""
 
-    # With a bundle: prove by its reference cases that every backend that is here computes the
-    # policy that was trained. Nothing is built.
-    bundle: Annotated[Path | None, tyro.conf.Positional] = None
+    # With a bundle, a directory or a Hub id (user/name, user/name@revision): prove by its reference
+    # cases that every backend that is here computes the policy that was trained. Nothing is built.
+    bundle: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[BUNDLE]")] = None
 
     # Print the findings as JSON, each fix with the documentation that it was checked against.
     json: bool = False

@@ -24,7 +24,8 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class Arguments:
     """Export a VQ-BeT checkpoint as a bundle that acts without PyTorch, verified against it."""
 
-    # A model.safetensors that LeRobot or vqbet-train wrote, its directory, or a Hub id.
+    # A model.safetensors that LeRobot or vqbet-train wrote, its directory, or a Hub id
+    # (user/name, user/name@revision).
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     # Compute in float32; the default.
     fp32: Flag = False

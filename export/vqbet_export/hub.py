@@ -9,7 +9,7 @@ import msgspec
 
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.hub import is_hub_id
+from vqbet_edge.runtime.hub import parse_id
 from vqbet_edge.runtime.lerobot_files import CONFIG_NAME
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, Manifest
 
@@ -22,7 +22,8 @@ def check_repository(name: str) -> None:
     Raises:
         UsageError: the name is no repository's, or huggingface_hub is not installed.
     """
-    if not is_hub_id(name):
+    repository = parse_id(name)
+    if repository is None or repository.revision is not None:
         raise UsageError(
             f"--push-to-hub takes a repository's id, user/name, not ending in .bundle; got '{name}'"
         )
@@ -72,12 +73,13 @@ def model_card(bundle: Bundle, name: str) -> str:
 
     manifest, config = bundle.manifest, msgspec.json.decode(bundle.contents[CONFIG_NAME])
     source = manifest.source.name
+    original = parse_id(source)
     data = ModelCardData(
         license=config["license"],
         library_name="lerobot",
         pipeline_tag="robotics",
         tags=_TAGS,
-        base_model=source if is_hub_id(source) and not Path(source).exists() else None,
+        base_model=None if original is None or Path(source).exists() else original.name,
     )
     report = bundle.contents["report.md"].decode()
     text = [
@@ -105,14 +107,14 @@ def _how_to_run(name: str, manifest: Manifest) -> str:
         [
             "## Run it",
             "",
-            "With LeRobot:",
+            "With LeRobot; in a clone of vqbet_edge, because no package index has it:",
             "",
-            "    pip install lerobot_policy_vqbet_edge",
+            "    pip install '.[cli,cpu]' ./integrations/lerobot",
             f"    lerobot-rollout --policy.path={name} --robot.type=...",
             "",
-            "With Python, without PyTorch:",
+            "With Python, without PyTorch; likewise:",
             "",
-            "    pip install 'vqbet-edge[cpu]' huggingface_hub",
+            "    pip install '.[cpu]' huggingface_hub",
             "",
             "```python",
             "from vqbet_edge import EdgePolicy",

@@ -107,10 +107,10 @@ def camera_topics(manifest: Manifest) -> list[str]:
     return [f"/camera_{number}" for number in range(len(manifest.image_keys))]
 
 
-def node_parameters(bundle: Path, manifest: Manifest, rate: float) -> dict[str, Any]:
+def node_parameters(bundle: str, manifest: Manifest, rate: float) -> dict[str, Any]:
     """Of the node."""
     return {
-        "bundle": str(bundle.resolve()),
+        "bundle": bundle,
         "rate": rate,
         "autostart": True,
         "cameras.keys": list(manifest.image_keys),
@@ -157,16 +157,17 @@ def _image(frame: np.ndarray) -> Any:
 def main() -> None:
     """Run both, and say what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", help="a directory or a Hub id")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--rate", type=float, default=30.0)
     given = parser.parse_args()
-    manifest = Bundle.open(given.bundle).manifest
+    bundle = Bundle.open(given.bundle)
+    manifest = bundle.manifest
     rclpy.init()
     simulator = Simulator(manifest, given.rate)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "parameters.yaml"
-        parameters = node_parameters(given.bundle, manifest, given.rate)
+        parameters = node_parameters(str(bundle.path.resolve()), manifest, given.rate)
         file.write_text(json.dumps({"/**": {"ros__parameters": parameters}}))
         command = [sys.executable, "-m", "vqbet_edge_ros", "--ros-args", "--params-file", str(file)]
         node = subprocess.Popen(command)  # noqa: S603

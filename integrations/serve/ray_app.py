@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ray
 import tyro
@@ -37,6 +37,7 @@ from vqbet_serve.sessions import Sessions
 from vqbet_edge import BackendError, EdgePolicy, UsageError, cli
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.hub import pinned
 
 ROBOTS, POLICY = "robots", "policy-"
 # A robot whose step takes longer has stopped long before.
@@ -52,7 +53,7 @@ class Policy:
     """A replica: weights, and no robot's history."""
 
     def __init__(self, bundle: str, backend: BackendName, wait_s: float) -> None:
-        self._bundle, self._graphs = bundle, Graphs(Bundle.open(Path(bundle)), backend)
+        self._bundle, self._graphs = bundle, Graphs(Bundle.open(bundle), backend)
         self._answer.set_max_batch_size(self._graphs.most)
         self._answer.set_batch_wait_timeout_s(wait_s)
 
@@ -88,7 +89,7 @@ class _Version:
     def of(cls, number: int) -> "_Version":
         """Ask an application which bundle it has."""
         handle = serve.get_app_handle(f"{POLICY}{number}")
-        bundle = Bundle.open(Path(handle.bundle.remote().result(timeout_s=_PATIENCE_S)))
+        bundle = Bundle.open(handle.bundle.remote().result(timeout_s=_PATIENCE_S))
         backend = Elsewhere(bundle.manifest, lambda request: _ask(handle, request))
         return cls(number, EdgePolicy(bundle, backend), PolicyMetadata.of(bundle.manifest))
 
@@ -220,8 +221,9 @@ class Robots:
 class Arguments:
     """Drive a fleet with a bundle, or roll out another one."""
 
-    # The bundle's directory, the same on every node.
-    bundle: tyro.conf.Positional[Path]
+    # The bundle: a directory that is the same on every node, or a Hub id (user/name,
+    # user/name@revision).
+    bundle: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
     # Processes with the weights, and processes with connections.
     replicas: int = 2
     ingress_replicas: int = 1
@@ -265,7 +267,8 @@ def roll_out(arguments: Arguments) -> str:
         UsageError: the robots cannot be driven by it; nothing was changed.
     """
     config = arguments.config()
-    metadata = PolicyMetadata.of(Bundle.open(arguments.bundle).manifest)
+    bundle = Bundle.open(arguments.bundle)
+    metadata = PolicyMetadata.of(bundle.manifest)
     serve.start(http_options={"host": config.host, "port": config.port})
     before = _policies()
     running = _running(before)
@@ -278,7 +281,7 @@ def roll_out(arguments: Arguments) -> str:
         max_ongoing_requests=2 * config.max_robots,
     )
     bound = policy.bind(
-        str(arguments.bundle.resolve()), arguments.backend, arguments.batch_wait_ms / 1e3
+        pinned(arguments.bundle, bundle.path), arguments.backend, arguments.batch_wait_ms / 1e3
     )
     serve.run(bound, name=name, route_prefix=None)
     if ROBOTS not in serve.status().applications:

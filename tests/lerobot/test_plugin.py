@@ -79,6 +79,19 @@ def test_predicts_chunks(robot: Robot) -> None:
         np.testing.assert_array_equal(chunk.numpy()[0], alone.act_chunk(row(batch, 0)))
 
 
+def test_every_row_drops_its_queue(robot: Robot) -> None:
+    """LeRobot after 0.6.1 asks for it where the task changes; histories stay."""
+    policy = load(robot.bundle)
+    alone = [EdgePolicy.load(robot.bundle, seed=r) for r in range(2)]
+    for step, batch in enumerate(batches(6, 2)):
+        if step == 2:
+            policy.drop_queued_actions()
+            for single in alone:
+                single.drop_queue()
+        expected = [single.act(row(batch, r)) for r, single in enumerate(alone)]
+        np.testing.assert_array_equal(policy.select_action(batch).numpy(), np.stack(expected))
+
+
 def test_a_batch_of_another_size_takes_a_reset(robot: Robot) -> None:
     policy = load(robot.bundle)
     (two,), (three,) = batches(1, 2), batches(1, 3)

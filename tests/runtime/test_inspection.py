@@ -40,14 +40,6 @@ def test_shows_a_bundle(tiny: Exported, monkeypatch: pytest.MonkeyPatch, capsys:
     assert json.loads(capsys.readouterr().out) == json.loads(manifest)
 
 
-def test_without_its_libraries_it_says_what_to_install(
-    tiny: Exported, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert run(monkeypatch, str(tiny.bundle)) == 2
-    assert "pip install 'vqbet-edge[cli]'" in capsys.readouterr().err
-
-
 def test_names_an_altered_file(
     tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

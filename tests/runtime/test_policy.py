@@ -12,6 +12,7 @@ from vqbet_edge import (
     BackendError,
     ConcurrentUseError,
     EdgePolicy,
+    Guards,
     HistoryError,
     NonFiniteError,
     ObservationError,
@@ -111,6 +112,26 @@ def test_act_chunk_drops_queued_actions(tiny: Exported, observations: Any) -> No
     before = policy.last
     policy.act(observations[2])
     assert policy.last is not before
+
+
+@pytest.mark.parametrize("guards", [None, Guards(deadline_s=20, on_late="raise")])
+@pytest.mark.parametrize("prefetch", ["off", "inline", "thread"])
+def test_a_dropped_queue_leaves_the_history(
+    tiny: Exported, observations: Any, prefetch: Any, guards: Any
+) -> None:
+    """The next call predicts, with what was seen before, as `act_chunk` would have."""
+    policy, other = (load(tiny, prefetch=prefetch, guards=guards) for _ in range(2))
+    policy.drop_queue()
+    for each in (policy, other):
+        for observation in observations[:3]:
+            each.act(observation)
+    assert len(policy.upcoming) > 1
+    policy.drop_queue()
+    assert len(policy.upcoming) == 1
+    chunk = other.act_chunk(observations[3])
+    for observation, expected in zip(observations[3:], chunk, strict=False):
+        np.testing.assert_array_equal(policy.act(observation), expected)
+    np.testing.assert_array_equal(policy.last.codes, other.last.codes)
 
 
 def test_forced_codes_are_the_decision(tiny: Exported, observations: Any) -> None:

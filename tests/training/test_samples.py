@@ -13,6 +13,7 @@ from workshop import Workshop
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.recording import Recorder
@@ -168,7 +169,7 @@ except UsageError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[0] == "4", done.stderr
-    assert "pip install 'vqbet-edge[data]'" in done.stdout
+    assert install_command("data") in done.stdout
 
 
 def test_random_pieces_fill_the_normalised_range(bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import DatasetError, DiskError, UsageError
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.recorded import RecordedEpisode, Recording
 from vqbet_edge.runtime.recording_format import DECISION_ARRAYS, Outcome
 from vqbet_edge.view.command import ViewConfig, view
@@ -350,7 +352,7 @@ def test_a_missing_extra_is_named(
 
     for name in ("to_html", "to_rerun", "to_mcap", "images"):
         monkeypatch.delattr(vqbet_edge.view, name, raising=False)
-    with pytest.raises(UsageError, match=rf"pip install 'vqbet-edge\[{extra}\]'"):
+    with pytest.raises(UsageError, match=re.escape(install_command(extra))):
         show(recorded, tmp_path, to=to)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load
 
 from vqbet_edge.errors import BackendError, BundleError, DiskError
 from vqbet_edge.runtime import format2
-from vqbet_edge.runtime.hub import stored
+from vqbet_edge.runtime.hub import local_bundle, stored
 from vqbet_edge.runtime.lerobot_files import check_lerobot_files
 from vqbet_edge.runtime.manifest import (
     MANIFEST_NAME,
@@ -57,14 +57,19 @@ class Bundle:
     arrays: Mapping[str, NDArray[np.float32]]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+    def open(cls, source: str | os.PathLike[str], revision: str | None = None) -> "Bundle":
         """Read and verify a bundle.
+
+        Args:
+            source: its directory, or a repository's id, as `hub.local_bundle` takes it.
+            revision: likewise.
 
         Raises:
             BundleError: it is no bundle, or a file differs from what the manifest says.
             DiskError: a file cannot be read.
+            UsageError: a repository, and huggingface_hub is not installed.
         """
-        root = Path(path)
+        root = local_bundle(source, revision)
         if not os.path.lexists(root / MANIFEST_NAME):
             raise BundleError(
                 f"'{root}' is not a bundle: expected a directory with {MANIFEST_NAME}; "

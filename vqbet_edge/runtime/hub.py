@@ -6,19 +6,45 @@ The Hub's client is imported only for what is not on this machine's disk; a robo
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from vqbet_edge.errors import BundleError, HubError, UsageError
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from vqbet_edge.runtime.manifest_reading import decode_manifest
 
-# A repository's id. What ends like a bundle is a directory, or a mistyped one.
-_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.bundle)")
+# A repository's id, and after an @ a branch, tag or commit. What ends like a bundle is a directory,
+# or a mistyped one.
+_ID = re.compile(r"((?!\.)[\w.-]+/[\w.-]+(?<!\.bundle))(?:@([\w./-]+))?")
 _SNAPSHOTS, _BLOB = "snapshots", re.compile(r"\.\./\.\./blobs/[0-9a-f]{40,64}")
 
 
+class Repository(NamedTuple):
+    """What "user/name@revision" says; without a revision it is the main branch."""
+
+    name: str
+    revision: str | None
+
+
+def parse_id(source: str) -> Repository | None:
+    """The repository that is meant, None where this is not spelled as one's id."""
+    found = _ID.fullmatch(source)
+    return None if found is None else Repository(*found.groups())
+
+
 def is_hub_id(source: str) -> bool:
-    """Whether this is spelled as the id of a repository."""
-    return _ID.fullmatch(source) is not None
+    """Whether this is spelled as the id of a repository: "user/name" or "user/name@revision"."""
+    return parse_id(source) is not None
+
+
+def is_bundle(source: str) -> bool:
+    """Whether a policy, here or on the Hub, is a bundle; otherwise it should be a checkpoint.
+
+    Raises:
+        UsageError, HubError: as `download` does.
+    """
+    here = os.path.lexists(source) or not is_hub_id(source)
+    folder = Path(source) if here else download(source, patterns=[MANIFEST_NAME])
+    return (folder / MANIFEST_NAME).is_file()
 
 
 def local_bundle(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -29,8 +55,10 @@ def local_bundle(source: str | os.PathLike[str], revision: str | None = None) ->
     for `Bundle.open`.
 
     Args:
-        source: a directory, or a repository's id such as "user/pusht-edge".
-        revision: of the repository: a branch, tag or commit; None is its main branch.
+        source: a directory, or a repository's id such as "user/pusht-edge" or
+            "user/pusht-edge@v2".
+        revision: of the repository, if the id names none: a branch, tag or commit; None is its
+            main branch.
 
     Raises:
         UsageError: huggingface_hub is not installed, or a directory was given a revision.
@@ -50,8 +78,20 @@ def local_bundle(source: str | os.PathLike[str], revision: str | None = None) ->
         raise BundleError(str(error)) from error
 
 
+def pinned(source: str, folder: Path) -> str:
+    """What names the same bundle on other machines and later.
+
+    Args:
+        source: as the user named it.
+        folder: where `local_bundle` found it.
+    """
+    if os.path.lexists(source):
+        return str(folder.resolve())
+    return f"{source.partition('@')[0]}@{folder.name}"  # a snapshot's name is its commit
+
+
 def download(
-    name: str,
+    source: str,
     kind: str = "model",
     patterns: list[str] | None = None,
     revision: str | None = None,
@@ -59,43 +99,48 @@ def download(
     """A repository's folder in the client's cache, downloaded if it is not there.
 
     Args:
-        name: the repository's id.
+        source: the repository's id.
         kind: "model" or "dataset".
         patterns: of the files to take; None takes all.
-        revision: a branch, tag or commit; None is the main branch.
+        revision: a branch, tag or commit; None is what the id names, or the main branch.
 
     Raises:
-        UsageError: the client is not installed.
+        UsageError: the client is not installed, or there are two revisions.
         HubError: there is no such repository, no access to it, or no network.
     """
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - a robot does without
     except ImportError as error:
         raise UsageError(
-            f"'{name}' does not exist here; to read it from the Hub: pip install huggingface_hub"
+            f"'{source}' does not exist here; to read it from the Hub: pip install huggingface_hub"
         ) from error
+    name, named = parse_id(source) or Repository(source, None)
+    if None not in {revision, named} and revision != named:
+        raise UsageError(f"'{source}' names one revision and revision={revision!r} another")
+    revision = revision or named
     try:
         found = snapshot_download(name, repo_type=kind, allow_patterns=patterns, revision=revision)
     except Exception as error:  # the client raises many types, all of them mean the same here
         reason = " ".join(str(error).split())
         raise HubError(
-            f"'{name}' does not exist here, and cannot be read from the Hub: {reason}. Check the "
+            f"'{source}' does not exist here, and cannot be read from the Hub: {reason}. Check the "
             "name, the network and, if it is private, type: hf auth login"
         ) from error
     return Path(found)
 
 
-def _download_bundle(name: str, revision: str | None) -> Path:
-    snapshot = download(name, patterns=[MANIFEST_NAME], revision=revision)
+def _download_bundle(source: str, revision: str | None) -> Path:
+    snapshot = download(source, patterns=[MANIFEST_NAME], revision=revision)
     manifest = snapshot / MANIFEST_NAME
     if not manifest.is_file():
         raise BundleError(
-            f"'{name}' on the Hub holds no {MANIFEST_NAME}, so it is no bundle; make one with: "
-            f"vqbet-export {name}"
+            f"'{source}' on the Hub holds no {MANIFEST_NAME}, so it is no bundle; make one with: "
+            f"vqbet-export {source}"
         )
     with manifest.open("rb") as file:
         files = decode_manifest(file.read(MAX_MANIFEST_BYTES + 1)).files
     # The snapshot's name is its commit, so that all files are of one.
+    name = source.partition("@")[0]
     return download(name, patterns=[MANIFEST_NAME, *files], revision=snapshot.name)
 
 

@@ -37,7 +37,6 @@ from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.deadline import Deadline
 from vqbet_edge.runtime.guards.limits import tell_of_limits
 from vqbet_edge.runtime.guards.states import StateGuard
-from vqbet_edge.runtime.hub import local_bundle
 from vqbet_edge.runtime.manifest import STATE_RANGE, Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
@@ -130,9 +129,10 @@ class EdgePolicy:
         """Load a bundle that `vqbet-export` wrote.
 
         Args:
-            bundle: the bundle's directory, or the id of a repository on the Hugging Face Hub.
+            bundle: the bundle's directory, or the id of a repository on the Hugging Face Hub:
+                "user/name" or "user/name@revision".
             backend: who runs the graphs; `auto` takes the fastest that is there.
-            revision: of the repository: a branch, tag or commit.
+            revision: of the repository, if the id names none: a branch, tag or commit.
             seed: start of the random sequence that codes are drawn with.
             temperature: of the code distribution; None takes the checkpoint's, 0 is greedy.
             replan_every: predict a new chunk after so many actions, 1 to `action_chunk_size`;
@@ -153,7 +153,7 @@ class EdgePolicy:
             BackendError: the backend is missing or refuses the bundle.
             UsageError: an argument is out of range.
         """
-        opened = Bundle.open(local_bundle(bundle, revision))
+        opened = Bundle.open(bundle, revision)
         loaded = create_backend(backend, opened)
         try:
             policy = cls(
@@ -306,6 +306,20 @@ class EdgePolicy:
             self._queue.clear()
             self._last = None
             self._broken = False
+
+    def drop_queue(self) -> None:
+        """Forget queued actions but not the history: the next `act` predicts from what is seen.
+
+        It waits for calls that were late. `reset` is for a new episode.
+        """
+        with self._exclusive():
+            if self._deadline is None:
+                self._queue.clear()
+            else:
+                self._deadline.finish(self._queue.clear)
+            if self._handed is not None:
+                chunk, position = self._handed
+                self._handed = Step(chunk[: position + 1], position)
 
     def act(self, observation: Observation, observation_time: float | None = None) -> Floats:
         """The action for this observation.

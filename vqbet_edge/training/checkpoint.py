@@ -151,7 +151,8 @@ def load_checkpoint(source: str) -> Checkpoint:
     """Load a checkpoint of any of LeRobot's layouts.
 
     Args:
-        source: a model.safetensors, its directory, or a Hub repository id.
+        source: a model.safetensors, its directory, or a Hub id: "user/name" or
+            "user/name@revision".
 
     Raises:
         CheckpointError: the checkpoint is missing, unknown, incomplete, sharded, pickled, or its
@@ -159,7 +160,7 @@ def load_checkpoint(source: str) -> Checkpoint:
         UsageError: a Hub id without huggingface_hub.
         HubError: it is not here and not to be had from the Hub.
     """
-    directory = _locate(source)
+    directory = locate_checkpoint(source)
     config = read_json(directory / CONFIG_NAME)
     tensors = _load_weights(directory / WEIGHTS_NAME)
     if config.get("resize_shape") is not None and not _is_ours(directory):
@@ -229,8 +230,12 @@ def _license(config: Json) -> str | None:
         raise CheckpointError(f"{CONFIG_NAME}: license: {error}; correct it, or null") from error
 
 
-def _locate(source: str) -> Path:
-    """The checkpoint's directory, downloaded if `source` is a Hub id."""
+def locate_checkpoint(source: str) -> Path:
+    """A checkpoint's directory, downloaded if `source` is a Hub id.
+
+    Raises:
+        CheckpointError, UsageError, HubError: as `load_checkpoint` does.
+    """
     path = Path(source)
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(
@@ -249,7 +254,8 @@ def _locate(source: str) -> Path:
     if is_hub_id(source):
         return _check_directory(download(source, "model", _FILES))
     raise CheckpointError(
-        f"'{source}' does not exist; pass a {WEIGHTS_NAME}, its directory, or a Hub id (user/name)"
+        f"'{source}' does not exist; pass a {WEIGHTS_NAME}, its directory, or a Hub id (user/name, "
+        "user/name@revision)"
     )
 
 

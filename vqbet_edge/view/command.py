@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from vqbet_edge.errors import DiskError, UsageError
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.view.episodes import ShownEpisode, open_episodes
 
 Target = Literal["html", "rerun", "mcap"]
@@ -61,7 +62,7 @@ def view(config: ViewConfig) -> Path:
         if extra is None:
             raise
         raise UsageError(
-            f"--to {config.to} needs '{error.name}'; type: pip install 'vqbet-edge[{extra}]'"
+            f"--to {config.to} needs '{error.name}'; type: {install_command(extra)}"
         ) from error
     except OSError as error:
         raise DiskError(f"cannot write '{target}': {error.strerror or error}") from error

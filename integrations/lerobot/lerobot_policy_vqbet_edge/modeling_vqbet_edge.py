@@ -99,6 +99,11 @@ class VqbetEdgePolicy(PreTrainedPolicy):
             policy.reset()
         self._batch_size, self._broken = None, False
 
+    def drop_queued_actions(self) -> None:
+        """Forget every row's queue but not its history, as LeRobot asks where the task changes."""
+        for policy in self._rows:
+            policy.drop_queue()
+
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
         """The next action of every row; its observation enters the row's history.

@@ -28,8 +28,8 @@ _LOG = logging.getLogger(__name__)
 class Arguments:
     """Drive robots over the network with a bundle (openpi's websocket protocol)."""
 
-    # The bundle's directory.
-    bundle: tyro.conf.Positional[Path]
+    # The bundle: a directory or a Hub id (user/name, user/name@revision).
+    bundle: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
     # Address to listen on; any but loopback needs a key.
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
     # Port to listen on.

@@ -10,6 +10,7 @@ from vqbet_edge.runtime.backends.cpu import CpuBackend
 from vqbet_edge.runtime.backends.cpu_batches import Arrays, Run
 from vqbet_edge.runtime.backends.kernels import has_kernel_for_blocks
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.manifest import StageName
 
 # The operator of INT8 transformers, as it is spelled in a graph.
@@ -29,8 +30,7 @@ def import_onnxruntime() -> ModuleType:
         if error.name != "onnxruntime":
             raise _broken(error) from error
         raise BackendError(
-            "the backend 'onnxruntime' is not installed; "
-            "install it with: pip install 'vqbet-edge[cpu]'"
+            f"the backend 'onnxruntime' is not installed; install it with: {install_command('cpu')}"
         ) from error
     # NumPy and ONNX Runtime raise what they like when their compiled parts do not fit together.
     except Exception as error:

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
-from typing import Generic
+from typing import Generic, TypeVar
 
 from vqbet_edge.errors import DeadlineError
 from vqbet_edge.runtime.worker import Backlog, Result, Worker
+
+Finished = TypeVar("Finished")
 
 
 class Deadline(Generic[Result]):
@@ -49,7 +51,7 @@ class Deadline(Generic[Result]):
                 self._late.add(job)
         return job.result() if done else None
 
-    def finish(self, work: Callable[[], Result]) -> Result:
+    def finish(self, work: Callable[[], Finished]) -> Finished:
         """The job's result, however long it takes."""
         return self._worker.submit(work).result()
 

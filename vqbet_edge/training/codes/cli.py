@@ -30,7 +30,7 @@ class CodesConfig:
         UsageError: a value is out of its range.
     """
 
-    # A checkpoint's directory or a bundle.
+    # A checkpoint or a bundle: a directory or a Hub id (user/name, user/name@revision).
     policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT_OR_BUNDLE")]
     # Demonstrations to compare with: a LeRobot data set's folder or id, or what policy.record
     # wrote. None says what the codebook alone tells.

@@ -5,7 +5,6 @@ Letters: P code pairs, M chunks, T steps, C codes per layer, W actions per chunk
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from vqbet_edge import EdgePolicy, Guards
 from vqbet_edge.runtime.backends.base import HeadOutputs
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
+from vqbet_edge.runtime.hub import is_bundle
 from vqbet_edge.runtime.normalization import ActionScaling
 from vqbet_edge.runtime.planning import action_scaling, decode_table, secondary_columns
 from vqbet_edge.runtime.sampling import CodeSampler, Decision
@@ -131,7 +131,7 @@ def load_policy(source: str) -> CodedPolicy:
         BundleError: the bundle is not whole.
         BackendError: there is nothing that runs a bundle.
     """
-    if (Path(source) / "manifest.json").is_file():
+    if is_bundle(source):
         return BundlePolicy(source)
     return CheckpointPolicy(load_checkpoint(source))
 
@@ -254,7 +254,7 @@ class BundlePolicy:
         self.columns = secondary_columns(bundle)
         self._table = decode_table(bundle)
         self._policy = EdgePolicy.load(
-            source, temperature=0, prefetch="off", guards=Guards(action_limits=None)
+            bundle.path, temperature=0, prefetch="off", guards=Guards(action_limits=None)
         )
 
     def check(self, source: Source) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from vqbet_edge.errors import DatasetError, UsageError
 from vqbet_edge.runtime.cameras import pack_frames
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.recording_format import EPISODE, FILE_PATTERN, is_feature
@@ -108,7 +109,7 @@ class _Dataset(Source):
             from vqbet_edge.training.dataset.dataset import LeRobotDataset  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise UsageError(
-                f"reading a data set needs '{error.name}'; type: pip install 'vqbet-edge[data]'"
+                f"reading a data set needs '{error.name}'; type: {install_command('data')}"
             ) from error
         self._dataset = LeRobotDataset.open(source, cameras=())
         self.name, self.fps = source, self._dataset.fps

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.backends.base import HeadOutputs
 from vqbet_edge.runtime.cameras import pack_frames
 from vqbet_edge.runtime.guards import Guards
-from vqbet_edge.runtime.manifest import MANIFEST_NAME
+from vqbet_edge.runtime.hub import is_bundle
 from vqbet_edge.runtime.sampling import Choice, CodeSampler
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.config import STATE_KEY
@@ -49,11 +48,6 @@ class Actor(Protocol):
 
     def act(self, observations: Observations) -> Floats:
         """Actions (slots, A) for observations with a leading axis of slots."""
-
-
-def is_bundle(source: str) -> bool:
-    """Whether a policy is a bundle; otherwise it should be a checkpoint."""
-    return (Path(source) / MANIFEST_NAME).is_file()
 
 
 def load_actor(source: str, slots: int, options: ActorOptions) -> Actor:

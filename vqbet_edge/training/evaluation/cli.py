@@ -31,7 +31,7 @@ class EvalConfig:
         UsageError: a value is out of its range.
     """
 
-    # A checkpoint's directory or a bundle.
+    # A checkpoint or a bundle: a directory or a Hub id (user/name, user/name@revision).
     policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
     env: Annotated[str | None, tyro.conf.arg(help=ENV_HELP, metavar="ENV")] = None
     # Instead of an environment: a folder that --record or `policy.record(..., decisions=True)`

@@ -10,6 +10,7 @@ from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.guards import Guards
 from vqbet_edge.runtime.guards.actions import ActionGuard
+from vqbet_edge.runtime.hub import is_bundle
 from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
@@ -17,7 +18,7 @@ from vqbet_edge.runtime.planning import Planner, action_scaling, decode_table, s
 from vqbet_edge.runtime.sampling import CodeSampler
 from vqbet_edge.runtime.window import ObservationWindow
 from vqbet_edge.training.checkpoint import load_checkpoint
-from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor, is_bundle
+from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
 
 Floats = npt.NDArray[np.float32]
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import gymnasium
 
 from vqbet_edge.errors import UsageError
+from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.metaworld import MetaWorldPush
 from vqbet_edge.training.evaluation.pusht import PushT, PushTWithContact, PushTWithPose
@@ -40,5 +41,5 @@ def make_task(name: str) -> Callable[[], Environment]:
     try:
         TASKS[name]().close()
     except ImportError as e:
-        raise UsageError(f"--env {name} needs {e.name}: pip install 'vqbet-edge[sim]'") from e
+        raise UsageError(f"--env {name} needs {e.name}: {install_command('sim')}") from e
     return TASKS[name]
