@@ -317,9 +317,7 @@ class EdgePolicy:
                 self._queue.clear()
             else:
                 self._deadline.finish(self._queue.clear)
-            if self._handed is not None:
-                chunk, position = self._handed
-                self._handed = Step(chunk[: position + 1], position)
+            self._actions.leave_chunk()
 
     def act(self, observation: Observation, observation_time: float | None = None) -> Floats:
         """The action for this observation.

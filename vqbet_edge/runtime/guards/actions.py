@@ -100,6 +100,12 @@ class ActionGuard:
         self._step = step
         return self.handed_out(step.action)
 
+    def leave_chunk(self) -> None:
+        """What was handed out last is the chunk's last action."""
+        if self._step is not None:
+            chunk, position = self._step
+            self._step = Step(chunk[: position + 1], position)
+
     def instead(self) -> Floats:
         """What is handed out when the backend is late, as `Guards.on_late` says.
 
