@@ -201,10 +201,12 @@ def test_a_jump_is_forgotten() -> None:
         assert placed == pytest.approx(now if step / 30 > MEMORY_S else now - 3600, abs=1e-6)
 
 
-def make(max_age: float = 0.2, max_skew: float = 0.1) -> tuple[Input, Input, Inputs]:
+def make(
+    max_age: float = 0.2, max_skew: float = 0.1, max_repeats: int = 100
+) -> tuple[Input, Input, Inputs]:
     camera = Input("/camera", lambda message: message, max_age)
     joints = Input("/joints", Joints(("a",)).read, max_age)
-    return camera, joints, Inputs({"image": camera, "state": joints}, max_skew)
+    return camera, joints, Inputs({"image": camera, "state": joints}, max_skew, max_repeats)
 
 
 def cause(found: Observed | Refusal) -> str:
