@@ -6,6 +6,7 @@ acted out on the backend through `EdgePolicy` itself, with the reference's codes
 crop, normalisation, window and decode table are proven too.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -209,8 +210,8 @@ class _Actor:
 
     def __init__(self, bundle: Bundle, backend: Backend, prefetch: Prefetch) -> None:
         tap = _Tap(backend)
-        # Forced codes may leave the limits, and the reference has none.
-        guards = Guards(action_limits=None)
+        # Forced codes may leave the limits, and the reference has none; nor for made-up states.
+        guards = Guards(action_limits=None, state_limits=(-math.inf, math.inf))
         self.policy = EdgePolicy(bundle, tap, prefetch=prefetch, guards=guards)
         self.window = tap.window
 
