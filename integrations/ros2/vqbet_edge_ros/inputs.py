@@ -146,9 +146,9 @@ class Inputs:
                     return refusal
                 case sample:
                     samples[key] = sample
-        refusal = self._compare(samples, now)
-        if refusal is not None:
-            return refusal
+        unfit = self._compare(samples, now)
+        if unfit is not None:
+            return unfit
         try:
             values = {key: self._inputs[key].decode(each) for key, each in samples.items()}
         except ObservationError as error:

@@ -53,7 +53,7 @@ def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
     Raises:
         UsageError: neither is known.
     """
-    fps: float | None = getattr(policy, "fps", None)
+    fps = policy.fps
     rate = parameters.rate or fps
     if rate is None:
         raise UsageError(
@@ -96,7 +96,7 @@ def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
     Raises:
         UsageError: it has to be chosen, or does not go with what the bundle says of its actions.
     """
-    given, kinds = parameters.command, set(getattr(policy.manifest.policy, "action_kinds", ()))
+    given, kinds = parameters.command, set(policy.manifest.policy.action_kinds)
     positions = bool(kinds) and kinds <= _POSITIONS
     if given.when_stopped is None and (positions or (given.type != "array" and not kinds & _MOVES)):
         return "hold"

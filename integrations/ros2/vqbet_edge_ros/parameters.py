@@ -57,6 +57,7 @@ class Limits:
     highest: tuple[float, ...] = ()
     margin: float = 0.1
     max_change: tuple[float, ...] = ()
+    state_limits: Literal["data", "none"] = "none"
     deadline: float = 0.0
     on_late: Literal["raise", "hold", "continue"] = "raise"
 
@@ -67,6 +68,7 @@ class Limits:
             action_limits=limits[self.action_limits],
             margin=self.margin,
             max_change=self.max_change or None,
+            state_limits="data" if self.state_limits == "data" else None,
             max_age_s=max_age,
             deadline_s=self.deadline or None,
             on_late=self.on_late if self.deadline else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
+from numpy.typing import NDArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
@@ -294,8 +295,13 @@ class Session:
 
     def _diagnose(self) -> None:
         mode, reason, counts = self.watchdog.mode, self.watchdog.reason, self._policy.guard_counts
+        limits = self._policy.action_limits
         failed = mode is Mode.CLOSED and reason.startswith("failed")
-        values = self._statistics.summary() | {k: str(v) for k, v in counts._asdict().items()}
+        values = self._statistics.summary() | {
+            f"guards.{name}": str(count) for name, count in counts._asdict().items()
+        }
+        if limits is not None:
+            values |= zip(("guards.lowest", "guards.highest"), map(_spelled, limits), strict=True)
         text = f"{mode.value}: {reason}" if reason else mode.value
         how = ERROR if failed else level(mode)
         name = self._node.get_fully_qualified_name()
@@ -310,6 +316,10 @@ class Session:
         return self._node.get_logger()
 
 
+def _spelled(values: NDArray[np.float32]) -> str:
+    return str([float(f"{value:.6g}") for value in values])
+
+
 def _describe(policy: EdgePolicy, parameters: Parameters, rate: float) -> dict[str, Any]:
     """What `~/metadata` says for as long as the node is configured."""
     manifest = policy.manifest
@@ -322,6 +332,7 @@ def _describe(policy: EdgePolicy, parameters: Parameters, rate: float) -> dict[s
         "backend": policy.backend_name,
         "seed": parameters.seed,
         "rate": rate,
+        "fps": policy.fps,
         "cameras": {key: list(shape) for key, shape in manifest.image_shapes.items()},
         "state_dim": manifest.state_dim,
         "action_dim": manifest.action_dim,

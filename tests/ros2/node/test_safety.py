@@ -171,7 +171,7 @@ def test_no_episode_begins_with_a_jump(robot: Robot) -> None:
         assert simulator.enable(False).success
         assert simulator.enable(True).success
     assert (np.abs(first) <= np.array([0.01, 0.02]) * 1.001).all(), first
-    wait(lambda: int(simulator.said()[1]["slowed"]))
+    wait(lambda: int(simulator.said()[1]["guards.slowed"]))
 
 
 @pytest.mark.parametrize("robot", [{"command.when_stopped": "zero"}], indirect=True)
