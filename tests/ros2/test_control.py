@@ -11,6 +11,8 @@ from typing import Any
 import miniature
 import numpy as np
 import pytest
+from fake_driver import FakeDriver
+from fake_tensorrt import FakeTensorRT
 from miniature import IMAGE, STATE
 from vqbet_edge_ros.anchor import Anchor
 from vqbet_edge_ros.control import Controller, Loop, Step
@@ -28,7 +30,12 @@ from vqbet_edge_ros.outputs import Output
 from vqbet_edge_ros.parameters import Parameters, parse
 from vqbet_edge_ros.watchdog import Mode, Watchdog
 
-from vqbet_edge import DeadlineError, EdgePolicy, NonFiniteError, UsageError
+from vqbet_edge import BackendError, DeadlineError, EdgePolicy, NonFiniteError, UsageError
+from vqbet_edge.runtime import proof
+from vqbet_edge.runtime.backends import tensorrt
+from vqbet_edge.runtime.backends.cuda import Cuda
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT
+from vqbet_edge.runtime.bundle import Bundle
 
 
 def parameters(mini: Path, **changed: Any) -> Parameters:
@@ -226,7 +233,7 @@ def test_what_does_not_fit_is_not_acted_on(rig: Rig, bad: str) -> None:
         values = [1.0, float("nan") if bad == "nan" else 2.0]
         rig.inputs[STATE].offer(SimpleNamespace(name=joints[bad], position=values), now, now)
     else:
-        encoding, height = ("yuv422", 24) if bad == "encoding" else ("rgb8", 25)
+        encoding, height = ("16UC1", 24) if bad == "encoding" else ("rgb8", 25)
         image = SimpleNamespace(height=height, width=24, encoding=encoding, step=72,
                                 data=bytes(72 * height))  # fmt: skip
         rig.inputs[IMAGE].offer(image, now, now)
@@ -310,6 +317,75 @@ def test_parameters_that_do_not_fit_the_policy_are_refused(mini: Path, wrong: An
 
     with pytest.raises(UsageError):
         load()
+
+
+@pytest.mark.parametrize(("said", "built"), [(None, 0), ("1", 1)])
+def test_engines_are_built_before_and_not_in_configure(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, built: int
+) -> None:
+    driver, builds = FakeDriver(), []
+    library = TensorRT(FakeTensorRT(Bundle.open(mini), driver), "tensorrt", "10.3.0")
+    monkeypatch.setattr(tensorrt, "create_cuda", lambda: Cuda(driver))
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda: library)
+    monkeypatch.setattr(tensorrt, "_build", lambda *given: builds.append(given))
+    monkeypatch.setenv("VQBET_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setenv(tensorrt.BUILD_VARIABLE, "1")  # so that it is as before after the test
+    if said is None:
+        monkeypatch.delenv(tensorrt.BUILD_VARIABLE)
+    with pytest.raises(BackendError, match="vqbet-build"):
+        load_policy(parameters(mini, backend="tensorrt"))
+    assert len(builds) == built
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_the_proof_is_asked_for(mini: Path, monkeypatch: pytest.MonkeyPatch, prove: bool) -> None:
+    proven: list[Any] = []
+    monkeypatch.setattr(proof, "prove", lambda *given: proven.append(given))
+    with load_policy(parameters(mini, prove=prove)):
+        assert len(proven) == prove
+
+
+@pytest.mark.parametrize(
+    ("fps", "given", "rate", "warned"),
+    [(10.0, 0.0, 10, False), (10.0, 10.0, 10, False), (10.0, 30.0, 30, True), (None, 20.0, 20, False)],
+)  # fmt: skip
+def test_the_rate_is_the_demonstrations(
+    mini: Path, fps: Any, given: float, rate: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = parameters(mini, rate=given)
+    assert control_rate(read, SimpleNamespace(fps=fps)) == rate  # type: ignore[arg-type]
+    assert ("3 times as fast" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message", "given", "found"),
+    [
+        ((), "array", "", None),
+        (("unknown", "unknown"), "array", "", None),
+        (("position", "unknown"), "array", "", None),
+        (("position", "gripper"), "array", "", "hold"),
+        ((), "joint_state", "", "hold"),
+        ((), "trajectory", "", "hold"),
+        (("velocity", "velocity"), "joint_state", "", None),
+        (("velocity", "velocity"), "array", "hold", None),
+        (("displacement", "gripper"), "array", "hold", None),
+        (("velocity", "velocity"), "array", "zero", "zero"),
+        (("position", "gripper"), "array", "zero", None),
+        (("unknown", "unknown"), "array", "hold", "hold"),
+        (("velocity", "gripper"), "array", "silence", "silence"),
+    ],
+)
+def test_what_stops_the_robot_is_chosen_or_certain(
+    mini: Path, kinds: Any, message: str, given: str, found: str | None
+) -> None:
+    read = parameters(mini, **{"command.type": message, "command.when_stopped": given})
+    manifest = SimpleNamespace(policy=SimpleNamespace(action_kinds=kinds))
+    policy: Any = SimpleNamespace(manifest=manifest)
+    if found is not None:
+        assert when_stopped(read, policy) == found
+        return
+    with pytest.raises(UsageError, match=r"expected command\.when_stopped"):
+        when_stopped(read, policy)
 
 
 DEGREES = {"state.units": "degrees", "state.scale": [2.0, 4.0], "state.offset": [10.0, 20.0]}
