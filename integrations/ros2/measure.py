@@ -119,6 +119,7 @@ def node_parameters(bundle: str, manifest: Manifest, rate: float) -> dict[str, A
         "state.joints": [f"j{number}" for number in range(manifest.state_dim)],
         "command.joints": [f"a{number}" for number in range(manifest.action_dim)],
         "command.topic": "/commands",
+        "command.when_stopped": "hold",
     }
 
 

@@ -11,23 +11,38 @@ from typing import Any
 import miniature
 import numpy as np
 import pytest
+from fake_driver import FakeDriver
+from fake_tensorrt import FakeTensorRT
 from miniature import IMAGE, STATE
+from vqbet_edge_ros.anchor import Anchor
 from vqbet_edge_ros.control import Controller, Loop, Step
 from vqbet_edge_ros.diagnostics import ERROR, OK, WARN, Statistics, level
 from vqbet_edge_ros.inputs import Inputs
-from vqbet_edge_ros.loading import camera_topics, command_joints, load_policy, make_inputs
+from vqbet_edge_ros.loading import (
+    command_joints,
+    control_rate,
+    load_policy,
+    make_inputs,
+    state_joints,
+    when_stopped,
+)
 from vqbet_edge_ros.outputs import Output
 from vqbet_edge_ros.parameters import Parameters, parse
 from vqbet_edge_ros.watchdog import Mode, Watchdog
 
-from vqbet_edge import DeadlineError, EdgePolicy, NonFiniteError, UsageError
+from vqbet_edge import BackendError, DeadlineError, EdgePolicy, NonFiniteError, UsageError
+from vqbet_edge.runtime import proof
+from vqbet_edge.runtime.backends import tensorrt
+from vqbet_edge.runtime.backends.cuda import Cuda
+from vqbet_edge.runtime.backends.tensorrt_module import TensorRT
+from vqbet_edge.runtime.bundle import Bundle
 
 
 def parameters(mini: Path, **changed: Any) -> Parameters:
     given: dict[str, Any] = {
         "bundle": str(mini), "backend": "onnxruntime", "cameras.topics": ["/camera"],
         "state.joints": ["a", "b"], "command.topic": "/out", "seed": 5, "max_age": 5.0,
-        "max_skew": 1.0, "timeout": 60.0,
+        "max_skew": 1.0, "timeout": 60.0, "command.when_stopped": "hold", "rate": 30.0,
     }  # fmt: skip
     return parse(given | changed)
 
@@ -44,16 +59,21 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.inputs = make_inputs(self.given, self.policy)
-        joined = Inputs(self.inputs, self.given.max_skew)
-        command = self.given.command
-        output = Output(command_joints(self.given, self.policy), command.type,
-                        command.when_stopped, lambda rows: self.sent.append(rows.tolist()))  # fmt: skip
+        joined = Inputs(self.inputs, self.given.max_skew, self.given.max_repeats)
+        stopped = when_stopped(self.given, self.policy)
+        joints = command_joints(self.given, self.policy, positions=stopped == "hold")
+        output = Output(joints, self.given.command.type, stopped,
+                        lambda rows: self.sent.append(rows.tolist()), lambda: True)  # fmt: skip
+        anchor = Anchor(
+            state_joints(self.given, self.policy), joints, positions=stopped == "hold",
+            limited=bool(self.given.guards.max_change),
+        )  # fmt: skip
         self.dog = Watchdog(output, 2, timeout=self.given.timeout, resume_within=60.0,
                             teleop_timeout=0.5)  # fmt: skip
         self.controller = Controller(
-            self.policy, joined, self.dog, self.statistics, self.steps.append
+            self.policy, joined, self.dog, self.statistics, anchor, self.steps.append
         )
-        self.dog.open()
+        self.dog.open(time.monotonic())
 
     def see(self, observation: dict[str, np.ndarray], encoding: str = "rgb8") -> None:
         """The messages of an observation, its joints in another order."""
@@ -94,6 +114,60 @@ def test_commands_are_bitwise_the_policys(rig: Rig, mini: Path, encoding: str) -
             assert (step.action == expected).all()
             assert (step.observation[IMAGE] == observation[IMAGE]).all()
     assert rig.statistics.counts == {"commands": 12, "repeated": 12}
+
+
+LIMIT = 0.01
+SLOW = {"guards.max_change": [LIMIT, LIMIT], "guards.action_limits": "none"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "anchor"),
+    [
+        ({}, "measured"),
+        ({"command.joints": ["b", "a"]}, "measured"),
+        ({"command.joints": ["a", "c"]}, "last"),
+        ({"command.when_stopped": "silence"}, "last"),
+        ({"command.when_stopped": "zero", "command.scale": [2.0, 2.0]}, "last"),
+    ],
+)
+def test_an_episodes_first_action_is_no_jump(
+    mini: Path, changed: Any, anchor: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It starts from where the robot is, or from the last command if that is all there is."""
+    given = parameters(mini, **SLOW, **changed)
+    with load_policy(given) as policy:
+        rig = Rig(policy, given)
+        scale = np.array(given.command.scale or [1.0, 1.0])
+        # Joint b is the action's first number where commands begin with it.
+        order = [1, 0] if given.command.joints == ("b", "a") else [0, 1]
+        sent = []
+        for observation in observations(4):
+            before = rig.policy.guard_counts.slowed
+            rig.see(observation)
+            rig.controller.tick()
+            sent.append(np.array(rig.sent.pop()[0]) * scale)
+            start = observation[STATE][order] if anchor == "measured" else sent[-2:-1]
+            if len(start):
+                np.testing.assert_allclose(sent[-1], np.ravel(start), atol=LIMIT * 1.001)
+                assert rig.policy.guard_counts.slowed == before + 1
+            assert rig.dog.request_reset()
+    said = caplog.text.count("does not hold on this episode's first action")
+    assert said == (0 if anchor == "measured" else 1)
+
+
+def test_a_command_that_others_followed_is_no_anchor(mini: Path) -> None:
+    given = parameters(mini, **SLOW, **{"command.when_stopped": "silence"})
+    with load_policy(given) as policy, EdgePolicy.load(mini, "onnxruntime", seed=5) as free:
+        rig = Rig(policy, given)
+        for observation in observations(3):
+            rig.see(observation)
+            rig.controller.tick()
+            free.reset()
+            action = free.act(observation)
+            assert rig.dog.enable(False, time.monotonic())
+            assert rig.dog.enable(True, time.monotonic())
+            # Whoever moved the robot meanwhile is not known, and so the action is the policy's.
+            assert rig.sent.pop() == [action.tolist()]
 
 
 def test_trajectories_are_the_chunks(mini: Path) -> None:
@@ -159,7 +233,7 @@ def test_what_does_not_fit_is_not_acted_on(rig: Rig, bad: str) -> None:
         values = [1.0, float("nan") if bad == "nan" else 2.0]
         rig.inputs[STATE].offer(SimpleNamespace(name=joints[bad], position=values), now, now)
     else:
-        encoding, height = ("yuv422", 24) if bad == "encoding" else ("rgb8", 25)
+        encoding, height = ("16UC1", 24) if bad == "encoding" else ("rgb8", 25)
         image = SimpleNamespace(height=height, width=24, encoding=encoding, step=72,
                                 data=bytes(72 * height))  # fmt: skip
         rig.inputs[IMAGE].offer(image, now, now)
@@ -227,6 +301,8 @@ def test_loading_leaves_no_trace(mini: Path) -> None:
         {"temperature": float("inf")},
         {"replan_every": 1000},
         {"seed": -1},
+        {"rate": 0.0},
+        {"command.when_stopped": ""},
     ],
 )
 def test_parameters_that_do_not_fit_the_policy_are_refused(mini: Path, wrong: Any) -> None:
@@ -235,24 +311,127 @@ def test_parameters_that_do_not_fit_the_policy_are_refused(mini: Path, wrong: An
     def load() -> None:
         with load_policy(given) as policy:
             make_inputs(given, policy)
-            command_joints(given, policy)
+            control_rate(given, policy)
+            stopped = when_stopped(given, policy)
+            command_joints(given, policy, positions=stopped == "hold")
 
     with pytest.raises(UsageError):
         load()
 
 
-def test_commands_have_joints_of_their_own_where_given(mini: Path) -> None:
-    units = {"state.units": "degrees", "state.scale": [2.0, 2.0]}
-    given = parameters(mini, **units)
-    own = parameters(mini, **units, **{"command.joints": ["c", "d"]})
-    with load_policy(given) as policy:
-        assert camera_topics(given, policy) == {IMAGE: "/camera"}
-        same = command_joints(given, policy)
-        assert same.names == ("a", "b")
-        np.testing.assert_allclose(same.to_ros(np.array([360.0, 720.0])), [np.pi, 2 * np.pi])
-        joints = command_joints(own, policy)
-        assert joints.names == ("c", "d")
-        assert joints.to_ros(np.array([1.0, 2.0])).tolist() == [1, 2]
+@pytest.mark.parametrize(("said", "built"), [(None, 0), ("1", 1)])
+def test_engines_are_built_before_and_not_in_configure(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, built: int
+) -> None:
+    driver, builds = FakeDriver(), []
+    library = TensorRT(FakeTensorRT(Bundle.open(mini), driver), "tensorrt", "10.3.0")
+    monkeypatch.setattr(tensorrt, "create_cuda", lambda: Cuda(driver))
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda: library)
+    monkeypatch.setattr(tensorrt, "_build", lambda *given: builds.append(given))
+    monkeypatch.setenv("VQBET_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setenv(tensorrt.BUILD_VARIABLE, "1")  # so that it is as before after the test
+    if said is None:
+        monkeypatch.delenv(tensorrt.BUILD_VARIABLE)
+    with pytest.raises(BackendError, match="vqbet-build"):
+        load_policy(parameters(mini, backend="tensorrt"))
+    assert len(builds) == built
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_the_proof_is_asked_for(mini: Path, monkeypatch: pytest.MonkeyPatch, prove: bool) -> None:
+    proven: list[Any] = []
+    monkeypatch.setattr(proof, "prove", lambda *given: proven.append(given))
+    with load_policy(parameters(mini, prove=prove)):
+        assert len(proven) == prove
+
+
+@pytest.mark.parametrize(
+    ("fps", "given", "rate", "warned"),
+    [(10.0, 0.0, 10, False), (10.0, 10.0, 10, False), (10.0, 30.0, 30, True), (None, 20.0, 20, False)],
+)  # fmt: skip
+def test_the_rate_is_the_demonstrations(
+    mini: Path, fps: Any, given: float, rate: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = parameters(mini, rate=given)
+    assert control_rate(read, SimpleNamespace(fps=fps)) == rate  # type: ignore[arg-type]
+    assert ("3 times as fast" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message", "given", "found"),
+    [
+        ((), "array", "", None),
+        (("unknown", "unknown"), "array", "", None),
+        (("position", "unknown"), "array", "", None),
+        (("position", "gripper"), "array", "", "hold"),
+        ((), "joint_state", "", "hold"),
+        ((), "trajectory", "", "hold"),
+        (("velocity", "velocity"), "joint_state", "", None),
+        (("velocity", "velocity"), "array", "hold", None),
+        (("displacement", "gripper"), "array", "hold", None),
+        (("velocity", "velocity"), "array", "zero", "zero"),
+        (("position", "gripper"), "array", "zero", None),
+        (("unknown", "unknown"), "array", "hold", "hold"),
+        (("velocity", "gripper"), "array", "silence", "silence"),
+    ],
+)
+def test_what_stops_the_robot_is_chosen_or_certain(
+    mini: Path, kinds: Any, message: str, given: str, found: str | None
+) -> None:
+    read = parameters(mini, **{"command.type": message, "command.when_stopped": given})
+    manifest = SimpleNamespace(policy=SimpleNamespace(action_kinds=kinds))
+    policy: Any = SimpleNamespace(manifest=manifest)
+    if found is not None:
+        assert when_stopped(read, policy) == found
+        return
+    with pytest.raises(UsageError, match=r"expected command\.when_stopped"):
+        when_stopped(read, policy)
+
+
+DEGREES = {"state.units": "degrees", "state.scale": [2.0, 4.0], "state.offset": [10.0, 20.0]}
+SWAPPED = {"command.joints": ["b", "a"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "ros"),
+    [
+        (DEGREES, [np.pi, np.pi]),
+        (DEGREES | {"command.joints": ["a", "b"]}, [np.pi, np.pi]),
+        (DEGREES | SWAPPED, [np.deg2rad((370 - 20) / 4), np.deg2rad((740 - 10) / 2)]),
+        (DEGREES | {"command.units": "as_is"}, [180, 180]),
+        (DEGREES | {"command.scale": [1.0, 1.0]}, [2 * np.pi, 4 * np.pi]),
+        (DEGREES | {"command.offset": [370.0, 740.0]}, [0, 0]),
+        ({"command.units": "degrees"}, np.deg2rad([370, 740])),
+        ({"command.scale": [2.0, 4.0]}, [185, 185]),
+        ({"command.joints": ["c", "d"]}, [370, 740]),
+        (DEGREES | {"command.joints": ["a", "c"], "command.units": "degrees",
+                    "command.scale": [2.0, 4.0], "command.offset": [10.0, 20.0]}, [np.pi, np.pi]),
+    ],
+)  # fmt: skip
+def test_what_commands_are_not_given_they_have_of_the_state(
+    mini: Path, given: Any, ros: Any
+) -> None:
+    read = parameters(mini, **given)
+    with load_policy(read) as policy:
+        joints = command_joints(read, policy, positions=True)
+        action = np.array([370.0, 740.0])
+        np.testing.assert_allclose(joints.to_ros(action), ros)
+        np.testing.assert_allclose(joints.from_ros(joints.to_ros(action)), action)
+
+
+@pytest.mark.parametrize("field", ["units", "scale", "offset"])
+@pytest.mark.parametrize("other", ["joints", "velocities"])
+def test_what_need_not_be_the_states_has_to_be_given(mini: Path, field: str, other: str) -> None:
+    """Another joint's scale, or an offset of positions for velocities."""
+    given = {f"state.{field}": DEGREES[f"state.{field}"]}
+    if other == "joints":
+        given["command.joints"] = ["a", "c"]
+    read = parameters(mini, **given)
+    with (
+        load_policy(read) as policy,
+        pytest.raises(UsageError, match=f"command.{field} is missing"),
+    ):
+        command_joints(read, policy, positions=other == "joints")
 
 
 def test_figures_for_diagnostics() -> None:

@@ -1,14 +1,18 @@
 """What the node makes of messages, without ROS: any object with a message's fields does."""
 
 import io
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+import av
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from vqbet_edge_ros import images
 from vqbet_edge_ros.clock import MEMORY_S, StampClock
 from vqbet_edge_ros.images import decode_compressed, decode_image
 from vqbet_edge_ros.inputs import Input, Inputs, Observed, Refusal, conflicts
@@ -48,9 +52,58 @@ def test_colours_arrive_as_red_green_blue(frame: np.ndarray, encoding: str, padd
     assert decoded.flags.c_contiguous
 
 
-def test_grey_has_three_equal_channels(frame: np.ndarray) -> None:
-    decoded = decode_image(image(frame[..., 0], "mono8", 3), SHAPE)
-    np.testing.assert_array_equal(decoded, np.repeat(frame[..., :1], 3, axis=-1))
+def test_grey_has_three_equal_channels_and_it_is_said_once(
+    frame: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    images._say_grey.cache_clear()
+    grey = frame[..., 0]
+    for message in (image(grey, "mono8", 3), image(grey, "mono8")):
+        decoded = decode_image(message, SHAPE)
+        np.testing.assert_array_equal(decoded, np.repeat(frame[..., :1], 3, axis=-1))
+    decode_compressed(compressed(grey, "PNG"), SHAPE)
+    assert caplog.text.count("frames are grey") == 1
+
+
+def yuv(encoding: str, luma: np.ndarray, u: int, v: int) -> np.ndarray:
+    """Packed bytes of one colour and many brightnesses."""
+    height, width = luma.shape
+    chroma = np.tile(np.array([u, v], np.uint8), (height, width // 2))
+    match encoding.lower():
+        case "yuyv" | "yuv422_yuy2":
+            return np.stack([luma, chroma], axis=-1)
+        case "uyvy" | "yuv422":
+            return np.stack([chroma, luma], axis=-1)
+        case _:
+            half = chroma[: height // 2]
+            return np.concatenate([luma, half if encoding.lower() == "nv12" else half ^ u ^ v])
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+@pytest.mark.parametrize("colour", [(128, 128), (90, 240), (240, 110), (54, 34)])
+@pytest.mark.parametrize(
+    "encoding", ["YUYV", "yuyv", "yuv422_yuy2", "uyvy", "UYVY", "yuv422", "NV12", "nv12", "nv21"]
+)
+def test_webcams_colours_are_those_that_ffmpeg_sees(
+    encoding: str, colour: tuple[int, int], padding: int
+) -> None:
+    """BT.601 with black at 16, as cameras send it and as recordings are made of it."""
+    height, width = 8, 16
+    luma = np.random.default_rng(0).integers(16, 236, (height, width), np.uint8)
+    sent = yuv(encoding, luma, *colour)
+    message = image(sent, encoding, padding)
+    message.height, message.width = height, width
+    decoded = decode_image(message, (height, width, 3))
+    plain = av.VideoFrame.from_ndarray(yuv("yuyv", luma, *colour), format="yuyv422")
+    np.testing.assert_allclose(decoded, plain.to_ndarray(format="rgb24"), atol=3)
+
+
+def test_yuv_says_what_it_needs(frame: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = image(np.zeros((4, 5, 2), np.uint8), "yuyv")
+    with pytest.raises(ObservationError, match="even"):
+        decode_image(message, (4, 5, 3))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ObservationError, match="python3-opencv"):
+        decode_image(image(frame[..., :2], "yuyv"), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +111,9 @@ def test_grey_has_three_equal_channels(frame: np.ndarray) -> None:
     [
         ({"encoding": "16UC1"}, "16UC1"),
         ({"encoding": "8UC3"}, "8UC3"),
+        ({"encoding": "mono16"}, "mono16"),
+        ({"encoding": "rgb16"}, "rgb16"),
+        ({"encoding": "nv12"}, "6 rows of 6 bytes"),
         ({"encoding": ""}, "encoding"),
         ({"height": 5}, "6x4"),
         ({"width": 7}, "7x4"),
@@ -85,17 +141,24 @@ def test_compressed_images(frame: np.ndarray) -> None:
     np.testing.assert_array_equal(decode_compressed(compressed(grey, "JPEG"), SHAPE), grey)
     only = decode_compressed(compressed(frame[..., 0], "PNG"), SHAPE)
     np.testing.assert_array_equal(only, np.repeat(frame[..., :1], 3, axis=-1))
+    alpha = np.random.default_rng(1).integers(0, 256, (*SHAPE[:2], 1), np.uint8)
+    clear = compressed(np.concatenate([frame, alpha], axis=-1), "PNG")
+    np.testing.assert_array_equal(decode_compressed(clear, SHAPE), frame)
+    grey_too = compressed(np.concatenate([frame[..., :1], alpha], axis=-1), "PNG")
+    np.testing.assert_array_equal(decode_compressed(grey_too, SHAPE), only)
 
 
-@pytest.mark.parametrize("kind", ["cut", "noise", "bmp", "size", "deep"])
+@pytest.mark.parametrize("kind", ["cut", "noise", "bmp", "size", "deep", "deep colours"])
 def test_damaged_compressed_images_are_refused(frame: np.ndarray, kind: str) -> None:
     whole = compressed(frame, "PNG")
+    _, deep = cv2.imencode(".png", np.full(SHAPE, 4000, np.uint16))
     messages = {
         "cut": SimpleNamespace(format="png", data=whole.data[:-30]),
         "noise": SimpleNamespace(format="jpeg", data=b"\xff\xd8" + bytes(range(200))),
         "bmp": compressed(frame, "BMP"),
         "size": compressed(np.zeros((4, 5, 3), np.uint8), "PNG"),
         "deep": compressed(np.zeros((4, 6), np.uint16), "PNG"),
+        "deep colours": SimpleNamespace(format="png", data=deep.tobytes()),
     }
     with pytest.raises(ObservationError):
         decode_compressed(messages[kind], SHAPE)
@@ -201,10 +264,12 @@ def test_a_jump_is_forgotten() -> None:
         assert placed == pytest.approx(now if step / 30 > MEMORY_S else now - 3600, abs=1e-6)
 
 
-def make(max_age: float = 0.2, max_skew: float = 0.1) -> tuple[Input, Input, Inputs]:
+def make(
+    max_age: float = 0.2, max_skew: float = 0.1, max_repeats: int = 100
+) -> tuple[Input, Input, Inputs]:
     camera = Input("/camera", lambda message: message, max_age)
     joints = Input("/joints", Joints(("a",)).read, max_age)
-    return camera, joints, Inputs({"image": camera, "state": joints}, max_skew)
+    return camera, joints, Inputs({"image": camera, "state": joints}, max_skew, max_repeats)
 
 
 def cause(found: Observed | Refusal) -> str:
@@ -242,6 +307,34 @@ def test_each_part_grows_old_by_itself() -> None:
     assert isinstance(found, Refusal)
     assert found.stops
     assert "'/camera': the newest message is 0.210 s old" in found.reason
+
+
+def test_a_message_is_used_again_only_so_often_and_that_is_told() -> None:
+    """A camera of 10 Hz beside joints of 30."""
+    camera, joints, inputs = make(1.0, 1.0, max_repeats=1)
+    seen: list[Any] = []
+    for step in range(9):
+        now = 1.0 + step / 30
+        if step % 3 == 0:
+            camera.offer("frame", now, now)
+        joints.offer(state(a=1.0), now, now)
+        match inputs.observe(now):
+            case Observed(repeated=repeated):
+                seen.append(repeated)
+            case refusal:
+                assert not refusal.stops
+                assert "'/camera'" in refusal.reason
+                seen.append(refusal.cause)
+    assert seen == [(), ("/camera",), "repeated"] * 3
+
+
+def test_a_frame_that_a_driver_sends_twice_is_one() -> None:
+    camera, joints, inputs = make(1.0, 1.0, max_repeats=0)
+    for now in (1.0, 1.1):
+        camera.offer("frame", 1.0, now)
+        joints.offer(state(a=1.0), now, now)
+        found = inputs.observe(now)
+        assert isinstance(found, Observed) == (now == 1.0)
 
 
 def test_parts_that_are_apart_are_no_observation() -> None:

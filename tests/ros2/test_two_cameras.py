@@ -32,7 +32,7 @@ def test_each_camera_is_taken_at_its_own_size(two_cameras: Trained) -> None:
         assert {key: part.name for key, part in parts.items()} == {
             SCENE: "/scene", WRIST: "/wrist", STATE: "/joints",
         }  # fmt: skip
-        joined = Inputs(parts, given.max_skew)
+        joined = Inputs(parts, given.max_skew, given.max_repeats)
         for observation in two_cameras.observations()[:4]:
             now = time.monotonic()
             joints = SimpleNamespace(name=["a", "b"], position=observation[STATE].tolist())

@@ -19,13 +19,16 @@ ACTION = np.array([1.0, 2.0], np.float32)
 class Robot:
     """A watchdog, and what was sent through it."""
 
-    def __init__(self, kind: Any = "array", when_stopped: Any = "hold", **times: float) -> None:
+    def __init__(self, kind: Any = "array", when_stopped: Any = "hold", **options: Any) -> None:
         self.sent: list[list[list[float]]] = []
+        # Whether what was sent last has come through, as often as that is asked.
+        self.acknowledged = True
         output = Output(
-            Joints(("a", "b")), kind, when_stopped, lambda rows: self.sent.append(rows.tolist())
-        )
-        times = {"timeout": 0.2, "resume_within": 1.0, "teleop_timeout": 0.5} | times
-        self.dog = Watchdog(output, 2, **times)
+            Joints(("a", "b")), kind, when_stopped,
+            lambda rows: self.sent.append(rows.tolist()), lambda: self.acknowledged,
+        )  # fmt: skip
+        given = {"timeout": 0.2, "resume_within": 1.0, "teleop_timeout": 0.5} | options
+        self.dog = Watchdog(output, 2, **given)
 
     def took(self) -> list[list[list[float]]]:
         """What was sent since the last look."""
@@ -43,7 +46,7 @@ class Robot:
 
 def running(**options: Any) -> Robot:
     robot = Robot(**options)
-    robot.dog.open()
+    robot.dog.open(10.0)
     assert robot.step(10.0)
     assert robot.took() == [[[1, 2]]]
     return robot
@@ -55,7 +58,7 @@ def test_nothing_moves_before_it_is_opened_or_after_it_is_closed() -> None:
     assert not robot.dog.asks_policy()
     robot.dog.watch(10.0)
     robot.dog.teleoperate(np.zeros(2), 10.0)
-    assert not robot.dog.enable(True)
+    assert not robot.dog.enable(True, 10.0)
     assert robot.took() == []
     robot = running()
     robot.dog.close("deactivated")
@@ -73,7 +76,7 @@ def test_a_command_that_was_under_way_when_the_robot_was_stopped_is_not_sent() -
     assert ticket is not None
     robot.dog.close("signal 15")
     assert not robot.command(ticket, 10.04)
-    robot.dog.open()
+    robot.dog.open(10.0)
     assert not robot.command(ticket, 10.05)
     assert robot.took() == []
 
@@ -146,13 +149,15 @@ def test_after_a_long_stop_it_waits_for_somebody(watched: bool) -> None:
     robot.took()
     # By now somebody may have moved it: nothing is sent, nor held when the policy goes on.
     robot.dog.watch(60.0)
-    assert robot.dog.enable(True)
+    assert robot.dog.enable(False, 60.0)
+    assert robot.dog.enable(True, 60.0)
     robot.dog.refuse(STALE, 60.5)
     robot.dog.watch(60.5)
     assert robot.took() == []
     ticket = robot.dog.admit(61.0)
     assert ticket is not None
     assert ticket.reset
+    assert ticket.last is None
 
 
 def test_stops_without_a_command_between_them_are_one_long_stop() -> None:
@@ -166,22 +171,56 @@ def test_stops_without_a_command_between_them_are_one_long_stop() -> None:
     assert robot.dog.mode is Mode.WAITING
 
 
-def test_the_first_observation_may_take_its_time() -> None:
-    robot = Robot(when_stopped="zero")
-    robot.dog.open()
+def armed(how: str, robot: Robot) -> None:
+    """Let the policy move the robot at 10.0."""
+    robot.dog.open(10.0 if how == "activated" else 1.0)
+    if how == "enabled":
+        robot.dog.watch(9.9)
+        assert robot.dog.mode is Mode.WAITING
+        assert robot.dog.enable(True, 10.0)
+    if how == "given back":
+        robot.dog.teleoperate(np.zeros(2), 1.5)
+        robot.dog.watch(10.0)
+    assert robot.dog.mode is Mode.STARTING
+
+
+@pytest.mark.parametrize("how", ["activated", "enabled", "given back"])
+@pytest.mark.parametrize("watched", [True, False])
+def test_who_armed_the_policy_meant_it_then_and_not_an_hour_later(how: str, watched: bool) -> None:
+    robot = Robot(when_stopped="zero", teleop_resumes=True)
+    armed(how, robot)
+    robot.took()
     robot.dog.refuse(Refusal("missing", "no message came"), 10.0)
     robot.dog.watch(10.0)
-    robot.dog.watch(1000.0)
-    assert robot.dog.mode is Mode.STARTING
+    robot.dog.watch(11.0)
     assert robot.dog.reason == "no message came"
     assert robot.took() == [[[0, 0]], [[0, 0]]]
-    assert robot.step(1000.0)
+    if watched:
+        robot.dog.watch(11.1)
+    assert not robot.step(3610.0)
+    assert robot.dog.mode is Mode.WAITING
+    assert robot.took() == [[[0, 0]]]
+    robot.dog.enable(False, 3610.0)
+    robot.dog.watch(3610.0)
+    robot.dog.close("deactivated")
+    assert robot.took() == [], "somebody else may be driving"
+
+
+@pytest.mark.parametrize("how", ["activated", "enabled", "given back"])
+def test_who_never_wants_it_to_go_on_by_itself_can_begin(how: str) -> None:
+    robot = Robot(resume_within=0.0, teleop_resumes=True)
+    armed(how, robot)
+    robot.took()
+    assert robot.step(10.2)
+    robot.dog.refuse(STALE, 10.21)
+    assert not robot.step(10.22)
+    assert robot.dog.mode is Mode.WAITING
 
 
 CONFLICT = Refusal("conflict", "another node sends commands")
 
 
-@pytest.mark.parametrize(("when_stopped", "sent"), [("hold", [[[1, 2]]]), ("zero", [[[0, 0]]])])
+@pytest.mark.parametrize(("when_stopped", "sent"), [("hold", []), ("zero", [[[0, 0]]])])
 def test_nobody_is_fought_over_the_robot(when_stopped: str, sent: Any) -> None:
     robot = running(when_stopped=when_stopped)
     robot.dog.refuse(CONFLICT, 10.03)
@@ -189,19 +228,60 @@ def test_nobody_is_fought_over_the_robot(when_stopped: str, sent: Any) -> None:
     assert robot.took() == sent
     robot.dog.watch(10.06)
     robot.dog.close("deactivated")
-    robot.dog.open()
+    robot.dog.open(10.0)
     robot.dog.watch(10.1)
     robot.dog.refuse(CONFLICT, 10.13)
+    assert robot.dog.mode is Mode.WAITING
     robot.dog.watch(10.16)
+    robot.dog.enable(False, 10.2)
     robot.dog.close("deactivated")
     assert robot.took() == []
+
+
+def test_who_is_stopped_and_hears_another_does_not_go_on_by_itself() -> None:
+    robot = running()
+    robot.dog.refuse(STALE, 10.03)
+    robot.took()
+    robot.dog.refuse(CONFLICT, 10.06)
+    robot.dog.enable(False, 10.09)
+    assert not robot.step(10.1)
+    assert robot.took() == []
+
+
+@pytest.mark.parametrize("kind", ["array", "trajectory"])
+@pytest.mark.parametrize("end", ["close", "enable", "operator", "long stop"])
+@pytest.mark.parametrize(("lost", "times"), [(0, 1), (1, 2), (9, 3)])
+def test_the_last_word_is_said_until_it_is_heard(
+    kind: str, end: str, lost: int, times: int
+) -> None:
+    """A velocity goes on, and a chunk too, if the message that ends it gets lost."""
+    robot = running(kind=kind, when_stopped="zero" if kind == "array" else "hold")
+    answers = iter([False] * lost + [True] * 9)
+    robot.dog._output._acknowledged = lambda: next(answers)
+    now = 10.1
+    if end == "operator":
+        robot.dog.teleoperate(np.array([7.0, 8.0]), now)
+    if end == "long stop":
+        robot.dog.refuse(STALE, now)
+    robot.took()
+    match end:
+        case "close":
+            robot.dog.close("signal 15")
+        case "enable":
+            robot.dog.enable(False, now)
+        case _:
+            robot.dog.watch(now + 2)
+    standing = [0, 0] if kind == "array" else [7, 8] if end == "operator" else [1, 2]
+    # Of a trajectory the stop was sent when it began.
+    expected = 0 if (kind, end) == ("trajectory", "long stop") else times
+    assert robot.took() == [[standing]] * expected
 
 
 def test_what_was_last_is_forgotten_with_the_activation() -> None:
     robot = running()
     robot.dog.close("deactivated")
     robot.took()
-    robot.dog.open()
+    robot.dog.open(10.0)
     robot.dog.refuse(STALE, 60.0)
     robot.dog.watch(60.0)
     robot.dog.close("deactivated")
@@ -213,10 +293,10 @@ def test_a_stop_that_cannot_be_sent_is_a_stop() -> None:
     ticket = robot.dog.admit(10.03)
     assert ticket is not None
 
-    def broken() -> None:
+    def broken(**_: Any) -> None:
         raise RuntimeError("the network is gone")
 
-    robot.dog._output.stand = broken  # type: ignore[method-assign]
+    robot.dog._output.end = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         robot.dog.close("signal 15")
     assert robot.dog.mode is Mode.CLOSED
@@ -225,7 +305,7 @@ def test_a_stop_that_cannot_be_sent_is_a_stop() -> None:
 
 def test_hold_has_nothing_to_hold_before_the_first_command() -> None:
     robot = Robot()
-    robot.dog.open()
+    robot.dog.open(10.0)
     robot.dog.watch(10.0)
     robot.dog.close("deactivated")
     assert robot.took() == []
@@ -235,11 +315,11 @@ def test_disabling_stops_until_enabled() -> None:
     robot = running()
     ticket = robot.dog.admit(10.03)
     assert ticket is not None
-    assert robot.dog.enable(False)
+    assert robot.dog.enable(False, 10.0)
     assert robot.took() == [[[1, 2]]]
     assert not robot.command(ticket, 10.04)
     assert robot.dog.admit(10.06) is None
-    assert robot.dog.enable(True)
+    assert robot.dog.enable(True, 10.0)
     assert robot.step(10.1)
 
 
@@ -253,8 +333,9 @@ def test_reset_on_request() -> None:
     assert not robot.dog.request_reset()
 
 
-def test_an_operator_takes_over_and_gives_back() -> None:
-    robot = running()
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_operator_takes_over_and_gives_back(resumes: bool) -> None:
+    robot = running(teleop_resumes=resumes)
     ticket = robot.dog.admit(10.03)
     assert ticket is not None
     robot.dog.teleoperate(np.array([7.0, 8.0]), 10.04)
@@ -264,26 +345,37 @@ def test_an_operator_takes_over_and_gives_back() -> None:
     robot.dog.watch(10.5)
     assert robot.took() == [[[7, 8]]]
     robot.dog.watch(10.55)
-    assert robot.dog.mode is Mode.STARTING
     assert robot.took() == [[[7, 8]]]
     after = robot.dog.admit(10.6)
-    assert after is not None
-    assert after.reset
+    if resumes:
+        assert after is not None
+        assert after.reset
+        assert after.last is not None
+        assert after.last.tolist() == [7, 8]
+    else:
+        assert after is None
+        assert robot.dog.mode is Mode.WAITING
+        assert robot.dog.reason == "the operator has given back"
+        assert robot.dog.enable(True, 11.0)
+        assert robot.step(11.1)
 
 
-def test_an_operator_may_move_a_robot_that_is_stopped_and_it_stays_stopped() -> None:
-    robot = running()
-    robot.dog.enable(False)
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_operator_may_move_a_robot_that_is_stopped_and_it_stays_stopped(resumes: bool) -> None:
+    robot = running(teleop_resumes=resumes)
+    robot.dog.enable(False, 10.1)
     robot.took()
     robot.dog.teleoperate(np.array([7.0, 8.0]), 20.0)
     robot.dog.watch(21.0)
     assert robot.took() == [[[7, 8]], [[7, 8]]]
     assert robot.dog.mode is Mode.WAITING
+    robot.dog.enable(True, 22.0)
     robot.dog.teleoperate(np.array([7.0, 8.0]), 22.0)
-    robot.dog.enable(True)
+    # What is said while an operator moves the robot says nothing about when he has done.
+    assert not robot.dog.enable(True, 22.1)
     assert robot.dog.mode is Mode.TELEOP
     robot.dog.watch(23.0)
-    assert robot.dog.mode is Mode.STARTING
+    assert robot.dog.mode is Mode.WAITING
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], [], [float("nan"), 0.0], [np.inf, 0]])
@@ -297,7 +389,7 @@ def test_an_operators_nonsense_is_refused(values: list[float]) -> None:
 
 def test_a_trajectory_is_sent_once_per_chunk_and_cut_short_when_stopped() -> None:
     robot = Robot("trajectory")
-    robot.dog.open()
+    robot.dog.open(10.0)
     chunk = np.arange(8, dtype=np.float32).reshape(4, 2)
     new = chunk + 10
 
@@ -317,6 +409,6 @@ def test_a_trajectory_is_sent_once_per_chunk_and_cut_short_when_stopped() -> Non
     robot.dog.close("deactivated")
     # The point where it should be by now replaces the rest, once.
     assert robot.took() == [[new[1].tolist()]]
-    robot.dog.open()
+    robot.dog.open(10.0)
     step(new[2:], 10.2)
     assert robot.took() == [new[2:].tolist()]

@@ -10,9 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_edge import DeadlineError, EdgePolicy, ObservationError
+from vqbet_edge_ros.anchor import Anchor
 from vqbet_edge_ros.diagnostics import Statistics
 from vqbet_edge_ros.inputs import Inputs, Observed, Refusal
 from vqbet_edge_ros.watchdog import Ticket, Watchdog
+
+# How often a simulation's clock is looked at.
+_LOOK_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Controller:
     """One step of the loop.
 
     Args:
+        anchor: where an episode's first action starts from.
         sent: is told of every command, after it was sent.
     """
 
@@ -43,10 +48,11 @@ class Controller:
         inputs: Inputs,
         watchdog: Watchdog,
         statistics: Statistics,
+        anchor: Anchor,
         sent: Callable[[Step], None],
     ) -> None:
         self._policy, self._inputs, self._watchdog = policy, inputs, watchdog
-        self._statistics, self._sent = statistics, sent
+        self._statistics, self._anchor, self._sent = statistics, anchor, sent
 
     def tick(self) -> None:
         """Act if there is something to act on.
@@ -73,7 +79,8 @@ class Controller:
         start, before = time.monotonic(), self._policy.last
         try:
             if ticket.reset:
-                self._policy.reset()
+                state = observed.values[self._policy.manifest.state_key]
+                self._policy.reset(from_action=self._anchor(state, ticket.last))
             action = self._policy.act(observed.values, observed.time)
         except ObservationError as error:
             self._refuse(Refusal("invalid", str(error)), time.monotonic())
@@ -86,15 +93,29 @@ class Controller:
         if upcoming is None or not self._watchdog.command(ticket, action, upcoming, now):
             self._statistics.count("overtaken")
             return
+        for topic in observed.repeated:
+            self._statistics.count(f"again {topic}")
         self._statistics.acted(now - start, now - observed.oldest, now)
         self._sent(Step(observed.values, action, self._policy.last is not before))
 
 
 class Loop:
-    """Calls `tick` at a rate, on a thread of its own, until it fails or is stopped."""
+    """Calls `tick` at a rate, on a thread of its own, until it fails or is stopped.
 
-    def __init__(self, tick: Callable[[], None], rate: float) -> None:
+    Args:
+        tick: what is done at every step.
+        rate: in steps per second.
+        simulated: seconds of a simulation's clock, which goes faster, slower or not at all; None
+            keeps to `time.monotonic()`.
+    """
+
+    def __init__(
+        self, tick: Callable[[], None], rate: float, simulated: Callable[[], float] | None = None
+    ) -> None:
         self._tick, self._period = tick, 1 / rate
+        self._now = simulated or time.monotonic
+        # Nobody can wait for a simulation but by looking.
+        self._longest = float("inf") if simulated is None else _LOOK_S
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vqbet-control", daemon=True)
         self.failure: Exception | None = None
@@ -111,12 +132,16 @@ class Loop:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        due = time.monotonic()
-        while not self._ended.wait(max(0.0, due - time.monotonic())):
+        due = self._now()
+        while not self._ended.wait(min(max(0.0, due - self._now()), self._longest)):
+            # A simulation that begins anew is behind all that was due.
+            due = min(due, self._now() + self._period)
+            if self._now() < due:
+                continue
             try:
                 self._tick()
             except Exception as error:  # noqa: BLE001 - whatever it is, the node has to say it
                 self.failure = error
                 return
             # Steps that were missed are not made up for: two commands at once are worse.
-            due = max(due + self._period, time.monotonic())
+            due = max(due + self._period, self._now())

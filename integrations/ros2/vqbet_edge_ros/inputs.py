@@ -17,11 +17,13 @@ class Observed:
         values: as `EdgePolicy.act` takes it.
         time: of its newest part, in seconds of `time.monotonic()`.
         oldest: of its oldest part.
+        repeated: topics whose part was in the observation before too.
     """
 
     values: dict[str, Any]
     time: float
     oldest: float
+    repeated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class Input:
         self._decode, self._max_age = decode, max_age
         self._newest: _Sample | None = None
         self._dropped = ""
+        self._used, self.repeats = float("-inf"), 0
 
     def clear(self) -> None:
         """Forget what came."""
         self._newest, self._dropped = None, ""
+        self._used, self.repeats = float("-inf"), 0
 
     def offer(self, message: Any, taken: float, now: float) -> None:
         """A message, and when it was taken; one that is older than another is dropped."""
@@ -91,6 +95,14 @@ class Input:
             )
         return newest
 
+    def repeats_with(self, sample: _Sample) -> int:
+        """How often the message will have been used again, if it is used now."""
+        return self.repeats + 1 if sample.taken == self._used else 0
+
+    def use(self, sample: _Sample) -> None:
+        """The message is part of an observation."""
+        self.repeats, self._used = self.repeats_with(sample), sample.taken
+
     def decode(self, sample: _Sample) -> Any:
         """What the policy sees of it.
 
@@ -109,10 +121,11 @@ class Inputs:
     Args:
         inputs: feature of the policy -> its topic.
         max_skew: most that the times of an observation's parts may differ.
+        max_repeats: how often in a row a part may be used again, beside parts that are new.
     """
 
-    def __init__(self, inputs: Mapping[str, Input], max_skew: float) -> None:
-        self._inputs, self._max_skew = dict(inputs), max_skew
+    def __init__(self, inputs: Mapping[str, Input], max_skew: float, max_repeats: int) -> None:
+        self._inputs, self._max_skew, self._max_repeats = dict(inputs), max_skew, max_repeats
         self._latest = float("-inf")
         self.conflict = ""
 
@@ -133,18 +146,36 @@ class Inputs:
                     return refusal
                 case sample:
                     samples[key] = sample
+        unfit = self._compare(samples, now)
+        if unfit is not None:
+            return unfit
+        try:
+            values = {key: self._inputs[key].decode(each) for key, each in samples.items()}
+        except ObservationError as error:
+            return Refusal("invalid", str(error))
+        for key, sample in samples.items():
+            self._inputs[key].use(sample)
+        times = [sample.taken for sample in samples.values()]
+        self._latest = max(times)
+        repeated = tuple(each.name for each in self._inputs.values() if each.repeats)
+        return Observed(values, max(times), min(times), repeated)
+
+    def _compare(self, samples: Mapping[str, _Sample], now: float) -> Refusal | None:
+        """Why the samples are no observation together, or not another one."""
         times = [sample.taken for sample in samples.values()]
         if max(times) - min(times) > self._max_skew:
             apart = {self._inputs[key].name: now - each.taken for key, each in samples.items()}
             return Refusal("skewed", f"further apart than {self._max_skew} s; ages: {apart}")
         if max(times) <= self._latest:
             return Refusal("repeated", "nothing new came since the last step")
-        try:
-            values = {key: self._inputs[key].decode(each) for key, each in samples.items()}
-        except ObservationError as error:
-            return Refusal("invalid", str(error))
-        self._latest = max(times)
-        return Observed(values, max(times), min(times))
+        for key, sample in samples.items():
+            if self._inputs[key].repeats_with(sample) > self._max_repeats:
+                return Refusal(
+                    "repeated",
+                    f"'{self._inputs[key].name}': nothing new came for {self._max_repeats + 1} "
+                    "steps; its rate is below the policy's, or raise max_repeats",
+                )
+        return None
 
 
 def conflicts(publishers: Mapping[str, int], command: str) -> str:

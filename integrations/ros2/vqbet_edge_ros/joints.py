@@ -65,6 +65,10 @@ class Joints:
         if not np.isfinite(values).all():
             bad = dict(zip(self.names, values.tolist(), strict=True))
             raise ObservationError(f"expected finite positions, got {bad}")
+        return self.from_ros(values)
+
+    def from_ros(self, values: Values) -> Values:
+        """Values (..., J) in the policy's units."""
         return self._scale * values + self._offset
 
     def to_ros(self, actions: NDArray[np.floating]) -> Values:

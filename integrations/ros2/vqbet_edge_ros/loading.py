@@ -1,5 +1,8 @@
 """From parameters to a policy that has acted once, and to what reads its inputs."""
 
+import logging
+import math
+import os
 from functools import partial
 from typing import Any
 
@@ -9,9 +12,13 @@ from vqbet_edge import EdgePolicy, UsageError
 from vqbet_edge_ros.images import decode_compressed, decode_image
 from vqbet_edge_ros.inputs import Input
 from vqbet_edge_ros.joints import Joints
-from vqbet_edge_ros.parameters import Command, Parameters
+from vqbet_edge_ros.parameters import Parameters, WhenStopped
 
+_LOG = logging.getLogger(__name__)
 COMPRESSED = "/compressed"
+# Of `PolicySpec.action_kinds`: a robot that is told the same again stays, or moves on.
+_POSITIONS = {"position", "angle", "rotation_vector", "gripper"}
+_MOVES = {"velocity", "displacement"}
 
 
 def load_policy(parameters: Parameters) -> EdgePolicy:
@@ -20,6 +27,9 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
     Raises:
         VQBeTEdgeError: it cannot be loaded, or does not do what its checkpoint did.
     """
+    if parameters.backend == "tensorrt":
+        # vqbet-build does that: it takes minutes, in which the node would not answer.
+        os.environ.setdefault("VQBET_EDGE_BUILD_ENGINES", "0")
     policy = EdgePolicy.load(
         parameters.bundle,
         parameters.backend,
@@ -27,7 +37,7 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         temperature=None if parameters.temperature < 0 else parameters.temperature,
         replan_every=parameters.replan_every or None,
         guards=parameters.guards.guards(parameters.max_age),
-        prove=True,
+        prove=parameters.prove,
     )
     try:
         _warm(policy)
@@ -35,6 +45,27 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         policy.close()
         raise
     return policy
+
+
+def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
+    """Steps per second: as given, else those of the demonstrations.
+
+    Raises:
+        UsageError: neither is known.
+    """
+    fps = policy.fps
+    rate = parameters.rate or fps
+    if rate is None:
+        raise UsageError(
+            "the parameter 'rate' is missing, and the bundle does not say how many steps a second "
+            "the demonstrations have: set it to that (a LeRobot data set's fps)"
+        )
+    if fps is not None and not math.isclose(rate, fps, rel_tol=0.01):
+        _LOG.warning(
+            "rate is %g Hz, the demonstrations have %g: the robot will move %.2g times as fast",
+            rate, fps, rate / fps,
+        )  # fmt: skip
+    return rate
 
 
 def _warm(policy: EdgePolicy) -> None:
@@ -59,19 +90,53 @@ def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
     return Joints(state.joints, state.units, state.scale, state.offset)
 
 
-def command_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
-    """The joints of commands: those of the state, unless others are given.
+def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
+    """What is sent while the policy is stopped; `hold` says that commands are positions.
 
     Raises:
-        UsageError: they do not fit.
+        UsageError: it has to be chosen, or does not go with what the bundle says of its actions.
+    """
+    given, kinds = parameters.command, set(policy.manifest.policy.action_kinds)
+    positions = bool(kinds) and kinds <= _POSITIONS
+    if given.when_stopped is None and (positions or (given.type != "array" and not kinds & _MOVES)):
+        return "hold"
+    wrong = {"hold": kinds & _MOVES, "zero": kinds & _POSITIONS, "silence": ()}
+    if given.when_stopped is None or wrong[given.when_stopped]:
+        raise UsageError(
+            "expected command.when_stopped of 'hold' where commands are positions, 'zero' where "
+            "they are velocities or efforts, with which a controller goes on, or 'silence'; got "
+            f"{given.when_stopped or 'nothing'!r}, and actions are {sorted(kinds) or ['unknown']}"
+        )
+    return given.when_stopped
+
+
+def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: bool) -> Joints:
+    """The joints of commands: names, units, scale and offset are the state's where not given.
+
+    Args:
+        parameters: which are given.
+        policy: which commands them.
+        positions: whether commands are positions.
+
+    Raises:
+        UsageError: they do not fit, or what is not given need not be the state's.
     """
     given, state, dim = parameters.command, parameters.state, policy.manifest.action_dim
-    if not given.joints:
-        given = Command(joints=state.joints, units=state.units, scale=state.scale,
-                        offset=state.offset)  # fmt: skip
-    if len(given.joints) != dim:
-        raise UsageError(f"expected {dim} joints in command.joints, got {list(given.joints)}")
-    return Joints(given.joints, given.units or "as_is", given.scale, given.offset)
+    names = given.joints or state.joints
+    if len(names) != dim:
+        raise UsageError(f"expected {dim} joints in command.joints, got {list(names)}")
+    state_joints(parameters, policy)
+    inherits = positions and set(names) <= set(state.joints)
+    for field in ("units", "scale", "offset"):
+        if not (inherits or getattr(given, field)) and getattr(state, field) not in {"as_is", ()}:
+            raise UsageError(
+                f"command.{field} is missing: there is state.{field}, and commands that are not "
+                "positions of the state's joints may have the same or another; give it"
+            )
+    places = [state.joints.index(name) for name in names] if inherits else []
+    scale = given.scale or tuple(state.scale[place] for place in places if state.scale)
+    offset = given.offset or tuple(state.offset[place] for place in places if state.offset)
+    return Joints(names, given.units or state.units, scale, offset)
 
 
 def camera_topics(parameters: Parameters, policy: EdgePolicy) -> dict[str, str]:

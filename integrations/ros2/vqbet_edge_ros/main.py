@@ -68,8 +68,8 @@ class _Signals:
 
 def _spin(node: PolicyNode, ending: threading.Event, signals: _Signals) -> None:
     try:
-        if node.get_parameter("autostart").value:
-            _autostart(node)
+        if node.get_parameter("autostart").value and not _autostart(node):
+            return  # whoever started the process sees that it ended
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         while not ending.is_set():
@@ -86,6 +86,7 @@ def _spin_once(executor: SingleThreadedExecutor) -> None:
         _LOG.exception("a callback failed; the node spins on")
 
 
-def _autostart(node: PolicyNode) -> None:
-    if node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-        node.trigger_activate()
+def _autostart(node: PolicyNode) -> bool:
+    """Whether the node is active."""
+    steps = (node.trigger_configure, node.trigger_activate)
+    return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)

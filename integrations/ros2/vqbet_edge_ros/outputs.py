@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from vqbet_edge_ros.joints import Joints, Values
 from vqbet_edge_ros.parameters import CommandType, WhenStopped
 
+# So often is the last word said, if nobody acknowledges it.
+_TIMES = 3
+
 
 class Output:
     """Sends commands, and what stands for them while the policy is stopped.
@@ -17,6 +20,7 @@ class Output:
         kind: `trajectory` sends every new chunk once, the others one action per step.
         when_stopped: `hold` sends the last command again, `zero` zeros, `silence` nothing.
         publish: gets float64 (n, J) in ROS's units; n is 1 for all but a trajectory.
+        acknowledged: waits a moment, and says whether all who listen have what was published.
     """
 
     def __init__(
@@ -25,12 +29,18 @@ class Output:
         kind: CommandType,
         when_stopped: WhenStopped,
         publish: Callable[[Values], None],
+        acknowledged: Callable[[], bool],
     ) -> None:
         self._joints, self._kind, self._when_stopped = joints, kind, when_stopped
-        self._publish = publish
+        self._publish, self._acknowledged = publish, acknowledged
         self._last: Values | None = None
         self._planned: NDArray[np.float32] | None = None
         self._moving = False
+
+    @property
+    def last(self) -> Values | None:
+        """The latest command (J,) in ROS's units, until it is forgotten."""
+        return self._last
 
     def clear(self) -> None:
         """Forget the last command: by the next one, others may have moved the robot elsewhere."""
@@ -54,10 +64,33 @@ class Output:
 
     def stand(self) -> None:
         """Send what keeps the robot where it is."""
+        standing = self._standing()
+        if standing is not None:
+            self._publish(standing[None])
+
+    def end(self, *, alone: bool = True) -> None:
+        """Send it for the last time, until it is acknowledged.
+
+        Args:
+            alone: nobody else sends commands; otherwise a position, which the robot has been told
+                and may have left, is not sent again.
+        """
+        standing = self._standing()
+        told = self._when_stopped == "hold" and self._kind != "trajectory"
+        if standing is None or (told and not alone):
+            return
+        for _ in range(_TIMES):
+            self._publish(standing[None])
+            if self._acknowledged():
+                return
+
+    def _standing(self) -> Values | None:
         first, self._moving, self._planned = self._moving, False, None
         match self._when_stopped:
             case "zero":
-                self._publish(np.zeros((1, len(self._joints.names))))
+                self._last = np.zeros(len(self._joints.names))
+                return self._last
             # A trajectory's one point is where it should be by now, in place of the rest.
-            case "hold" if self._last is not None and (first or self._kind != "trajectory"):
-                self._publish(self._last[None])
+            case "hold" if first or self._kind != "trajectory":
+                return self._last
+        return None

@@ -13,6 +13,7 @@ Stamps = Literal["header", "receive"]
 Units = Literal["as_is", "degrees"]
 CommandType = Literal["array", "trajectory", "joint_state"]
 WhenStopped = Literal["hold", "silence", "zero"]
+AfterTeleop = Literal["wait", "resume"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class State:
 
 @dataclass(frozen=True)
 class Command:
-    """What is sent where; no joints, units, scale or offset: those of the state."""
+    """What is sent where; see `loading.command_joints` and `loading.when_stopped` for None."""
 
     topic: str = ""
     type: CommandType = "array"
@@ -44,7 +45,7 @@ class Command:
     units: Units | None = None
     scale: tuple[float, ...] = ()
     offset: tuple[float, ...] = ()
-    when_stopped: WhenStopped = "hold"
+    when_stopped: WhenStopped | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Limits:
     highest: tuple[float, ...] = ()
     margin: float = 0.1
     max_change: tuple[float, ...] = ()
+    state_limits: Literal["data", "none"] = "none"
     deadline: float = 0.0
     on_late: Literal["raise", "hold", "continue"] = "raise"
 
@@ -66,6 +68,7 @@ class Limits:
             action_limits=limits[self.action_limits],
             margin=self.margin,
             max_change=self.max_change or None,
+            state_limits="data" if self.state_limits == "data" else None,
             max_age_s=max_age,
             deadline_s=self.deadline or None,
             on_late=self.on_late if self.deadline else None,
@@ -78,6 +81,7 @@ class Teleoperation:
 
     topic: str = ""
     timeout: float = 0.5
+    after: AfterTeleop = "wait"
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,13 @@ class Parameters:
     seed: int = 0
     temperature: float = -1.0
     replan_every: int = 0
-    rate: float = 30.0
+    rate: float = 0.0
+    prove: bool = True
     autostart: bool = False
     stamps: Stamps = "header"
     max_age: float = 0.2
     max_skew: float = 0.1
+    max_repeats: int = 1
     timeout: float = 0.2
     resume_within: float = 2.0
     cameras: Cameras = field(default_factory=Cameras)
@@ -106,17 +112,23 @@ class Parameters:
         for name in ("bundle", "cameras.topics", "state.joints", "command.topic"):
             if not _at(self, name):
                 raise UsageError(f"the parameter '{name}' is missing; config/pusht.yaml has all")
-        for name in ("rate", "max_age", "max_skew", "timeout", "teleop.timeout"):
+        for name in ("max_age", "max_skew", "timeout", "teleop.timeout"):
             if not 0 < _at(self, name) < float("inf"):
                 raise UsageError(f"expected '{name}' above 0, got {_at(self, name)!r}")
-        if not 0 <= self.resume_within < float("inf"):
-            raise UsageError(f"expected 'resume_within' of 0 or more, got {self.resume_within!r}")
-        self._check_trajectory()
+        for name in ("rate", "resume_within", "max_repeats"):
+            if not 0 <= _at(self, name) < float("inf"):
+                raise UsageError(f"expected '{name}' of 0 or more, got {_at(self, name)!r}")
+        self._check_command()
 
-    def _check_trajectory(self) -> None:
+    def _check_command(self) -> None:
+        if self.command.type != "array" and self.command.when_stopped == "zero":
+            raise UsageError(
+                f"command.type {self.command.type!r} is of positions, and command.when_stopped "
+                "'zero' would move the joints there; choose 'hold'"
+            )
         if self.command.type != "trajectory":
             return
-        if self.command.when_stopped != "hold":
+        if self.command.when_stopped not in {None, "hold"}:
             raise UsageError(
                 "command.type 'trajectory' goes with command.when_stopped 'hold' alone: a "
                 f"controller would go on with the chunk it has, got {self.command.when_stopped!r}"

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
+from numpy.typing import NDArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
+from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -18,12 +20,21 @@ from std_srvs.srv import SetBool, Trigger
 
 from vqbet_edge import EdgePolicy, StaleObservationError, VQBeTEdgeError
 from vqbet_edge_ros import __version__, messages
+from vqbet_edge_ros.anchor import Anchor
 from vqbet_edge_ros.clock import StampClock
 from vqbet_edge_ros.control import Controller, Loop, Step
 from vqbet_edge_ros.diagnostics import ERROR, Statistics, level
-from vqbet_edge_ros.inputs import Input, Inputs, conflicts
+from vqbet_edge_ros.inputs import Input, Inputs, Refusal, conflicts
 from vqbet_edge_ros.joints import Values
-from vqbet_edge_ros.loading import COMPRESSED, command_joints, load_policy, make_inputs
+from vqbet_edge_ros.loading import (
+    COMPRESSED,
+    command_joints,
+    control_rate,
+    load_policy,
+    make_inputs,
+    state_joints,
+    when_stopped,
+)
 from vqbet_edge_ros.outputs import Output
 from vqbet_edge_ros.parameters import Parameters
 from vqbet_edge_ros.watchdog import Mode, Watchdog
@@ -33,6 +44,8 @@ _SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 _LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # How long a step may take to end when the node is deactivated.
 _PATIENCE_S = 10.0
+# How long somebody may take to acknowledge a command, and between those that nobody will.
+_ACKNOWLEDGE_S, _SETTLE_S = 0.1, 0.01
 
 
 class Session:
@@ -40,7 +53,6 @@ class Session:
 
     def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
         self._node, self._parameters = node, parameters
-        self._period = 1 / parameters.rate
         self._loop: Loop | None = None
         self._made: list[tuple[Callable[[Any], Any], Any]] = []
         # The node's own group would remember everything that was ever in it.
@@ -54,13 +66,21 @@ class Session:
 
     def _assemble(self) -> None:
         given, policy = self._parameters, self._policy
+        self._rate = control_rate(given, policy)
+        self._period = 1 / self._rate
         self._inputs_by_key = make_inputs(given, policy)
-        self._inputs = Inputs(self._inputs_by_key, given.max_skew)
-        self._joints = command_joints(given, policy)
+        self._inputs = Inputs(self._inputs_by_key, given.max_skew, given.max_repeats)
+        stopped = when_stopped(given, policy)
+        positions = stopped == "hold"
+        self._joints = command_joints(given, policy, positions=positions)
         self._stamps = StampClock(given.max_skew)
         self._statistics = Statistics()
         output = Output(
-            self._joints, given.command.type, given.command.when_stopped, self._publish_command
+            self._joints,
+            given.command.type,
+            stopped,
+            self._publish_command,
+            self._acknowledged,
         )
         self.watchdog = Watchdog(
             output,
@@ -68,16 +88,23 @@ class Session:
             timeout=given.timeout,
             resume_within=given.resume_within,
             teleop_timeout=given.teleop.timeout,
+            teleop_resumes=given.teleop.after == "resume",
+        )
+        anchor = Anchor(
+            state_joints(given, policy),
+            self._joints,
+            positions=positions,
+            limited=bool(given.guards.max_change),
         )
         self._controller = Controller(
-            policy, self._inputs, self.watchdog, self._statistics, self._sent
+            policy, self._inputs, self.watchdog, self._statistics, anchor, self._sent
         )
         self._advertise()
         self._subscribe()
         self._timer(self._period, self._watch)
         self._timer(0.1, self._look_for_conflicts)
         self._timer(1.0, self._diagnose)
-        self._metadata.publish(messages.as_json(_describe(policy, given)))
+        self._metadata.publish(messages.as_json(_describe(policy, given, self._rate)))
 
     # Publishers, subscriptions, services and timers are made through these, so that none is left.
 
@@ -150,11 +177,18 @@ class Session:
         self._inputs.clear()
         self._policy.reset()
         self._look_for_conflicts()
-        self.watchdog.open()
+        self.watchdog.open(time.monotonic())
         if ended.is_set():
             self.watchdog.close("the process ends")
-        self._loop = Loop(self._controller.tick, self._parameters.rate)
+        self._loop = Loop(self._controller.tick, self._rate, self._simulated_clock())
         self._loop.start()
+
+    def _simulated_clock(self) -> Callable[[], float] | None:
+        """Seconds of the simulation's clock; None where time is the wall's."""
+        clock = self._node.get_clock()
+        if not self._node.get_parameter("use_sim_time").value:
+            return None
+        return lambda: float(clock.now().nanoseconds / 1e9)
 
     def halt(self, reason: str) -> None:
         """Commands stop first; then the step under way ends."""
@@ -200,8 +234,10 @@ class Session:
         return response
 
     def _on_enable(self, request: Any, response: Any) -> Any:
-        response.success = self.watchdog.enable(request.data)
-        response.message = self.watchdog.mode.value
+        self._look_for_conflicts()
+        conflict = self._inputs.conflict if request.data else ""
+        done = not conflict and self.watchdog.enable(request.data, time.monotonic())
+        response.success, response.message = done, conflict or self.watchdog.mode.value
         return response
 
     def _watch(self) -> None:
@@ -219,6 +255,8 @@ class Session:
             for name in (*topics, command)
         }
         self._inputs.conflict = conflicts(counts, command)
+        if self._inputs.conflict:
+            self.watchdog.refuse(Refusal("conflict", self._inputs.conflict), time.monotonic())
 
     def _fail(self, error: Exception) -> None:
         """Commands stop, and the node becomes inactive."""
@@ -231,6 +269,14 @@ class Session:
     def _publish_command(self, rows: Values) -> None:
         kind, names = self._parameters.command.type, self._joints.names
         self._commands.publish(messages.command(kind, names, rows, self._period, self._now()))
+
+    def _acknowledged(self) -> bool:
+        """Whether all who listen have the latest command; who takes best effort never says so."""
+        found = self._node.get_subscriptions_info_by_topic(self._commands.topic_name)
+        if any(each.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT for each in found):
+            time.sleep(_SETTLE_S)
+            return False
+        return bool(self._commands.wait_for_all_acked(Duration(seconds=_ACKNOWLEDGE_S)))
 
     def _sent(self, step: Step) -> None:
         """Show what was done to those who want to see it."""
@@ -249,8 +295,13 @@ class Session:
 
     def _diagnose(self) -> None:
         mode, reason, counts = self.watchdog.mode, self.watchdog.reason, self._policy.guard_counts
+        limits = self._policy.action_limits
         failed = mode is Mode.CLOSED and reason.startswith("failed")
-        values = self._statistics.summary() | {k: str(v) for k, v in counts._asdict().items()}
+        values = self._statistics.summary() | {
+            f"guards.{name}": str(count) for name, count in counts._asdict().items()
+        }
+        if limits is not None:
+            values |= zip(("guards.lowest", "guards.highest"), map(_spelled, limits), strict=True)
         text = f"{mode.value}: {reason}" if reason else mode.value
         how = ERROR if failed else level(mode)
         name = self._node.get_fully_qualified_name()
@@ -265,7 +316,11 @@ class Session:
         return self._node.get_logger()
 
 
-def _describe(policy: EdgePolicy, parameters: Parameters) -> dict[str, Any]:
+def _spelled(values: NDArray[np.float32]) -> str:
+    return str([float(f"{value:.6g}") for value in values])
+
+
+def _describe(policy: EdgePolicy, parameters: Parameters, rate: float) -> dict[str, Any]:
     """What `~/metadata` says for as long as the node is configured."""
     manifest = policy.manifest
     return {
@@ -276,7 +331,8 @@ def _describe(policy: EdgePolicy, parameters: Parameters) -> dict[str, Any]:
         "checkpoint_sha256": manifest.source.sha256,
         "backend": policy.backend_name,
         "seed": parameters.seed,
-        "rate": parameters.rate,
+        "rate": rate,
+        "fps": policy.fps,
         "cameras": {key: list(shape) for key, shape in manifest.image_shapes.items()},
         "state_dim": manifest.state_dim,
         "action_dim": manifest.action_dim,

@@ -19,8 +19,8 @@ _LOG = logging.getLogger(__name__)
 class Mode(enum.Enum):
     """Who may move the robot.
 
-    CLOSED: nobody, the node is not active. STARTING: the policy, once there is an observation.
-    RUNNING: the policy. STOPPED: the policy again, once there is an observation. WAITING: nobody
+    CLOSED: nobody, the node is not active. STARTING: the policy, if there is an observation soon.
+    RUNNING: the policy. STOPPED: the policy again, if there is an observation soon. WAITING: nobody
     until somebody calls `~/enable`, and nothing is sent. TELEOP: an operator.
     """
 
@@ -39,10 +39,12 @@ class Ticket:
     Attributes:
         generation: void once the watchdog has another.
         reset: whether a new episode begins with it.
+        last: the latest command (J,) in ROS's units that was sent and not forgotten since.
     """
 
     generation: int
     reset: bool
+    last: Values | None = None
 
 
 class Watchdog:
@@ -55,8 +57,10 @@ class Watchdog:
         output: where commands go.
         width: joints of a command.
         timeout: seconds without a command until the robot is stopped.
-        resume_within: after a longer stop the policy does not go on by itself.
-        teleop_timeout: seconds after an operator's last command until the policy goes on.
+        resume_within: seconds after which the policy does not begin or go on by itself: since the
+            last command, or since it was armed, where an observation has `timeout` at least.
+        teleop_timeout: seconds after an operator's last command until that is the end of it.
+        teleop_resumes: whether that arms the policy.
     """
 
     def __init__(
@@ -67,18 +71,19 @@ class Watchdog:
         timeout: float,
         resume_within: float,
         teleop_timeout: float,
+        teleop_resumes: bool = False,
     ) -> None:
         self._output, self._width = output, width
         self._timeout, self._resume_within = timeout, resume_within
-        self._teleop_timeout = teleop_timeout
+        self._teleop_timeout, self._teleop_resumes = teleop_timeout, teleop_resumes
         self._lock = threading.Lock()
         self._mode, self._reason = Mode.CLOSED, ""
         self._generation = 0
         self._reset = self._quiet = False
-        # Monotonic times: the latest command, the latest sign that the policy is at work, and the
-        # operator's latest command.
-        self._commanded = self._alive = self._teleoperated = 0.0
-        self._after_teleop = Mode.STARTING
+        # Monotonic times: the latest command, or arming if that was later; the latest sign that the
+        # policy is at work; the operator's latest command.
+        self._armed = self._alive = self._teleoperated = 0.0
+        self._after_teleop = Mode.WAITING
 
     @property
     def mode(self) -> Mode:
@@ -90,32 +95,34 @@ class Watchdog:
         """Why the policy may not."""
         return self._reason
 
-    def open(self) -> None:
+    def open(self, now: float) -> None:
         """The node is active: the policy may begin an episode."""
         with self._lock:
             self._output.clear()
-            self._enter(Mode.STARTING, "")
+            self._arm(now)
 
     def close(self, reason: str) -> None:
         """Nothing moves the robot from here on; what keeps it where it is is sent a last time."""
         with self._lock:
-            if self._mode is Mode.WAITING or self._quiet:
-                self._enter(Mode.CLOSED, reason)
-            elif self._mode is not Mode.CLOSED:
+            if self._mode is not Mode.CLOSED:
                 self._halt(Mode.CLOSED, reason)
 
-    def enable(self, enabled: bool) -> bool:
+    def enable(self, enabled: bool, now: float) -> bool:
         """Let the policy move the robot, in a new episode, or not; says whether it is so now."""
         with self._lock:
-            if self._mode is Mode.CLOSED:
-                return False
-            goal = Mode.STARTING if enabled else Mode.WAITING
-            if self._mode is Mode.TELEOP:
-                self._after_teleop = goal
-            elif not enabled:
-                self._halt(goal, "disabled by ~/enable")
-            elif self._mode is not Mode.RUNNING:
-                self._enter(goal, "")
+            match self._mode:
+                case Mode.CLOSED:
+                    return False
+                case Mode.TELEOP:
+                    # What was said before an operator has moved the robot does not start it after.
+                    self._after_teleop = Mode.WAITING
+                    return not enabled
+                case Mode.RUNNING if enabled:
+                    pass
+                case _ if enabled:
+                    self._arm(now)
+                case _:
+                    self._halt(Mode.WAITING, "disabled by ~/enable")
             return True
 
     def request_reset(self) -> bool:
@@ -138,8 +145,8 @@ class Watchdog:
             if self._mode is Mode.CLOSED:
                 return
             if self._mode is not Mode.TELEOP:
-                waiting = self._mode is Mode.WAITING
-                self._after_teleop = Mode.WAITING if waiting else Mode.STARTING
+                resumes = self._teleop_resumes and self._mode is not Mode.WAITING
+                self._after_teleop = Mode.STARTING if resumes else Mode.WAITING
                 self._enter(Mode.TELEOP, "an operator has taken over")
             self._teleoperated = now
             self._output.forward(values)
@@ -152,27 +159,23 @@ class Watchdog:
         """There is no observation."""
         with self._lock:
             match self._mode:
-                case Mode.RUNNING if refusal.cause == "conflict":
-                    self._halt(Mode.WAITING, refusal.reason)
+                case Mode.RUNNING | Mode.STARTING | Mode.STOPPED if refusal.cause == "conflict":
+                    self._halt(Mode.WAITING, refusal.reason, alone=False)
                 case Mode.RUNNING if refusal.stops or now - self._alive > self._timeout:
                     self._halt(Mode.STOPPED, refusal.reason)
                 case Mode.STARTING | Mode.STOPPED:
-                    self._reason = refusal.reason
-                    # Somebody else may be commanding the robot.
-                    self._quiet = refusal.cause == "conflict"
+                    self._reason, self._quiet = refusal.reason, False
 
     def admit(self, now: float) -> Ticket | None:
         """There is an observation: whether the policy may act on it."""
         with self._lock:
             self._gives_up(now)
             if self._mode in {Mode.STARTING, Mode.STOPPED}:
-                if self._mode is Mode.STARTING:
-                    self._commanded = now
                 self._alive = now
                 self._enter(Mode.RUNNING, "")
             if self._mode is not Mode.RUNNING:
                 return None
-            ticket = Ticket(self._generation, self._reset)
+            ticket = Ticket(self._generation, self._reset, self._output.last)
             self._reset = False
             return ticket
 
@@ -189,7 +192,7 @@ class Watchdog:
                 self._reset |= ticket.reset
                 return False
             self._output.command(action, upcoming)
-            self._commanded = self._alive = now
+            self._armed = self._alive = now
             return True
 
     def watch(self, now: float) -> None:
@@ -203,7 +206,12 @@ class Watchdog:
                     if not self._gives_up(now) and not self._quiet:
                         self._output.stand()
                 case Mode.TELEOP if now - self._teleoperated > self._teleop_timeout:
+                    self._armed = now
                     self._halt(self._after_teleop, "the operator has given back")
+
+    def _arm(self, now: float) -> None:
+        self._armed = now
+        self._enter(Mode.STARTING, "")
 
     def _enter(self, mode: Mode, reason: str) -> None:
         """Every change of mode voids tickets, and what follows is another episode."""
@@ -216,15 +224,27 @@ class Watchdog:
         if mode is Mode.WAITING:
             self._output.clear()
 
-    def _halt(self, mode: Mode, reason: str) -> None:
+    def _halt(self, mode: Mode, reason: str, *, alone: bool = True) -> None:
+        """Send what keeps the robot where it is, unless others may be moving it by now."""
         try:
-            self._output.stand()
+            if self._mode is not Mode.WAITING and not self._quiet:
+                if mode in {Mode.WAITING, Mode.CLOSED}:
+                    self._output.end(alone=alone)
+                else:
+                    self._output.stand()
         finally:
             self._enter(mode, reason)
 
     def _gives_up(self, now: float) -> bool:
-        """Whether the stop has just become too long to go on by itself."""
-        long = self._mode is Mode.STOPPED and now - self._commanded > self._resume_within
-        if long:
-            self._enter(Mode.WAITING, self._reason)
-        return long
+        """Whether it has just become too long ago that somebody meant the robot to move."""
+        match self._mode:
+            case Mode.STOPPED:
+                allowed = self._resume_within
+            case Mode.STARTING:
+                allowed = max(self._resume_within, self._timeout)
+            case _:
+                return False
+        if now - self._armed <= allowed:
+            return False
+        self._halt(Mode.WAITING, self._reason or f"no observation came within {allowed} s")
+        return True

@@ -41,7 +41,7 @@ PARAMETERS: dict[str, Any] = {
     "bundle": BUNDLE, "backend": "onnxruntime", "seed": 7, "cameras.topics": ["/camera"],
     "state.topic": "/joints", "state.joints": ["x", "y"], "command.topic": "/commands",
     "command.when_stopped": "silence", "rate": 100.0, "autostart": True, "max_age": 5.0,
-    "max_skew": 0.002, "timeout": 60.0, "resume_within": 60.0,
+    "max_skew": 0.002, "max_repeats": 1000, "timeout": 60.0, "resume_within": 60.0,
 }  # fmt: skip
 
 Observation = dict[str, np.ndarray]
@@ -247,6 +247,10 @@ class Process:
         """Send a signal; the exit code."""
         if self._process.poll() is None:
             self._process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> int:
+        """The exit code, once it has ended."""
         try:
             return self._process.wait(SECONDS)
         except subprocess.TimeoutExpired:

@@ -3,11 +3,13 @@
 import array
 import io
 import json
+import time
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+from rclpy.time import Time
 from robots import (
     BUNDLE,
     IMAGE,
@@ -21,6 +23,7 @@ from robots import (
     observations,
     wait,
 )
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
@@ -127,7 +130,9 @@ def test_trajectories(robot: Robot) -> None:
     assert (sent.header.stamp.sec, sent.header.stamp.nanosec) == (0, 0)
 
 
-DEGREES = {"state.units": "degrees", "state.offset": [1.0, -2.0], "max_skew": 0.002}
+DEGREES = {
+    "state.units": "degrees", "state.offset": [1.0, -2.0], "command.when_stopped": "hold",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("robot", [DEGREES], indirect=True)
@@ -154,3 +159,29 @@ def test_compressed_images(robot: Robot) -> None:
     joints = joint_message(observation[STATE])
     sent = simulator.answer(lambda: simulator.publish(image, joints))
     assert [list(sent.data)] == expected([observation])
+
+
+SIMULATED = {"use_sim_time": True, "stamps": "receive", "rate": 20.0, "max_skew": 5.0}
+
+
+@pytest.mark.parametrize("robot", [SIMULATED], indirect=True)
+def test_a_simulations_time_is_the_loops(robot: Robot) -> None:
+    """A second of the simulation is twenty steps, however long it takes; while it stands, none."""
+    simulator, [observation] = robot.simulator, observations(1)
+    clock = simulator.node.create_publisher(Clock, "/clock", 10)
+    wait(clock.get_subscription_count)
+
+    def run(start: float, seconds: float) -> int:
+        """How many commands come while the clock goes on from `start`, in a second and a half."""
+        before = len(simulator.commands)
+        for part in np.linspace(0, 1, 150):
+            clock.publish(Clock(clock=Time(seconds=start + part * seconds).to_msg()))
+            simulator.show(observation)
+            time.sleep(0.01)
+        return len(simulator.commands) - before
+
+    run(100.0, 0.0)  # it jumps there from zero
+    assert run(100.0, 0.0) == 0
+    assert 8 <= run(100.0, 0.5) <= 11
+    run(5.0, 0.1)  # the simulation began anew
+    assert 8 <= run(5.1, 0.5) <= 11

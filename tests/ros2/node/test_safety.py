@@ -142,6 +142,70 @@ def test_after_a_long_stop_somebody_has_to_say_so(robot: Robot) -> None:
     simulator.act(observation)
 
 
+SOON = {"resume_within": 3.0, "timeout": 0.3}
+
+
+@pytest.mark.parametrize("robot", [SOON], indirect=True)
+def test_a_camera_that_is_plugged_in_later_starts_nobody(robot: Robot) -> None:
+    simulator = robot.simulator
+    wait(lambda: "until ~/enable" in simulator.said()[0])
+    assert "no message came" in simulator.said()[0]
+    stands(simulator)
+    assert simulator.enable(True).success
+    simulator.act(observations(1)[0])
+
+
+LIMITED = {
+    "guards.max_change": [0.01, 0.02], "guards.action_limits": "none",
+    "command.when_stopped": "hold",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("robot", [LIMITED], indirect=True)
+def test_no_episode_begins_with_a_jump(robot: Robot) -> None:
+    """From where the joints were measured, after activation, a reset and a stop."""
+    simulator, first = robot.simulator, []
+    for observation in observations(3):
+        first.append(np.array(simulator.act(observation).data) - observation[STATE])
+        assert simulator.reset().success
+        assert simulator.enable(False).success
+        assert simulator.enable(True).success
+    assert (np.abs(first) <= np.array([0.01, 0.02]) * 1.001).all(), first
+    wait(lambda: int(simulator.said()[1]["guards.slowed"]))
+
+
+@pytest.mark.parametrize("robot", [{"command.when_stopped": "zero"}], indirect=True)
+def test_who_waits_says_nothing_however_often_it_is_told_to(robot: Robot) -> None:
+    simulator = robot.simulator
+    wait(lambda: simulator.commands)
+    simulator.answer(lambda: simulator.show(observations(1)[0]))
+    assert simulator.enable(False).success
+    wait(lambda: list(simulator.commands[-1].data) == [0, 0])
+    time.sleep(0.2)
+    before = len(simulator.commands)
+    assert simulator.enable(False).success
+    stands(simulator)
+    assert len(simulator.commands) == before
+
+
+@pytest.mark.parametrize("robot", [{"max_repeats": 2, "max_skew": 5.0}], indirect=True)
+def test_a_slow_camera_is_counted_and_then_refused(robot: Robot) -> None:
+    """One frame, and joints that are new at every step."""
+    simulator, seen = robot.simulator, observations(2)
+    for observation in seen:
+        simulator.act(observation)
+        before = len(simulator.commands)
+        joints = joint_message(observation[STATE])
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            simulator.publish(joints=joints)
+            time.sleep(0.02)
+        # The message with the frame's own joints may have come after it, and be one of the two.
+        assert 1 <= len(simulator.commands) - before <= 2
+    wait(lambda: int(simulator.said()[1].get("again /camera", 0)) == 4)
+    assert int(simulator.said()[1]["repeated"]) > 0
+
+
 @pytest.mark.parametrize("topic", ["/camera", "/joints", "/commands"])
 @pytest.mark.parametrize("robot", [{"command.when_stopped": "silence"}], indirect=True)
 def test_two_publishers(robot: Robot, topic: str) -> None:
@@ -171,10 +235,13 @@ def test_two_publishers_of_a_remapped_topic(robot: Robot) -> None:
 
 
 TELEOP = {"teleop.topic": "/teleop", "teleop.timeout": 0.3}
+RESUME = TELEOP | {"teleop.after": "resume"}
 
 
-@pytest.mark.parametrize("robot", [TELEOP], indirect=True)
-def test_an_operator_takes_over_and_gives_back(robot: Robot) -> None:
+@pytest.mark.parametrize("robot", [TELEOP, RESUME], indirect=True, ids=["wait", "resume"])
+def test_an_operator_takes_over_and_gives_back(
+    robot: Robot, request: pytest.FixtureRequest
+) -> None:
     simulator, seen = robot.simulator, observations(6, seed=3)
     hand = simulator.node.create_publisher(Float64MultiArray, "/teleop", 1)
     wait(hand.get_subscription_count)
@@ -194,6 +261,10 @@ def test_an_operator_takes_over_and_gives_back(robot: Robot) -> None:
     assert first <= 1
     assert all(each == [70.0, 80.0] for each in taken[first:])
     wait(lambda: "teleoperated" not in simulator.said()[0])
+    if "wait" in request.node.name:
+        assert "until ~/enable is called: the operator has given back" in simulator.said()[0]
+        stands(simulator)
+        assert simulator.enable(True).success
     sent.append(list(simulator.act(seen[4]).data))
     assert sent[-1] != [70.0, 80.0]
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from robots import (
     Process,
     Robot,
@@ -14,6 +15,7 @@ from robots import (
     wait,
     write_parameters,
 )
+from std_msgs.msg import Float64MultiArray
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -34,11 +36,21 @@ def test_a_signal_while_predicting(robot: Robot, number: signal.Signals) -> None
 
 @pytest.mark.parametrize("robot", [{"command.when_stopped": "zero"}], indirect=True)
 def test_velocities_end_with_zeros(robot: Robot) -> None:
-    simulator = robot.simulator
-    wait(lambda: simulator.commands)
-    simulator.answer(lambda: simulator.show(observations(1)[0]))
+    """Three times to who cannot acknowledge that it has heard."""
+    simulator, heard = robot.simulator, []
+    lossy = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
+    simulator.node.create_subscription(Float64MultiArray, "/commands", heard.append, lossy)
+    wait(lambda: heard)
+
+    def moves() -> bool:
+        simulator.show(observations(1)[0])
+        return list(heard[-1].data) != [0, 0]
+
+    wait(moves)
     assert robot.process.end() == 0, robot.process.text()
-    wait(lambda: list(simulator.commands[-1].data) == [0, 0])
+    wait(lambda: [list(each.data) for each in heard[-3:]] == [[0, 0]] * 3)
+    assert list(heard[-4].data) != [0, 0]
+    assert list(simulator.commands[-1].data) == [0, 0]
 
 
 @pytest.mark.parametrize("robot", [{"command.when_stopped": "hold"}], indirect=True)
@@ -115,18 +127,27 @@ CONFIGURE = 1
         ({"state.joints": ["x"]}, "expected 2 joints in state.joints"),
         ({"use_sim_time": True}, "use_sim_time"),
         ({"bundle": None}, "'bundle' is missing"),
+        ({"command.when_stopped": None}, "command.when_stopped"),
+        ({"rate": None}, "'rate' is missing"),
     ],
 )
 def test_a_node_that_cannot_be_configured_says_why(
     tmp_path: Path, changed: dict[str, object], said: str
 ) -> None:
-    process = Process(write_parameters(tmp_path, changed))
+    process = Process(write_parameters(tmp_path, changed | {"autostart": False}))
     simulator = Simulator()
     try:
-        process.wait_for(said)
         assert simulator.state() == "unconfigured"
         assert not simulator.change(CONFIGURE)
+        process.wait_for(said)
+        assert simulator.state() == "unconfigured"
         assert "Traceback" not in process.text()
     finally:
         assert process.end() == 0
         simulator.close()
+
+
+def test_who_started_the_process_sees_that_the_node_did_not_start(tmp_path: Path) -> None:
+    process = Process(write_parameters(tmp_path, {"bundle": "/nowhere.bundle"}))
+    assert process.ended() == 1
+    assert "/nowhere.bundle" in process.text()
