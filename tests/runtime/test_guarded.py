@@ -148,6 +148,41 @@ def test_change_from_action_to_action(mini: Path, observations: Observations) ->
     assert (np.abs(np.diff([actions[-1], *chunk], axis=0)) <= np.array([0.01, 0.5]) + 1e-5).all()
 
 
+@pytest.mark.parametrize("call", ["act", "act_chunk"])
+def test_the_first_action_changes_from_where_the_robot_stands(
+    mini: Path, observations: Observations, call: str
+) -> None:
+    step, free = np.array([0.01, 0.5]), load(mini, seed=1)
+    for guards in (None, Guards(max_change=(0.01, 0.5))):
+        policy = load(mini, guards, seed=1)
+        # Also outside the action limits: back by a step, not at once.
+        for place in (LOW, [LOW[0], HIGH[1]], LOW - 10 * (HIGH - LOW)):
+            policy.reset(1, from_action=place)
+            free.reset(1)
+            pose = np.asarray(place, np.float32)
+            got = np.atleast_2d(getattr(policy, call)(observations[0]))
+            planned = np.atleast_2d(getattr(free, call)(observations[0]))
+            if guards is None:
+                np.testing.assert_array_equal(got, planned)
+                continue
+            np.testing.assert_allclose(got[0], np.clip(planned[0], pose - step, pose + step))
+            assert (np.abs(np.diff([pose, *got], axis=0)) <= step * (1 + 1e-4)).all()
+    policy.reset(1)
+    free.reset(1)
+    np.testing.assert_array_equal(policy.act(observations[0]), free.act(observations[0]))
+
+
+@pytest.mark.parametrize("value", [(1,), (1, 2, 3), [[1, 2]], (1, np.nan), (1, 1e39), "ab", {}])
+def test_a_place_that_cannot_be_is_refused_and_nothing_forgotten(
+    mini: Path, observations: Observations, value: Any
+) -> None:
+    policy, plain = load(mini), load(mini)
+    for observation in observations[:3]:
+        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
+        with pytest.raises(UsageError, match=r"expected from_action of 2 finite numbers"):
+            policy.reset(7, from_action=value)
+
+
 def test_a_returned_action_is_the_callers(mini: Path, observations: Observations) -> None:
     policy, plain = load(mini), load(mini)
     for observation in observations[:12]:

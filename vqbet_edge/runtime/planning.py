@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vqbet_edge.errors import NonFiniteError, UsageError
 from vqbet_edge.runtime.backends.base import Floats
@@ -95,6 +95,26 @@ def checked_codes(codes: Sequence[int] | Codes, manifest: Manifest) -> Codes:
     if not valid or array.min() < 0 or array.max() >= size:
         raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
     return array.astype(np.int64)
+
+
+def checked_action(name: str, values: ArrayLike, dim: int) -> Floats:
+    """An action that a caller gives, as float32 (dim,) of its own.
+
+    Raises:
+        UsageError: it has another shape, or is not finite.
+    """
+    try:
+        action = np.array(values, np.float64)
+    except (TypeError, ValueError):
+        action = np.zeros(0)
+    with np.errstate(over="ignore"):
+        own: Floats = action.astype(np.float32)
+    if own.shape != (dim,) or not np.isfinite(own).all():
+        raise UsageError(
+            f"expected {name} of {dim} finite numbers, shape ({dim},), in the units of actions; "
+            f"got {values!r}"
+        )
+    return own
 
 
 def secondary_columns(bundle: Bundle) -> Floats | None:

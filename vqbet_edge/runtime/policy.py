@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vqbet_edge.errors import (
     ConcurrentUseError,
@@ -32,6 +33,7 @@ from vqbet_edge.runtime.observation import Observation, ObservationReader
 from vqbet_edge.runtime.planning import (
     Planner,
     action_scaling,
+    checked_action,
     checked_codes,
     decode_table,
     secondary_columns,
@@ -259,17 +261,24 @@ class EdgePolicy:
         """The backend that runs the graphs."""
         return self._backend.name
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self, seed: int | None = None, *, from_action: ArrayLike | None = None) -> None:
         """Forget history and queued actions; call it at the start of every episode.
 
         Args:
             seed: a new start of the random sequence; None lets it run on.
+            from_action: (A,), the robot's last command or where it stands, in the units of
+                actions: `Guards(max_change=...)` then holds on the episode's first action too.
+                None where that is not known: the first action is free.
 
         Raises:
             DeadlineError: the backend still works on a call that was late.
+            UsageError: an argument is out of range; nothing is forgotten.
         """
         with self._exclusive():
             start = None if seed is None else _checked_seed(seed)
+            before = None
+            if from_action is not None:
+                before = checked_action("from_action", from_action, self._manifest.action_dim)
             if self._deadline is not None:
                 self._deadline.forget()
             if start is not None:
@@ -278,7 +287,7 @@ class EdgePolicy:
             self._prefetching.forget()
             if self._recorder is not None:
                 self._recorder.begin_episode()
-            self._actions.clear()
+            self._actions.clear(before)
             self._clock.clear()
             self._handed = None
             self._window.clear()

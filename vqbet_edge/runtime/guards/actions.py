@@ -42,10 +42,10 @@ class ActionGuard:
         """What planned actions are clamped to."""
         return self._limits
 
-    def clear(self) -> None:
-        """A new episode begins."""
+    def clear(self, before: Floats | None = None) -> None:
+        """A new episode begins, where `before` (A,) moved the robot; None where not known."""
         if self._change is not None:
-            self._change.clear()
+            self._change.clear(before)
 
     def planned(self, actions: Floats) -> NDArray[np.bool_]:
         """Clamp actions (..., A) in place; says which values were outside."""

@@ -24,8 +24,8 @@ class Guards:
             `policy.last`.
         margin: by what share of its range `data` is widened on either side.
         max_change: most that an action may differ from the one before, in the robot's units per
-            step. An episode's first action is not limited: the policy does not know where the
-            robot stands.
+            step. An episode's first action is limited where `reset(from_action=...)` said what
+            the robot was commanded last, or where it stands; otherwise it is free.
         max_age_s: oldest observation that is acted on, in seconds, for calls that say when it was
             taken.
         deadline_s: seconds that `act` may take; None: as long as it takes. With a deadline the

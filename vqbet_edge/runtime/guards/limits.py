@@ -42,9 +42,9 @@ class ChangeLimit:
         self._step = step
         self._before: Floats | None = None
 
-    def clear(self) -> None:
-        """The next action follows none."""
-        self._before = None
+    def clear(self, before: Floats | None = None) -> None:
+        """The next action follows `before` (A,); None: it follows none."""
+        self._before = before
 
     def apply(self, action: Floats) -> bool:
         """Limit an action (A,) or (B, A) in place; says whether it was changed."""
