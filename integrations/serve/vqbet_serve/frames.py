@@ -178,10 +178,10 @@ def array(key: str, value: msgspec.Raw) -> NDArray[Any]:
         data = _decoded(parts["data"], bytes)
         code = _decoded(parts[code_key], str)
         shape = _decoded(parts["shape"], _Shape)
-        plain = _decoded(parts.get("kind", _NIL), Any) in ("", b"", None)
+        special = _decoded(parts.get("kind", _NIL), Any)
     except (ValueError, KeyError) as error:
         raise ObservationError(f"'{key}': {_EXPECTED}, got {_what(value)} ({error})") from error
-    if not marked or not plain or code not in DTYPES:
+    if not marked or special or code not in DTYPES:
         raise ObservationError(f"'{key}': expected dtype {', '.join(DTYPES)}, got {code[:40]!r}")
     expected = math.prod(shape) * DTYPES[code].itemsize
     if len(data) != expected:
