@@ -16,6 +16,7 @@ from serve.serving import SECONDS, Stalling, observations, serving, serving_proc
 from torture import cases
 from vqbet_serve import RemotePolicy
 from vqbet_serve.frames import pack
+from vqbet_serve.keys import Keys
 from vqbet_serve.metadata import Feature, PolicyMetadata
 from websockets.sync.server import ServerConnection, serve
 
@@ -57,7 +58,7 @@ def test_no_server(url: str) -> None:
 
 def test_a_wrong_key(policy: EdgePolicy) -> None:
     key = "0123456789abcdef"
-    with serving(policy, api_key=key) as server:
+    with serving(policy, keys=Keys(key)) as server:
         for wrong in (None, "fedcba9876543210"):
             with pytest.raises(BackendError, match="401"):
                 remote(server.url, api_key=wrong)

@@ -14,6 +14,7 @@ from vqbet_edge import EdgePolicy, UsageError, cli
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_serve.keys import Keys
+from vqbet_serve.readiness import ReferenceStep
 from vqbet_serve.server import (
     DEFAULT_WAIT_MS,
     PolicyServer,
@@ -74,9 +75,10 @@ def _main() -> None:
     bundle = Bundle.open(arguments.bundle)
     backend = create_backend(arguments.backend, bundle)
     policy = EdgePolicy(bundle, backend)
+    check = ReferenceStep(policy, bundle)
     del bundle  # the graphs' bytes are as large as the weights
     with closing(backend), policy:
-        asyncio.run(run_until_stopped(PolicyServer(policy, config, backend)))
+        asyncio.run(run_until_stopped(PolicyServer(policy, config, backend, check)))
 
 
 def _tls(arguments: Arguments) -> ssl.SSLContext | None:

@@ -188,6 +188,8 @@ def array(key: str, value: msgspec.Raw) -> NDArray[Any]:
         raise ObservationError(
             f"'{key}': {code} {tuple(shape)} takes {expected} bytes, got {len(data)}"
         )
+    if data[:8].startswith(_FILES) and len(shape) < 3:
+        raise ObservationError(f"'{key}': {_EXPECTED}, got {_file(data)}")
     return np.frombuffer(data, DTYPES[code]).reshape(shape)
 
 
@@ -213,12 +215,24 @@ def _what(value: msgspec.Raw) -> str:
         decoded = _decoded(value, Any)
     except ValueError as error:
         return str(error)
+    if isinstance(decoded, bytes) and decoded.startswith(_FILES):
+        return _file(decoded)
     if not isinstance(decoded, dict):
         return _WORDS.get(type(decoded), f"a value of the type {type(decoded).__name__}")
     names = (name.decode(errors="replace") if isinstance(name, bytes) else name for name in decoded)
     return f"a map with the keys {', '.join(ascii(name)[:40] for name in islice(names, 8))}"
 
 
+def _file(data: bytes) -> str:
+    kind = "JPEG" if data.startswith(_FILES[0]) else "PNG"
+    return (
+        f"a {kind} file; decode it on the robot, as the training data's frames were, and send "
+        "uint8 (height, width, 3) in the order RGB"
+    )
+
+
+# How JPEG and PNG begin. They are not decoded here: that takes native code, or a second.
+_FILES = b"\xff\xd8\xff", b"\x89PNG\r\n"
 _WORDS = {str: "a text", bytes: "bytes", list: "a list", type(None): "nothing (nil)"}
 
 

@@ -14,7 +14,7 @@ import logging
 import math
 import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from vqbet_serve.conversation import Conversation, Shared
 from vqbet_serve.keys import UNNAMED, Keys
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.metrics import CONTENT_TYPE, Metrics
+from vqbet_serve.readiness import Readiness
 from vqbet_serve.sessions import Sessions
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ DEFAULT_WAIT_MS = 2.0
 _THREADS = 16
 # What may take how long: opening a connection, a peer's goodbye, the last answers after SIGTERM.
 _OPEN_S, _CLOSE_S, _DRAIN_S = 10.0, 2.0, 10.0
+# How often a peer is asked whether it is there, and how long it may take to answer.
+_PING_S = 20.0
 # Websockets' own log has a traceback for everybody who opens a connection and says nothing.
 _QUIET = logging.getLogger(f"{__name__}.websockets")
 _QUIET.setLevel(logging.CRITICAL)
@@ -57,7 +60,7 @@ class ServeConfig:
         seed: start of the random sequence of sessions without an id.
         max_robots: sessions at the same time; there may be twice as many connections.
         idle_s: seconds without a request after which a robot's place may be given to another one;
-            and seconds that an answer to a ping, or the rest of a request, may take.
+            and seconds in which a request that has begun must be whole.
         batch_wait_s: how long a robot waits for others to share a run with; 0 runs each alone.
 
     Raises:
@@ -100,10 +103,15 @@ class PolicyServer:
         policy: a loaded policy; robots get its siblings.
         config: how to serve.
         backend: the policy's, if robots may share its runs.
+        check: raises where the policy does not act as it should; for `/readyz`.
     """
 
     def __init__(
-        self, policy: EdgePolicy, config: ServeConfig, backend: Backend | None = None
+        self,
+        policy: EdgePolicy,
+        config: ServeConfig,
+        backend: Backend | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         metadata = PolicyMetadata.of(policy.manifest)
         self._config, self._max_size = config, metadata.largest_frame
@@ -119,6 +127,7 @@ class PolicyServer:
         self._shared = Shared(
             self.sessions, self.metrics, self._pool, metadata.to_frame(), config.idle_s
         )
+        self._readiness = Readiness(check)
         self._server: Server | None = None
 
     @property
@@ -143,8 +152,8 @@ class PolicyServer:
             close_timeout=_CLOSE_S,
             max_size=self._max_size,
             # A client that only waits, for a person perhaps, answers pings.
-            ping_interval=self._config.idle_s,
-            ping_timeout=self._config.idle_s,
+            ping_interval=_PING_S,
+            ping_timeout=_PING_S,
             # A request and the one behind it: more would be a queue of stale observations.
             max_queue=1,
             compression=None,
@@ -162,14 +171,19 @@ class PolicyServer:
         except asyncio.TimeoutError:  # not TimeoutError before Python 3.11
             _LOG.warning("some requests took longer than %s s and stay unanswered", _DRAIN_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._readiness.close()
         if self._gatherer is not None:
             await asyncio.to_thread(self._gatherer.close)
 
-    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         """Plain HTTP paths and keys; None lets the websocket open."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if path == "/readyz":
+            failure = await self._readiness.failure()
+            status = http.HTTPStatus.SERVICE_UNAVAILABLE if failure else http.HTTPStatus.OK
+            return connection.respond(status, f"{failure or 'OK'}\n")
         if self._robot(request.headers) is None:
             self.metrics.refusal("Unauthorized")
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected a valid Api-Key\n")
