@@ -14,9 +14,8 @@ from vqbet_edge.errors import BackendError, UsageError
 from vqbet_edge.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
-    from vqbet_serve.load import Measured, Way
-
     from vqbet_bench.cli import Arguments
+    from vqbet_bench.serve_load import Measured, Way
 
 # Of the memory that is there, what the processes of one measurement may take.
 _SHARE = 0.8
@@ -32,7 +31,7 @@ def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> 
     """
     _check(arguments)
     try:
-        from vqbet_serve.load import table  # noqa: PLC0415 - an extra
+        from vqbet_bench.serve_load import table  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise BackendError(
             f"--serve needs '{error.name}', which is not installed; install it with: "
@@ -62,7 +61,7 @@ def _check(arguments: "Arguments") -> None:
 def _results(
     arguments: "Arguments", progress: Callable[[str], None], notes: list[str]
 ) -> "Iterator[Measured]":
-    from vqbet_serve.load import Load, Way, measure  # noqa: PLC0415
+    from vqbet_bench.serve_load import Load, Way, measure  # noqa: PLC0415
 
     for bundle in arguments.bundles:
         load = Load(bundle, arguments.rate, arguments.seconds, arguments.backend[0])  # type: ignore[arg-type]

@@ -27,12 +27,17 @@ COMMAND = [sys.executable, "-c", "from vqbet_serve.cli import main; main()"]
 
 
 @contextmanager
-def serving(policy: Any, backend: Backend | None = None, **config: Any) -> Iterator[PolicyServer]:
+def serving(
+    policy: Any,
+    backend: Backend | None = None,
+    check: Callable[[], None] = lambda: None,
+    **config: Any,
+) -> Iterator[PolicyServer]:
     """A server on a thread; when the block ends it is stopped and has nothing left.
 
     Robots share runs where the policy's backend is given.
     """
-    server = PolicyServer(policy, ServeConfig(port=0, **config), backend)
+    server = PolicyServer(policy, ServeConfig(port=0, **config), backend, check)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -48,7 +48,7 @@ class Session:
         manifest = self._policy.manifest
         keys = (*manifest.image_keys, manifest.state_key)
         if missing := [key for key in keys if key not in request]:
-            came = [ascii(key)[1:41] for key in sorted(request)[:_SHOWN]]
+            came = [ascii(key)[1:-1][:40] for key in sorted(request)[:_SHOWN]]
             raise ObservationError(f"'{missing[0]}' is missing: expected {list(keys)}, got {came}")
         seen = {key: array(key, request[key]) for key in keys}
         with self._sessions.step():
