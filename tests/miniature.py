@@ -12,12 +12,11 @@ from vqbet_export import exporter
 from vqbet_export.exporter import ExportConfig
 
 from vqbet_edge.runtime.manifest import Precision
-from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.layouts import Layout
+from vqbet_edge.training.layouts import Layout, Normalization
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import EPSILON, normalizing, unnormalizing
+from vqbet_edge.training.normalization import EPSILON
 
 STATE, IMAGE, SIZE = "observation.state", "observation.image", 24
 # Smallest and largest action and state of its imagined training data, in the robot's units.
@@ -48,10 +47,9 @@ def checkpoint(size: tuple[int, int] = (SIZE, SIZE), **fields: Any) -> Checkpoin
         **(_FIELDS | fields),
     )
     network = VQBeT(config).eval().requires_grad_(False)
-    mode, stats = NormalizationMode.MIN_MAX, {"min": LOW, "max": HIGH}
-    scalings = {IMAGE: Affine.identity(3), STATE: normalizing(mode, stats, EPSILON)}
-    action = unnormalizing(mode, stats, EPSILON)
-    return Checkpoint(network, scalings, action, {}, Layout.V0_4, "miniature", "0" * 64)
+    scaled = Normalization(NormalizationMode.MIN_MAX, {"min": LOW, "max": HIGH}, EPSILON)
+    scalings = {STATE: scaled, "action": scaled}
+    return Checkpoint(network, scalings, {}, Layout.V0_4, "miniature", "0" * 64)
 
 
 def write(

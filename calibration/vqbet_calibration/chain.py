@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_calibration.graphs import Array, Feed, Session, parts
-from vqbet_edge.runtime.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.comparison import cosines
 from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.runtime.normalization import Affine, Floats
@@ -47,7 +47,7 @@ class Outcome:
 @dataclass(frozen=True)
 class _Outputs:
     features: Floats  # (T, F)
-    logits: Floats  # (T, 2, C)
+    logits: Floats  # (T, 1 + R, C)
     offsets: Floats  # (T, 2, C, W, A)
 
 
@@ -90,7 +90,6 @@ class Chain:
 
     def __init__(self, bundle: Bundle, pieces: Iterable[Piece], stride: int = 1) -> None:
         self._bundle, self._stride = bundle, stride
-        self._columns = bundle.arrays.get(SECONDARY_COLUMNS)
         self._frames: list[list[Array]] = []
         self._lengths: list[int] = []
         states: list[Floats] = []
@@ -168,7 +167,7 @@ class Chain:
     def _compare(self, run: _Outputs, cosine: dict[StageName, float]) -> Outcome:
         reference = self._reference
         primary = reference.logits[:, 0].argmax(-1)  # (T,)
-        wanted, got = (self._conditioned(r.logits, primary) for r in (reference, run))
+        wanted, got = (_conditioned(r.logits, primary) for r in (reference, run))
         codes = wanted.argmax(-1)
         errors = np.abs(_chosen(run.offsets, codes) - _chosen(reference.offsets, codes))
         temperature = self._bundle.manifest.policy.bet_softmax_temperature
@@ -180,12 +179,6 @@ class Chain:
             code_agreement=float((got.argmax(-1) == codes).all(-1).mean()),
             cosine=cosine,
         )
-
-    def _conditioned(self, logits: Floats, primary: NDArray[np.int64]) -> Floats:
-        """The secondary logits (T, 2, C) given the primary codes (T,)."""
-        if self._columns is None:
-            return logits
-        return np.stack([logits[:, 0], logits[:, 1] + self._columns[primary]], axis=1)
 
 
 @dataclass(frozen=True)
@@ -219,3 +212,9 @@ def _chosen(offsets: Floats, codes: NDArray[np.int64]) -> Floats:
     index = codes[..., None, None, None]
     chosen: Floats = np.take_along_axis(offsets, index, axis=2)[:, :, 0].sum(axis=1)
     return chosen
+
+
+def _conditioned(logits: Floats, primary: NDArray[np.int64]) -> Floats:
+    """The primary logits and the secondary ones given the primary codes (T,): (T, 2, C)."""
+    row = 1 + primary if logits.shape[1] > 2 else np.ones_like(primary)
+    return np.stack([logits[:, 0], logits[np.arange(len(logits)), row]], axis=1)

@@ -12,17 +12,17 @@ from safetensors.numpy import save
 from torch import nn
 
 from vqbet_edge.runtime.bundle import (
-    ACTION_LIMITS,
     CAUSAL_MASK,
     DECODE_TABLE,
     RUNTIME_NAME,
-    SECONDARY_COLUMNS,
     TOKEN_CONSTANTS,
     Bundle,
 )
 from vqbet_edge.runtime.manifest import (
+    ACTION_RANGE,
     FORMAT_VERSION,
     STAGES,
+    STATE_RANGE,
     TARGETS,
     CropSpec,
     FeatureSpec,
@@ -48,7 +48,6 @@ from vqbet_export.stages import (
     causal_mask,
     decode_table,
     runtime_crop,
-    secondary_columns,
     token_constants,
 )
 
@@ -107,15 +106,13 @@ def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
         for key, scaling in scalings.items()
         for term in ("subtract", "multiply", "add")
     }
-    if checkpoint.action_limits is not None:
-        arrays[ACTION_LIMITS] = checkpoint.action_limits
+    ranges = {ACTION_RANGE: checkpoint.action_range, STATE_RANGE: checkpoint.state_range}
+    arrays |= {name: found for name, found in ranges.items() if found is not None}
     arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
     arrays[CAUSAL_MASK] = causal_mask(config.n_obs_steps * config.tokens_per_step).numpy()
     values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
     if values * 4 <= MAX_TABLE_BYTES:
         arrays[DECODE_TABLE] = decode_table(checkpoint).numpy()
-    if config.sequentially_select:
-        arrays[SECONDARY_COLUMNS] = secondary_columns(checkpoint).numpy()
     return arrays
 
 
@@ -142,15 +139,19 @@ def describe(
             gpt_output_dim=policy.gpt_output_dim,
             gpt_n_layer=policy.gpt_n_layer,
             gpt_n_head=policy.gpt_n_head,
+            tokens_per_step=policy.tokens_per_step,
             bet_softmax_temperature=policy.bet_softmax_temperature,
             sequentially_select=policy.sequentially_select,
             relative_actions=policy.relative_actions,
+            action_kinds=checkpoint.action_kinds,
         ),
         input_features=inputs,
         output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
         crop=CropSpec(**runtime_crop(policy)._asdict()),
         stages=stages,
         cpu_stages=for_cpu if "cpu" in targets else {},
+        fps=checkpoint.fps,
+        license=checkpoint.license,
         files={},
         verification=None,
         calibration=None,

@@ -298,31 +298,37 @@ class CachedGptStage(_Transformer):
 class CodeHeadsStage(nn.Module):
     """Feature -> code logits and the offset of every code.
 
-    When codes are selected sequentially, the secondary logits lack the primary code's part:
-    `secondary_columns` has it.
+    When codes are selected sequentially, there is a row of secondary logits for every primary code:
+    the head is affine in its one-hot.
     """
+
+    columns: Tensor
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__()
-        head = checkpoint.network.head
+        head, width = checkpoint.network.head, checkpoint.config.gpt_output_dim
         self.dtype, self.codes, self.offset_shape = dtype, head.num_codes, head.offset_shape
         if head.sequential:
             first = AffineMap.of(head.map_to_cbet_preds_primary_bin[0])
             second = AffineMap.of(head.map_to_cbet_preds_secondary_bin[0])
-            width = checkpoint.config.gpt_output_dim
             logits = AffineMap(
                 torch.cat([first.weight, second.weight[:, :width]]),
                 torch.cat([first.bias, second.bias]),
             )
+            columns = second.weight[:, width:].T  # (C, C), row p is what the primary code p adds
         else:
             logits = AffineMap.of(head.map_to_cbet_preds_bin[0])
+            columns = torch.zeros(1, head.num_codes)
         self.logits = logits.layer(dtype)
         self.offsets = AffineMap.of(head.map_to_cbet_preds_offset[0]).layer(dtype)
+        self.register_buffer("columns", columns.detach().clone())
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 (B, gpt_output_dim) -> float32 (B, 2, C) and (B, 2, C, W, A)."""
+        """float32 (B, gpt_output_dim) -> float32 (B, 1 + R, C) and (B, 2, C, W, A)."""
         x = feature.to(self.dtype)
         logits = self.logits(x).float().reshape(-1, NUM_CODE_LAYERS, self.codes)
+        if len(self.columns) > 1:
+            logits = torch.cat([logits[:, :1], logits[:, 1:] + self.columns], dim=1)
         return logits, self.offsets(x).float().reshape(-1, *self.offset_shape)
 
 
@@ -353,9 +359,3 @@ def decode_table(checkpoint: Checkpoint) -> Tensor:
     return checkpoint.network.head.vqvae_model.decode(torch.cartesian_prod(codes, codes)).reshape(
         len(codes), len(codes), *checkpoint.network.head.vqvae_model.chunk_shape
     )
-
-
-def secondary_columns(checkpoint: Checkpoint) -> Tensor:
-    """float32 (C, C): row p is what the primary code p adds to the secondary logits."""
-    layer = AffineMap.of(checkpoint.network.head.map_to_cbet_preds_secondary_bin[0])
-    return layer.weight[:, checkpoint.config.gpt_output_dim :].T.contiguous()

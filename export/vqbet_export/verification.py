@@ -12,7 +12,7 @@ import numpy as np
 
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.base import Backend
-from vqbet_edge.runtime.bundle import SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.cases import ReferenceCases
 from vqbet_edge.runtime.comparison import (
@@ -161,9 +161,9 @@ class _Check:
             self._graphs.gpt.run(reference.image_tokens, reference.states)[0], expected.feature
         )
         logits, offsets = self._graphs.heads.run(expected.feature)
-        if self._bundle.manifest.policy.sequentially_select:
-            logits[:, 1] += self._bundle.arrays[SECONDARY_COLUMNS][expected.codes[:, 0]]
-        self._logits.add(logits, expected.logits)
+        rows = 1 + expected.codes[:, 0] if self._bundle.manifest.secondary_rows > 1 else 1
+        given = logits[np.arange(len(logits)), rows]
+        self._logits.add(np.stack([logits[:, 0], given], axis=1), expected.logits)
         self._offsets.add(offsets, reference.offsets)
 
     def result(self, name: str) -> Verification:

@@ -16,13 +16,8 @@ from torture import cases
 
 from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    decode_manifest,
-    encode_manifest,
-)
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import pytest
 from vqbet_export.publishing import file_specs
 
 from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 
 SECRET = b"what the bundle must not read"
 _OPENED: list[str] = []

@@ -20,7 +20,8 @@ from vqbet_export.publishing import file_specs
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.frames import cached_frames

@@ -29,7 +29,6 @@ from workshop import once
 
 from vqbet_edge.runtime.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
 from vqbet_edge.runtime.manifest import VerificationSpec
-from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.training.layouts import Layout
@@ -176,8 +175,7 @@ def small_checkpoint(**fields: Any) -> Checkpoint:
         if isinstance(module, torch.nn.BatchNorm2d):  # folding an identity would prove nothing
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    scalings = {"observation.image": Affine.identity(3), "observation.state": Affine.identity(2)}
-    return Checkpoint(network, scalings, Affine.identity(2), {}, Layout.V0_4, "test", "0" * 64)
+    return Checkpoint(network, {}, {}, Layout.V0_4, "test", "0" * 64)
 
 
 def write_bundle(path: Path, precision: Any, checkpoint: Checkpoint) -> None:

@@ -25,7 +25,8 @@ from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import pack_frames, unpack_frames
-from vqbet_edge.runtime.manifest import CropSpec, Precision, decode_manifest, encode_manifest
+from vqbet_edge.runtime.manifest import CropSpec, Precision, encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.runtime.proof import prove
 from vqbet_edge.training import load_checkpoint, train
 from vqbet_edge.training.codes.cli import CodesConfig, write_report

@@ -15,12 +15,8 @@ from workshop import Exported
 from vqbet_edge import BackendError, BundleError, DiskError, EdgePolicy
 from vqbet_edge.errors import VQBeTEdgeError
 from vqbet_edge.runtime.bundle import RUNTIME_NAME, Bundle
-from vqbet_edge.runtime.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    decode_manifest,
-    encode_manifest,
-)
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, Manifest, encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 
 
 @pytest.fixture
@@ -113,7 +109,7 @@ MANIFESTS: dict[str, Callable[[bytes], bytes]] = {
     "huge": lambda m: m + b" " * (1 << 20),
     "deep": lambda _: b"[" * 100_000,
     "unknown field": lambda m: edited(m, lambda v: v.update(extra=1)),
-    "other format": lambda m: edited(m, lambda v: v.update(format_version=3)),
+    "other format": lambda m: edited(m, lambda v: v.update(format_version=4)),
     "missing stage": lambda m: edited(m, lambda v: v["stages"].pop("gpt")),
     "missing digest": lambda m: edited(m, lambda v: v["files"].pop("gpt.onnx")),
     "unverified": lambda m: edited(m, lambda v: v.update(verification=None)),
@@ -166,7 +162,7 @@ def test_a_bundle_of_the_first_format_is_to_be_exported_again(
     bundle: Path, manifest: bytes
 ) -> None:
     (bundle / MANIFEST_NAME).write_bytes(edited(manifest, lambda v: v.update(format_version=1)))
-    with pytest.raises(BundleError, match=r"format 1, expected 2; .*vqbet-export .* --force"):
+    with pytest.raises(BundleError, match=r"format 1, expected 3 or 2; .*vqbet-export .* --force"):
         EdgePolicy.load(bundle)
 
 

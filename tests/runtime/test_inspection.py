@@ -12,7 +12,8 @@ import pytest
 from workshop import Exported
 
 from vqbet_edge import inspection
-from vqbet_edge.runtime.manifest import decode_manifest, encode_manifest
+from vqbet_edge.runtime.manifest import encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:

@@ -178,8 +178,7 @@ def test_a_checkpoint_acts_as_lerobots_select_action(
     reference = build_reference(lerobot).eval()
     reference.vqbet.action_head.vqvae_model.discretized.fill_(True)
     network = build_ours(reference).eval().requires_grad_(False)
-    inputs = {key: Affine.identity(3) for key in SHAPES if key != "action"}
-    checkpoint = Checkpoint(network, inputs, Affine.identity(2), {}, Layout.V0_4, "test", "")
+    checkpoint = Checkpoint(network, {}, {}, Layout.V0_4, "test", "")
     actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
     rng = np.random.default_rng(0)
     monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))

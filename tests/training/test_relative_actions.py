@@ -21,8 +21,8 @@ from vqbet_edge import BundleError, EdgePolicy, Guards
 from vqbet_edge.errors import CheckpointError, DatasetError
 from vqbet_edge.inspection import main as inspect
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.manifest import decode_manifest, encode_manifest
-from vqbet_edge.runtime.normalization import ActionScaling, Affine
+from vqbet_edge.runtime.manifest import encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.training import TrainConfig, load_checkpoint, train
 from vqbet_edge.training.codes.policies import load_policy
 from vqbet_edge.training.codes.report import examine_codes
@@ -31,7 +31,7 @@ from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.samples import open_source
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
-from vqbet_edge.training.normalization import STATISTICS, Scalings
+from vqbet_edge.training.normalization import RANGE, STATISTICS, Scalings
 from vqbet_edge.training.windows import WindowedDataset
 
 STATE, ACTION, IMAGE = miniature.STATE, "action", miniature.IMAGE
@@ -157,7 +157,11 @@ def test_what_is_trained_is_loaded_and_examined(trained: Path, pusht: Path, tmp_
 
 def test_a_bundle_clamps_to_the_range_that_the_robot_takes(tmp_path: Path) -> None:
     limits = np.array([[-1, 12], [1, 20]], np.float32)
-    checkpoint = replace(miniature.checkpoint(use_relative_actions=True), action_limits=limits)
+    checkpoint = miniature.checkpoint(use_relative_actions=True)
+    how = checkpoint.normalization["action"]
+    stats = {**how.stats, **dict(zip(RANGE, limits, strict=True))}
+    scalings = {**checkpoint.normalization, "action": replace(how, stats=stats)}
+    checkpoint = replace(checkpoint, normalization=scalings)
     bundle = miniature.write(tmp_path / "a.bundle", checkpoint)
     random = np.random.default_rng(0)
     with EdgePolicy.load(bundle, "onnxruntime", guards=Guards(margin=0)) as policy:
@@ -166,17 +170,6 @@ def test_a_bundle_clamps_to_the_range_that_the_robot_takes(tmp_path: Path) -> No
             assert (limits[0] <= action).all()
             assert (action <= limits[1]).all()
         assert policy.guard_counts.clamped
-
-
-def test_limits_follow_from_a_scaling_by_minimum_and_maximum() -> None:
-    low, span = np.float32([0, -1]), np.float32([50, 1])
-    state = Affine.identity(2)
-    by_range = Affine(np.float32([-1, -1]), span, low)
-    found = ActionScaling.of(by_range, state, (), None).limits
-    np.testing.assert_array_equal(found, [[0, -1], [100, 1]])
-    by_mean = Affine(np.float32([0, 0]), span, low)
-    assert ActionScaling.of(by_mean, state, (), None).limits is None
-    assert ActionScaling.of(by_range, state, (True, False), None).limits is None
 
 
 def test_names_decide_as_lerobots_do() -> None:

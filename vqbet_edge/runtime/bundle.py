@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 
 from vqbet_edge.errors import BackendError, BundleError, DiskError
+from vqbet_edge.runtime import format2
 from vqbet_edge.runtime.hub import stored
 from vqbet_edge.runtime.manifest import (
     MANIFEST_NAME,
@@ -23,13 +24,12 @@ from vqbet_edge.runtime.manifest import (
     Manifest,
     StageName,
     Target,
-    decode_manifest,
 )
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.runtime.signatures import check_sizes
 
 RUNTIME_NAME = "runtime.safetensors"
 # Arrays of runtime.safetensors; docs/bundle.md gives their shapes.
-ACTION_LIMITS = "action.limits"
 DECODE_TABLE = "decode_table"
 SECONDARY_COLUMNS = "secondary_columns"
 TOKEN_CONSTANTS, CAUSAL_MASK = "token_constants", "causal_mask"
@@ -86,7 +86,10 @@ class Bundle:
         Raises:
             BundleError: the runtime's arrays are not float32 safetensors.
         """
-        return cls(path, manifest, contents, _runtime_arrays(contents[RUNTIME_NAME]))
+        arrays: Mapping[str, NDArray[np.float32]] = _runtime_arrays(contents[RUNTIME_NAME])
+        if manifest.format_version == 2:
+            arrays = format2.with_ranges(arrays, manifest)
+        return cls(path, manifest, contents, arrays)
 
     def without_graphs(self) -> "Bundle":
         """What acting needs once a backend holds the graphs."""
@@ -113,6 +116,23 @@ class Bundle:
     def cpu_graph(self, stage: StageName) -> bytes:
         """The ONNX graph of a stage for CPUs."""
         return self.contents[self.manifest.graphs("cpu")[stage].file]
+
+    def demonstrated(self, name: str, dim: int) -> NDArray[np.float32] | None:
+        """float32 (2, dim): lowest and highest demonstrated value; None where nobody knew.
+
+        Args:
+            name: `ACTION_RANGE` or `STATE_RANGE`.
+            dim: the feature's width.
+
+        Raises:
+            BundleError: it has another shape, is not finite, or its lowest is above its highest.
+        """
+        if name not in self.arrays:
+            return None
+        low, high = found = self.array(name, (2, dim))
+        if (low > high).any():
+            raise BundleError(f"the bundle's '{name}' begins above its end; export again")
+        return found
 
     def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """An array of runtime.safetensors.

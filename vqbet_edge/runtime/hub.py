@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from vqbet_edge.errors import BundleError, HubError, UsageError
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode_manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 
 # A repository's id. What ends like a bundle is a directory, or a mistyped one.
 _ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.bundle)")

@@ -9,11 +9,11 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import BundleError
-
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+# Arrays of runtime.safetensors: lowest and highest demonstrated value, in the robot's units.
+ACTION_RANGE, STATE_RANGE = "action.range", "state.range"
 
 Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
 # One path component of plain characters: a manifest cannot name anything outside its bundle.
@@ -23,34 +23,32 @@ Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(max_length=4096, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Shape = Annotated[tuple[Positive, ...], Meta(max_length=8)]
 StageName = Literal["vision_encoder", "gpt", "code_heads", "rvq_decoder"]
-_UNSEALED = "0" * 64
+UNSEALED = "0" * 64
 Precision = Literal["fp32", "fp16", "int8"]
 # Whose kernels a graph is for: they want different ones.
 Target = Literal["tensorrt", "cpu"]
+# What a number of an action means, which decides how it may be held, interpolated or averaged.
+ActionKind = Literal[
+    "unknown", "position", "displacement", "velocity", "angle", "rotation_vector", "gripper"
+]
 # Releases of LeRobot that lay a checkpoint out alike.
 Layout = Literal["0.1", "0.2-0.3", "0.4+"]
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
 TARGETS: tuple[Target, ...] = ("tensorrt", "cpu")
 
 
-class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
+class Strict(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every part of the manifest: immutable, no unknown fields."""
 
 
-class _Versioned(Struct):
-    """The one field that every format has."""
-
-    format_version: int
-
-
-class FileSpec(_Strict, frozen=True):
+class FileSpec(Strict, frozen=True):
     """Digest and size in bytes of one file of the bundle."""
 
     sha256: Sha256
     size: Annotated[int, Meta(ge=0, le=1 << 32)]
 
 
-class StageSpec(_Strict, frozen=True):
+class StageSpec(Strict, frozen=True):
     """One graph: its file and the precision of its arithmetic.
 
     Its inputs and outputs follow from the policy's sizes: see `vqbet_edge.runtime.signatures`.
@@ -60,14 +58,17 @@ class StageSpec(_Strict, frozen=True):
     precision: Precision
 
 
-class FeatureSpec(_Strict, frozen=True):
-    """One observation or action feature as in the checkpoint; images are (3, H, W)."""
+class FeatureSpec(Strict, frozen=True):
+    """One observation or action feature as in the checkpoint; images are (3, H, W).
 
-    type: Literal["VISUAL", "STATE", "ACTION"]
+    The types are LeRobot's: `ENV` is a further input such as a goal.
+    """
+
+    type: Literal["VISUAL", "STATE", "ENV", "ACTION"]
     shape: Shape
 
 
-class CropSpec(_Strict, frozen=True):
+class CropSpec(Strict, frozen=True):
     """The rectangle of pixels that the runtime cuts out of every frame."""
 
     top: Annotated[int, Meta(ge=0, le=1 << 31)]
@@ -90,11 +91,14 @@ class CropSpec(_Strict, frozen=True):
         return frames[..., self.rows, self.columns, :]
 
 
-class PolicySpec(_Strict, frozen=True, omit_defaults=True):
+class PolicySpec(Strict, frozen=True, omit_defaults=True):
     """What the runtime needs of the policy's configuration, under LeRobot's field names.
 
-    `relative_actions` says for every action whether it is a distance from the state, and is empty
-    where none is: see `ActionScaling`. Who does not know the field refuses it.
+    `tokens_per_step` are what an observation is to the transformer: of LeRobot's policies one per
+    camera, the state and the action query. With `sequentially_select` the secondary code is drawn
+    knowing the primary one. `relative_actions` says for every action whether it is a distance from
+    the state, and is empty where none is: see `ActionScaling`. `action_kinds` says what each
+    number of an action is, and is empty where nobody said.
     """
 
     n_obs_steps: Positive
@@ -104,12 +108,14 @@ class PolicySpec(_Strict, frozen=True, omit_defaults=True):
     gpt_output_dim: Positive
     gpt_n_layer: Positive
     gpt_n_head: Positive
+    tokens_per_step: Positive
     bet_softmax_temperature: Annotated[float, Meta(gt=0)]
     sequentially_select: bool
     relative_actions: tuple[bool, ...] = ()
+    action_kinds: tuple[ActionKind, ...] = ()
 
 
-class VerificationSpec(_Strict, frozen=True):
+class VerificationSpec(Strict, frozen=True):
     """Summary of report.json: on what the export was verified and how it did."""
 
     observations: Literal["random", "dataset"]
@@ -119,7 +125,7 @@ class VerificationSpec(_Strict, frozen=True):
     min_cosine: Annotated[float, Meta(ge=-1, le=1)]
 
 
-class SourceSpec(_Strict, frozen=True):
+class SourceSpec(Strict, frozen=True):
     """The checkpoint that was exported."""
 
     name: Text
@@ -127,7 +133,7 @@ class SourceSpec(_Strict, frozen=True):
     layout: Layout
 
 
-class CalibrationSpec(_Strict, frozen=True):
+class CalibrationSpec(Strict, frozen=True):
     """What INT8 was calibrated on: `sha256` is over all sampled observations and their places."""
 
     source: Text
@@ -135,28 +141,31 @@ class CalibrationSpec(_Strict, frozen=True):
     observations: Positive
 
 
-class Manifest(_Strict, frozen=True):
+class Manifest(Strict, frozen=True):
     """The whole manifest.
 
     `stages` has the four graphs for TensorRT, `cpu_stages` those that CPUs take in their place;
     either is empty in a bundle for the other target alone, where `cpu_stages` has all four.
-    `files` names every file but the manifest. `manifest_sha256` is the digest of the manifest's
-    text with zeros in its place; `encode_manifest` fills it in.
+    `fps` is how many observations a second the demonstrations have; None is unknown. `license` is
+    the checkpoint's. `files` names every file but the manifest. `manifest_sha256` is the digest of
+    the manifest's text with zeros in its place; `encode_manifest` fills it in.
     """
 
-    format_version: Literal[2]
+    format_version: Literal[2, 3]
     policy: PolicySpec
     input_features: dict[Text, FeatureSpec]
     output_features: dict[Text, FeatureSpec]
     crop: CropSpec
     stages: dict[StageName, StageSpec]
     cpu_stages: dict[StageName, StageSpec]
+    fps: Annotated[float, Meta(gt=0, le=1e6)] | None
+    license: Text | None
     files: dict[FileName, FileSpec]
     verification: VerificationSpec | None
     calibration: CalibrationSpec | None
     source: SourceSpec
     tools: dict[Text, Text]
-    manifest_sha256: Sha256 = _UNSEALED
+    manifest_sha256: Sha256 = UNSEALED
 
     def graphs(self, target: Target) -> Mapping[StageName, StageSpec]:
         """The four graphs of a target; none if the bundle is not for it."""
@@ -210,6 +219,12 @@ class Manifest(_Strict, frozen=True):
         return {**self.image_shapes, self.state_key: (self.state_dim,)}
 
     @property
+    def secondary_rows(self) -> int:
+        """Rows of secondary logits: one, or one for every primary code that may have been drawn."""
+        sequential = self.policy.sequentially_select and self.format_version >= FORMAT_VERSION
+        return self.policy.vqvae_n_embed if sequential else 1
+
+    @property
     def precision(self) -> Precision:
         """The least precise of all graphs'."""
         return self.precisions[-1]
@@ -220,109 +235,12 @@ class Manifest(_Strict, frozen=True):
         return self.output_features["action"].shape[0]
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: Struct) -> bytes:
     """The one canonical text of a manifest: indented JSON, fields in their order, sealed."""
-    digest = hashlib.sha256(_spelled(manifest, _UNSEALED)).hexdigest()
+    digest = hashlib.sha256(_spelled(manifest, UNSEALED)).hexdigest()
     return _spelled(manifest, digest)
 
 
-def _spelled(manifest: Manifest, digest: str) -> bytes:
+def _spelled(manifest: Struct, digest: str) -> bytes:
     manifest = msgspec.structs.replace(manifest, manifest_sha256=digest)
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-
-
-def decode_manifest(data: bytes) -> Manifest:
-    """Decode a manifest strictly.
-
-    Raises:
-        BundleError: not canonical JSON of the current format, or contradicting itself.
-    """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"{MANIFEST_NAME} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read; "
-            "export the checkpoint again"
-        )
-    try:
-        version = msgspec.json.decode(data, type=_Versioned).format_version
-        if version != FORMAT_VERSION:
-            raise BundleError(
-                f"the bundle has format {version}, expected {FORMAT_VERSION}; export its "
-                "checkpoint again: vqbet-export model.safetensors --force"
-            )
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(
-            f"{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}: {error}; "
-            "export the checkpoint again with this version of vqbet_edge"
-        ) from error
-    # Comparing the text compares the digest, and rules out what JSON parsers disagree on: repeated
-    # keys, byte order marks, other spellings of one number.
-    if encode_manifest(manifest) != data:
-        raise BundleError(
-            f"{MANIFEST_NAME} was damaged or edited after the export; copy the bundle again or "
-            "export again"
-        )
-    _check_consistency(manifest)
-    return manifest
-
-
-def _check_consistency(manifest: Manifest) -> None:
-    for target in manifest.targets or TARGETS:
-        missing = [name for name in STAGES if name not in manifest.graphs(target)]
-        if missing:
-            raise BundleError(
-                f"{MANIFEST_NAME} lacks the stages {missing} for {target}; export again"
-            )
-    if manifest.cpu_stages and "gpt" not in manifest.cpu_stages:
-        raise BundleError(f"{MANIFEST_NAME} lacks the CPU's gpt; export again")
-    graphs = [*manifest.stages.values(), *manifest.cpu_stages.values()]
-    needed = {"runtime.safetensors", *(stage.file for stage in graphs)}
-    if not needed <= manifest.files.keys():
-        raise BundleError(
-            f"{MANIFEST_NAME} names no digest for {sorted(needed - manifest.files.keys())}; "
-            "export again"
-        )
-    if manifest.verification is None:
-        raise BundleError("the bundle was never verified against its checkpoint; export again")
-    _check_features(manifest)
-    _check_policy(manifest.policy)
-
-
-def _check_features(manifest: Manifest) -> None:
-    inputs = list(manifest.input_features.values())
-    images = {feature.shape for feature in inputs if feature.type == "VISUAL"}
-    states = [feature.shape for feature in inputs if feature.type == "STATE"]
-    actions = [feature.shape for feature in manifest.output_features.values()]
-    if not images or any(len(shape) != 3 or shape[0] != 3 for shape in images):
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected cameras of shape (3, H, W), got {sorted(images)}"
-        )
-    if [len(shape) for shape in (*states, *actions)] != [1, 1] or "action" not in (
-        manifest.output_features
-    ):
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected one state and one 'action' of shape (dim,), "
-            f"got {states} and {actions}"
-        )
-    relative = manifest.policy.relative_actions
-    if relative and not len(relative) == manifest.action_dim <= manifest.state_dim:
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected relative_actions for {manifest.action_dim} actions and at "
-            f"least as many states, got {len(relative)} and {manifest.state_dim}; export again"
-        )
-    crop, (height, width, _) = manifest.crop, manifest.frame_shape
-    if crop.top + crop.height > height or crop.left + crop.width > width:
-        raise BundleError(f"{MANIFEST_NAME}: the crop {crop} leaves the image {height}x{width}")
-    if len(images) > 1 and crop != CropSpec(0, 0, height, width):
-        raise BundleError(
-            f"{MANIFEST_NAME}: cameras of several sizes {sorted(images)} are not cropped before "
-            f"the encoder, expected a crop of {height}x{width} from 0, 0, got {crop}"
-        )
-
-
-def _check_policy(policy: PolicySpec) -> None:
-    if policy.gpt_hidden_dim % policy.gpt_n_head:
-        raise BundleError(
-            f"{MANIFEST_NAME}: gpt_hidden_dim {policy.gpt_hidden_dim} is no multiple of gpt_n_head "
-            f"{policy.gpt_n_head}; export again"
-        )

@@ -62,8 +62,8 @@ class ActionScaling:
         relative: bool (A,), which actions are distances.
         base: normalised state (A,) -> what is added to every action of the chunk; None where no
             action is relative.
-        limits: float32 (2, A), the training data's lowest and highest actions in the robot's
-            units; None where they are not known.
+        limits: float32 (2, A), the lowest and highest demonstrated actions in the robot's units;
+            None where they are not known.
     """
 
     affine: Affine
@@ -81,13 +81,12 @@ class ActionScaling:
             affine: network units -> the robot's.
             state: the robot's units -> the network's.
             relative: (A,), or empty where none is.
-            limits: (2, A) of relative actions as the robot takes them; others' are known from
-                their scaling.
+            limits: (2, A), as in the class.
         """
         dim = len(affine.add)
         mask = np.array(relative or [False] * dim)
         if not mask.any():
-            return cls(affine, mask, None, _range(affine))
+            return cls(affine, mask, None, limits)
         part = state.add[:dim], mask / state.multiply[:dim], mask * state.subtract[:dim]
         base = Affine(*(term.astype(np.float32) for term in part))
         return cls(affine, mask, base, limits)
@@ -104,11 +103,3 @@ class ActionScaling:
         if self.base is not None:
             out += self.base.apply(states[..., : out.shape[-1]])[..., None, :]
         return out
-
-
-def _range(affine: Affine) -> Floats | None:
-    # Un-normalising by MIN_MAX maps [-1, 1] to the data's range: (y + 1) * range / 2 + minimum.
-    if not (affine.subtract == -1).all():
-        return None
-    limits: Floats = np.stack([affine.add, affine.add + 2 * affine.multiply])
-    return limits

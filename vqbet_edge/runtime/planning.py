@@ -7,9 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from vqbet_edge.errors import NonFiniteError, UsageError
 from vqbet_edge.runtime.backends.base import Floats
-from vqbet_edge.runtime.bundle import ACTION_LIMITS, DECODE_TABLE, SECONDARY_COLUMNS, Bundle
+from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard
-from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.manifest import ACTION_RANGE, Manifest
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow
@@ -118,10 +118,13 @@ def checked_action(name: str, values: ArrayLike, dim: int) -> Floats:
 
 
 def secondary_columns(bundle: Bundle) -> Floats | None:
-    """float32 (C, C): what each primary code adds to the secondary logits; None selects jointly."""
-    if not bundle.manifest.policy.sequentially_select:
+    """float32 (C, C): what each primary code adds to the secondary logits; None: nothing.
+
+    Only bundles of format 2 have them; later ones' graphs give a row for every primary code.
+    """
+    size, rows = bundle.manifest.policy.vqvae_n_embed, bundle.manifest.secondary_rows
+    if not bundle.manifest.policy.sequentially_select or rows == size:
         return None
-    size = bundle.manifest.policy.vqvae_n_embed
     return bundle.array(SECONDARY_COLUMNS, (size, size))
 
 
@@ -143,7 +146,5 @@ def action_scaling(bundle: Bundle) -> ActionScaling:
     manifest, arrays = bundle.manifest, bundle.arrays
     action = Affine.from_arrays(arrays, "action", manifest.action_dim)
     state = Affine.from_arrays(arrays, "state", manifest.state_dim)
-    limits = None
-    if ACTION_LIMITS in arrays:
-        limits = bundle.array(ACTION_LIMITS, (2, manifest.action_dim))
+    limits = bundle.demonstrated(ACTION_RANGE, manifest.action_dim)
     return ActionScaling.of(action, state, manifest.policy.relative_actions, limits)

@@ -65,8 +65,8 @@ class CodeSampler:
     Args:
         temperature: the softmax's temperature; 0 takes the most probable code.
         trained_temperature: the checkpoint's, for the probabilities of a greedy choice.
-        secondary_columns: float32 (C, C) when codes are selected sequentially: row p is what the
-            primary code p adds to the secondary logits.
+        secondary_columns: float32 (C, C), row p is what the primary code p adds to the secondary
+            logits; of bundles of format 2 that select codes sequentially.
         seed: start of the random sequence (PCG64, the same on every platform).
     """
 
@@ -106,11 +106,12 @@ class CodeSampler:
         # the rest of the sequence.
         uniforms = self._random.random(2) if draws is None else draws
         # Both layers before the first code: neither is chosen from a bad prediction.
-        primary_logits, secondary_logits = _finite(outputs.logits).astype(np.float64)
+        primary_logits, *rows = _finite(outputs.logits).astype(np.float64)
         first = softmax(primary_logits, self._temperature)
         primary = (
             self._draw(primary_logits, first, uniforms[0]) if forced is None else int(forced[0])
         )
+        secondary_logits = rows[primary if len(rows) > 1 else 0]
         if self._columns is not None:
             secondary_logits = secondary_logits + self._columns[primary]
         second = softmax(_finite(secondary_logits), self._temperature)

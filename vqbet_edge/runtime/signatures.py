@@ -2,8 +2,8 @@
 
 It follows from the policy's sizes, so no bundle stores it. Letters in shapes: N window, K cameras,
 H and W height and width of a frame as the runtime crops it, S state width, D `gpt_hidden_dim`,
-F `gpt_output_dim`, C codes per layer, W actions per chunk, A action width, L transformer blocks.
-The leading 1 is the batch axis.
+F `gpt_output_dim`, C codes per layer, R `secondary_rows`, W actions per chunk, A action width,
+L transformer blocks. The leading 1 is the batch axis.
 """
 
 import math
@@ -40,7 +40,7 @@ def signature(manifest: Manifest, stage: StageName) -> Signature:
 
     vision_encoder  frames uint8 (1, K, H, W, 3) -> frame_tokens (1, K, D)
     gpt             image_tokens (1, N, K, D), states (1, N, S) -> feature (1, F)
-    code_heads      feature (1, F) -> logits (1, 2, C), offsets (1, 2, C, W, A)
+    code_heads      feature (1, F) -> logits (1, 1 + R, C), offsets (1, 2, C, W, A)
     rvq_decoder     codes int64 (1, 2) -> decoded (1, W, A)
     """
     policy, crop, cameras = manifest.policy, manifest.crop, len(manifest.image_keys)
@@ -55,8 +55,8 @@ def signature(manifest: Manifest, stage: StageName) -> Signature:
             tokens = _floats("image_tokens", window, cameras, width)
             return Signature((tokens, _floats("states", window, manifest.state_dim)), (feature,))
         case "code_heads":
-            logits, offsets = _floats("logits", 2, codes), _floats("offsets", 2, codes, *chunk)
-            return Signature((feature,), (logits, offsets))
+            logits = _floats("logits", 1 + manifest.secondary_rows, codes)
+            return Signature((feature,), (logits, _floats("offsets", 2, codes, *chunk)))
         case "rvq_decoder":
             pair = TensorSpec("codes", "int64", (1, 2))
             return Signature((pair,), (_floats("decoded", *chunk),))
@@ -75,7 +75,7 @@ def cached_gpt_signature(manifest: Manifest, batch: int = 1) -> Signature:
     """
     policy, plain = manifest.policy, signature(manifest, "gpt")
     window, width, heads = policy.n_obs_steps, policy.gpt_hidden_dim, policy.gpt_n_head
-    per_step = len(manifest.image_keys) + 2
+    per_step = policy.tokens_per_step
     tokens = window * per_step
     known = (2 * policy.gpt_n_layer, batch, heads, tokens, width // heads)
     batched = [t._replace(shape=(batch, *t.shape[1:])) for t in (*plain.inputs, *plain.outputs)]

@@ -1,33 +1,55 @@
 """Loading a VQ-BeT checkpoint that LeRobot, or this package's trainer, wrote."""
 
 import hashlib
+import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import safetensors
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
+from vqbet_edge.runtime.manifest import ActionKind
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
 from vqbet_edge.training.files import remedy
-from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
+from vqbet_edge.training.layouts import (
+    Description,
+    Json,
+    Layout,
+    Normalization,
+    read_description,
+    read_json,
+)
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
+from vqbet_edge.training.normalization import (
+    RANGE,
+    Floats,
+    normalizing,
+    required_statistics,
+    unnormalizing,
+)
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+TRAIN_CONFIG_NAME = "train_config.json"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 # Where a checkpoint's directory is below a step's, below all of them, and below a run's.
 _INSIDE_A_RUN = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
-_FILES = ["config.json", "model.safetensors", "policy_*.json", "policy_*.safetensors"]
+_FILES = [
+    "config.json",
+    "train_config.json",
+    "model.safetensors",
+    "policy_*.json",
+    "policy_*.safetensors",
+]
 _NORMALIZERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
@@ -37,31 +59,75 @@ class Checkpoint:
 
     Attributes:
         network: float32, in eval mode, on the CPU.
-        inputs: by the policy's key: robot units -> network units, images from [0, 1].
-        action: network units -> robot units; see `action_scaling`.
+        normalization: by the policy's key, as its files have it; absent means unchanged.
         renamed: the policy's key -> the key that the robot passes, where they differ.
         layout: which releases of LeRobot write checkpoints so.
         name: where it was loaded from, as the user wrote it.
         sha256: digest of model.safetensors.
         license: as the configuration names it.
+        fps: observations a second of the demonstrations; None where its files do not tell.
+        dataset: name or folder of the demonstrations, likewise.
     """
 
     network: VQBeT
-    inputs: Mapping[str, Affine]
-    action: Affine
+    normalization: Mapping[str, Normalization]
     renamed: Mapping[str, str]
     layout: Layout
     name: str
     sha256: str
     license: str | None = None
-    #: (2, A): lowest and highest of relative actions as the robot takes them, if they are known.
-    action_limits: NDArray[np.float32] | None = None
+    fps: float | None = None
+    dataset: str | None = None
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Affine]:
+        """By the policy's key: robot units -> network units, images from [0, 1]."""
+        return {key: self._scaling(key, normalizing) for key in self.config.input_features}
+
+    @cached_property
+    def action(self) -> Affine:
+        """Network units -> robot units; see `action_scaling`."""
+        return self._scaling(ACTION_KEY, unnormalizing)
+
+    def _scaling(self, key: str, convert: Callable[..., Affine]) -> Affine:
+        features = {**self.config.input_features, **self.config.output_features}
+        # (dim,) for vectors; for images (3, height, width) it is the channels that are scaled.
+        dim = features[key].shape[0]
+        how = self.normalization.get(key)
+        if how is None or how.mode is NormalizationMode.IDENTITY:
+            return Affine.identity(dim)
+        return convert(how.mode, required_statistics(key, how.mode, how.stats, dim), how.epsilon)
+
+    @property
+    def state_range(self) -> Floats | None:
+        """float32 (2, S): lowest and highest demonstrated state in the robot's units, if known."""
+        return self._demonstrated(STATE_KEY, ("min", "max"), self.config.state_dim)
+
+    @property
+    def action_range(self) -> Floats | None:
+        """float32 (2, A): lowest and highest demonstrated action in the robot's units, if known."""
+        names = RANGE if self.config.use_relative_actions else ("min", "max")
+        return self._demonstrated(ACTION_KEY, names, self.config.action_dim)
+
+    def _demonstrated(self, key: str, names: tuple[str, str], dim: int) -> Floats | None:
+        stats = self.normalization[key].stats if key in self.normalization else {}
+        found = [np.asarray(stats[name]).reshape(-1) for name in names if name in stats]
+        if [len(values) for values in found] != [dim, dim] or not np.isfinite(found).all():
+            return None
+        return np.stack(found).astype(np.float32)
 
     @property
     def action_scaling(self) -> ActionScaling:
         """What turns the network's chunks into the robot's actions."""
         relative = self.config.relative_actions
-        return ActionScaling.of(self.action, self.inputs[STATE_KEY], relative, self.action_limits)
+        return ActionScaling.of(self.action, self.inputs[STATE_KEY], relative, self.action_range)
+
+    @property
+    def action_kinds(self) -> tuple[ActionKind, ...]:
+        """What each number of an action is, as far as the configuration tells; empty if not."""
+        # Who trains distances from the state has been asked whether actions are positions of it.
+        relative = self.config.relative_actions
+        return tuple("position" if each else "unknown" for each in relative)
 
     @property
     def config(self) -> VQBeTConfig:
@@ -118,23 +184,46 @@ def load_checkpoint(source: str) -> Checkpoint:
             f"'{directory / CONFIG_NAME}' or its processors lack or misuse {error}; "
             "save the policy again with LeRobot's save_pretrained"
         ) from error
-    return Checkpoint(
+    run = _run(directory)
+    checkpoint = Checkpoint(
         network=network,
-        inputs={key: _scaling(found, key, network.config) for key in network.config.input_features},
-        action=_scaling(found, ACTION_KEY, network.config),
+        normalization=found.normalization,
         renamed=found.renamed,
         layout=found.layout,
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
         license=_license(config),
-        action_limits=found.action_limits,
+        fps=_fps(run),
+        dataset=_dataset(run),
     )
+    # Statistics that do not do are found here, not when somebody asks for them.
+    _ = checkpoint.inputs, checkpoint.action
+    return checkpoint
 
 
 def _is_ours(directory: Path) -> bool:
     """Whether vqbet-train wrote it: LeRobot's train_config.json has the policy's fields nested."""
-    path = directory / "train_config.json"
+    path = directory / TRAIN_CONFIG_NAME
     return path.is_file() and "resize_shape" in read_json(path)
+
+
+def _run(directory: Path) -> Json:
+    """The configuration that the policy was trained with, ours or LeRobot's; empty if not here."""
+    path = directory / TRAIN_CONFIG_NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def _fps(run: Json) -> float | None:
+    fps = run.get("fps")
+    return float(fps) if isinstance(fps, int | float) and 0 < fps < math.inf else None
+
+
+def _dataset(run: Json) -> str | None:
+    """Ours is a text; LeRobot's names a folder, or else an id."""
+    found = run.get("dataset")
+    if isinstance(found, dict):
+        found = found.get("root") or found.get("repo_id")
+    return found if isinstance(found, str) else None
 
 
 def _license(config: Json) -> str | None:
@@ -280,15 +369,3 @@ def _build(config: VQBeTConfig, weights: Mapping[str, Tensor]) -> VQBeT:
 def _shorten(text: str, limit: int = 600) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else f"{flat[:limit]} ..."
-
-
-def _scaling(found: Description, key: str, config: VQBeTConfig) -> Affine:
-    features = {**config.input_features, **config.output_features}
-    # (dim,) for vectors; for images (3, height, width) it is the channels that are scaled.
-    dim = features[key].shape[0]
-    how = found.normalization.get(key)
-    if how is None or how.mode is NormalizationMode.IDENTITY:
-        return Affine.identity(dim)
-    stats = required_statistics(key, how.mode, how.stats, dim)
-    convert = unnormalizing if key == ACTION_KEY else normalizing
-    return convert(how.mode, stats, how.epsilon)

@@ -26,7 +26,7 @@ from vqbet_edge.training.config import (
     FeatureType,
     NormalizationMode,
 )
-from vqbet_edge.training.normalization import EPSILON, RANGE, Epsilon, Floats, Statistics
+from vqbet_edge.training.normalization import EPSILON, Epsilon, Floats, Statistics
 
 Json = dict[str, Any]
 Arrays = Mapping[str, Floats]
@@ -69,8 +69,6 @@ class Description:
         renamed: the policy's key of an observation -> the key under which the robot passes it,
             where they differ.
         relative: what the configuration says about relative actions.
-        action_limits: (2, A), lowest and highest action in the robot's units where actions are
-            relative and they are known.
     """
 
     layout: Layout
@@ -78,7 +76,6 @@ class Description:
     normalization: dict[str, Normalization]
     renamed: dict[str, str] = field(default_factory=dict)
     relative: Json = field(default_factory=dict)
-    action_limits: Floats | None = None
 
 
 def read_description(directory: Path, config: Json, arrays: Arrays) -> Description:
@@ -141,10 +138,8 @@ def _layout_0_4(directory: Path, config: Json) -> Description:
         )
     rename = before.get("rename_observations_processor", {}).get("config", {})
     renamed = {new: old for old, new in rename.get("rename_map", {}).items() if new in features}
-    stats = normalization[ACTION_KEY].stats if ACTION_KEY in normalization else {}
-    limits = np.stack([stats[name] for name in RANGE]) if stats.keys() >= set(RANGE) else None
     relative = _relative(config, before, after)
-    return Description(Layout.V0_4, features, normalization, renamed, relative, limits)
+    return Description(Layout.V0_4, features, normalization, renamed, relative)
 
 
 def _relative(config: Json, before: Mapping[str, Json], after: Mapping[str, Json]) -> Json:

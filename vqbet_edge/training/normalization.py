@@ -135,14 +135,10 @@ class Scalings:
         for key, feature in {**config.input_features, **config.output_features}.items():
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
+            kept[key] = _statistics(dataset, config, key, mode)
             if mode is NormalizationMode.IDENTITY:
                 forward[key] = backward[key] = Affine.identity(dim)
                 continue
-            kept[key] = (
-                _relative_statistics(dataset, config, STATISTICS[mode])
-                if key == ACTION_KEY and config.use_relative_actions
-                else dataset.statistics(key, STATISTICS[mode])
-            )
             stats = {name: values.reshape(-1) for name, values in kept[key].items()}
             forward[key] = normalizing(mode, stats, EPSILON)
             backward[key] = unnormalizing(mode, stats, EPSILON)
@@ -207,6 +203,18 @@ def chunks_of(actions: NDArray[Scalar], width: int) -> NDArray[Scalar]:
     steps = np.arange(len(actions))[:, None] + np.arange(width)
     chunks: NDArray[Scalar] = actions[steps.clip(max=len(actions) - 1)]
     return chunks
+
+
+def _statistics(
+    dataset: LeRobotDataset, config: VQBeTConfig, key: str, mode: NormalizationMode
+) -> Statistics:
+    """Those that the mode needs and, of vectors, the range that was demonstrated."""
+    names = STATISTICS[mode]
+    if key == ACTION_KEY and config.use_relative_actions:
+        return _relative_statistics(dataset, config, names)
+    if key in (ACTION_KEY, STATE_KEY):
+        names = tuple(dict.fromkeys((*names, "min", "max")))
+    return dataset.statistics(key, names)
 
 
 def _relative_statistics(

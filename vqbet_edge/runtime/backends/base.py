@@ -32,11 +32,11 @@ Intermediate: TypeAlias = Literal["frame_tokens", "feature"]
 class HeadOutputs(NamedTuple):
     """Output of the code heads, valid until the window's next call.
 
-    When codes are selected sequentially, `logits[1]` lacks the part that depends on the primary
-    code; the runtime adds it.
+    `logits[0]` are the primary code's. The secondary code's are one row or, when codes are selected
+    sequentially, one for every primary code (C rows).
     """
 
-    logits: Floats  # (2, C)
+    logits: Floats  # (1 + R, C)
     offsets: Floats  # (2, C, W, A), normalised
 
 
