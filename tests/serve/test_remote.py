@@ -70,7 +70,7 @@ def test_a_wrong_key(policy: EdgePolicy) -> None:
 def test_what_the_server_says(policy: EdgePolicy) -> None:
     with serving(policy) as server, remote(server.url) as robot:
         said = robot.metadata
-        assert robot.fps == getattr(policy.manifest, "fps", None)
+        assert robot.fps == policy.manifest.fps
     assert said.observation == {
         miniature.IMAGE: Feature("uint8", (24, 24, 3)),
         miniature.STATE: Feature("float32", (2,)),

@@ -15,7 +15,7 @@ from vqbet_serve.frames import check_values
 _SLACK = 32 << 20
 # What a server says is bounded, for the robot makes arrays of it and counts with it.
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-_Rate = Annotated[float, msgspec.Meta(gt=0, le=1e4)]
+_Rate = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
 class Feature(msgspec.Struct, frozen=True):
@@ -23,11 +23,6 @@ class Feature(msgspec.Struct, frozen=True):
 
     dtype: Literal["uint8", "float32"]
     shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=8)]
-
-
-def fps(manifest: Manifest) -> float | None:
-    """Observations per second that a policy was trained with; None where not known."""
-    return getattr(manifest, "fps", None)  # manifests of format 2 do not say
 
 
 class PolicyMetadata(msgspec.Struct, frozen=True):
@@ -72,7 +67,7 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
             action_chunk_size=manifest.policy.action_chunk_size,
             n_obs_steps=manifest.policy.n_obs_steps,
             query="every_step",
-            fps=fps(manifest),
+            fps=manifest.fps,
         )
 
     @classmethod
