@@ -19,6 +19,8 @@ from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import EPSILON
 
 STATE, IMAGE, SIZE = "observation.state", "observation.image", 24
+# Of a policy with two cameras.
+WRIST = "observation.images.wrist"
 # Smallest and largest action and state of its imagined training data, in the robot's units.
 LOW = np.array([-2.0, 10.0], np.float32)
 HIGH = np.array([2.0, 50.0], np.float32)
@@ -35,12 +37,13 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-def checkpoint(size: tuple[int, int] = (SIZE, SIZE), **fields: Any) -> Checkpoint:
+def checkpoint(size: tuple[int, int] = (SIZE, SIZE), cameras: int = 1, **fields: Any) -> Checkpoint:
     """An untrained policy of 24x24 pixels, or more, two states and two actions."""
+    images = [IMAGE, WRIST][:cameras]
     torch.manual_seed(0)
     config = VQBeTConfig(
         input_features={
-            IMAGE: Feature(FeatureType.VISUAL, (3, *size)),
+            **{key: Feature(FeatureType.VISUAL, (3, *size)) for key in images},
             STATE: Feature(FeatureType.STATE, (2,)),
         },
         output_features={"action": Feature(FeatureType.ACTION, (2,))},

@@ -10,8 +10,10 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,10 +40,12 @@ from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.server import PolicyServer
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
+from workshop import once
 
 from vqbet_edge import BackendError, EdgePolicy, ObservationError, UsageError, VQBeTEdgeError
 
 KEY = "correct-horse-battery"
+Seen = dict[str, np.ndarray]
 
 
 class RemoteError(ObservationError):
@@ -74,32 +78,34 @@ def mutated(frame: bytes, random: np.random.Generator) -> bytes:
     return bytes(text)
 
 
-def independently_decoded(frame: bytes) -> dict[str, np.ndarray]:
+def independently_decoded(frame: bytes, keys: Iterable[str]) -> dict[str, np.ndarray]:
     message = msgspec.msgpack.decode(frame)
     return {
         key: np.frombuffer(message[key][b"data"], message[key][b"dtype"]).reshape(
             message[key][b"shape"]
         )
-        for key in (miniature.IMAGE, miniature.STATE)
+        for key in keys
     }
 
 
-def act_as(alone: EdgePolicy, robot: ClientConnection) -> None:
-    """Seven steps of a robot, each bitwise the policy's own."""
-    for seen in observations(1, 7):
+def act_as(alone: EdgePolicy, robot: ClientConnection, steps: Sequence[Seen] | None = None) -> None:
+    """Seven steps of a robot, or others, each bitwise the policy's own."""
+    for seen in steps or observations(1, 7):
         action = ask(robot, seen)
         assert isinstance(action, np.ndarray)
         assert action.tobytes() == alone.act(seen).tobytes()
 
 
 @contextmanager
-def unharmed(server: PolicyServer, policy: EdgePolicy) -> Iterator[ClientConnection]:
+def unharmed(
+    server: PolicyServer, policy: EdgePolicy, steps: Sequence[Seen] | None = None
+) -> Iterator[ClientConnection]:
     """A robot acts before, meanwhile and afterwards as if it were alone; nothing else is left."""
     with policy.sibling() as alone, open_client(server.url, **_key(server)) as robot:
-        act_as(alone, robot)
+        act_as(alone, robot, steps)
         before = descriptors(), threading.active_count()
         yield robot
-        act_as(alone, robot)
+        act_as(alone, robot, steps)
         end = time.monotonic() + SECONDS
         while len(server._shared.conversations) > 1 or len(server.sessions) > 1:
             assert time.monotonic() < end
@@ -125,13 +131,37 @@ def no_traceback(answer: str) -> None:
 
 
 def test_mutated_frames(policy: EdgePolicy) -> None:
-    random, acted, refused = np.random.default_rng(21), 0, 0
-    # The robot beside it says nothing for minutes in a full run.
-    patient = serving(policy, idle_s=3600)
-    with patient as server, unharmed(server, policy), policy.sibling() as local:
+    seen = [observations(case, 1)[0] for case in range(50)]
+    outcomes = mutate(policy, seen, cases(3000, 100_000))
+    assert outcomes["acted"] > 100
+    assert outcomes["refused"] > 1000
+
+
+def test_mutated_frames_of_two_cameras_of_720p(shared: Path) -> None:
+    """Real cameras' frames: what costs more than it should does so here."""
+    path = shared / "two-720p.bundle"
+    once(path, lambda: miniature.write(path, miniature.checkpoint((720, 1280), cameras=2)))
+    random, state = np.random.default_rng(24), observations(0, 5)
+    keys = miniature.IMAGE, miniature.WRIST
+    seen = [
+        each | {key: random.integers(0, 256, (720, 1280, 3), np.uint8) for key in keys}
+        for each in state
+    ]
+    with EdgePolicy.load(path, "onnxruntime") as policy:
+        outcomes = mutate(policy, seen, cases(40, 100_000))
+    assert outcomes["acted"] > 1
+    assert outcomes["refused"] > 10
+
+
+def mutate(policy: EdgePolicy, seen: Sequence[Seen], count: int) -> Counter[str]:
+    """So many mutated frames beside a robot that acts: each acts rightly or is refused."""
+    random, outcomes = np.random.default_rng(21), Counter[str]()
+    frames = [pack(each) for each in seen]
+    beside = serving(policy)
+    with beside as server, unharmed(server, policy, seen[:5]), policy.sibling() as local:
         client = None
-        for case in range(cases(3000, 100_000)):
-            frame = mutated(pack(observations(case % 50, 1)[0]), random)
+        for case in range(count):
+            frame = mutated(frames[case % len(frames)], random)
             if client is None:
                 client = open_client(server.url)
                 local.reset(seed=0)
@@ -144,20 +174,19 @@ def test_mutated_frames(policy: EdgePolicy) -> None:
                 continue
             if isinstance(answer, str):
                 no_traceback(answer)
-                refused += 1
+                outcomes["refused"] += 1
                 if not answer.startswith("ObservationError"):
                     with pytest.raises(ConnectionClosed):
                         client.recv(SECONDS)
                     client = None
                 continue
             action = array("actions", unpack(answer)["actions"])[0]
-            expected = local.act(independently_decoded(frame))
+            expected = local.act(independently_decoded(frame, seen[0]))
             assert action.tobytes() == expected.tobytes()
-            acted += 1
+            outcomes["acted"] += 1
         if client is not None:
             client.close()
-    assert acted > 100
-    assert refused > 1000
+    return outcomes
 
 
 def test_mutated_frames_without_a_network() -> None:
