@@ -254,7 +254,8 @@ def faults(bundle: Bundle, checkpoint: Checkpoint, device: Device) -> str:
     """
     os.environ["VQBET_EDGE_CUDA_GRAPH"] = "0"
     backend = TorchStages(bundle, checkpoint, device)
-    check, cases, said = PolicyCheck(bundle, backend), ReferenceCases.of(bundle), set[str]()
+    cases, said = ReferenceCases.of(bundle), set[str]()
+    check = PolicyCheck(bundle, backend, cases)
     case = cases.cases[0]
     backend.broken = True
     for _ in range(2):

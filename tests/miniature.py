@@ -1,5 +1,6 @@
 """The smallest bundle that has everything: for tests that load or run one many times."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import EPSILON
 
 STATE, IMAGE, SIZE = "observation.state", "observation.image", 24
-# Of a policy with two cameras.
-WRIST = "observation.images.wrist"
 # Smallest and largest action and state of its imagined training data, in the robot's units.
 LOW = np.array([-2.0, 10.0], np.float32)
 HIGH = np.array([2.0, 50.0], np.float32)
@@ -37,13 +36,14 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-def checkpoint(size: tuple[int, int] = (SIZE, SIZE), cameras: int = 1, **fields: Any) -> Checkpoint:
+def checkpoint(
+    size: tuple[int, int] = (SIZE, SIZE), cameras: Sequence[str] = (IMAGE,), **fields: Any
+) -> Checkpoint:
     """An untrained policy of 24x24 pixels, or more, two states and two actions."""
-    images = [IMAGE, WRIST][:cameras]
     torch.manual_seed(0)
     config = VQBeTConfig(
         input_features={
-            **{key: Feature(FeatureType.VISUAL, (3, *size)) for key in images},
+            **{key: Feature(FeatureType.VISUAL, (3, *size)) for key in cameras},
             STATE: Feature(FeatureType.STATE, (2,)),
         },
         output_features={"action": Feature(FeatureType.ACTION, (2,))},
@@ -53,6 +53,23 @@ def checkpoint(size: tuple[int, int] = (SIZE, SIZE), cameras: int = 1, **fields:
     scaled = Normalization(NormalizationMode.MIN_MAX, {"min": LOW, "max": HIGH}, EPSILON)
     scalings = {STATE: scaled, "action": scaled}
     return Checkpoint(network, scalings, {}, Layout.V0_4, "miniature", "0" * 64)
+
+
+def attentive(seed: int, **fields: Any) -> Checkpoint:
+    """One in which every layer matters, as after training.
+
+    Attention of an untrained transformer is the same for all tokens whatever the query is.
+    """
+    policy = checkpoint(**({"n_obs_steps": 3} | fields))
+    torch.manual_seed(seed)
+    for name, tensor in policy.network.named_parameters():
+        if "transformer" in name and tensor.ndim == 2:
+            torch.nn.init.normal_(tensor, std=0.3)
+        elif tensor.ndim > 1:
+            torch.nn.init.xavier_normal_(tensor)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(tensor, std=0.3)
+    return policy
 
 
 def write(
@@ -73,9 +90,11 @@ def write(
     return path
 
 
-def observation(random: np.random.Generator) -> dict[str, np.ndarray]:
+def observation(
+    random: np.random.Generator, cameras: Sequence[str] = (IMAGE,)
+) -> dict[str, np.ndarray]:
     """A random one."""
     return {
-        IMAGE: random.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
+        **{key: random.integers(0, 256, (SIZE, SIZE, 3), np.uint8) for key in cameras},
         STATE: random.uniform(LOW, HIGH).astype(np.float32),
     }

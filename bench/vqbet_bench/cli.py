@@ -39,7 +39,8 @@ class Arguments:
     rounds: int = 5
     # A LeRobot data set (folder or Hub id) or what `policy.record` wrote; random ones without.
     dataset: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
-    # The checkpoint that the bundles were exported from; adds the peers.
+    # The checkpoint that the bundles were exported from; adds the peers. LeRobot's own loader reads
+    # it, and imports and runs what its processors name: trust it as a program.
     checkpoint: Path | None = None
     # Peers to compare with, given a checkpoint.
     peers: tuple[PeerName, ...] = PEERS

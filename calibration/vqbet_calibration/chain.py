@@ -20,6 +20,9 @@ from vqbet_edge.runtime.sampling import softmax
 from vqbet_edge.runtime.window import sliding_windows
 from vqbet_edge.training.dataset.samples import Piece
 
+# Distributions are compared at no less than this share of the logits' spread.
+_BLUNTEST = 0.01
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -170,7 +173,9 @@ class Chain:
         wanted, got = (_conditioned(r.logits, primary) for r in (reference, run))
         codes = wanted.argmax(-1)
         errors = np.abs(_chosen(run.offsets, codes) - _chosen(reference.offsets, codes))
-        temperature = self._bundle.manifest.policy.bet_softmax_temperature
+        # Of a nearly greedy policy the distribution shows near ties and nothing else.
+        own = self._bundle.manifest.policy.bet_softmax_temperature
+        temperature = max(own, _BLUNTEST * float(wanted.std(axis=-1).mean()))
         distance = np.abs(softmax(wanted, temperature) - softmax(got, temperature)).sum(-1) / 2
         return Outcome(
             # Normalised actions span [-1, 1].

@@ -64,7 +64,7 @@ class Goal:
     of a few hundred observations one more or less agrees by chance.
     """
 
-    cosine: float = 0.995
+    cosine: float = 0.999
     code_agreement: float = 0.98
     total_variation: float = 0.006
 

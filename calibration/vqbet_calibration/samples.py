@@ -37,9 +37,14 @@ class Pieces:
         return sum(place.stop - place.start for place in self.places)
 
     def of_parts(self, *parts: int) -> "Pieces":
-        """Those whose stretch belongs to some of `PARTS`."""
-        chosen = (place for place in self.places if place.stretch % PARTS in parts)
-        return Pieces(self.sampler, tuple(chosen))
+        """Those whose stretch belongs to some of `PARTS`.
+
+        Drawn, because demonstrations may take turns: every fourth one would show one side only.
+        """
+        stretches = sorted({place.stretch for place in self.places})
+        order = np.random.default_rng(0).permutation(len(stretches)) % PARTS
+        drawn = dict(zip(stretches, order.tolist(), strict=True))
+        return Pieces(self.sampler, tuple(p for p in self.places if drawn[p.stretch] in parts))
 
     def spread(self, observations: int) -> "Pieces":
         """About so many of the observations, from beginning to end."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -26,6 +27,9 @@ from vqbet_engines.boards import JetPack, detect_board, match_jetpack
 from vqbet_engines.findings import Finding, Fix, State
 
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them
+_PATIENCE_S = 10  # with a command that tells about the machine
+# What files and commands of a system that is broken, or is none that we know, come to.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, subprocess.SubprocessError)
 _PLUGIN = "lerobot_policy_vqbet_edge"
 _LEAST = {"numpy": (1, 24), "msgspec": (0, 18), "safetensors": (0, 4)}
 _SETUP = "https://docs.nvidia.com/jetson/agx-orin-devkit/user-guide/setup_jetpack.html"
@@ -55,15 +59,19 @@ class Machine:
     root: Path = Path("/")
 
     def read(self, path: str) -> str:
-        """Text of a file; empty when there is none."""
+        """Text of a file; empty when there is none, or it cannot be read."""
         file = self.root / path
-        return file.read_text(errors="replace") if file.is_file() else ""
+        with suppress(OSError):
+            return file.read_text(errors="replace") if file.is_file() else ""
+        return ""
 
     def output(self, *command: str) -> str:
         """What a command prints; empty when it is missing."""
         if shutil.which(command[0]) is None:
             return ""
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, errors="replace", check=False, timeout=_PATIENCE_S
+        )
         return done.stdout + done.stderr  # nvpmodel uses both
 
     @property
@@ -84,13 +92,24 @@ class Machine:
         return "problem" if self.l4t else "note"
 
 
+_Check = Callable[[Machine], Iterator[Finding]]
+
+
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
-    checks: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
+    checks: tuple[_Check, ...] = (
         _board, _python, _packages, _tensorrt, _access, _gpu, _onnxruntime, _lerobot,
         _power, _clocks, _cache,
     )  # fmt: skip
-    return [finding for check in checks for finding in check(machine)]
+    return [finding for check in checks for finding in _carried_out(check, machine)]
+
+
+def _carried_out(check: _Check, machine: Machine) -> Iterator[Finding]:
+    try:
+        yield from check(machine)
+    except _UNREADABLE as error:
+        name = check.__name__.strip("_")
+        yield Finding(name, "note", f"cannot be told: {type(error).__name__}: {error}")
 
 
 def _board(machine: Machine) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ from vqbet_edge.runtime.manifest import (
 )
 from vqbet_edge.runtime.signatures import cached_gpt_signature, signature
 from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature, VQBeTConfig
 from vqbet_export.graph import export_graph
 from vqbet_export.stages import (
     CACHED_GPT_FREE_AXES,
@@ -110,10 +110,15 @@ def runtime_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     arrays |= {name: found for name, found in ranges.items() if found is not None}
     arrays[TOKEN_CONSTANTS] = token_constants(checkpoint).numpy()
     arrays[CAUSAL_MASK] = causal_mask(config.n_obs_steps * config.tokens_per_step).numpy()
-    values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
-    if values * 4 <= MAX_TABLE_BYTES:
+    if is_tabulated(config):
         arrays[DECODE_TABLE] = decode_table(checkpoint).numpy()
     return arrays
+
+
+def is_tabulated(config: VQBeTConfig) -> bool:
+    """Whether the bundle has every code pair's chunk in a table."""
+    values = config.vqvae_n_embed**2 * config.action_chunk_size * config.action_dim
+    return values * 4 <= MAX_TABLE_BYTES
 
 
 def describe(

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vqbet_edge.errors import VerificationError
-from vqbet_edge.runtime.cases import Case, PolicyOutputs, ReferenceCases
+from vqbet_edge.runtime.cases import Case, ReferenceCases, prints
+from vqbet_edge.runtime.comparison import clear_of_ties, code_leads
 from vqbet_edge.runtime.manifest import CropSpec
-from vqbet_edge.runtime.sampling import softmax
 from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.dataset.samples import Piece
-from vqbet_export.reference import Reference, run_reference
+from vqbet_export.assembly import is_tabulated
+from vqbet_export.reference import Reference, action_spread, constants, run_reference
 from vqbet_export.stages import runtime_crop
 
 Frames = NDArray[np.uint8]
@@ -24,9 +24,6 @@ Frames = NDArray[np.uint8]
 STEPS, CASES = 8, 3
 MAX_CANDIDATES = 64
 MAX_FRAME_BYTES = 700_000
-# Codes count as clear of a tie when their probabilities are so many times further apart than the
-# verification saw any probability change: other kernels round otherwise, but not that much.
-_CLEARANCE = 4
 
 
 class Candidate(NamedTuple):
@@ -35,7 +32,7 @@ class Candidate(NamedTuple):
     frames: Frames  # (M, K, h, w, 3)
     states: NDArray[np.float32]  # (M, S)
     codes: NDArray[np.int64]  # (M, 2)
-    margins: NDArray[np.float64]  # (M,), see `code_margins`
+    leads: NDArray[np.float64]  # (M,), see `code_leads`
 
 
 class CaseChooser:
@@ -43,19 +40,23 @@ class CaseChooser:
 
     Args:
         checkpoint: the policy.
+        frame: what all cases have in common, see `frame_of`.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, frame: ReferenceCases) -> None:
+        self._checkpoint, self._frame = checkpoint, frame
         self._candidates: list[Candidate] = []
 
-    def choose(
-        self, uncertainty: float, proves: Callable[[ReferenceCases], bool]
-    ) -> ReferenceCases:
+    @property
+    def considered(self) -> int:
+        """How many pieces it may choose from."""
+        return len(self._candidates)
+
+    def choose(self, moved: float, proves: Callable[[ReferenceCases], bool]) -> ReferenceCases:
         """The reference cases: near ties, then whatever adds most codes.
 
         Args:
-            uncertainty: largest change of a code's probability that the verification saw.
+            moved: what the verification saw logits move by, in nearly all observations.
             proves: whether the exported graphs themselves are within the limits on some cases:
                 coarse frames, where they are needed, are not what the graphs were verified on.
 
@@ -63,9 +64,9 @@ class CaseChooser:
             VerificationError: they are on none.
         """
         chosen: list[Case] = []
-        for candidate in self._ranked(uncertainty):
-            case = self._case(candidate, uncertainty)
-            if proves(replace(self._geometry, cases=(case,))):
+        for candidate in self._ranked(moved):
+            case = self._case(candidate, moved)
+            if proves(replace(self._frame, cases=(case,))):
                 chosen.append(case)
             if len(chosen) == CASES:
                 break
@@ -74,35 +75,26 @@ class CaseChooser:
                 "the graphs leave their limits on every reference case, nothing was published; "
                 "export with --fp32 or --fp16"
             )
-        return replace(self._geometry, cases=tuple(chosen))
-
-    @cached_property
-    def _geometry(self) -> ReferenceCases:
-        """Where the reference looks, and how coarsely frames are stored to keep the file small."""
-        config = self._checkpoint.config
-        crop = CropSpec(**runtime_crop(config)._asdict())
-        per_frame = MAX_FRAME_BYTES / (CASES * STEPS * len(config.image_keys) * 3)
-        magnification = int(np.ceil(np.sqrt(max(1, crop.height * crop.width / per_frame))))
-        return ReferenceCases(crop, magnification, ())
+        return replace(self._frame, cases=tuple(chosen))
 
     def consider(self, piece: Piece, reference: Reference) -> None:
         """Remember a piece if there is room; frames are kept as small as the bundle's."""
         if len(self._candidates) < MAX_CANDIDATES:
-            geometry, rows = self._geometry, slice(STEPS)
+            geometry, rows = self._frame, slice(STEPS)
             every = geometry.magnification
             frames = geometry.crop.cut(piece.frames[rows])[..., ::every, ::every, :].copy()
             outputs = reference.outputs
-            margins = code_margins(outputs, self._checkpoint.config.bet_softmax_temperature)
+            leads = code_leads(outputs.logits[rows])
             self._candidates.append(
-                Candidate(frames, piece.states[rows], outputs.codes[rows], margins[rows])
+                Candidate(frames, piece.states[rows], outputs.codes[rows], leads)
             )
 
-    def _ranked(self, uncertainty: float) -> Iterator[Candidate]:
+    def _ranked(self, moved: float) -> Iterator[Candidate]:
         """The nearest tie that is still clear first, then whatever adds most codes."""
         left, seen = list(self._candidates), set[tuple[int, int]]()
 
         def tie(candidate: Candidate) -> float:
-            clear = candidate.margins[candidate.margins > _CLEARANCE * uncertainty]
+            clear = candidate.leads[clear_of_ties(candidate.leads, moved)]
             return float(clear.min(initial=np.inf))
 
         best = min(left, key=tie)
@@ -114,28 +106,42 @@ class CaseChooser:
                 return
             best = max(left, key=lambda candidate: len(_codes(candidate) - seen))
 
-    def _case(self, candidate: Candidate, uncertainty: float) -> Case:
+    def _case(self, candidate: Candidate, moved: float) -> Case:
         """A candidate with what PyTorch computes for it as it is stored."""
         config = self._checkpoint.config
-        images = self._geometry.images(candidate.frames, (*config.frame_size, 3))
+        images = self._frame.images(candidate.frames, (*config.frame_size, 3))
         outputs = run_reference(self._checkpoint, Piece(images, candidate.states)).outputs
-        chunks = outputs.decoded_chunk + outputs.offset_chunk
-        states = self._checkpoint.inputs[STATE_KEY].apply(candidate.states)
         return Case(
             frames=candidate.frames,
             states=candidate.states,
             outputs=outputs,
-            actions=self._checkpoint.action_scaling.apply(chunks, states),
-            clear=code_margins(outputs, config.bet_softmax_temperature) > _CLEARANCE * uncertainty,
+            clear=clear_of_ties(code_leads(outputs.logits), moved),
         )
 
 
-def code_margins(outputs: PolicyOutputs, temperature: float) -> NDArray[np.float64]:
-    """float64 (M,): by how much the most probable code leads, in the closer of the two layers."""
-    probabilities = np.sort(softmax(outputs.logits, temperature), axis=-1)  # (M, 2, C)
-    leads: NDArray[np.float64] = probabilities[..., -1] - probabilities[..., -2:-1].sum(axis=-1)
-    margins: NDArray[np.float64] = leads.min(axis=-1)
-    return margins
+def frame_of(checkpoint: Checkpoint, reference: Reference) -> ReferenceCases:
+    """What all reference cases have in common: no cases yet.
+
+    Frames are stored as coarsely as keeps the file small.
+
+    Args:
+        checkpoint: the policy.
+        reference: of any observations.
+    """
+    config = checkpoint.config
+    crop = CropSpec(**runtime_crop(config)._asdict())
+    per_frame = MAX_FRAME_BYTES / (CASES * STEPS * len(config.image_keys) * 3)
+    codes = torch.arange(config.vqvae_n_embed if is_tabulated(config) else 0)
+    pairs = torch.cartesian_prod(codes, codes).view(len(codes), len(codes), 2)
+    return ReferenceCases(
+        crop=crop,
+        magnification=int(np.ceil(np.sqrt(max(1, crop.height * crop.width / per_frame)))),
+        temperature=config.bet_softmax_temperature,
+        spread=action_spread(checkpoint, reference),
+        decoded_prints=prints(checkpoint.network.head.vqvae_model.decode(pairs).numpy(), 2),
+        constants=constants(checkpoint),
+        cases=(),
+    )
 
 
 def _codes(candidate: Candidate) -> set[tuple[int, int]]:

@@ -13,7 +13,8 @@ from rich.markup import escape
 
 from vqbet_edge import cli
 from vqbet_edge.errors import UsageError
-from vqbet_edge.runtime.manifest import TARGETS, Precision, Target
+from vqbet_edge.runtime.manifest import TARGETS, ActionKind, Precision, Target
+from vqbet_export.config import ExportConfig
 
 WEIGHTS_NAME = "model.safetensors"
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -40,10 +41,17 @@ class Arguments:
     target: Target | None = None
     # The bundle to write; by default named after the checkpoint and the precision, here.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    # A LeRobot data set (folder or Hub id) to verify on, besides random observations.
+    # A LeRobot data set (folder or Hub id) to verify on, besides random observations; by default
+    # the one that the checkpoint names, if it is at hand.
     verify_data: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
     # Observations of each kind to verify on.
     verify_steps: int = 512
+    # Observations a second of the demonstrations; by default what checkpoint and data sets say.
+    fps: float | None = None
+    # What each number of an action is, or one for all; by default what the data set's names say.
+    action_kinds: tuple[ActionKind, ...] = ()
+    # Take no frames that cameras saw as reference cases: the bundle then proves itself on noise.
+    no_real_cases: Flag = False
     # Replace an existing bundle.
     force: Flag = False
     # Upload the bundle with a model card to this repository of the Hugging Face Hub: user/name.
@@ -62,7 +70,7 @@ def main() -> None:
 def _export() -> None:
     arguments = cli.parse(Arguments, "vqbet-export")
     # Heavy, and not needed for --help.
-    from vqbet_export.exporter import ExportConfig, export  # noqa: PLC0415
+    from vqbet_export.exporter import export  # noqa: PLC0415
     from vqbet_export.hub import check_repository, push  # noqa: PLC0415
 
     precision = _precision(arguments)
@@ -73,6 +81,8 @@ def _export() -> None:
     for name in ("verify_steps", "calibration_steps"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.fps is not None and not 0 < arguments.fps < float("inf"):
+        raise UsageError(f"--fps takes observations a second, above 0; got {arguments.fps:g}")
     console = Console(stderr=True)
     with console.status("starting") as status:
         result = export(
@@ -86,6 +96,9 @@ def _export() -> None:
                 calibration_data=arguments.calibration_data,
                 calibration_steps=arguments.calibration_steps,
                 targets=TARGETS if arguments.target is None else (arguments.target,),
+                fps=arguments.fps,
+                action_kinds=arguments.action_kinds,
+                real_cases=not arguments.no_real_cases,
             ),
             progress=lambda text: status.update(f"{escape(text)} ..."),
         )
@@ -93,6 +106,8 @@ def _export() -> None:
             status.update("uploading ...")
             address = push(result.path, arguments.push_to_hub, private=arguments.private)
             console.print(f"uploaded to {escape(address)}")
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
     if arguments.json:
         sys.stdout.buffer.write(msgspec.json.encode(result.report) + b"\n")
         return

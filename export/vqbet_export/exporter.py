@@ -12,55 +12,30 @@ from vqbet_calibration.samples import Samples, load_samples
 from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
-from vqbet_edge.runtime.comparison import LIMITS
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS, Precision, Target
+from vqbet_edge.runtime.lerobot_files import lerobot_files
+from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
-from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
-from vqbet_export.assembly import assemble, describe
-from vqbet_export.cases import CaseChooser
-from vqbet_export.lerobot import lerobot_files
+from vqbet_edge.training.dataset.samples import PIECE_STEPS, Piece, Sampler, random_pieces
+from vqbet_export.assembly import assemble
+from vqbet_export.cases import CASES, CaseChooser, frame_of
+from vqbet_export.config import ExportConfig
+from vqbet_export.demonstrations import find_demonstrations, notes_on
 from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
+from vqbet_export.reference import run_reference
 from vqbet_export.report import report_data, report_markdown
 from vqbet_export.sensitivity import CHART_NAME, sensitivity_chart
-from vqbet_export.verification import Verification, Verifier, summarize
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What to export and how.
-
-    Attributes:
-        checkpoint: a model.safetensors, its directory, or a Hub repository id.
-        output: the bundle's directory.
-        precision: of convolutions and matrix products; INT8 needs `calibration_data`.
-        verify_data: a LeRobot data set to verify on, besides random observations.
-        verify_steps: observations of each kind to verify on; of few, one near tie between codes
-            is already a share above the limit.
-        force: replace an existing bundle.
-        calibration_data: a LeRobot data set or a folder of recordings, for INT8.
-        calibration_steps: observations to sample from it.
-        targets: whom the bundle has graphs for.
-    """
-
-    checkpoint: str
-    output: Path
-    precision: Precision = "fp32"
-    verify_data: str | None = None
-    verify_steps: int = 512
-    force: bool = False
-    calibration_data: str | None = None
-    calibration_steps: int = 1024
-    targets: tuple[Target, ...] = TARGETS
+from vqbet_export.verification import ObservationKind, Verification, Verifier, summarize
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A published bundle and its report."""
+    """A published bundle, its report, and what else to know about it."""
 
     path: Path
     report: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 Progress = Callable[[str], None]
@@ -83,22 +58,23 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
     _check_calibration(config)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
-    real = None
-    if config.verify_data is not None:  # if it does not fit, nobody should have to wait for it
-        real = Sampler.open(config.verify_data, describe(checkpoint, "fp32"))
+    data = find_demonstrations(checkpoint, config)  # what does not fit is said before the work
+    checkpoint = data.complete(checkpoint, config)
     draft = _draft(checkpoint, config, progress)
-    results, cases = _verify(draft, checkpoint, config, real, progress)
+    verified = _verify(draft, checkpoint, config, data.sampler, progress)
     progress("writing the bundle")
-    manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summarize(results))
-    report = report_data(manifest, config.precision, results, draft.quantizations)
-    contents = {**draft.bundle.contents, CASES_NAME: cases.encode()}
+    summary = summarize(verified.results, verified.cases_kind)
+    manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summary)
+    notes = (*data.notes, *notes_on(manifest, checkpoint, verified.results))
+    report = report_data(manifest, config.precision, verified.results, draft.quantizations, notes)
+    contents = {**draft.bundle.contents, CASES_NAME: verified.cases.encode()}
     contents |= lerobot_files(manifest, checkpoint.license)
     if draft.quantizations:
         contents[CHART_NAME] = sensitivity_chart(report["quantization"])
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)
     contents["report.md"] = report_markdown(report, draft.bundle).encode()
     publish(config.output, contents, manifest)
-    return ExportResult(config.output, report)
+    return ExportResult(config.output, report, notes)
 
 
 def _check_output(config: ExportConfig) -> None:
@@ -150,47 +126,67 @@ def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> 
     return _Draft(found.bundle, samples, found.quantizations)
 
 
+@dataclass(frozen=True)
+class _Verified:
+    results: list[Verification]
+    cases: ReferenceCases
+    cases_kind: ObservationKind
+
+
 def _verify(
     draft: _Draft,
     checkpoint: Checkpoint,
     config: ExportConfig,
     real: Sampler | None,
     progress: Progress,
-) -> tuple[list[Verification], ReferenceCases]:
-    """The results on all observations, and reference cases from the last."""
-    limits = LIMITS[config.precision]
+) -> _Verified:
+    """The results on all observations, and reference cases from the last that they may show."""
     # In floating point both kinds compute the same, so each is proven in its half.
     both = draft.samples is None and len(config.targets) > 1
-    verifier = Verifier(draft.bundle, checkpoint, (None,) if both else config.targets)
+    noise = list(_noise(draft, CASES * PIECE_STEPS))
+    frame = frame_of(checkpoint, run_reference(checkpoint, noise[0]))
+    verifier = Verifier(draft.bundle, checkpoint, frame, (None,) if both else config.targets)
     results: list[Verification] = []
+    chooser = CaseChooser(checkpoint, frame)
+    shown: ObservationKind = "random"
     try:
-        for name, pieces in _observations(draft, config.verify_steps, real):
+        for name, kind, pieces in _observations(draft, config.verify_steps, real):
             progress(f"verifying on {name} observations")
-            chooser = CaseChooser(checkpoint)
-            results += verifier.verify(pieces, name, chooser.consider)
+            if kind == "random" or config.real_cases:
+                chooser, shown = CaseChooser(checkpoint, frame), kind
+                results += verifier.verify(pieces, name, kind, chooser.consider)
+            else:
+                results += verifier.verify(pieces, name, kind)
     except NonFiniteError as error:
         raise VerificationError(
             f"the {config.precision} graphs overflow, nothing was published: {error}"
         ) from error
-    violations = [line for result in results for line in result.violations(limits)]
+    violations = [line for result in results for line in result.violations]
     if violations:
         raise VerificationError(
             f"the {config.precision} graphs differ from the checkpoint, nothing was published: "
             + "; ".join(violations)
         )
-    uncertainty = max(result.policy.probability_error for result in results)
-    return results, chooser.choose(uncertainty, verifier.proves)
+    if not chooser.considered:  # INT8 is not verified on noise
+        for piece in noise:
+            chooser.consider(piece, run_reference(checkpoint, piece))
+    moved = max(result.policy.logit_error for result in results)
+    return _Verified(results, chooser.choose(moved, verifier.proves), shown)
 
 
 def _observations(
     draft: _Draft, steps: int, real: Sampler | None
-) -> Iterator[tuple[str, Iterator[Piece]]]:
-    """What to verify on, with its name in the report; read a piece at a time."""
+) -> Iterator[tuple[str, ObservationKind, Iterator[Piece]]]:
+    """What to verify on, with its name in the report and its kind; read a piece at a time."""
     if draft.samples is None:
-        manifest = draft.bundle.manifest
-        scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
-        yield "random", random_pieces(manifest, scaling, steps)
+        yield "random", "random", _noise(draft, steps)
     else:  # noise is outside the calibrated ranges
-        yield "held-out", iter(draft.samples.verification)
+        yield "held-out", "dataset", iter(draft.samples.verification)
     if real is not None:
-        yield "real", real.pieces(steps)
+        yield "real", "dataset", real.pieces(steps)
+
+
+def _noise(draft: _Draft, steps: int) -> Iterator[Piece]:
+    manifest = draft.bundle.manifest
+    scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
+    return random_pieces(manifest, scaling, steps)

@@ -10,8 +10,8 @@ import msgspec
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.hub import is_hub_id
+from vqbet_edge.runtime.lerobot_files import CONFIG_NAME
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, Manifest
-from vqbet_export.lerobot import CONFIG_NAME
 
 _TAGS = ["robotics", "lerobot", "vqbet_edge", "vq-bet", "onnx"]
 

@@ -99,7 +99,7 @@ class TensorRTGraphsWindow(Window):
         """See `Window`."""
         feature = self._sessions["gpt"].run(self._window, states[None])[0]
         logits, offsets = self._sessions["code_heads"].run(feature)
-        self._latest["feature"] = feature[0]
+        self._latest |= {"feature": feature[0], "logits": logits[0], "offsets": offsets[0]}
         return HeadOutputs(logits[0], offsets[0])
 
     def decode(self, codes: NDArray[np.int64]) -> Floats:

@@ -19,6 +19,7 @@ def report_data(
     precision: Precision,
     results: Sequence[Verification],
     quantizations: Sequence[Quantization],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """The report as plain data, with the fields' own names."""
     return {
@@ -26,6 +27,7 @@ def report_data(
         "precision": precision,
         "tools": manifest.tools,
         "limits": asdict(LIMITS[precision]),
+        "notes": list(notes),
         "results": [asdict(result) for result in results],
         "quantization": [found.report() for found in quantizations],
     }
@@ -40,6 +42,7 @@ def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
         f"Precision {data['precision']}, compared with the network in PyTorch (float32).",
         f"The checkpoint has LeRobot's {source['layout']} layout and SHA-256 `{source['sha256']}`.",
     ]
+    lines += ["", *(f"- {note}" for note in data["notes"])]
     for result in data["results"]:
         target = result["target"]
         graphs = "" if target is None else f", graphs for {target}"
@@ -47,7 +50,7 @@ def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
         sizes = {name: len(graph(name)) for name in STAGES}
         heading = f"## On {result['samples']} {result['observations']} observations{graphs}"
         lines += ["", heading, "", *_stage_table(result["stages"], sizes)]
-        lines += ["", *_policy_table(result["policy"])]
+        lines += ["", *_policy_table(result["whole"])]
     limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
     lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]
     lines += quantization_markdown(data["quantization"])
@@ -56,26 +59,40 @@ def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
 
 
 def _stage_table(
-    stages: Mapping[StageName, Mapping[str, float]], bytes_by_stage: Mapping[StageName, int]
+    stages: Mapping[str, Mapping[str, float]], bytes_by_stage: Mapping[StageName, int]
 ) -> list[str]:
     return [
-        "| stage | MB | largest error | relative error | smallest cosine |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            f"| {name} | {bytes_by_stage[name] / 1e6:.1f} | {row['max_error']:.2e} "
-            f"| {row['relative_error']:.2e} | {row['cosine']:.7f} |"
-            for name, row in stages.items()
-        ),
+        "| each graph alone | MB | largest error | relative | of what varies | gain | cosine |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *(_stage_row(name, row, _megabytes(bytes_by_stage, name)) for name, row in stages.items()),
     ]
 
 
-def _policy_table(policy: Mapping[str, float]) -> list[str]:
+def _stage_row(name: str, row: Mapping[str, float], size: str) -> str:
+    errors = " | ".join(f"{row[n]:.2e}" for n in ("max_error", "relative_error", "varying"))
+    return f"| {name} | {size} | {errors} | {row['gain']:.6f} | {row['cosine']:.7f} |"
+
+
+def _megabytes(sizes: Mapping[StageName, int], name: str) -> str:
+    found = {**sizes}.get(name)  # type: ignore[call-overload]
+    return "" if found is None else f"{found / 1e6:.1f}"
+
+
+def _policy_table(whole: Mapping[str, Any]) -> list[str]:
+    policy = whole["policy"]
     return [
         "| whole policy, codes forced | |",
         "|---|---:|",
         f"| largest action error, in the action's units | {policy['action_error']:.3g} |",
-        f"| ... relative to the action's range | {policy['relative_action_error']:.2e} |",
-        f"| agreement of the most probable codes | {policy['code_agreement']:.2%} |",
-        f"| largest change of a code's probability | {policy['probability_error']:.2e} |",
-        f"| mean total variation of the code distribution | {policy['total_variation']:.2e} |",
+        f"| ... relative to the spread of the actions, 99 % | {policy['action']:.2e} |",
+        f"| ... and at most | {policy['largest_action']:.2e} |",
+        f"| total variation of the code distribution, mean | {policy['total_variation']:.2e} |",
+        f"| ... and at most | {policy['largest_variation']:.2e} |",
+        f"| observations whose codes are clear of ties | {policy['clear']:.2%} |",
+        f"| ... agreement of their most probable codes | {policy['code_agreement']:.2%} |",
+        *(
+            f"| {name}, behind those before it: relative error, of what varies, gain "
+            f"| {row['relative_error']:.2e}, {row['varying']:.2e}, {row['gain']:.6f} |"
+            for name, row in whole["stages"].items()
+        ),
     ]

@@ -1,14 +1,14 @@
 """Proof that a bundle computes the policy that it was exported from.
 
 Every stage runs by itself on the reference's inputs; the whole bundle runs through `EdgePolicy`
-with the reference's codes forced, so that normalisation, window, table and fusion are proven too.
+with the reference's codes forced, and what it returns is compared in the robot's units, so that
+normalisation, window, table and fusion are proven too.
 Observations are drawn, compared and dropped one piece at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Literal
 
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.base import Backend
@@ -16,23 +16,29 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.cases import ReferenceCases
 from vqbet_edge.runtime.comparison import (
-    Limits,
+    LIMITS,
     PolicyResult,
     StageComparison,
     StageResult,
-    worst,
+    centred,
 )
-from vqbet_edge.runtime.manifest import StageName, Target, VerificationSpec
+from vqbet_edge.runtime.manifest import Precision, StageName, Target, VerificationSpec
 from vqbet_edge.runtime.observation import Observation
-from vqbet_edge.runtime.proof import PolicyCheck, act_out
+from vqbet_edge.runtime.proof import PolicyCheck, Proof, act_out
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset.samples import Piece
 from vqbet_export.onnx_graphs import StageSession, TensorRTGraphs
-from vqbet_export.reference import Reference, run_reference
-from vqbet_export.stages import decode_table
+from vqbet_export.reference import Reference, code_pairs, run_reference
 
-# All pairs of a codebook of 64; of larger ones, as many pairs spread evenly.
-MAX_DECODED_PAIRS = 4096
+ObservationKind = Literal["random", "dataset"]
+# Whose graph it is that computes what is compared.
+_GRAPHS: dict[str, StageName] = {
+    "vision_encoder": "vision_encoder",
+    "gpt": "gpt",
+    "code logits": "code_heads",
+    "code_heads": "code_heads",
+    "rvq_decoder": "rvq_decoder",
+}
 
 
 @dataclass(frozen=True)
@@ -40,31 +46,49 @@ class Verification:
     """Results on one set of observations.
 
     Attributes:
-        observations: "random" or what else they are.
+        observations: what they are.
+        kind: noise, or what somebody's cameras saw.
         samples: how many.
+        stages: every graph by itself, on the reference's inputs.
+        precisions: of the graphs, whose limits hold for each by itself.
+        whole: of all together, as they act.
         target: whose graphs ran where the bundle has two kinds, "tensorrt" or "cpu".
     """
 
     observations: str
+    kind: ObservationKind
     samples: int
-    stages: dict[StageName, StageResult]
-    policy: PolicyResult
+    stages: dict[str, StageResult]
+    precisions: dict[str, Precision]
+    whole: Proof
     target: Target | None = None
 
-    def violations(self, limits: Limits) -> list[str]:
+    @property
+    def policy(self) -> PolicyResult:
+        """Of the whole policy."""
+        return self.whole.policy
+
+    @property
+    def violations(self) -> list[str]:
         """What breaks the limits, one line each."""
-        found = self.policy.violations(limits)
+        found = self.whole.violations
         for name, stage in self.stages.items():
-            found += stage.violations(name, limits)
+            found += stage.violations(f"{name} alone", LIMITS[self.precisions[name]])
         graphs = "" if self.target is None else f", graphs for {self.target}"
         return [f"{line} ({self.observations} observations{graphs})" for line in found]
 
 
-def summarize(results: Sequence[Verification]) -> VerificationSpec:
-    """What the manifest says: of the last observations, the worst of each measure."""
+def summarize(results: Sequence[Verification], cases: ObservationKind) -> VerificationSpec:
+    """What the manifest says: of the last observations, the worst of each measure.
+
+    Args:
+        results: of all observations.
+        cases: what the reference cases show.
+    """
     same = [result for result in results if result.observations == results[-1].observations]
     return VerificationSpec(
-        observations="random" if same[0].observations == "random" else "dataset",
+        observations=same[0].kind,
+        cases=cases,
         samples=same[0].samples,
         max_action_error=max(result.policy.action_error for result in same),
         code_agreement=min(result.policy.code_agreement for result in same),
@@ -78,20 +102,26 @@ class Verifier:
     Args:
         bundle: need not have a verification summary yet.
         checkpoint: what it was exported from.
+        frame: temperature, spread and prints of the reference.
         targets: whose graphs to run, stage by stage and end to end; None takes TensorRT's for the
             first and the CPU's for the second.
     """
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Checkpoint, targets: Sequence[Target | None] = (None,)
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        frame: ReferenceCases,
+        targets: Sequence[Target | None] = (None,),
     ) -> None:
-        self._bundle, self._checkpoint = bundle, checkpoint
+        self._bundle, self._checkpoint, self._frame = bundle, checkpoint, frame
         self._graphs = [_Graphs.load(bundle, target) for target in targets]
 
     def verify(
         self,
         pieces: Iterable[Piece],
         name: str,
+        kind: ObservationKind,
         seen: Callable[[Piece, Reference], None] = lambda *_: None,
     ) -> list[Verification]:
         """Compare on some observations, of which one piece is in memory at a time.
@@ -99,19 +129,20 @@ class Verifier:
         Args:
             pieces: the observations.
             name: what to call them in the report.
+            kind: of the observations.
             seen: is handed every piece with what the reference computed.
 
         Returns:
             One result per target.
         """
-        checks = [_Check(self._bundle, self._checkpoint, graphs) for graphs in self._graphs]
+        checks = [_Check(self._bundle, self._checkpoint, g, self._frame) for g in self._graphs]
         for piece in pieces:
             reference = run_reference(self._checkpoint, piece)
             seen(piece, reference)
             for check in checks:
                 check.add(piece, reference)
             del piece  # before the next one is made
-        return [check.result(name) for check in checks]
+        return [check.result(name, kind) for check in checks]
 
     def proves(self, cases: ReferenceCases) -> bool:
         """Whether all graphs keep the limits on reference cases."""
@@ -144,11 +175,12 @@ class _Graphs:
 class _Check:
     """One target's graphs beside the reference."""
 
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, graphs: _Graphs) -> None:
+    def __init__(
+        self, bundle: Bundle, checkpoint: Checkpoint, graphs: _Graphs, frame: ReferenceCases
+    ) -> None:
         self._bundle, self._checkpoint, self._graphs = bundle, checkpoint, graphs
-        self._policy, self._prefetch = PolicyCheck(bundle, graphs.backend), False
-        self._feature = StageComparison()
-        self._logits, self._offsets = StageComparison(), StageComparison()
+        self._policy, self._prefetch = PolicyCheck(bundle, graphs.backend, frame), False
+        self._alone = {name: StageComparison() for name in ("gpt", "code logits", "code_heads")}
 
     def add(self, piece: Piece, reference: Reference) -> None:
         """Run everything on a piece."""
@@ -157,39 +189,37 @@ class _Check:
         self._prefetch = not self._prefetch
         observations = _observations(self._checkpoint, piece)
         self._policy.add(observations, expected, prefetch=self._prefetch)
-        self._feature.add(
-            self._graphs.gpt.run(reference.image_tokens, reference.states)[0], expected.feature
-        )
+        feature = self._graphs.gpt.run(reference.image_tokens, reference.states)[0]
         logits, offsets = self._graphs.heads.run(expected.feature)
-        rows = 1 + expected.codes[:, 0] if self._bundle.manifest.secondary_rows > 1 else 1
-        given = logits[np.arange(len(logits)), rows]
-        self._logits.add(np.stack([logits[:, 0], given], axis=1), expected.logits)
-        self._offsets.add(offsets, reference.offsets)
+        self._alone["gpt"].add(feature, expected.feature)
+        self._alone["code logits"].add(centred(logits), centred(reference.logits))
+        self._alone["code_heads"].add(offsets, reference.offsets)
 
-    def result(self, name: str) -> Verification:
+    def result(self, name: str, kind: ObservationKind) -> Verification:
         """The figures of all pieces."""
+        whole, manifest = self._policy.proof, self._bundle.manifest
+        graphs = manifest.graphs(self._graphs.target or manifest.targets[0])
+        stages = {
+            # Its inputs are the observations themselves, so the whole policy ran it already.
+            "vision_encoder": whole.stages["vision_encoder"],
+            **{name: comparison.result for name, comparison in self._alone.items()},
+            "rvq_decoder": _verify_decoder(self._graphs.decoder, self._checkpoint),
+        }
         return Verification(
             observations=name,
-            samples=self._policy.steps,
-            stages={
-                # Its inputs are the observations themselves, so the whole policy ran it already.
-                "vision_encoder": self._policy.stages["vision_encoder"],
-                "gpt": self._feature.result,
-                "code_heads": worst([self._logits.result, self._offsets.result]),
-                "rvq_decoder": _verify_decoder(self._graphs.decoder, self._checkpoint),
-            },
-            policy=self._policy.policy,
+            kind=kind,
+            samples=whole.steps,
+            stages=stages,
+            precisions={name: graphs[_GRAPHS[name]].precision for name in stages},
+            whole=whole,
             target=self._graphs.target,
         )
 
 
 def _verify_decoder(decoder: StageSession, checkpoint: Checkpoint) -> StageResult:
-    size = checkpoint.config.vqvae_n_embed
-    pairs = np.linspace(0, size**2 - 1, min(size**2, MAX_DECODED_PAIRS)).astype(np.int64)
-    codes = np.stack(np.divmod(pairs, size), axis=1)
-    comparison = StageComparison()
-    decoded = decoder.run(codes)[0]
-    comparison.add(decoded, decode_table(checkpoint).numpy()[codes[:, 0], codes[:, 1]])
+    codes, comparison = code_pairs(checkpoint), StageComparison()
+    decoded = decoder.run(codes.numpy())[0]
+    comparison.add(decoded, checkpoint.network.head.vqvae_model.decode(codes).numpy())
     return comparison.result
 
 

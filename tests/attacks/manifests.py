@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -41,6 +43,17 @@ def spelled(value: object) -> bytes:
     # Python writes 1e-06 and 1e+22 where msgspec writes 1e-6 and 1e22.
     text = re.sub(rb"(?<=\d)e(?:\+|(-))0*(?=\d)", rb"e\1", text)
     return sealed(msgspec.json.format(text, indent=2) + b"\n")
+
+
+def reseal(bundle: Path, changed: Mapping[str, bytes]) -> None:
+    """Put files into a bundle, with the digests that fit them."""
+    # Not `json`: of 0.00001 it makes 1e-05.
+    manifest = msgspec.json.decode((bundle / "manifest.json").read_bytes())
+    for name, data in changed.items():
+        (bundle / name).write_bytes(data)
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    (bundle / "manifest.json").write_bytes(sealed(text))
 
 
 def mutated_bytes(data: bytes, random: np.random.Generator) -> bytes:

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import miniature
 import numpy as np
+import onnx
 import pytest
 from attacks.fuzzer import mutated_bytes, mutated_graph
+from attacks.manifests import reseal
 from torture import cases
 
-from vqbet_edge import BundleError
+from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime import bundle as reading
 from vqbet_edge.runtime.bundle import Bundle
 
@@ -84,3 +87,53 @@ def test_a_flipped_byte_anywhere_is_found_and_the_file_named(copy: Path) -> None
         named = {name, *(set(names) if name == "manifest.json" else ())}
         assert any(each in str(refused.value) for each in named), refused.value
         (copy / name).write_bytes(original)
+
+
+def _more_memory_than_there_is(model: onnx.ModelProto) -> None:
+    size = onnx.numpy_helper.from_array(np.array([1 << 40], np.int64), "size")
+    model.graph.initializer.append(size)
+    zeros = onnx.helper.make_node("ConstantOfShape", ["size"], ["zeros"])
+    model.graph.node.extend([zeros, onnx.helper.make_node("ReduceSum", ["zeros"], ["sum"])])
+    _behind_the_first_output(model, "Add", "", "sum")
+
+
+def _an_operator_that_loads_an_engine(model: onnx.ModelProto) -> None:
+    names = {"embed_mode": 0, "ep_cache_context": "../secret.bin", "main_context": 1}
+    _behind_the_first_output(model, "EPContext", "com.microsoft", **names)
+
+
+def _a_function_that_calls_itself(model: onnx.ModelProto) -> None:
+    opset = onnx.helper.make_opsetid("ours", 1)
+    call = onnx.helper.make_node("F", ["x"], ["y"], domain="ours")
+    model.functions.append(onnx.helper.make_function("ours", "F", ["x"], ["y"], [call], [opset]))
+    _behind_the_first_output(model, "F", "ours")
+
+
+def _behind_the_first_output(
+    model: onnx.ModelProto, operator: str, domain: str, *more: str, **attributes: Any
+) -> None:
+    (name, *_), inside = [output.name for output in model.graph.output], "inside"
+    for node in model.graph.node:
+        node.output[:] = [inside if output == name else output for output in node.output]
+    node = onnx.helper.make_node(operator, [inside, *more], [name], domain=domain, **attributes)
+    model.graph.node.append(node)
+    if domain:
+        model.opset_import.add(domain=domain, version=1)
+
+
+def _acted(bundle: Path) -> None:
+    with EdgePolicy.load(bundle, "onnxruntime") as policy:
+        policy.act(miniature.observation(np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [_more_memory_than_there_is, _an_operator_that_loads_an_engine, _a_function_that_calls_itself,
+     lambda model: _behind_the_first_output(model, "Run", "theirs")],
+)  # fmt: skip
+def test_graphs_that_ask_for_more_than_arithmetic(copy: Path, plant: Any) -> None:
+    model = onnx.load_from_string((copy / "code_heads.onnx").read_bytes())
+    plant(model)
+    reseal(copy, {"code_heads.onnx": model.SerializeToString()})
+    with pytest.raises(VQBeTEdgeError, match=r"ONNX Runtime (refuses|failed in) code_heads"):
+        _acted(copy)

@@ -185,6 +185,45 @@ def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         user_cache()
 
 
+@pytest.mark.parametrize(
+    "path", ["sys/class/devfreq/gpu/min_freq", "proc/meminfo", "proc/device-tree/model",
+             "etc/nv_tegra_release", "etc/nvpmodel.conf"],
+)  # fmt: skip
+@pytest.mark.parametrize("damage", ["missing", "empty", "bytes", "folder", "loop"])
+def test_a_system_whose_files_are_not_as_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, damage: str
+) -> None:
+    """Every other finding is there; what could not be told is said."""
+    monkeypatch.setattr(Machine, "output", lambda *_: "NV Power Mode: 15W")
+    machine, file = orin_nano(tmp_path), tmp_path / path
+    write(tmp_path, etc__nvpmodel_dot_conf="")
+    file.unlink()
+    match damage:
+        case "empty" | "bytes":
+            file.write_bytes(b"\xff\0MemTotal:" if damage == "bytes" else b"")
+        case "folder":
+            file.mkdir()
+        case "loop":
+            file.symlink_to(file)
+    found = {finding.name: finding for finding in examine(machine)}
+    assert {"Python", "numpy", "ONNX Runtime", "engine cache"} <= found.keys()
+    if path.startswith("sys/"):
+        assert found["clocks"].value.startswith("cannot be told: ")
+
+
+def test_commands_of_a_system_that_do_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs, one that is no program, one that writes what is no text."""
+    command = tmp_path / "nvpmodel"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("vqbet_engines.doctor._PATIENCE_S", 0.2)
+    for text in ("#!/bin/sh\nexec sleep 60\n", "", "#!/bin/sh\nprintf '\\377'\n"):
+        command.write_text(text)
+        command.chmod(0o755)
+        assert "engine cache" in [finding.name for finding in examine(orin_nano(tmp_path / "m"))]
+
+
 def test_what_was_not_checked_says_so() -> None:
     assert str(Fix("sudo jetson_clocks")) == "sudo jetson_clocks  # not checked"
     assert str(Fix("pip install x", "https://pip.pypa.io")) == "pip install x"

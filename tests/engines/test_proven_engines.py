@@ -124,7 +124,7 @@ def test_what_is_right_is_kept_with_its_figures(
     assert [report["stage"] for report in reports] == list(STAGES)
     assert all(0 < report["proof"]["relative_error"] < 2e-5 for report in reports)
     assert all(report["proof"]["cosine"] > 0.999999 for report in reports)
-    assert "codes: agreement 100.00%" in shown.err
+    assert "of those agreement 100.00%" in shown.err
     assert kept(bundle, device) == list(STAGES)
     assert not any(device.driver.books.values())
     assert device.driver.misuses == []

@@ -89,4 +89,4 @@ def test_report_keeps_the_limits_of_float16(workshop: Workshop, case: oracle.Cas
     report = json.loads((exported.bundle / "report.json").read_text())
     for result in report["results"]:
         assert {stage["cosine"] >= 0.999 for stage in result["stages"].values()} == {True}
-        assert 0.99 <= result["policy"]["code_agreement"] <= 1
+        assert 0.99 <= result["whole"]["policy"]["code_agreement"] <= 1

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_existing_bundle_needs_force(
 def test_failed_verification_publishes_nothing_and_exits_3(
     cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, pusht_checkpoint: Path
 ) -> None:
-    monkeypatch.setitem(comparison.LIMITS, "fp16", comparison.Limits(relative_error=1e-6))
+    strict = replace(comparison.LIMITS["fp16"], relative_error=1e-6)
+    monkeypatch.setitem(comparison.LIMITS, "fp16", strict)
     arguments = [str(pusht_checkpoint), "--fp16", "-o", "a.bundle", "--verify-steps", "2"]
     assert run(monkeypatch, *arguments) == 3
     assert "nothing was published: " in capsys.readouterr().err

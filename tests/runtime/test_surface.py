@@ -62,6 +62,26 @@ def test_exit_codes() -> None:
     compare("exit_codes", {kind.__name__: kind.exit_code for kind in sorted(public, key=str)})
 
 
+def test_python_names() -> None:
+    """What a robot's program may call: names, and of functions their parameters."""
+    import inspect
+
+    import vqbet_edge
+    from vqbet_edge.runtime.guards import GuardCounts
+
+    def described(kind: type) -> dict[str, list[str] | None]:
+        members = {name: member for name, member in vars(kind).items() if name[0] != "_"}
+        functions = {name: getattr(member, "__func__", member) for name, member in members.items()}
+        return {
+            name: list(inspect.signature(member).parameters) if callable(member) else None
+            for name, member in sorted(functions.items())
+        }
+
+    kinds = [vqbet_edge.EdgePolicy, vqbet_edge.Guards, GuardCounts]
+    found = {kind.__name__: described(kind) for kind in kinds}
+    compare("python_names", {"vqbet_edge": sorted(vqbet_edge.__all__), **found})
+
+
 def test_the_wheel_has_what_it_should_and_nothing_else(tmp_path: Path) -> None:
     builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder
     (wheel,) = builder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])

@@ -139,10 +139,10 @@ def test_mutated_frames(policy: EdgePolicy) -> None:
 
 def test_mutated_frames_of_two_cameras_of_720p(shared: Path) -> None:
     """Real cameras' frames: what costs more than it should does so here."""
+    keys = miniature.IMAGE, "observation.images.wrist"
     path = shared / "two-720p.bundle"
-    once(path, lambda: miniature.write(path, miniature.checkpoint((720, 1280), cameras=2)))
+    once(path, lambda: miniature.write(path, miniature.checkpoint((720, 1280), cameras=keys)))
     random, state = np.random.default_rng(24), observations(0, 5)
-    keys = miniature.IMAGE, miniature.WRIST
     seen = [
         each | {key: random.integers(0, 256, (720, 1280, 3), np.uint8) for key in keys}
         for each in state

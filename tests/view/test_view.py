@@ -157,6 +157,35 @@ def test_names_from_a_recording_run_no_script(
     assert set(tab.requests) == {path.resolve().as_uri()}
 
 
+def write_first(array: np.ndarray, value: float) -> np.ndarray:
+    changed = array.copy()
+    changed.reshape(-1)[0] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -1.0, 1e30])
+def test_numbers_that_no_recorder_writes(recorded: Recording, tmp_path: Path, value: float) -> None:
+    """Refused, or shown by every output; NaN is null where it says that there was none."""
+    source = next(recorded.folder.glob("observations_*.safetensors"))
+    arrays = load_file(source)
+    for key in [key for key, array in arrays.items() if array.dtype.kind in "fi"]:
+        if arrays[key].dtype.kind == "i" and not np.isfinite(value):
+            continue
+        folder = tmp_path / key
+        folder.mkdir()
+        with np.errstate(invalid="ignore"):
+            changed = {**arrays, key: write_first(arrays[key], value)}
+        save_file(changed, folder / source.name, {"recording": metadata(source)})
+        try:
+            found = Recording(folder)
+        except DatasetError:
+            continue
+        assert not np.isinf(value), key
+        for to in ("html", "mcap", "rerun"):
+            pytest.importorskip({"html": "PIL"}.get(to, to))
+            assert show(found, folder, to=to).is_file()
+
+
 def metadata(path: Path) -> str:
     from safetensors import safe_open
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load
 from vqbet_edge.errors import BackendError, BundleError, DiskError
 from vqbet_edge.runtime import format2
 from vqbet_edge.runtime.hub import stored
+from vqbet_edge.runtime.lerobot_files import check_lerobot_files
 from vqbet_edge.runtime.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -77,6 +78,7 @@ class Bundle:
             contents = dict(zip(manifest.files, pool.map(_read_checked, paths, specs), strict=True))
         for stage in (*manifest.stages.values(), *manifest.cpu_stages.values()):
             _check_graph(stage.file, contents[stage.file])
+        check_lerobot_files(manifest, contents)
         return cls.of(root, manifest, contents)
 
     @classmethod

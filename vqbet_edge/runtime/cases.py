@@ -5,8 +5,8 @@ for a square of `magnification` pixels, and nothing outside the crop is stored, 
 matter: it is black.
 
 Letters in shapes: T steps of all cases, M of one, K cameras, h and w height and width of a stored
-frame, S state width, D `gpt_hidden_dim`, F `gpt_output_dim`, C codes per layer, W actions per
-chunk, A action width.
+frame, S state width, D `gpt_hidden_dim`, F `gpt_output_dim`, C codes per layer, R rows of secondary
+logits, W actions per chunk, A action width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from vqbet_edge.errors import BundleError
-from vqbet_edge.runtime.bundle import Bundle, load_arrays
+from vqbet_edge.runtime import format2
+from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle, load_arrays
 from vqbet_edge.runtime.cameras import ImageShape, unpack_frames
-from vqbet_edge.runtime.manifest import CropSpec, Manifest
+from vqbet_edge.runtime.manifest import ACTION_RANGE, STATE_RANGE, CropSpec, Manifest
 from vqbet_edge.runtime.observation import Observation
 
 CASES_NAME = "reference.safetensors"
 MAX_STEPS = 1024
+# What no graph's output shows by itself, or not in every precision.
+CONSTANTS = STATE_RANGE, ACTION_RANGE, TOKEN_CONSTANTS, CAUSAL_MASK
 
 Floats = NDArray[np.float32]
 Frames = NDArray[np.uint8]
@@ -39,6 +42,11 @@ class PolicyOutputs(NamedTuple):
     codes: NDArray[np.int64]  # (M, 2), the most probable ones
     decoded_chunk: Floats  # (M, W, A), normalised: the codes' chunk without their offsets
     offset_chunk: Floats  # (M, W, A), normalised: the codes' offsets, summed over both layers
+    actions: Floats  # (M, W, A), in the robot's units: what both make together
+    scaled_states: Floats  # (M, S), normalised
+    # Of every code, whether it is probable or not, a number each: see `prints`.
+    offset_prints: Floats  # (M, 2, C), of offsets
+    logit_prints: Floats  # (M, R), of rows of secondary logits
 
 
 class Case(NamedTuple):
@@ -47,7 +55,6 @@ class Case(NamedTuple):
     frames: Frames  # (M, K, h, w, 3), as stored
     states: Floats  # (M, S), in the robot's units
     outputs: PolicyOutputs
-    actions: Floats  # (M, W, A), in the robot's units
     # (M,): whether no other code is nearly as probable, so that rounding cannot exchange them.
     clear: NDArray[np.bool_]
 
@@ -59,11 +66,21 @@ class ReferenceCases:
     Attributes:
         crop: where the reference looks in the camera's image.
         magnification: a stored pixel stands for so many rows and columns of the crop.
+        temperature: that the reference samples codes at.
+        spread: float32 (A,), of the actions that the reference chooses among, in the robot's units.
+        decoded_prints: float32 (C, C), of every code pair's chunk, see `prints`; (0, 0) where the
+            codebook is decoded by its graph.
+        constants: arrays of the runtime as the reference has them, by their names; without ranges
+            that nobody knew.
         cases: the episodes.
     """
 
     crop: CropSpec
     magnification: int
+    temperature: float
+    spread: Floats
+    decoded_prints: Floats
+    constants: Mapping[str, Floats]
     cases: tuple[Case, ...]
 
     @classmethod
@@ -79,7 +96,12 @@ class ReferenceCases:
                 f"the bundle has no reference cases ({CASES_NAME}), so it cannot prove itself; "
                 "export its checkpoint again: vqbet-export model.safetensors --force"
             )
-        return cls._decode(load_arrays(CASES_NAME, data), bundle.manifest)
+        arrays = load_arrays(CASES_NAME, data)
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise _misfit("some values are not finite and")
+        if bundle.manifest.format_version == 2:
+            arrays = format2.with_judgements(arrays, bundle.manifest)
+        return cls._decode(arrays, bundle.manifest)
 
     @classmethod
     def _decode(
@@ -94,19 +116,25 @@ class ReferenceCases:
                 frames=frames,
                 states=parts["states"][i],
                 outputs=PolicyOutputs(*(parts[name][i] for name in PolicyOutputs._fields)),
-                actions=parts["actions"][i],
                 clear=parts["clear"][i] != 0,
             )
             for i, frames in enumerate(np.split(arrays["frames"], starts))
         ]
-        return cls(CropSpec(*crop), magnification, tuple(cases))
+        return cls(
+            CropSpec(*crop),
+            magnification,
+            float(arrays["temperature"][0]),
+            arrays["spread"].astype(np.float32),
+            arrays["decoded_prints"].astype(np.float32),
+            {name: arrays[name].astype(np.float32) for name in CONSTANTS if name in arrays},
+            tuple(cases),
+        )
 
     def encode(self) -> bytes:
         """The file."""
         columns: dict[str, Sequence[NDArray[np.generic]]] = {
             "frames": [case.frames for case in self.cases],
             "states": [case.states for case in self.cases],
-            "actions": [case.actions for case in self.cases],
             "clear": [case.clear.astype(np.uint8) for case in self.cases],
             **{n: [getattr(c.outputs, n) for c in self.cases] for n in PolicyOutputs._fields},
         }
@@ -114,6 +142,8 @@ class ReferenceCases:
         geometry = [crop.top, crop.left, crop.height, crop.width, self.magnification]
         arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
         arrays["geometry"] = np.array(geometry, np.int64)
+        arrays["temperature"] = np.array([self.temperature], np.float64)
+        arrays |= {"spread": self.spread, "decoded_prints": self.decoded_prints, **self.constants}
         arrays["lengths"] = np.array([len(case.states) for case in self.cases], np.int64)
         data: bytes = save(arrays)
         return data
@@ -133,6 +163,17 @@ class ReferenceCases:
         return images
 
 
+def prints(values: NDArray[np.floating], axes: int) -> Floats:
+    """What the last `axes` axes hold, as one number: their product with random signs.
+
+    Whatever changes there changes it, and the file holds all codes instead of the probable ones.
+    """
+    flat = values.reshape(*values.shape[: values.ndim - axes], -1).astype(np.float64)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], flat.shape[-1])
+    found: Floats = (flat @ signs / np.sqrt(flat.shape[-1])).astype(np.float32)
+    return found
+
+
 def _shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of one step of every array but the frames."""
     policy, cameras = manifest.policy, len(manifest.image_keys)
@@ -146,6 +187,9 @@ def _shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
         "decoded_chunk": ("float32", chunk),
         "offset_chunk": ("float32", chunk),
         "actions": ("float32", chunk),
+        "scaled_states": ("float32", (manifest.state_dim,)),
+        "offset_prints": ("float32", (2, policy.vqvae_n_embed)),
+        "logit_prints": ("float32", (manifest.secondary_rows,)),
         "clear": ("uint8", ()),
     }
 
@@ -160,7 +204,7 @@ def _check_arrays(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest)
     top, left, height, width, magnification = (int(value) for value in geometry.tolist())
     rows, columns, _ = manifest.frame_shape
     inside = 0 <= top <= rows - height and 0 <= left <= columns - width
-    if not (inside and min(height, width, magnification) > 0):
+    if not (inside and min(height, width, magnification) > 0) or magnification > max(height, width):
         raise _misfit("geometry")
     values: list[int] = lengths.tolist()  # Python's integers do not overflow
     total = sum(values)
@@ -171,6 +215,18 @@ def _check_arrays(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest)
     for name, (dtype, shape) in steps.items():
         if not _fits(arrays.get(name), dtype, (total, *shape)):
             raise _misfit(name)
+    for name, shape in {"temperature": (1,), "spread": (manifest.action_dim,)}.items():
+        array = arrays.get(name)
+        if (
+            array is None
+            or array.shape != shape
+            or array.dtype.kind != "f"
+            or not array.astype(float).min() >= 0
+        ):
+            raise _misfit(name)
+    size = manifest.policy.vqvae_n_embed
+    if not any(_fits(arrays.get("decoded_prints"), "float32", (n, n)) for n in (0, size)):
+        raise _misfit("decoded_prints")
     codes = arrays["codes"]
     if codes.min() < 0 or codes.max() >= manifest.policy.vqvae_n_embed:
         raise _misfit("codes")

@@ -6,7 +6,7 @@ The one place that knows the format. A manifest of it becomes one of today's tha
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -60,6 +60,14 @@ class _Policy(Strict, frozen=True, omit_defaults=True):
     relative_actions: tuple[bool, ...] = ()
 
 
+class _Verification(Strict, frozen=True):
+    observations: Literal["random", "dataset"]
+    samples: Positive
+    max_action_error: Annotated[float, Meta(ge=0)]
+    code_agreement: Annotated[float, Meta(ge=0, le=1)]
+    min_cosine: Annotated[float, Meta(ge=-1, le=1)]
+
+
 class _Manifest(Strict, frozen=True):
     format_version: Literal[2]
     policy: _Policy
@@ -69,7 +77,7 @@ class _Manifest(Strict, frozen=True):
     stages: dict[StageName, StageSpec]
     cpu_stages: dict[StageName, StageSpec]
     files: dict[FileName, FileSpec]
-    verification: VerificationSpec | None
+    verification: _Verification | None
     calibration: CalibrationSpec | None
     source: SourceSpec
     tools: dict[Text, Text]
@@ -92,8 +100,11 @@ def decode(data: bytes) -> Decoded:
     old = msgspec.json.decode(data, type=_Manifest)
     cameras = sum(feature.type == "VISUAL" for feature in old.input_features.values())
     policy = PolicySpec(**msgspec.structs.asdict(old.policy), tokens_per_step=cameras + 2)
+    verified = old.verification
     parts = msgspec.structs.asdict(old) | {
         "policy": policy,
+        "verification": verified
+        and VerificationSpec(**msgspec.structs.asdict(verified), cases=verified.observations),
         "input_features": _features(old.input_features),
         "output_features": _features(old.output_features),
     }
@@ -119,3 +130,21 @@ def with_ranges(arrays: Arrays, manifest: Manifest) -> Arrays:
     elif (action.subtract == -1).all() and not any(manifest.policy.relative_actions):
         found[ACTION_RANGE] = np.stack([action.add, action.add + 2 * action.multiply])
     return found
+
+
+def with_judgements(arrays: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Arrays of reference cases, with NaN for what they do not have: it is not compared."""
+    steps, codes = len(arrays.get("states", ())), manifest.policy.vqvae_n_embed
+    unknown = {
+        "scaled_states": (steps, manifest.state_dim),
+        "offset_prints": (steps, 2, codes),
+        "logit_prints": (steps, manifest.secondary_rows),
+    }
+    actions = arrays.get("actions", np.zeros((1, 1, manifest.action_dim), np.float32))
+    return {
+        **arrays,
+        **{name: np.full(shape, np.nan, np.float32) for name, shape in unknown.items()},
+        "temperature": np.array([manifest.policy.bet_softmax_temperature]),
+        "spread": actions.reshape(-1, actions.shape[-1]).std(axis=0),
+        "decoded_prints": np.zeros((0, 0), np.float32),
+    }

@@ -116,9 +116,13 @@ class PolicySpec(Strict, frozen=True, omit_defaults=True):
 
 
 class VerificationSpec(Strict, frozen=True):
-    """Summary of report.json: on what the export was verified and how it did."""
+    """Summary of report.json: on what the export was verified and how it did.
+
+    `cases` is what the reference cases show: noise, or what the demonstrations' cameras saw.
+    """
 
     observations: Literal["random", "dataset"]
+    cases: Literal["random", "dataset"]
     samples: Positive
     max_action_error: Annotated[float, Meta(ge=0)]
     code_agreement: Annotated[float, Meta(ge=0, le=1)]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from vqbet_edge.errors import ObservationError
 from vqbet_edge.runtime.backends.base import Floats, Frames
 from vqbet_edge.runtime.cameras import ImageShape
+from vqbet_edge.runtime.guards.states import StateGuard
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 
@@ -34,9 +35,17 @@ _STATE_DTYPES = (_FLOAT32, np.dtype(np.float64))
 
 
 class ObservationReader:
-    """Checks observations and writes them, normalised, into the runtime's arrays."""
+    """Checks observations and writes them, normalised, into the runtime's arrays.
 
-    def __init__(self, manifest: Manifest, state_scaling: Affine) -> None:
+    Args:
+        manifest: of the bundle.
+        state_scaling: the robot's units -> the network's.
+        states: looks at states last.
+    """
+
+    def __init__(
+        self, manifest: Manifest, state_scaling: Affine, states: StateGuard | None = None
+    ) -> None:
         self._rows, self._columns = manifest.crop.rows, manifest.crop.columns
         # Key and shape of every camera, and where in `frames` its pixels go.
         self._cameras = [
@@ -44,7 +53,7 @@ class ObservationReader:
             for camera, (key, shape) in enumerate(manifest.image_shapes.items())
         ]
         self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
-        self._scaling = state_scaling
+        self._scaling, self._states = state_scaling, states
 
     def read(self, observation: Observation, frames: Frames, state: Floats) -> None:
         """Write an observation into `frames` (K, H, W, 3), cropped, and `state` (S,).
@@ -114,6 +123,8 @@ class ObservationReader:
             raise ObservationError(
                 f"'{self._state_key}': expected finite values, got {np.array2string(state)}"
             )
+        if self._states is not None:
+            self._states.check(state)
 
 
 def _matches(array: NDArray[Any], shape: tuple[int, ...]) -> bool:

@@ -1,15 +1,13 @@
 """From the window to an action chunk: predict, decide, fuse, un-normalise, clamp."""
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from vqbet_edge.errors import NonFiniteError, UsageError
+from vqbet_edge.errors import NonFiniteError
 from vqbet_edge.runtime.backends.base import Floats
 from vqbet_edge.runtime.bundle import DECODE_TABLE, SECONDARY_COLUMNS, Bundle
 from vqbet_edge.runtime.guards.actions import ActionGuard
-from vqbet_edge.runtime.manifest import ACTION_RANGE, Manifest
+from vqbet_edge.runtime.manifest import ACTION_RANGE
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow
@@ -78,43 +76,6 @@ class Planner:
             return self._window.graphs.decode(codes)
         chunk: Floats = self._table[codes[0], codes[1]]
         return chunk
-
-
-def checked_codes(codes: Sequence[int] | Codes, manifest: Manifest) -> Codes:
-    """A code pair that a caller forces, as int64 (2,).
-
-    Raises:
-        UsageError: it is no pair, or not in the codebook.
-    """
-    size = manifest.policy.vqvae_n_embed
-    try:
-        array = np.asarray(codes)
-    except ValueError:  # ragged
-        array = np.zeros(0)
-    valid = array.shape == (2,) and np.issubdtype(array.dtype, np.integer)
-    if not valid or array.min() < 0 or array.max() >= size:
-        raise UsageError(f"expected codes (primary, secondary) in 0..{size - 1}, got {codes}")
-    return array.astype(np.int64)
-
-
-def checked_action(name: str, values: ArrayLike, dim: int) -> Floats:
-    """An action that a caller gives, as float32 (dim,) of its own.
-
-    Raises:
-        UsageError: it has another shape, or is not finite.
-    """
-    try:
-        action = np.array(values, np.float64)
-    except (TypeError, ValueError):
-        action = np.zeros(0)
-    with np.errstate(over="ignore"):
-        own: Floats = action.astype(np.float32)
-    if own.shape != (dim,) or not np.isfinite(own).all():
-        raise UsageError(
-            f"expected {name} of {dim} finite numbers, shape ({dim},), in the units of actions; "
-            f"got {values!r}"
-        )
-    return own
 
 
 def secondary_columns(bundle: Bundle) -> Floats | None:

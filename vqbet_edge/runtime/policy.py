@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,22 +19,31 @@ from vqbet_edge.errors import (
     HistoryError,
     UsageError,
 )
+from vqbet_edge.runtime.arguments import (
+    checked_action,
+    checked_codes,
+    checked_prefetch,
+    checked_replan,
+    checked_seed,
+    checked_temperature,
+)
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
+from vqbet_edge.runtime.ending import computing
+from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts, Step
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.deadline import Deadline
+from vqbet_edge.runtime.guards.limits import tell_of_limits
+from vqbet_edge.runtime.guards.states import StateGuard
 from vqbet_edge.runtime.hub import local_bundle
-from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.manifest import STATE_RANGE, Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation, ObservationReader
 from vqbet_edge.runtime.planning import (
     Planner,
     action_scaling,
-    checked_action,
-    checked_codes,
     decode_table,
     secondary_columns,
 )
@@ -44,17 +53,8 @@ from vqbet_edge.runtime.sampling import Codes, CodeSampler, Decision
 from vqbet_edge.runtime.window import ObservationWindow, Slot
 from vqbet_edge.runtime.worker import Backlog, Worker
 
-
-class _Step(NamedTuple):
-    """An action, and the chunk that it is part of."""
-
-    chunk: Floats  # (W, A)
-    position: int
-
-    @property
-    def action(self) -> Floats:
-        action: Floats = self.chunk[self.position]
-        return action
+# What is computed ahead takes a fraction of a second; a backend that hangs, for ever.
+_PATIENCE_S = 5.0
 
 
 class EdgePolicy:
@@ -81,38 +81,39 @@ class EdgePolicy:
         policy = manifest.policy
         # The graphs' bytes are as large as the weights, and the backend has those.
         self._bundle, self._manifest, self._backend = bundle.without_graphs(), manifest, backend
-        self._replan_every = _checked_replan(replan_every, policy.action_chunk_size)
+        self._replan_every = checked_replan(replan_every, policy.action_chunk_size)
         trained = policy.bet_softmax_temperature
-        self._temperature = trained if temperature is None else _checked(temperature)
-        self._reader = ObservationReader(
-            manifest, Affine.from_arrays(arrays, "state", manifest.state_dim)
-        )
-        scaling = action_scaling(bundle)
-        self._guards = guards or Guards()
+        self._temperature = trained if temperature is None else checked_temperature(temperature)
+        scaling, self._guards = action_scaling(bundle), guards or Guards()
         self._actions = ActionGuard(self._guards, scaling.limits, manifest.action_dim)
+        demonstrated = bundle.demonstrated(STATE_RANGE, manifest.state_dim)
+        self._states = StateGuard(
+            self._guards, demonstrated, manifest.state_key, manifest.state_dim
+        )
+        state = Affine.from_arrays(arrays, "state", manifest.state_dim)
+        self._reader = ObservationReader(manifest, state, self._states)
         self._clock = ObservationClock(self._guards.max_age_s)
         waiting, most = self._replan_every, policy.action_chunk_size
-        self._deadline: Deadline[_Step] | None = None
+        self._deadline: Deadline[Step] | None = None
         if self._guards.deadline_s is not None:
             self._deadline, waiting = Deadline(self._guards.deadline_s, most), waiting + most
-        self._handed: _Step | None = None
-        self._late = 0
         self._window = ObservationWindow(manifest, backend.create_window(), waiting)
-        self._seed = _checked_seed(seed)
+        self._seed = checked_seed(seed)
         sampler = CodeSampler(self._temperature, trained, secondary_columns(bundle), self._seed)
         table = decode_table(bundle)
         self._planner = Planner(self._window, sampler, table, scaling, self._actions)
-        self._prefetch = _checked_prefetch(prefetch or backend.default_prefetch)
+        self._prefetch = checked_prefetch(prefetch or backend.default_prefetch)
         self._worker = Worker("vqbet-prefetch", finish=True)
         self._prefetching: Backlog[None] = Backlog()
         self._recorder: Recorder | None = None
-        self._queue: deque[_Step] = deque()
+        self._queue: deque[Step] = deque()
         self._last: Decision | None = None
         self._lock = threading.Lock()
         self._broken = False
         self._process = os.getpid()
 
     @classmethod
+    @computing()
     def load(
         cls,
         bundle: str | os.PathLike[str],
@@ -164,6 +165,7 @@ class EdgePolicy:
                 prefetch=prefetch,
                 guards=guards,
             )
+            policy._tell_of_limits()
             if prove:
                 # It is built on this class.
                 from vqbet_edge.runtime import proof  # noqa: PLC0415
@@ -174,6 +176,7 @@ class EdgePolicy:
             raise
         return policy
 
+    @computing()
     def sibling(self, *, seed: int = 0) -> "EdgePolicy":
         """A policy for another robot, on the same weights and with the same options.
 
@@ -206,14 +209,12 @@ class EdgePolicy:
         A policy is also a context manager that closes at the end of its block.
 
         Raises:
-            DeadlineError: the backend still works on a call that was late.
+            DeadlineError: the backend still works on an earlier call.
         """
         if self._window.graphs.closed:
             return
         with self._exclusive():
-            if self._deadline is not None:
-                self._deadline.forget()
-            self._prefetching.forget()
+            self._await_backend()
             self._window.graphs.close()
 
     def __enter__(self) -> "EdgePolicy":  # noqa: PYI034 - Self needs Python 3.11
@@ -240,16 +241,24 @@ class EdgePolicy:
     def upcoming(self) -> Floats | None:
         """What `act` would return if it were called again and never predicted: float32 (n, A).
 
-        The first is its latest action, the others follow in the chunk, for controllers that take
-        trajectories. None before the first call. Guards that limit change are not applied.
+        The first is the latest action, the others follow in the chunk, for controllers that take
+        trajectories; of a chunk from `act_chunk`, which is executed whole, the last is left, and
+        after a late call that held, what it held. None before the first call. Guards that limit
+        change are not applied.
         """
-        step = self._handed
-        return None if step is None else step.chunk[step.position :].copy()
+        return self._actions.upcoming
 
     @property
     def guard_counts(self) -> GuardCounts:
         """How often guards stepped in since the policy was loaded."""
-        return GuardCounts(self._actions.clamped, self._actions.slowed, self._late)
+        actions = self._actions
+        return GuardCounts(actions.clamped, actions.slowed, actions.late, self._states.far)
+
+    @property
+    def action_limits(self) -> tuple[Floats, Floats] | None:
+        """Lowest and highest that actions are clamped to, float32 (A,) each; None: they are not."""
+        limits = self._actions.limits
+        return None if limits is None else (limits.low.copy(), limits.high.copy())
 
     @property
     def manifest(self) -> Manifest:
@@ -261,6 +270,11 @@ class EdgePolicy:
         """The backend that runs the graphs."""
         return self._backend.name
 
+    @property
+    def fps(self) -> float | None:
+        """Observations a second that the policy was trained on, None where not known."""
+        return self._manifest.fps
+
     def reset(self, seed: int | None = None, *, from_action: ArrayLike | None = None) -> None:
         """Forget history and queued actions; call it at the start of every episode.
 
@@ -271,25 +285,23 @@ class EdgePolicy:
                 None where that is not known: the first action is free.
 
         Raises:
-            DeadlineError: the backend still works on a call that was late.
-            UsageError: an argument is out of range; nothing is forgotten.
+            DeadlineError: the backend still works on an earlier call; nothing is forgotten.
+            UsageError: an argument is out of range; likewise.
         """
         with self._exclusive():
-            start = None if seed is None else _checked_seed(seed)
+            start = None if seed is None else checked_seed(seed)
             before = None
             if from_action is not None:
                 before = checked_action("from_action", from_action, self._manifest.action_dim)
-            if self._deadline is not None:
-                self._deadline.forget()
+            self._await_backend()
             if start is not None:
                 self._seed = start
                 self._planner.sampler.reseed(start)
-            self._prefetching.forget()
             if self._recorder is not None:
                 self._recorder.begin_episode()
             self._actions.clear(before)
+            self._states.clear()
             self._clock.clear()
-            self._handed = None
             self._window.clear()
             self._queue.clear()
             self._last = None
@@ -322,12 +334,11 @@ class EdgePolicy:
         """
         start = time.monotonic()
         with self._exclusive():
-            slot, late = self._read(observation, observation_time), self._late
+            slot = self._read(observation, observation_time)
             step = self._step(slot) if self._deadline is None else self._in_time(slot, start)
-            self._handed = step
-            action = self._actions.handed_out(step.action)
+            action = self._actions.instead() if step is None else self._actions.hand_out(step)
             if self._recorder is not None:
-                outcome = Outcome.ACTED if self._late == late else Outcome.LATE
+                outcome = Outcome.LATE if step is None else Outcome.ACTED
                 self._recorder.acted(action, time.monotonic() - start, outcome)
             return action
 
@@ -357,16 +368,17 @@ class EdgePolicy:
             forced = None if codes is None else checked_codes(codes, self._manifest)
             slot = self._read(observation, observation_time)
 
-            def predict() -> _Step:
+            def predict() -> Step:
                 self._check_history()
                 with self._history():
                     self._queue.clear()
                     chunk = self._plan(slot, forced)
                 self._prepare_next()
-                return _Step(chunk, 0)
+                return Step(chunk, 0)
 
-            step = predict() if self._deadline is None else self._deadline.finish(predict)
-            chunk = np.stack([self._actions.handed_out(action) for action in step.chunk])
+            first = predict() if self._deadline is None else self._deadline.finish(predict)
+            steps = [first._replace(position=place) for place in range(len(first.chunk))]
+            chunk = np.stack([self._actions.hand_out(step) for step in steps])
             if self._recorder is not None:
                 self._recorder.acted(chunk[0], time.monotonic() - start, Outcome.CHUNK)
             return chunk
@@ -391,10 +403,16 @@ class EdgePolicy:
             max_bytes: recording ends, with a warning, before there is more than this.
 
         Raises:
-            UsageError: the folder holds a recording already, or the limit is below one observation.
+            UsageError: the policy records already, the folder holds a recording, or the limit is
+                below one observation.
             DiskError: the folder cannot be written; raised at the block's end if it failed later
                 or was too slow.
         """
+        if self._recorder is not None:
+            raise UsageError(
+                f"this policy records to '{self._recorder.folder}' already; leave that block "
+                "first: one recording at a time, and one per robot"
+            )
         policy = self._info() if decisions else None
         kept = self._window.kept
         recorder = Recorder(self._manifest, Path(folder), max_bytes, policy, kept)
@@ -405,9 +423,15 @@ class EdgePolicy:
             self._recorder = None
             recorder.close()
 
+    def _tell_of_limits(self) -> None:
+        """At loading; siblings have the same."""
+        scaling = action_scaling(self._bundle)
+        inferred = self._manifest.format_version == 2 and scaling.base is None
+        tell_of_limits(self._guards, scaling.limits, inferred=inferred)
+
     def _info(self) -> PolicyInfo:
         """For who reads the recording."""
-        limits = self._actions.limits
+        limits = self.action_limits
         return PolicyInfo(
             bundle=self._bundle.path.name,
             manifest_sha256=self._manifest.manifest_sha256,
@@ -417,9 +441,7 @@ class EdgePolicy:
             temperature=float(self._temperature),
             replan_every=self._replan_every,
             n_obs_steps=self._manifest.policy.n_obs_steps,
-            action_limits=None
-            if limits is None
-            else (tuple(limits.low.tolist()), tuple(limits.high.tolist())),
+            action_limits=limits and (tuple(limits[0].tolist()), tuple(limits[1].tolist())),
         )
 
     def _read(self, observation: Observation, stamp: float | None) -> Slot:
@@ -448,7 +470,7 @@ class EdgePolicy:
             self._broken = True
             raise
 
-    def _step(self, slot: Slot) -> _Step:
+    def _step(self, slot: Slot) -> Step:
         """Take an observation into the history and the next action from the queue."""
         if self._queue:
             step = self._queue.popleft()
@@ -458,32 +480,31 @@ class EdgePolicy:
             return step
         with self._history():
             chunk = self._plan(slot, None)
-            self._queue.extend(_Step(chunk, position) for position in range(self._replan_every))
+            self._queue.extend(Step(chunk, position) for position in range(self._replan_every))
             step = self._queue.popleft()
         self._prepare_next()
         return step
 
-    def _in_time(self, slot: Slot, start: float) -> _Step:
-        """The next action, or what stands for it when the backend is late."""
+    def _in_time(self, slot: Slot, start: float) -> Step | None:
+        """The next action, None when the backend is late."""
 
-        def checked() -> _Step:
+        def checked() -> Step:
             self._check_history()
             return self._step(slot)
 
         assert self._deadline is not None  # noqa: S101 - for the type checker
-        step = self._deadline.run(checked, start)
-        if step is not None:
-            return step
-        self._late += 1
-        match self._guards.on_late, self._handed:
-            case "hold", _Step() as before:
-                return before
-            case "continue", _Step(chunk, position) if position + 1 < len(chunk):
-                return _Step(chunk, position + 1)
-        raise DeadlineError(
-            f"no action within {self._guards.deadline_s} s; stop the robot, allow more time, or "
-            "choose what to return then with Guards(on_late=...)"
-        )
+        return self._deadline.run(checked, start)
+
+    def _await_backend(self) -> None:
+        """Wait for what is computed ahead, and forget what earlier calls left behind."""
+        late = self._deadline is not None and self._deadline.busy
+        if late or self._prefetching.running(_PATIENCE_S):
+            raise DeadlineError(
+                "the backend still works on an earlier call; wait for it, or load a new policy"
+            )
+        if self._deadline is not None:
+            self._deadline.forget()
+        self._prefetching.clear()
 
     @contextmanager
     def _history(self) -> Iterator[None]:
@@ -535,38 +556,13 @@ class EdgePolicy:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        self._check_usable()
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentUseError(
-                "another call on this policy is still running; use one sibling() per thread"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-
-def _checked(temperature: float) -> float:
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-        raise UsageError(f"expected a temperature of 0 (greedy) or more, got {temperature!r}")
-    return temperature
-
-
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise UsageError(f"expected a seed of 0 or more, got {seed!r}")
-    return int(seed)
-
-
-def _checked_replan(replan_every: int | None, chunk_size: int) -> int:
-    if replan_every is None:
-        return chunk_size
-    if not isinstance(replan_every, (int, np.integer)) or not 1 <= replan_every <= chunk_size:
-        raise UsageError(f"expected replan_every in 1..{chunk_size}, got {replan_every!r}")
-    return int(replan_every)
-
-
-def _checked_prefetch(prefetch: Prefetch) -> Prefetch:
-    if prefetch not in get_args(Prefetch):
-        raise UsageError(f"expected prefetch to be one of {get_args(Prefetch)}, got {prefetch!r}")
-    return prefetch
+        with computing():
+            self._check_usable()
+            if not self._lock.acquire(blocking=False):
+                raise ConcurrentUseError(
+                    "another call on this policy is still running; use one sibling() per thread"
+                )
+            try:
+                yield
+            finally:
+                self._lock.release()

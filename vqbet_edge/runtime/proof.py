@@ -6,8 +6,9 @@ acted out on the backend through `EdgePolicy` itself, with the reference's codes
 crop, normalisation, window and decode table are proven too.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -16,23 +17,32 @@ from numpy.typing import NDArray
 from vqbet_edge.errors import NonFiniteError, VerificationError
 from vqbet_edge.runtime.backends.base import Backend, Prefetch, Window
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.cases import PolicyOutputs, ReferenceCases
+from vqbet_edge.runtime.cases import CONSTANTS, PolicyOutputs, ReferenceCases, prints
 from vqbet_edge.runtime.comparison import (
     LIMITS,
-    Limits,
+    CodeComparison,
+    Floats,
     PolicyComparison,
     PolicyResult,
     StageComparison,
     StageResult,
+    action_errors,
+    centred,
 )
 from vqbet_edge.runtime.guards import Guards
-from vqbet_edge.runtime.manifest import Precision, StageName
+from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation
+from vqbet_edge.runtime.planning import action_scaling, decode_table, secondary_columns
 from vqbet_edge.runtime.policy import EdgePolicy
+from vqbet_edge.runtime.sampling import secondary_row
 
-# Stages run one behind the other here, so the cosine of each has the errors of those before in it.
-_BEHIND: dict[StageName, int] = {"vision_encoder": 0, "gpt": 1, "code_heads": 2, "rvq_decoder": 0}
+# What is compared, and how many graphs' rounding is in it.
+_BEHIND = {"vision_encoder": 0, "gpt": 1, "code logits": 2, "code_heads": 2, "rvq_decoder": 0}
+# What is float32 whatever the graphs compute in, and so held to float32's limits.
+_EXACT = "state scaling", "decode table"
+# One code alone may be so many times as far off as all of them together.
+_ONE_CODE = 3.0
 
 
 @dataclass(frozen=True)
@@ -43,38 +53,49 @@ class Proof:
         backend: who ran the graphs.
         precision: whose limits hold.
         steps: predictions that were compared: every observation's, with and without working ahead.
-        stages: of every stage, behind those before it.
+        stages: by what was compared: the output of every stage behind those before it, and what
+            the runtime computes itself.
+        codes: largest relative error of one code's output, by what was compared.
+        scaling: largest error of the action's scaling relative to the action's spread.
+        differing: what the bundle has otherwise than the reference, one line each: temperature,
+            demonstrated ranges, tokens' constants, the causal mask.
         policy: of the whole policy, with the reference's codes forced.
     """
 
     backend: str
     precision: Precision
     steps: int
-    stages: dict[StageName, StageResult]
+    stages: dict[str, StageResult]
+    codes: dict[str, float]
+    scaling: float
+    differing: tuple[str, ...]
     policy: PolicyResult
 
     @property
     def violations(self) -> list[str]:
         """What breaks the limits, one line each; empty is good."""
-        limits = LIMITS[self.precision]
+        limits, exact = LIMITS[self.precision], LIMITS["fp32"]
         found = self.policy.violations(limits)
         for name, result in self.stages.items():
-            found += result.violations(name, _behind(limits, _BEHIND[name]))
-        return found
+            own = exact if name in _EXACT else limits.behind(_BEHIND[name])
+            found += result.violations(name, own)
+        most = limits.behind(2).relative_error * _ONE_CODE
+        for name, error in self.codes.items():
+            if not error <= most:
+                found.append(f"{name} of one code: relative error {error:.3g} is above {most:.3g}")
+        if not self.scaling <= exact.action:
+            found.append(f"action scaling: error {self.scaling:.3g} of the action's spread")
+        return [*found, *self.differing]
 
     def table(self) -> list[tuple[str, str]]:
         """What was compared, and its figures."""
-        rows = [
-            (
-                name,
-                f"error {r.max_error:.2e}, relative {r.relative_error:.2e}, cosine {r.cosine:.7f}",
-            )
-            for name, r in self.stages.items()
-        ]
+        rows = [(name, str(result)) for name, result in self.stages.items()]
         policy = self.policy
-        action = f"error {policy.action_error:.3g} in its units, {policy.relative_action_error:.2e}"
-        codes = f"agreement {policy.code_agreement:.2%}, probability {policy.probability_error:.2e}"
-        return [*rows, ("action", f"{action} of its range"), ("codes", codes)]
+        action = f"error {policy.action_error:.3g} in its units, of its spread {policy.action:.2e}"
+        most = f"in 99 %, {policy.largest_action:.2e} at most"
+        codes = f"total variation {policy.total_variation:.2e}, {policy.clear:.0%} clear of ties"
+        agree = f"agreement {policy.code_agreement:.2%}"
+        return [*rows, ("action", f"{action} {most}"), ("codes", f"{codes}, of those {agree}")]
 
     def __str__(self) -> str:
         """All figures, one line each."""
@@ -114,34 +135,40 @@ def act_out(bundle: Bundle, backend: Backend, cases: ReferenceCases) -> Proof:
     Raises:
         NonFiniteError: a stage overflows.
     """
-    check = PolicyCheck(bundle, backend)
+    check = PolicyCheck(bundle, backend, cases)
     try:
         for case, prefetch in product(cases.cases, (True, False)):
             observations = cases.observations(case, bundle.manifest)
             check.add(observations, case.outputs, case.clear, prefetch=prefetch)
     finally:
         check.close()
-    return Proof(backend.name, bundle.manifest.precision, check.steps, check.stages, check.policy)
+    return check.proof
 
 
 class PolicyCheck:
-    """Acts on a backend with the reference's codes forced, and compares every stage on the way.
+    """Acts on a backend with the reference's codes forced, and compares everything on the way.
 
     Args:
         bundle: need not have been verified yet.
         backend: with the bundle's graphs.
+        reference: temperature, spread and prints; its cases need not be there yet.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, reference: ReferenceCases) -> None:
         manifest = bundle.manifest
-        self._backend = backend
+        self._bundle, self._backend, self._reference = bundle, backend, reference
         self._actor = _Actor(bundle, backend, backend.default_prefetch)
         plain = self._actor if not self._actor.prefills else _Actor(bundle, backend, "off")
         self._plain_actor = plain
-        action = Affine.from_arrays(bundle.arrays, "action", manifest.action_dim)
-        self._whole = PolicyComparison(action.multiply, manifest.policy.bet_softmax_temperature)
-        self._frame_tokens, self._feature = StageComparison(), StageComparison()
-        self._offsets, self._decoded = StageComparison(), StageComparison()
+        self._whole = PolicyComparison(reference.spread, reference.temperature)
+        self._stages = {name: StageComparison() for name in (*_BEHIND, *_EXACT)}
+        self._codes = {"offsets": CodeComparison(), "secondary logits": CodeComparison()}
+        self._state = Affine.from_arrays(bundle.arrays, "state", manifest.state_dim)
+        self._columns = secondary_columns(bundle)
+        self._action, self._scaling = action_scaling(bundle), np.float64(0)
+        table = decode_table(bundle)
+        if table is not None and reference.decoded_prints.size:
+            self._compare("decode table", prints(table, 2), reference.decoded_prints)
 
     def add(
         self,
@@ -156,7 +183,8 @@ class PolicyCheck:
         Args:
             observations: M of them.
             expected: what the reference computes for them.
-            clear: (M,), which of its codes rounding cannot exchange; None is all.
+            clear: (M,), which of its codes rounding cannot exchange; None decides by what all
+                logits move.
             prefetch: work ahead as on a robot that has the time; else as on one that has not,
                 which runs other graphs.
 
@@ -166,16 +194,44 @@ class PolicyCheck:
         actor = self._actor if prefetch else self._plain_actor
         actor.policy.reset()
         for step, observation in enumerate(observations):
-            actor.policy.act_chunk(observation, codes=expected.codes[step])
-            decision, window, row = actor.policy.last, actor.window, slice(step, step + 1)
-            assert decision is not None  # noqa: S101 - a chunk was just predicted
-            self._frame_tokens.add(window.read("frame_tokens")[None], expected.frame_tokens[row])
-            self._feature.add(window.read("feature")[None], expected.feature[row])
-            self._offsets.add(decision.offset_chunk[None], expected.offset_chunk[row])
-            self._decoded.add(decision.decoded_chunk[None], expected.decoded_chunk[row])
-            chunk = expected.decoded_chunk[step] + expected.offset_chunk[step]
-            counts = clear is None or bool(clear[step])
-            self._whole.add(decision, expected.logits[step], chunk, clear=counts)
+            wanted = PolicyOutputs(*(values[step] for values in expected))
+            chunk = actor.policy.act_chunk(observation, codes=wanted.codes)
+            marked = None if clear is None else bool(clear[step])
+            self._whole.add(
+                chunk, wanted.actions, self._compare_graphs(actor, wanted), wanted.logits,
+                clear=marked,
+            )  # fmt: skip
+            self._compare_scalings(observation, wanted)
+
+    def _compare_graphs(self, actor: "_Actor", wanted: PolicyOutputs) -> Floats:
+        """Every graph's output; returns the logits (2, C) of both layers."""
+        decision, read = actor.policy.last, actor.window.read
+        assert decision is not None  # noqa: S101 - a chunk was just predicted
+        rows, offsets = read("logits"), read("offsets")
+        logits = np.stack([rows[0], secondary_row(rows, int(wanted.codes[0]), self._columns)])
+        self._compare("vision_encoder", read("frame_tokens"), wanted.frame_tokens)
+        self._compare("gpt", read("feature"), wanted.feature)
+        self._compare("code logits", centred(logits), centred(wanted.logits))
+        self._compare("code_heads", decision.offset_chunk, wanted.offset_chunk)
+        self._compare("rvq_decoder", decision.decoded_chunk, wanted.decoded_chunk)
+        if np.isfinite(wanted.offset_prints).all():  # otherwise it is a bundle of format 2
+            self._codes["offsets"].add(prints(offsets, 2), wanted.offset_prints)
+            self._codes["secondary logits"].add(prints(centred(rows[1:]), 1), wanted.logit_prints)
+        return logits
+
+    def _compare_scalings(self, observation: Observation, wanted: PolicyOutputs) -> None:
+        manifest = self._bundle.manifest
+        scaled = self._state.apply(observation[manifest.state_key].astype(np.float32))
+        if not np.isfinite(wanted.scaled_states).all():
+            return
+        self._compare("state scaling", scaled, wanted.scaled_states)
+        chunk = wanted.decoded_chunk + wanted.offset_chunk
+        errors = action_errors(self._action.apply(chunk, wanted.scaled_states), wanted.actions)
+        spread = np.maximum(self._reference.spread, 1e-12)
+        self._scaling = np.maximum(self._scaling, (errors / spread).max())
+
+    def _compare(self, name: str, got: NDArray[np.floating], wanted: NDArray[np.floating]) -> None:
+        self._stages[name].add(got[None], wanted[None])
 
     def close(self) -> None:
         """Free the windows, unless one is the backend's last: the backend stays open."""
@@ -189,19 +245,19 @@ class PolicyCheck:
         return self._whole.steps
 
     @property
-    def stages(self) -> dict[StageName, StageResult]:
-        """The figures so far, of every stage behind those before it."""
-        return {
-            "vision_encoder": self._frame_tokens.result,
-            "gpt": self._feature.result,
-            "code_heads": self._offsets.result,
-            "rvq_decoder": self._decoded.result,
-        }
-
-    @property
-    def policy(self) -> PolicyResult:
-        """The whole policy's figures so far."""
-        return self._whole.result
+    def proof(self) -> Proof:
+        """The figures so far."""
+        manifest = self._bundle.manifest
+        return Proof(
+            backend=self._backend.name,
+            precision=manifest.precision,
+            steps=self.steps,
+            stages={name: found.result for name, found in self._stages.items()},
+            codes={name: found.result for name, found in self._codes.items()},
+            scaling=float(self._scaling),
+            differing=tuple(_differing(self._bundle, self._reference)),
+            policy=self._whole.result,
+        )
 
 
 class _Actor:
@@ -209,8 +265,8 @@ class _Actor:
 
     def __init__(self, bundle: Bundle, backend: Backend, prefetch: Prefetch) -> None:
         tap = _Tap(backend)
-        # Forced codes may leave the limits, and the reference has none.
-        guards = Guards(action_limits=None)
+        # Forced codes may leave the limits, and the reference has none; nor for made-up states.
+        guards = Guards(action_limits=None, state_limits=(-math.inf, math.inf))
         self.policy = EdgePolicy(bundle, tap, prefetch=prefetch, guards=guards)
         self.window = tap.window
 
@@ -236,8 +292,19 @@ class _Tap(Backend):
         return self.window
 
 
-def _behind(limits: Limits, stages: int) -> Limits:
-    """A stage's limits behind others whose cosines may fall as far."""
-    if limits.cosine is None:
-        return limits
-    return replace(limits, cosine=1 - (1 - limits.cosine) * (1 + stages))
+def _differing(bundle: Bundle, reference: ReferenceCases) -> Iterator[str]:
+    """What needs no arithmetic to be compared."""
+    temperature = bundle.manifest.policy.bet_softmax_temperature
+    if temperature != reference.temperature:
+        yield f"temperature: {temperature:g}, the reference's is {reference.temperature:g}"
+    if bundle.manifest.format_version == 2:
+        return
+    for name in CONSTANTS:
+        if not _same(bundle.arrays.get(name), reference.constants.get(name)):
+            yield f"{name}: not what the reference has"
+
+
+def _same(first: Floats | None, second: Floats | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-5, atol=1e-6)

@@ -212,11 +212,21 @@ def _misfit(arrays: Mapping[str, Array], info: RecordingInfo) -> str | None:
     limits = None if info.policy is None else info.policy.action_limits
     if limits is not None and {len(limit) for limit in limits} != {width}:
         return "the number of action limits"
-    ranges = {f"{DECISION}codes": codes, OUTCOME: len(Outcome), TIME: 1 << 63}
+    # MCAP has 32 bits for a step.
+    steps = dict.fromkeys((STEP, DECISION_STEP), 1 << 32)
+    ranges = {f"{DECISION}codes": codes, OUTCOME: len(Outcome), TIME: 1 << 63, **steps}
     for key, end in ranges.items():
         if key in arrays and not ((arrays[key] >= 0) & (arrays[key] < end)).all():
             return f"a value of '{key}'"
-    return None
+    return next((f"a value of '{key}'" for key in shapes if not _possible(key, arrays[key])), None)
+
+
+def _possible(key: str, values: Array) -> bool:
+    """Whether every number is finite, or NaN where that says that there was none."""
+    if values.dtype.kind != "f":
+        return True
+    may_lack = key in {ACTION, SECONDS} or key.startswith(STAGE_SECONDS)
+    return bool((np.isfinite(values) | (may_lack & np.isnan(values))).all())
 
 
 def _decisions(

@@ -12,13 +12,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vqbet_edge.errors import DiskError, UsageError
@@ -43,11 +41,14 @@ from vqbet_edge.runtime.recording_format import (
     row_columns,
 )
 from vqbet_edge.runtime.sampling import Decision
+from vqbet_edge.runtime.worker import Backlog, Worker
 
 _BLOCK_BYTES = 8 << 20
 _BLOCK_SECONDS = 5.0
 # Blocks that may be filled, waiting or being written at the same time.
 _BLOCKS = 8
+# That a file of a block may take; a disk that hangs takes for ever.
+_PATIENCE_S = 30.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -106,6 +107,9 @@ class Recorder:
         policy: whose decisions are recorded too; None for observations alone.
         step: observations that the current episode has had already.
 
+    Attributes:
+        folder: as given.
+
     Raises:
         UsageError: the folder holds a recording, the limit is below one row, or a feature has a
             name that the recording needs.
@@ -120,7 +124,7 @@ class Recorder:
         policy: PolicyInfo | None = None,
         step: int = 0,
     ) -> None:
-        self._manifest, self._folder = manifest, folder
+        self._manifest, self.folder = manifest, folder
         columns = row_columns(manifest, decisions=policy is not None)
         self._row_bytes = _row_bytes(columns)
         self._decision_bytes = 0 if policy is None else decision_bytes(manifest)
@@ -143,7 +147,8 @@ class Recorder:
         self._gap = self._kept = False
         # From the thread that plans, which may be another than the one that acts.
         self._decided: deque[Decision] = deque()
-        self._writer = ThreadPoolExecutor(1, "vqbet-recording")
+        self._writer = Worker("vqbet-recording", finish=True)
+        self._writing: Backlog[None] = Backlog()
         self._error: DiskError | None = None
         self._full = False
         # Wall clocks jump; this one is read once.
@@ -198,18 +203,23 @@ class Recorder:
         """Write what is left and stop.
 
         Raises:
-            DiskError: something could not be written, or was left out because the disk was slow.
+            DiskError: something could not be written, was left out because the disk was slow, or
+                is not written yet because the disk hangs.
         """
         self._take_decisions()
         self._hand_over()
         self._full = True
-        self._writer.shutdown()
+        if self._writing.running(_PATIENCE_S):
+            raise DiskError(
+                f"the disk hangs: a file of the recording in '{self.folder}' was not written in "
+                f"{_PATIENCE_S:.0f} s; what has a name there is whole, the newest is missing"
+            )
         if self._error is not None:
             raise self._error
         if self._lost:
             raise DiskError(
                 f"the disk was too slow: {self._lost} observations are missing in "
-                f"'{self._folder}', the others are there; record to a faster disk, or less often"
+                f"'{self.folder}', the others are there; record to a faster disk, or less often"
             )
 
     def _take_decisions(self) -> None:
@@ -226,7 +236,7 @@ class Recorder:
             return None
         if not self._has_room():
             self._full = True
-            _LOG.warning("the recording in '%s' is full; nothing more is recorded", self._folder)
+            _LOG.warning("the recording in '%s' is full; nothing more is recorded", self.folder)
             self._hand_over()
             return None
         if self._block is not None and self._block.ended(now):
@@ -253,7 +263,7 @@ class Recorder:
         if not self._lost:
             _LOG.warning(
                 "the disk is too slow for the recording in '%s': observations are left out",
-                self._folder,
+                self.folder,
             )
         self._lost += 1
         self._gap = True
@@ -262,9 +272,10 @@ class Recorder:
         """Let the current block be written."""
         block, self._block = self._block, None
         if block is not None and (block.rows or block.decisions):
-            path = self._folder / FILE_PATTERN.replace("*", f"{self._files:06}")
+            path = self.folder / FILE_PATTERN.replace("*", f"{self._files:06}")
             self._files += 1
-            self._writer.submit(self._write, path, block)
+            self._writing.check()
+            self._writing.add(self._writer.submit(lambda: self._write(path, block)))
 
     def _write(self, path: Path, block: _Block) -> None:
         """On the writer's thread."""
@@ -273,7 +284,7 @@ class Recorder:
             try:
                 _write_file(partial, block.contents(), self._metadata)
                 partial.rename(path)
-            except (OSError, SafetensorError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the robot acts on
                 reason = getattr(error, "strerror", None) or error
                 self._error = DiskError(f"cannot write '{path}': {reason}; recording has ended")
                 self._full = True

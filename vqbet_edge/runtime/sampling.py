@@ -106,14 +106,13 @@ class CodeSampler:
         # the rest of the sequence.
         uniforms = self._random.random(2) if draws is None else draws
         # Both layers before the first code: neither is chosen from a bad prediction.
-        primary_logits, *rows = _finite(outputs.logits).astype(np.float64)
+        logits = _finite(outputs.logits).astype(np.float64)
+        primary_logits = logits[0]
         first = softmax(primary_logits, self._temperature)
         primary = (
             self._draw(primary_logits, first, uniforms[0]) if forced is None else int(forced[0])
         )
-        secondary_logits = rows[primary if len(rows) > 1 else 0]
-        if self._columns is not None:
-            secondary_logits = secondary_logits + self._columns[primary]
+        secondary_logits = secondary_row(logits, primary, self._columns)
         second = softmax(_finite(secondary_logits), self._temperature)
         secondary = (
             self._draw(secondary_logits, second, uniforms[1]) if forced is None else int(forced[1])
@@ -128,6 +127,20 @@ class CodeSampler:
         cumulative = probabilities.cumsum()
         # The sum may round to below 1: scaling keeps every draw inside the last code.
         return int((cumulative <= uniform * cumulative[-1]).sum())
+
+
+def secondary_row(logits: NDArray[Scalar], primary: int, columns: Floats | None) -> NDArray[Scalar]:
+    """The secondary logits (C,) given the primary code.
+
+    Args:
+        logits: (1 + R, C), as the code heads give them.
+        primary: the code.
+        columns: see `CodeSampler`.
+    """
+    row: NDArray[Scalar] = logits[1 + primary if len(logits) > 2 else 1]
+    if columns is not None:
+        row = row + columns[primary]
+    return row
 
 
 def _finite(logits: NDArray[Scalar]) -> NDArray[Scalar]:

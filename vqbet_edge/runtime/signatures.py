@@ -98,7 +98,8 @@ def check_sizes(manifest: Manifest) -> None:
     """
     signatures = [*(signature(manifest, stage) for stage in STAGES), cached_gpt_signature(manifest)]
     tensors = [tensor for each in signatures for tensor in each.tensors]
-    largest = max(math.prod(tensor.shape) for tensor in tensors) * manifest.policy.n_obs_steps
+    shapes = [*(tensor.shape for tensor in tensors), *manifest.image_shapes.values()]
+    largest = max(map(math.prod, shapes)) * manifest.policy.n_obs_steps
     if largest > MAX_TENSOR_VALUES:
         raise BundleError(
             f"{MANIFEST_NAME}: a window of {largest} values is more than any robot's; export again"

@@ -1,12 +1,13 @@
 """Work on a thread of its own: what is prefetched while the robot moves, what has a deadline."""
 
-import contextlib
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeAlias, TypeVar
+
+from vqbet_edge.runtime import ending
 
 Result = TypeVar("Result")
 
@@ -62,8 +63,7 @@ class Worker:
 
     Args:
         name: the thread's.
-        finish: Python waits at its end for the job that runs. A daemon that is still in a library
-            then can crash there; but a backend that never returns would keep the program.
+        finish: Python waits a moment at its end for the jobs, which may be in compiled code.
     """
 
     def __init__(self, name: str, *, finish: bool) -> None:
@@ -76,13 +76,15 @@ class Worker:
         if not self._started:
             self._start()
         job = Job(work)
+        if self._finish:
+            ending.RUNNING.add(job)
         self._jobs.put(job)
         return job
 
     def _start(self) -> None:
-        thread = threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True)
-        thread.start()
-        weakref.finalize(self, _stop, self._jobs, thread if self._finish else None)
+        threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True).start()
+        # At Python's end, jobs may be submitted still.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
         self._started = True
 
 
@@ -110,25 +112,18 @@ class Backlog(Generic[Result]):
             self._jobs[0].done(-1.0)
             self._jobs.popleft().result()
 
-    def running(self) -> bool:
-        """Whether a job has not ended."""
-        return not all(job.done() for job in self._jobs)
+    def running(self, patience_s: float = 0.0) -> bool:
+        """Whether a job has not ended; waits, as long as one ends every so many seconds."""
+        return not all(job.done(patience_s) for job in self._jobs)
 
-    def forget(self) -> None:
-        """Wait until no job is left, whatever they raised."""
-        while self._jobs:
-            with contextlib.suppress(Exception):
-                self.wait()
+    def clear(self) -> None:
+        """Forget the jobs, whatever they raised."""
+        self._jobs.clear()
 
 
 def _run(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
         job.run()
+        ending.RUNNING.discard(job)
         # Otherwise the last job lives until the next one comes.
         del job
-
-
-def _stop(jobs: _Jobs, thread: threading.Thread | None) -> None:
-    jobs.put(None)
-    if thread is not None and thread is not threading.current_thread():
-        thread.join()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import safetensors
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from torch import Tensor
 from vqbet_edge.errors import CheckpointError
 from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.runtime.manifest import ActionKind
+from vqbet_edge.runtime.manifest import ActionKind, Text
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
 from vqbet_edge.training.files import remedy
@@ -67,6 +68,7 @@ class Checkpoint:
         license: as the configuration names it.
         fps: observations a second of the demonstrations; None where its files do not tell.
         dataset: name or folder of the demonstrations, likewise.
+        action_kinds: what each number of an action is; empty where nobody said.
     """
 
     network: VQBeT
@@ -78,6 +80,7 @@ class Checkpoint:
     license: str | None = None
     fps: float | None = None
     dataset: str | None = None
+    action_kinds: tuple[ActionKind, ...] = ()
 
     @cached_property
     def inputs(self) -> Mapping[str, Affine]:
@@ -121,13 +124,6 @@ class Checkpoint:
         """What turns the network's chunks into the robot's actions."""
         relative = self.config.relative_actions
         return ActionScaling.of(self.action, self.inputs[STATE_KEY], relative, self.action_range)
-
-    @property
-    def action_kinds(self) -> tuple[ActionKind, ...]:
-        """What each number of an action is, as far as the configuration tells; empty if not."""
-        # Who trains distances from the state has been asked whether actions are positions of it.
-        relative = self.config.relative_actions
-        return tuple("position" if each else "unknown" for each in relative)
 
     @property
     def config(self) -> VQBeTConfig:
@@ -227,8 +223,10 @@ def _dataset(run: Json) -> str | None:
 
 
 def _license(config: Json) -> str | None:
-    name = config.get("license")
-    return name if isinstance(name, str) else None
+    try:
+        return msgspec.convert(config.get("license"), Text | None)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{CONFIG_NAME}: license: {error}; correct it, or null") from error
 
 
 def _locate(source: str) -> Path:

@@ -74,17 +74,18 @@ class VqbetEdgePolicy(PreTrainedPolicy):
                 f"'{source}' is a checkpoint of type {config.type}, expected a bundle; make one "
                 f"with: vqbet-export {source}"
             )
+        if config.pretrained_path != Path(source):
+            config.pretrained_revision = revision
+            config.pretrained_path = Path(source)
         policy = EdgePolicy.load(
-            source,
+            config.pretrained_path,
             config.backend,  # type: ignore[arg-type] # checked there
-            revision=revision,
             seed=config.seed,
             temperature=config.temperature,
             replan_every=config.replan_every,
             prefetch=config.prefetch,  # type: ignore[arg-type] # checked there
             guards=config.guards,
         )
-        config.pretrained_path = Path(source)
         return cls(config, policy)
 
     @property

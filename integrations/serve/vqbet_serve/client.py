@@ -21,11 +21,11 @@ from vqbet_edge.errors import (
     UsageError,
     VQBeTEdgeError,
 )
+from vqbet_edge.runtime.arguments import checked_action
 from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.observation import Observation, feature_array, resize_hint
-from vqbet_edge.runtime.planning import checked_action
 from vqbet_edge.runtime.worker import Job  # noqa: TC001 - annotations of locals too
 from vqbet_serve.frames import RESET_DONE, array, pack, unpack
 from vqbet_serve.link import Link

@@ -25,8 +25,8 @@ Prefetch: TypeAlias = Literal["thread", "inline", "off"]
 # Runs of the transformer: over a whole window, over all but the newest observation ahead of time,
 # over the newest one behind that.
 Part: TypeAlias = Literal["window", "prefill", "newest"]
-# What passes between graphs, by its name in the I/O signatures.
-Intermediate: TypeAlias = Literal["frame_tokens", "feature"]
+# What graphs put out, by its name in the I/O signatures.
+Intermediate: TypeAlias = Literal["frame_tokens", "feature", "logits", "offsets"]
 
 
 class HeadOutputs(NamedTuple):
@@ -188,10 +188,11 @@ class Window(_Closable, ABC):
         raise NotImplementedError
 
     def read(self, tensor: Intermediate) -> Floats:
-        """What the latest prediction passed between its graphs, for a proof: not fast.
+        """What the latest prediction's graphs put out, for a proof: not fast.
 
         Returns:
-            A copy: `frame_tokens` of the newest observation (K, D), or the `feature` (F,).
+            A copy: `frame_tokens` of the newest observation (K, D), the `feature` (F,), `logits`
+            (1 + R, C) or `offsets` (2, C, W, A).
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vqbet_edge.errors import DeadlineError
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.limits import ActionLimits, Floats, action_limits, change_limit
 
@@ -19,31 +20,57 @@ class GuardCounts(NamedTuple):
         clamped: planned actions that left the action limits.
         slowed: actions that differed from the one before by more than `max_change`.
         late: calls of `act` that the backend did not answer in time.
+        far_states: observations whose state was far from what was demonstrated, or outside
+            `state_limits`.
     """
 
     clamped: int
     slowed: int
     late: int
+    far_states: int = 0
+
+
+class Step(NamedTuple):
+    """An action, and the chunk that it is part of."""
+
+    chunk: Floats  # (W, A)
+    position: int
+
+    @property
+    def action(self) -> Floats:
+        """(A,)."""
+        action: Floats = self.chunk[self.position]
+        return action
 
 
 class ActionGuard:
-    """Clamps planned actions and limits their change; counts both, and warns of the first clamp.
+    """Clamps planned actions, limits their change, and knows what stands for a late one.
+
+    It counts all three, and warns of the first clamp.
 
     Args: those of `action_limits`.
+
+    Attributes:
+        clamped, slowed, late: see `GuardCounts`.
     """
 
     def __init__(self, guards: Guards, data: Floats | None, dim: int) -> None:
         self._limits = action_limits(guards, data, dim)
         self._change = change_limit(guards, dim)
-        self.clamped = self.slowed = 0
+        self._guards = guards
+        # What was handed out last in this episode, as planned and as it went to the robot.
+        self._step: Step | None = None
+        self._held: Floats | None = None
+        self.clamped = self.slowed = self.late = 0
 
     @property
     def limits(self) -> ActionLimits | None:
-        """What planned actions are clamped to."""
+        """What planned actions are clamped to; None where they are not."""
         return self._limits
 
     def clear(self, before: Floats | None = None) -> None:
         """A new episode begins, where `before` (A,) moved the robot; None where not known."""
+        self._step = self._held = None
         if self._change is not None:
             self._change.clear(before)
 
@@ -61,11 +88,44 @@ class ActionGuard:
         return outside
 
     def handed_out(self, action: Floats) -> Floats:
-        """The action (A,) or (B, A) as it goes to the robot: the caller's own array."""
+        """The action (A,) as it goes to the robot: the caller's own array."""
         own: Floats = action.copy()
         if self._change is not None:
             self.slowed += self._change.apply(own)
+        self._held = own.copy()
         return own
+
+    def hand_out(self, step: Step) -> Floats:
+        """The same, of a step of a chunk."""
+        self._step = step
+        return self.handed_out(step.action)
+
+    def instead(self) -> Floats:
+        """What is handed out when the backend is late, as `Guards.on_late` says.
+
+        Raises:
+            DeadlineError: there is nothing to return.
+        """
+        self.late += 1
+        match self._guards.on_late:
+            case "hold" if self._held is not None:
+                held = self._held.copy()
+                # Who follows trajectories stays there too.
+                self._step = Step(held[None], 0)
+                return held.copy()
+            case "continue" if self._step is not None:
+                chunk, position = self._step
+                if position + 1 < len(chunk):
+                    return self.hand_out(Step(chunk, position + 1))
+        raise DeadlineError(
+            f"no action within {self._guards.deadline_s} s; stop the robot, allow more time, or "
+            "choose what to return then with Guards(on_late=...)"
+        )
+
+    @property
+    def upcoming(self) -> Floats | None:
+        """See `EdgePolicy.upcoming`."""
+        return None if self._step is None else self._step.chunk[self._step.position :].copy()
 
 
 def _warn(action: Floats, limits: ActionLimits) -> None:

@@ -18,14 +18,17 @@ class Guards:
 
     Attributes:
         action_limits: what actions are clamped to, in the robot's units: `data`, the range that
-            the policy was trained on, widened by `margin` (where the checkpoint normalises actions
-            by MIN_MAX; the bundle does not know the range otherwise, and nothing is clamped); a
-            pair (lowest, highest); or None. What was clamped is counted, logged once, and shown by
-            `policy.last`.
+            was demonstrated, widened by `margin` (where the bundle does not know it, nothing is
+            clamped, and loading says so); a pair (lowest, highest); or None. What was clamped is
+            counted, logged once, and shown by `policy.last`.
         margin: by what share of its range `data` is widened on either side.
         max_change: most that an action may differ from the one before, in the robot's units per
             step. An episode's first action is limited where `reset(from_action=...)` said what
             the robot was commanded last, or where it stands; otherwise it is free.
+        state_limits: which states are refused: `data`, those that are far from all that was
+            demonstrated, outside the range widened by itself on either side; those outside a pair
+            (lowest, highest), in the robot's units; None, none: an episode's first far state is
+            logged, and all are counted.
         max_age_s: oldest observation that is acted on, in seconds, for calls that say when it was
             taken.
         deadline_s: seconds that `act` may take; None: as long as it takes. With a deadline the
@@ -43,6 +46,7 @@ class Guards:
     action_limits: Literal["data"] | tuple[PerDimension, PerDimension] | None = "data"
     margin: float = 0.1
     max_change: PerDimension | None = None
+    state_limits: Literal["data"] | tuple[PerDimension, PerDimension] | None = None
     max_age_s: float = 0.5
     deadline_s: float | None = None
     on_late: OnLate | None = None

@@ -18,7 +18,7 @@ class Deadline(Generic[Result]):
     def __init__(self, seconds: float, most: int) -> None:
         """`most` jobs may wait; a backend that is further behind has failed."""
         self._seconds, self._most = seconds, most
-        self._worker = Worker("vqbet-deadline", finish=False)
+        self._worker = Worker("vqbet-deadline", finish=True)
         self._late: Backlog[Result] = Backlog()
         self._failed = False
 
@@ -53,15 +53,12 @@ class Deadline(Generic[Result]):
         """The job's result, however long it takes."""
         return self._worker.submit(work).result()
 
-    def forget(self) -> None:
-        """Forget the jobs that were late.
+    @property
+    def busy(self) -> bool:
+        """Whether a job that was late still runs."""
+        return self._late.running()
 
-        Raises:
-            DeadlineError: one still runs.
-        """
-        if self._late.running():
-            raise DeadlineError(
-                "the backend still works on a call that was late; wait for it, or load a new policy"
-            )
-        self._late.forget()
+    def forget(self) -> None:
+        """Forget the jobs that were late; none runs any more."""
+        self._late.clear()
         self._failed = False

@@ -1,5 +1,7 @@
 """Limits on actions and on their change from step to step."""
 
+import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +11,8 @@ from vqbet_edge.errors import NonFiniteError, UsageError
 from vqbet_edge.runtime.guards.config import Guards, PerDimension
 
 Floats = NDArray[np.float32]
+
+_LOG = logging.getLogger(__name__)
 
 
 class ActionLimits:
@@ -73,16 +77,32 @@ def action_limits(guards: Guards, data: Floats | None, dim: int) -> ActionLimits
             return None
         case "data":
             return _data_limits(data, guards.margin)
-        case (low, high):
-            lowest = _per_dimension("action_limits", low, dim)
-            highest = _per_dimension("action_limits", high, dim)
-            if not (lowest <= highest).all():
-                raise UsageError(f"expected action_limits (lowest, highest), got {low}, {high}")
-            return ActionLimits(_rounded(lowest, "up"), _rounded(highest, "down"))
-        case other:
-            raise UsageError(
-                f"expected action_limits of 'data', (lowest, highest) or None, got {other!r}"
-            )
+        case given:
+            return ActionLimits(*given_range("action_limits", given, dim, "in"))
+
+
+def tell_of_limits(guards: Guards, data: Floats | None, *, inferred: bool) -> None:
+    """Log what a user would not expect of `action_limits="data"`.
+
+    Args:
+        guards: what they ask for.
+        data: as for `action_limits`.
+        inferred: from how actions are scaled, which is the same for quantiles.
+    """
+    if guards.action_limits != "data":
+        return
+    if data is None:
+        _LOG.warning(
+            "the bundle does not know the range of the actions that it was trained on: no action "
+            "is clamped; pass Guards(action_limits=(lowest, highest)) in the robot's units, or "
+            "action_limits=None to leave it so"
+        )
+    elif inferred:
+        _LOG.warning(
+            "the bundle has an older format, whose range of actions may be that of quantiles: "
+            "demonstrated actions may be clamped; export its checkpoint again, or pass "
+            "Guards(action_limits=(lowest, highest)) in the robot's units"
+        )
 
 
 def change_limit(guards: Guards, dim: int) -> ChangeLimit | None:
@@ -105,6 +125,29 @@ def _data_limits(data: Floats | None, margin: float) -> ActionLimits | None:
     low, high = data
     slack = np.float32(margin) * (high - low)
     return ActionLimits(low - slack, high + slack)
+
+
+def given_range(
+    name: str, given: object, dim: int, way: Literal["in", "out"]
+) -> tuple[Floats, Floats]:
+    """The range (lowest, highest) that a caller gives, as float32 (dim,) each.
+
+    Args:
+        name: what it is called.
+        given: a pair of numbers, or of one number per dimension.
+        dim: how many there are.
+        way: where what float32 cannot hold is rounded to: into the range or out of it.
+
+    Raises:
+        UsageError: it is no range of that width.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
+        raise UsageError(f"expected {name} of 'data', (lowest, highest) or None, got {given!r}")
+    low, high = (_per_dimension(name, values, dim) for values in given)
+    if not (low <= high).all():
+        raise UsageError(f"expected {name} (lowest, highest), got {given}")
+    inwards = way == "in"
+    return _rounded(low, "up" if inwards else "down"), _rounded(high, "down" if inwards else "up")
 
 
 def _per_dimension(name: str, values: PerDimension, dim: int) -> NDArray[np.float64]:

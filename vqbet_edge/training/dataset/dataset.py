@@ -283,13 +283,23 @@ def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]
 
 def _locate(source: str) -> Path:
     """The data set's folder: as named, else in LeRobot's own folder, else from the Hub."""
+    here = at_hand(source)
+    if here is not None:
+        return here
+    if not is_hub_id(source):
+        raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")
+    return download(source, "dataset")
+
+
+def at_hand(source: str) -> Path | None:
+    """The data set's folder, as named or in LeRobot's own folder; None if it is not here."""
     if Path(source).is_dir():
         return Path(source)
     if not is_hub_id(source):
-        raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")
+        return None
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "lerobot"
     recorded = Path(os.environ.get("HF_LEROBOT_HOME", cache)) / source
-    return recorded if (recorded / "meta").is_dir() else download(source, "dataset")
+    return recorded if (recorded / "meta").is_dir() else None
 
 
 def vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:

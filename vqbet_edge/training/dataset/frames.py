@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -16,6 +17,9 @@ from vqbet_edge.training.files import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
+# FFmpeg goes by a file's content, and a list of files, whatever its name, would make it open those.
+_VIDEO = {"format_whitelist": "mov,matroska,webm,avi"}
+_IMAGE = {"format_whitelist": "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"}
 
 
 class Videos:
@@ -74,7 +78,7 @@ class Videos:
         return np.stack(frames)[nearest]
 
     def _seek(self, path: Path, seconds: float) -> None:
-        container = av.open(str(path), mode="r")
+        container = av.open(str(path), mode="r", options=_VIDEO)
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         # A seek lands on the last key frame at or before the wanted time.
@@ -103,7 +107,7 @@ class Videos:
         off = np.abs(ends[nearest] - wanted)
         steps = np.diff(nearest)
         uneven = np.append(False, steps != steps[:1])
-        missing = (off > self._half) | (uneven & (off > self._half / 4))
+        missing = ~(off <= self._half) | (uneven & (off > self._half / 4))  # NaN is missing too
         if missing.any():
             first = int(missing.argmax())
             raise DatasetError(
@@ -129,7 +133,7 @@ class Videos:
 def _packet_times(path: Path, episode: int) -> Times:
     """The seconds of all frames of a video."""
     try:
-        with av.open(str(path), mode="r") as container:
+        with av.open(str(path), mode="r", options=_VIDEO) as container:
             stream = container.streams.video[0]
             ticks = [p.pts for p in container.demux(stream) if p.pts is not None and p.size]
             seconds: Times = np.sort(np.array(ticks, dtype=np.float64)) * _tick(stream)
@@ -144,7 +148,7 @@ def decode_image(encoded: bytes) -> Frames:
     Raises:
         FFmpegError, StopIteration, IndexError, ValueError: it is none.
     """
-    with av.open(io.BytesIO(encoded), mode="r") as container:
+    with av.open(io.BytesIO(encoded), mode="r", options=_IMAGE) as container:
         return _rgb(next(container.decode(video=0)))
 
 
@@ -183,8 +187,7 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
     try:
         if not path.is_file():
             _write(parts, shape, path)
-        # Not `np.load`, which opens archives and pickles too.
-        frames: Frames = np.lib.format.open_memmap(path, mode="c")
+        frames = _mapped(path)
         if frames.shape != shape or frames.dtype != np.uint8:
             raise ValueError(f"it holds {frames.dtype} {frames.shape}, expected uint8 {shape}")
     except ValueError as e:
@@ -199,10 +202,23 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
     return frames
 
 
+def _mapped(path: Path) -> Frames:
+    # Not `np.load`, which opens archives and pickles too.
+    try:
+        return np.lib.format.open_memmap(path, mode="c")
+    except OSError:
+        raise
+    except Exception as e:  # a header is Python's text, and fails as such and as its numbers do
+        raise ValueError(str(e)) from e
+
+
 def _fill(parts: Iterable[Frames], shape: tuple[int, ...]) -> Frames:
+    remaining = iter(parts)
+    first = list(islice(remaining, 1))
+    # Not before a frame of that size was seen: meta/ may promise any.
     frames: Frames = np.empty(shape, np.uint8)
     start = 0
-    for part in parts:
+    for part in chain(first, remaining):
         frames[start : start + len(part)] = part
         start += len(part)
     return frames

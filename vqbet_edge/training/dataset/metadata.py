@@ -6,6 +6,7 @@ for is not read, and what is not understood is left out.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,11 @@ _VIDEO_PATHS = {
     3: "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
     2: "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
 }
+# Their names and widths; Python's own templates reach attributes, and any amount of memory.
+_TEMPLATE = re.compile(r"([^{}]|\{[a-z_]+(:0\dd)?\})*")
 _DEPTH_MARKS = ("is_depth_map", "video.is_depth_map")
+# What a file that says something else than expected comes to; Infinity is no integer.
+_MISUSED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 Json = dict[str, Any]
 # By name: min, max, mean, std, q01, q10, q50, q90, q99; each (dim,), of images per channel.
 Stats = dict[str, npt.NDArray[np.float32]]
@@ -130,10 +135,12 @@ class DatasetInfo:
                 chunk, file = (f"videos/{key}/{part}_index" for part in ("chunk", "file"))
                 names |= {"chunk_index": int(place[chunk]), "file_index": int(place[file])}
                 start = float(place[f"videos/{key}/from_timestamp"])
+                if not math.isfinite(start):
+                    raise ValueError(f"from_timestamp {start}")
             else:
                 start = 0.0
             path = _inside(self.root, self.video_path.format(**names, **place))
-        except (KeyError, IndexError, TypeError, ValueError) as e:
+        except (*_MISUSED, IndexError) as e:
             raise DatasetError(
                 f"{self.root / 'meta'} does not say where the frames of '{key}' of episode "
                 f"{episode.index} are ({type(e).__name__}: {e}); copy the data set again, or "
@@ -159,9 +166,11 @@ def read_info(root: Path) -> DatasetInfo:
     try:
         features = _features(raw["features"])
         fps = float(raw["fps"])
+        if not 0 < fps < math.inf:
+            raise ValueError(f"fps {fps}")
         rows = _rows_v3(root) if version == 3 else _rows_v2(root, raw)
         episodes = sorted((_episode(row) for row in rows), key=lambda episode: episode.index)
-    except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException, OSError) as e:
+    except (*_MISUSED, pa.ArrowException, OSError) as e:
         raise DatasetError(
             f"{root / 'meta'} is not complete ({type(e).__name__}: {e}); "
             "copy or download the data set again"
@@ -176,6 +185,10 @@ def read_info(root: Path) -> DatasetInfo:
             "with LeRobot's lerobot-edit-dataset"
         )
     template = str(raw.get("video_path") or _VIDEO_PATHS[version])
+    if _TEMPLATE.fullmatch(template) is None:
+        raise DatasetError(
+            f"{path} has the video_path '{template}', expected one such as {_VIDEO_PATHS[version]}"
+        )
     return DatasetInfo(root, version, fps, features, tuple(episodes), template)
 
 
@@ -193,13 +206,15 @@ def _version(path: Path, name: object) -> int:
 def _features(raw: Mapping[str, Any]) -> dict[str, DatasetFeature]:
     found = {}
     for key, spec in raw.items():
-        with suppress(KeyError, TypeError, ValueError, AttributeError):
+        with suppress(*_MISUSED):
             found[key] = _feature(spec)
     return found
 
 
 def _feature(raw: Mapping[str, Any]) -> DatasetFeature:
     shape = tuple(int(side) for side in raw["shape"])
+    if any(side < 1 for side in shape):
+        raise ValueError(f"shape {shape}")
     dtype = str(raw["dtype"])
     names = raw.get("names")
     if dtype not in {"image", "video"}:
@@ -273,12 +288,14 @@ def stored_statistics(info: DatasetInfo, key: str, names: Sequence[str]) -> Stat
         if not complete or len(complete) < len(parts):
             return None
         found = _aggregate(complete, names)
-    return {name: found[name].astype(np.float32) for name in names}
+    with np.errstate(over="ignore"):
+        narrow = {name: found[name].astype(np.float32) for name in names}
+    return narrow if all(np.isfinite(value).all() for value in narrow.values()) else None
 
 
 def _usable(raw: Any, names: Sequence[str], width: int) -> _Wide | None:  # noqa: ANN401 - a file's
     """The named statistics, (width,) each, or None if one is missing or not a finite number."""
-    with suppress(KeyError, TypeError, ValueError):
+    with suppress(*_MISUSED):
         found = {name: np.asarray(raw[name], np.float64).reshape(-1) for name in names}
         sizes = {len(value) for name, value in found.items() if name != "count"}
         finite = all(np.isfinite(value).all() for value in found.values())
@@ -320,7 +337,8 @@ def _aggregate(parts: Sequence[_Wide], names: Sequence[str]) -> _Wide:
     Quantiles are averaged too, as LeRobot's `aggregate_feature_stats` does it.
     """
     stacked = {name: np.stack([part[name] for part in parts]) for name in {*names, "mean", "count"}}
-    share = stacked["count"][:, :1] / stacked["count"][:, :1].sum()
+    with np.errstate(invalid="ignore"):  # of no frames
+        share = stacked["count"][:, :1] / stacked["count"][:, :1].sum()
     mean = (stacked["mean"] * share).sum(axis=0)
     found: _Wide = {}
     for name in names:
@@ -339,7 +357,7 @@ def _aggregate(parts: Sequence[_Wide], names: Sequence[str]) -> _Wide:
 def _read_json(path: Path) -> Json:
     try:
         value = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise DatasetError(f"{path} is not JSON: {e}; copy the data set again") from e
     if not isinstance(value, dict):
         raise DatasetError(f"{path} holds no JSON object; copy the data set again")
@@ -349,7 +367,7 @@ def _read_json(path: Path) -> Json:
 def _read_lines(path: Path) -> list[Json]:
     try:
         return [json.loads(line) for line in _read_text(path).splitlines() if line.strip()]
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise DatasetError(f"{path} is not JSON: {e}; copy the data set again") from e
 
 

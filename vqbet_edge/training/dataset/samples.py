@@ -62,11 +62,23 @@ class Source(ABC):
         name: as the user gave it.
         lengths: steps of every episode.
         shapes: of one value of every key.
+        fps: observations a second; None where it does not say.
     """
 
     name: str
     lengths: Sequence[int]
     shapes: Mapping[str, tuple[int, ...]]
+    fps: float | None = None
+
+    def demonstrated(self, key: str) -> Array | None:
+        """float32 (2, dim): lowest and highest value of a vector; None where it is no data set."""
+        del key
+        return None
+
+    def names(self, key: str) -> Sequence[str]:
+        """Of a vector's numbers; empty where it has none."""
+        del key
+        return ()
 
     @abstractmethod
     def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
@@ -97,9 +109,19 @@ class _Dataset(Source):
                 f"reading a data set needs '{error.name}'; type: pip install 'vqbet-edge[data]'"
             ) from error
         self._dataset = LeRobotDataset.open(source, cameras=())
-        self.name = source
+        self.name, self.fps = source, self._dataset.fps
         self.lengths = np.diff(self._dataset.bounds).tolist()
         self.shapes = {key: feature.shape for key, feature in self._dataset.features.items()}
+
+    def demonstrated(self, key: str) -> Array | None:
+        """See `Source`."""
+        if key not in self.shapes or not self._dataset.features[key].is_vector:
+            return None
+        return np.stack([*self._dataset.statistics(key, ("min", "max")).values()])
+
+    def names(self, key: str) -> Sequence[str]:
+        """See `Source`."""
+        return self._dataset.features[key].names if key in self.shapes else ()
 
     def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
         """See `Source`."""

@@ -1,0 +1,208 @@
+"""Nobody waits for ever: not for a backend or a disk that hangs, and not at Python's end."""
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+
+from vqbet_edge import DeadlineError, DiskError, EdgePolicy, Guards, UsageError
+from vqbet_edge.runtime import policy as policy_module
+from vqbet_edge.runtime import recording
+
+LATE = Guards(deadline_s=0.05, on_late="hold")
+
+
+def seen(count: int) -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [miniature.observation(random) for _ in range(count)]
+
+
+@contextmanager
+def hanging(policy: EdgePolicy, stage: str) -> Iterator[None]:
+    """A stage that does not return before the block's end."""
+    graphs, go = policy._window.graphs, threading.Event()
+    run = getattr(graphs, stage)
+
+    def hangs(*arguments: Any, **options: Any) -> Any:
+        go.wait(60)
+        return run(*arguments, **options)
+
+    setattr(graphs, stage, hangs)
+    try:
+        yield
+    finally:
+        setattr(graphs, stage, run)
+        go.set()
+
+
+@pytest.mark.parametrize("guards", [None, LATE])
+@pytest.mark.parametrize("call", ["reset", "close"])
+def test_a_prefetch_that_hangs_does_not_hold_reset_and_close(
+    mini: Path, monkeypatch: pytest.MonkeyPatch, guards: Guards | None, call: str
+) -> None:
+    monkeypatch.setattr(policy_module, "_PATIENCE_S", 0.1)
+    policy = EdgePolicy.load(mini, "onnxruntime", guards=guards, prefetch="thread", replan_every=2)
+    plain = EdgePolicy.load(mini, "onnxruntime", prefetch="thread", replan_every=2)
+    observations = seen(6)
+
+    def in_step(place: int) -> np.ndarray:
+        if policy._deadline is not None:
+            policy._deadline._seconds = 30
+        got, expected = (each.act(observations[place]) for each in (policy, plain))
+        np.testing.assert_array_equal(got, expected)
+        if policy._deadline is not None:
+            policy._deadline._seconds = 0.05
+        return got
+
+    in_step(0)
+    with hanging(policy, "prefill"):
+        held = in_step(1)  # the queue's last: what comes next is prepared
+        with pytest.raises(DeadlineError, match="still works on an earlier call"):
+            getattr(policy, call)()
+        sibling = policy.sibling(seed=4)  # others are not held
+        sibling.act_chunk(observations[0])
+        if guards is not None:  # neither is the policy itself
+            np.testing.assert_array_equal(policy.act(observations[2]), held)
+            with pytest.raises(DeadlineError, match="still works on an earlier call"):
+                getattr(policy, call)()
+            plain.act(observations[2])
+    if policy._deadline is not None:
+        policy._deadline.finish(lambda: None)  # type: ignore[arg-type, return-value]
+    # Nothing was forgotten.
+    for place in range(3 if guards else 2, 6):
+        in_step(place)
+    sibling.close()
+    monkeypatch.setattr(policy_module, "_PATIENCE_S", 60)
+    getattr(policy, call)()
+
+
+def test_a_policy_that_is_dropped_does_not_wait_for_its_prefetch(mini: Path) -> None:
+    policy = EdgePolicy.load(mini, "onnxruntime", prefetch="thread", replan_every=1)
+    with hanging(policy, "prefill"):
+        policy.act(seen(1)[0])
+        del policy
+        gc.collect()
+
+
+def test_a_disk_that_hangs_is_told_at_the_blocks_end(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "_PATIENCE_S", 0.1)
+    disk, write = threading.Event(), recording._write_file
+
+    def hangs(*arguments: Any) -> None:
+        disk.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(recording, "_write_file", hangs)
+    policy = EdgePolicy.load(mini, "onnxruntime")
+    with pytest.raises(DiskError, match=r"the disk hangs.*was not written"):  # noqa: SIM117
+        with policy.record(tmp_path / "seen"):
+            policy.act(seen(1)[0])
+    disk.set()
+    policy.act(seen(1)[0])
+
+
+def test_a_policy_records_to_one_folder_at_a_time(mini: Path, tmp_path: Path) -> None:
+    policy = EdgePolicy.load(mini, "onnxruntime")
+    with policy.record(tmp_path / "first"):
+        policy.act(seen(1)[0])
+        with (
+            pytest.raises(UsageError, match=r"records to '.*first' already; leave that block"),
+            policy.record(tmp_path / "second"),
+        ):
+            pass
+        policy.act(seen(1)[0])
+    assert not (tmp_path / "second").exists()
+    with policy.record(tmp_path / "second"):
+        policy.act(seen(1)[0])
+    from safetensors.numpy import load_file
+
+    rows = {
+        name: [len(load_file(file)["step"]) for file in (tmp_path / name).iterdir()]
+        for name in ("first", "second")
+    }
+    assert rows == {"first": [2], "second": [1]}
+
+
+PROGRAM = """
+import sys, threading, time
+import numpy as np
+from vqbet_edge import EdgePolicy, Guards
+bundle, prefetch, how = sys.argv[1:]
+guards = Guards(deadline_s=60, on_late="raise") if how == "deadline" else None
+policy = EdgePolicy.load(bundle, "onnxruntime", prefetch=prefetch, guards=guards)
+observation = {"observation.image": np.zeros((24, 24, 3), np.uint8),
+               "observation.state": np.float32([0, 20])}
+acted = threading.Event()
+
+def loop():
+    while True:
+        policy.act(observation)
+        acted.set()
+        if how == "load":
+            EdgePolicy.load(bundle, "onnxruntime").close()
+
+if how == "hangs":
+    encode = policy._window.graphs.encode
+    policy.act(observation)
+    policy._window.graphs.encode = lambda *_: (acted.set(), threading.Event().wait())
+threading.Thread(target=loop, daemon=True).start()
+acted.wait(60)
+time.sleep(0.05)
+print("last line", flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "how"),
+    [("thread", "acts"), ("inline", "acts"), ("off", "acts"), ("off", "deadline"),
+     ("off", "load"), ("thread", "hangs"), ("inline", "hangs")],
+)  # fmt: skip
+def test_python_ends_while_a_daemon_thread_acts(mini: Path, prefetch: str, how: str) -> None:
+    """An abort is 134 to a shell, -6 here; the timeout is for what hangs."""
+    command = [sys.executable, "-c", PROGRAM, str(mini), prefetch, how]
+    for _ in range(3 if how == "acts" else 1):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stdout) == (7, "last line\n"), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_end_waits_for_jobs_and_holds_who_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqbet_edge.runtime import ending
+
+    monkeypatch.setattr(ending, "RUNNING", set())
+    monkeypatch.setattr(ending, "_ending", None)
+    entered, order = threading.Event(), []
+
+    def late() -> None:
+        entered.set()
+        with ending.computing():
+            order.append("late")
+
+    def work(done: Callable[[], None]) -> None:
+        with ending.computing():
+            entered.set()
+            threading.Event().wait(0.2)
+            order.append("work")
+        done()
+
+    threading.Thread(target=work, args=(lambda: None,), daemon=True).start()
+    entered.wait(10)
+    ending._wait()
+    assert order == ["work"]
+    entered.clear()
+    threading.Thread(target=late, daemon=True).start()
+    entered.wait(10)
+    with ending.computing():  # the thread that ends Python may still call
+        order.append("own")
+    assert order == ["work", "own"]
