@@ -15,9 +15,8 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.extras import install_command
 
 if TYPE_CHECKING:
-    from vqbet_serve.load import Measured, Way
-
     from vqbet_bench.cli import Arguments
+    from vqbet_bench.serve_load import Measured, Way
 
 # Of the memory that is there, what the processes of one measurement may take.
 _SHARE = 0.8
@@ -33,7 +32,7 @@ def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> 
     """
     _check(arguments)
     try:
-        from vqbet_serve.load import table  # noqa: PLC0415 - an extra
+        from vqbet_bench.serve_load import table  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise BackendError(
             f"--serve needs '{error.name}', which is not installed; install it with: "
@@ -65,7 +64,7 @@ def _results(
     progress: Callable[[str], None],
     notes: list[str],
 ) -> "Iterator[Measured]":
-    from vqbet_serve.load import Load, Way, measure  # noqa: PLC0415
+    from vqbet_bench.serve_load import Load, Way, measure  # noqa: PLC0415
 
     for source, bundle in bundles.items():
         name = Path(source).name

@@ -23,18 +23,20 @@ import tyro
 from fastapi import FastAPI, Response, WebSocket
 from fastapi import Request as HttpRequest
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.datastructures import Headers
 from vqbet_serve.asgi import AsgiConnection
 from vqbet_serve.conversation import Conversation, Shared
 from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
+from vqbet_serve.keys import UNNAMED, Keys
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.metrics import CONTENT_TYPE, Metrics
-from vqbet_serve.server import ServeConfig, knows_key, read_key
+from vqbet_serve.readiness import Readiness, ReferenceStep
+from vqbet_serve.server import ServeConfig
 from vqbet_serve.sessions import Sessions
 
-from vqbet_edge import BackendError, EdgePolicy, UsageError, cli
+from vqbet_edge import BackendError, EdgePolicy, UsageError, VQBeTEdgeError, cli
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.hub import pinned
@@ -53,13 +55,25 @@ class Policy:
     """A replica: weights, and no robot's history."""
 
     def __init__(self, bundle: str, backend: BackendName, wait_s: float) -> None:
-        self._bundle, self._graphs = bundle, Graphs(Bundle.open(bundle), backend)
+        opened = Bundle.open(bundle)
+        self._bundle, self._graphs = bundle, Graphs(opened, backend)
+        here = EdgePolicy(opened, Elsewhere(opened.manifest, self._graphs.answer))
+        self._readiness = Readiness(ReferenceStep(here, opened))
         self._answer.set_max_batch_size(self._graphs.most)
         self._answer.set_batch_wait_timeout_s(wait_s)
 
     def bundle(self) -> str:
         """Where the weights came from."""
         return self._bundle
+
+    async def check_health(self) -> None:
+        """Ray asks now and then, and replaces a replica that does not act.
+
+        Raises:
+            BackendError: a reference step fails.
+        """
+        if failure := await self._readiness.failure():
+            raise BackendError(failure)
 
     async def answer(self, request: Request) -> Reply:
         """Compute one robot's request, in a batch with others'.
@@ -84,6 +98,7 @@ class _Version:
     number: int
     policy: EdgePolicy
     metadata: PolicyMetadata
+    readiness: Readiness
 
     @classmethod
     def of(cls, number: int) -> "_Version":
@@ -91,7 +106,9 @@ class _Version:
         handle = serve.get_app_handle(f"{POLICY}{number}")
         bundle = Bundle.open(handle.bundle.remote().result(timeout_s=_PATIENCE_S))
         backend = Elsewhere(bundle.manifest, lambda request: _ask(handle, request))
-        return cls(number, EdgePolicy(bundle, backend), PolicyMetadata.of(bundle.manifest))
+        policy = EdgePolicy(bundle, backend)
+        readiness = Readiness(ReferenceStep(policy, bundle))
+        return cls(number, policy, PolicyMetadata.of(bundle.manifest), readiness)
 
 
 def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
@@ -100,12 +117,22 @@ def _ask(handle: Any, request: Request) -> Reply:  # noqa: ANN401
     while True:
         try:
             reply: Reply = handle.answer.remote(request).result(timeout_s=_PATIENCE_S)
-        except (RayActorError, RayServeException, TimeoutError) as error:  # noqa: PERF203
+        except RayTaskError as error:  # noqa: PERF203
+            raise own_error(error) from error
+        except (RayActorError, RayServeException, TimeoutError) as error:
             if time.monotonic() > end:
-                raise BackendError(f"no replica of the policy answers: {error}") from error
+                raise BackendError("no replica of the policy answers") from error
             time.sleep(_PAUSE_S)
         else:
             return reply
+
+
+def own_error(error: RayTaskError) -> VQBeTEdgeError:
+    """Our error that a replica raised: Ray's text has a traceback, a process and an address."""
+    cause = error.cause
+    if type(cause).__module__ == VQBeTEdgeError.__module__:
+        return type(cause)(*cause.args)
+    return BackendError("a replica of the policy failed")
 
 
 # Serve makes a copy of the class below where it stands: all that it uses comes before it.
@@ -141,10 +168,11 @@ class Robots:
 
     def __init__(self, arguments: "Arguments") -> None:
         config = self._config = arguments.config()
-        self._metrics, self._connections = Metrics(), 0
         pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
         # Serve refuses to wait on the thread that it makes replicas on.
         self._version = pool.submit(lambda: _Version.of(_running(_policies())[-1])).result()
+        fps = self._version.metadata.fps
+        self._metrics = Metrics(None if fps is None else 1 / fps)
         self._sessions = Sessions(self._version.policy, config.seed, config.max_robots)
         greeting = self._version.metadata.to_frame()
         self._shared = Shared(self._sessions, self._metrics, pool, greeting, config.idle_s)
@@ -176,45 +204,52 @@ class Robots:
         """Whether connections are taken."""
         return Response("OK\n", media_type="text/plain")
 
+    @_app.get("/readyz")
+    async def readyz(self) -> Response:
+        """Whether the newest policy acts."""
+        failure = await self._version.readiness.failure()
+        text = f"{failure or 'OK'}\n"
+        return Response(text, 503 if failure else 200, media_type="text/plain")
+
     @_app.get("/metrics")
     def metrics(self, request: HttpRequest) -> Response:
         """Of this replica."""
-        if not self._knows_key(request.headers):
+        if self._robot(request.headers) is None:
             return Response("expected a valid Api-Key\n", 401, media_type="text/plain")
-        return Response(self._metrics.text(len(self._sessions)), media_type=CONTENT_TYPE)
+        text = self._metrics.text(len(self._sessions), self._shared.idle_by_robot())
+        return Response(text, media_type=CONTENT_TYPE)
 
     @_app.websocket("/")
     async def drive(self, websocket: WebSocket) -> None:
         """One connection; see `vqbet_serve.server`."""
-        if reason := self._refusal(websocket):
+        robot = self._robot(websocket.headers)
+        if reason := self._refusal(websocket, robot):
             self._metrics.refusal(reason)
             await websocket.close(1008)
             return
         await websocket.accept()
         connection = AsgiConnection(websocket, self._version.metadata.largest_frame)
-        conversation = Conversation(connection, self._shared)
-        self._connections += 1
-        try:
-            await conversation.run()
-        except Exception:  # noqa: BLE001 - logged; a peer learns nothing of our insides
-            _LOG.exception("a connection failed")
-            self._metrics.refusal("InternalError")
-            await conversation.refuse("InternalError: the server's log tells more")
-        finally:
-            self._connections -= 1
-            await conversation.close_sessions()
 
-    def _knows_key(self, headers: Headers) -> bool:
+        def admitted() -> bool:
+            return self._robot(websocket.headers) == robot
+
+        await Conversation(connection, self._shared, str(robot), admitted).run()
+
+    def _robot(self, headers: Headers) -> str | None:
+        """Whose key the headers hold; None: nobody's."""
+        if self._config.keys is None:
+            return UNNAMED
         given = [value.encode("latin-1") for value in headers.getlist("authorization")]
-        return knows_key(self._config.api_key, given)
+        return self._config.keys.robot(given)
 
-    def _refusal(self, websocket: WebSocket) -> str:
+    def _refusal(self, websocket: WebSocket, robot: str | None) -> str:
         """Why a connection is refused; empty if it is not."""
         if "origin" in websocket.headers:
             return "Origin"
-        if not self._knows_key(websocket.headers):
+        if robot is None:
             return "Unauthorized"
-        return "TooManyConnections" if self._connections >= 2 * self._config.max_robots else ""
+        is_full = len(self._shared.conversations) >= 2 * self._config.max_robots
+        return "TooManyConnections" if is_full and not self._shared.let_one_go() else ""
 
 
 @dataclass(frozen=True)
@@ -233,11 +268,11 @@ class Arguments:
     # Address to listen on; any but loopback needs a key. Taken when the fleet starts.
     host: str = "127.0.0.1"
     port: int = 8000
-    # File with the key that clients must send, the same on every node.
+    # File with the keys that clients must send, the same on every node: KEY or NAME KEY a line.
     api_key_file: Path | None = None
     # Robots at the same time, per ingress replica.
     max_robots: int = 64
-    # Seconds without a request after which a connection is closed.
+    # Seconds without a request after which a robot's place may be given to another one.
     idle_s: float = 30.0
     # Start of the random sequence of robots without a session_id.
     seed: int = 0
@@ -251,7 +286,7 @@ class Arguments:
         return ServeConfig(
             host=self.host,
             port=self.port,
-            api_key=None if self.api_key_file is None else read_key(self.api_key_file),
+            keys=None if self.api_key_file is None else Keys.read(self.api_key_file),
             seed=self.seed,
             max_robots=self.max_robots,
             idle_s=self.idle_s,

@@ -17,6 +17,7 @@ def policy(mini: Path) -> Iterator[EdgePolicy]:
 
 @pytest.fixture(scope="session")
 def openpi_python() -> str:
-    """Python with openpi-client, which wants NumPy 1."""
+    """Python with openpi-client, which wants NumPy 1, and with msgpack-numpy."""
     # openpi-client forgets typing_extensions.
-    return str(prepare("openpi", ["openpi-client", "numpy<2", "typing_extensions"]))
+    needs = ["openpi-client", "numpy<2", "typing_extensions", "msgpack-numpy"]
+    return str(prepare("openpi", needs))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -128,10 +129,23 @@ def refusals(url: str, headers: dict[str, str]) -> dict[str, str]:
         "no key": status(),
         "wrong key": status(additional_headers={"Authorization": "Api-Key wrong"}),
         "web page": status(additional_headers=headers, origin="http://example.com"),
-        "large": closed(bytes(1 << 20)),
+        "large": closed(bytes(20 << 20)),
         "text": closed("text"),
         "garbage": closed(b"\xc1" * 100),
     }
+
+
+def causes() -> dict[str, str]:
+    """What becomes of errors in a replica."""
+    import ray_app
+    from ray.exceptions import RayTaskError
+
+    from vqbet_edge import BackendError
+
+    raised = BackendError("ours"), ValueError("theirs")
+    texts = "answer", "a remote traceback"
+    found = [RayTaskError(*texts, cause, "f", 7, "10.0.0.9") for cause in raised]
+    return {type(error.cause).__name__: repr(ray_app.own_error(error)) for error in found}
 
 
 def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict[str, Any]:
@@ -144,8 +158,11 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         return ray_app.Arguments(bundle, port=port, api_key_file=key, **small)
 
     names = [ray_app.roll_out(arguments(first))]
+    with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=SECONDS) as ready:
+        assert ready.read() == b"OK\n"
     url, headers = f"ws://127.0.0.1:{port}", {"Authorization": f"Api-Key {key.read_text()}"}
     refused = refusals(url, headers)
+    refused |= causes()
     try:
         ray_app.roll_out(arguments(misfit))
     except UsageError as error:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ COMMAND = [sys.executable, "-c", "from vqbet_serve.cli import main; main()"]
 
 
 @contextmanager
-def serving(policy: Any, backend: Backend | None = None, **config: Any) -> Iterator[PolicyServer]:
+def serving(
+    policy: Any,
+    backend: Backend | None = None,
+    check: Callable[[], None] = lambda: None,
+    **config: Any,
+) -> Iterator[PolicyServer]:
     """A server on a thread; when the block ends it is stopped and has nothing left.
 
     Robots share runs where the policy's backend is given.
     """
-    server = PolicyServer(policy, ServeConfig(port=0, **config), backend)
+    server = PolicyServer(policy, ServeConfig(port=0, **config), backend, check)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -73,6 +78,33 @@ def open_client(url: str, **options: Any) -> ClientConnection:
     client = connect(url, compression=None, proxy=None, **options)
     client.recv(SECONDS)
     return client
+
+
+@contextmanager
+def dying_link(url: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A way to a server that can die without a word: where to connect, and what kills it."""
+    address, dead = url.removeprefix("ws://").rsplit(":", 1), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as near:
+        threads = []
+
+        def forward() -> None:
+            robot = near.accept()[0]
+            server = socket.create_connection((address[0], int(address[1])), SECONDS)
+            for pair in ((robot, server), (server, robot)):
+                threads.append(threading.Thread(target=copy, args=pair))
+                threads[-1].start()
+
+        def copy(source: socket.socket, sink: socket.socket) -> None:
+            with sink, suppress(OSError):  # the other way has ended
+                while data := source.recv(1 << 16):
+                    if not dead.is_set():
+                        sink.sendall(data)
+
+        threads.append(threading.Thread(target=forward))
+        threads[-1].start()
+        yield f"ws://127.0.0.1:{near.getsockname()[1]}", dead.set
+        for thread in threads:
+            thread.join(SECONDS)
 
 
 def ask(

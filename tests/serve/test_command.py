@@ -26,6 +26,7 @@ from serve.serving import (
 )
 from torture import cases
 from vqbet_serve import RemotePolicy
+from vqbet_serve.keys import Keys
 from vqbet_serve.server import ServeConfig
 from websockets.exceptions import ConnectionClosed
 
@@ -80,7 +81,7 @@ def test_values_out_of_range(wrong: dict[str, Any]) -> None:
 
 
 def test_a_key_is_not_shown() -> None:
-    assert KEY not in repr(ServeConfig(api_key=KEY))
+    assert KEY not in repr(ServeConfig(keys=Keys(KEY)))
 
 
 def test_a_port_in_use(mini: Path) -> None:

@@ -102,6 +102,8 @@ def test_a_replica_is_lost_and_a_bundle_rolled_out(
     assert refused["large"].startswith("1009 ")
     assert refused["text"] == "1011 UsageError: expected binary frames, got text"
     assert refused["garbage"].startswith("1011 UsageError: expected a MessagePack map")
+    assert refused["BackendError"] == "BackendError('ours')"
+    assert refused["ValueError"] == "BackendError('a replica of the policy failed')"
     assert "does not fit the fleet's robots: expected observation" in refused["misfit"]
 
 

@@ -9,14 +9,19 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import miniature
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 from serve.serving import (
     SECONDS,
     ask,
@@ -29,15 +34,22 @@ from serve.serving import (
     vanish,
 )
 from torture import cases
-from vqbet_serve.frames import array, pack, unpack
+from vqbet_serve.frames import array, check_values, pack, text, unpack
+from vqbet_serve.keys import Keys
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.server import PolicyServer
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
+from workshop import once
 
-from vqbet_edge import EdgePolicy, VQBeTEdgeError
+from vqbet_edge import BackendError, EdgePolicy, ObservationError, UsageError, VQBeTEdgeError
 
 KEY = "correct-horse-battery"
+Seen = dict[str, np.ndarray]
+
+
+class RemoteError(ObservationError):
+    """As Ray makes one of an error: of the error's class, with a text of its own."""
 
 
 def mutated(frame: bytes, random: np.random.Generator) -> bytes:
@@ -66,34 +78,36 @@ def mutated(frame: bytes, random: np.random.Generator) -> bytes:
     return bytes(text)
 
 
-def independently_decoded(frame: bytes) -> dict[str, np.ndarray]:
+def independently_decoded(frame: bytes, keys: Iterable[str]) -> dict[str, np.ndarray]:
     message = msgspec.msgpack.decode(frame)
     return {
         key: np.frombuffer(message[key][b"data"], message[key][b"dtype"]).reshape(
             message[key][b"shape"]
         )
-        for key in (miniature.IMAGE, miniature.STATE)
+        for key in keys
     }
 
 
-def act_as(alone: EdgePolicy, robot: ClientConnection) -> None:
-    """Seven steps of a robot, each bitwise the policy's own."""
-    for seen in observations(1, 7):
+def act_as(alone: EdgePolicy, robot: ClientConnection, steps: Sequence[Seen] | None = None) -> None:
+    """Seven steps of a robot, or others, each bitwise the policy's own."""
+    for seen in steps or observations(1, 7):
         action = ask(robot, seen)
         assert isinstance(action, np.ndarray)
         assert action.tobytes() == alone.act(seen).tobytes()
 
 
 @contextmanager
-def unharmed(server: PolicyServer, policy: EdgePolicy) -> Iterator[ClientConnection]:
+def unharmed(
+    server: PolicyServer, policy: EdgePolicy, steps: Sequence[Seen] | None = None
+) -> Iterator[ClientConnection]:
     """A robot acts before, meanwhile and afterwards as if it were alone; nothing else is left."""
     with policy.sibling() as alone, open_client(server.url, **_key(server)) as robot:
-        act_as(alone, robot)
+        act_as(alone, robot, steps)
         before = descriptors(), threading.active_count()
         yield robot
-        act_as(alone, robot)
+        act_as(alone, robot, steps)
         end = time.monotonic() + SECONDS
-        while len(server._conversations) > 1 or len(server.sessions) > 1:
+        while len(server._shared.conversations) > 1 or len(server.sessions) > 1:
             assert time.monotonic() < end
             time.sleep(0.01)
         gc.collect()
@@ -101,12 +115,13 @@ def unharmed(server: PolicyServer, policy: EdgePolicy) -> Iterator[ClientConnect
         pool = server._pool._max_workers
         assert descriptors() <= before[0] + 2
         assert threading.active_count() <= before[1] + pool
-        assert "InternalError" not in server.metrics.text(0)
+        assert "InternalError" not in server.metrics.text(0, {})
 
 
 def _key(server: PolicyServer) -> dict[str, Any]:
-    key = server._config.api_key
-    return {"additional_headers": {"Authorization": f"Api-Key {key}"}} if key else {}
+    return (
+        {"additional_headers": {"Authorization": f"Api-Key {KEY}"}} if server._config.keys else {}
+    )
 
 
 def no_traceback(answer: str) -> None:
@@ -116,13 +131,37 @@ def no_traceback(answer: str) -> None:
 
 
 def test_mutated_frames(policy: EdgePolicy) -> None:
-    random, acted, refused = np.random.default_rng(21), 0, 0
-    # The robot beside it says nothing for minutes in a full run.
-    patient = serving(policy, idle_s=3600)
-    with patient as server, unharmed(server, policy), policy.sibling() as local:
+    seen = [observations(case, 1)[0] for case in range(50)]
+    outcomes = mutate(policy, seen, cases(3000, 100_000))
+    assert outcomes["acted"] > 100
+    assert outcomes["refused"] > 1000
+
+
+def test_mutated_frames_of_two_cameras_of_720p(shared: Path) -> None:
+    """Real cameras' frames: what costs more than it should does so here."""
+    keys = miniature.IMAGE, "observation.images.wrist"
+    path = shared / "two-720p.bundle"
+    once(path, lambda: miniature.write(path, miniature.checkpoint((720, 1280), cameras=keys)))
+    random, state = np.random.default_rng(24), observations(0, 5)
+    seen = [
+        each | {key: random.integers(0, 256, (720, 1280, 3), np.uint8) for key in keys}
+        for each in state
+    ]
+    with EdgePolicy.load(path, "onnxruntime") as policy:
+        outcomes = mutate(policy, seen, cases(40, 100_000))
+    assert outcomes["acted"] > 1
+    assert outcomes["refused"] > 10
+
+
+def mutate(policy: EdgePolicy, seen: Sequence[Seen], count: int) -> Counter[str]:
+    """So many mutated frames beside a robot that acts: each acts rightly or is refused."""
+    random, outcomes = np.random.default_rng(21), Counter[str]()
+    frames = [pack(each) for each in seen]
+    beside = serving(policy)
+    with beside as server, unharmed(server, policy, seen[:5]), policy.sibling() as local:
         client = None
-        for case in range(cases(3000, 100_000)):
-            frame = mutated(pack(observations(case % 50, 1)[0]), random)
+        for case in range(count):
+            frame = mutated(frames[case % len(frames)], random)
             if client is None:
                 client = open_client(server.url)
                 local.reset(seed=0)
@@ -135,20 +174,19 @@ def test_mutated_frames(policy: EdgePolicy) -> None:
                 continue
             if isinstance(answer, str):
                 no_traceback(answer)
-                refused += 1
+                outcomes["refused"] += 1
                 if not answer.startswith("ObservationError"):
                     with pytest.raises(ConnectionClosed):
                         client.recv(SECONDS)
                     client = None
                 continue
             action = array("actions", unpack(answer)["actions"])[0]
-            expected = local.act(independently_decoded(frame))
+            expected = local.act(independently_decoded(frame, seen[0]))
             assert action.tobytes() == expected.tobytes()
-            acted += 1
+            outcomes["acted"] += 1
         if client is not None:
             client.close()
-    assert acted > 100
-    assert refused > 1000
+    return outcomes
 
 
 def test_mutated_frames_without_a_network() -> None:
@@ -194,7 +232,12 @@ def part(**changes: Any) -> dict[bytes, Any]:
         part(__ndarray__=1),
         part(__ndarray__=False),
         {b"__npgeneric__": True, b"data": 1.0, b"dtype": "<f4"},
-        {"__ndarray__": True, "data": b"\0" * 8, "dtype": "<f4", "shape": [2]},
+        {"__ndarray__": True, "data": b"\0" * 8, "dtype": "<f4", "shape": [2], b"data": b"\0" * 8},
+        {b"nd": True, b"type": "<f4", b"kind": b"O", b"shape": [2], b"data": b"\0" * 8},
+        {b"nd": True, b"type": [["x", "<f4"]], b"kind": b"V", b"shape": [2], b"data": b"\0" * 8},
+        {b"nd": False, b"type": "<f4", b"data": b"\0" * 4},
+        {1: 2},
+        {(1,): 2},
         [1.0, 2.0],
         1.0,
         None,
@@ -221,8 +264,8 @@ def test_arrays_that_are_none(policy: EdgePolicy, state: Any) -> None:
         ("text", "expected binary frames, got text"),
         (b"", "expected a MessagePack map"),
         (pickle.dumps({"a": 1}), "expected a MessagePack map"),
-        (b"\x81\xa1a" + b"\x91" * 20_000 + b"\x01", "expected a MessagePack map"),
-        (b"\xdf\x7f\xff\xff\xff", "expected a MessagePack map"),
+        (b"\x81\xa1a" + b"\x91" * 4000 + b"\x01", "expected a MessagePack map"),
+        (b"\xdf\x7f\xff\xff\xff", "expected at most 4096 keys and values"),
         (b"\x81\xa1\xff\xa1\xff", "expected a MessagePack map"),
         (msgspec.msgpack.encode([1, 2]), "expected a MessagePack map"),
         (msgspec.msgpack.encode({b"a": 1}), "expected a MessagePack map"),
@@ -249,13 +292,148 @@ def test_frames_that_are_no_requests(policy: EdgePolicy, frame: bytes | str, err
         assert closed.value.rcvd.code == 1011
 
 
-def test_oversized_frames(policy: EdgePolicy) -> None:
+MANY = 1_000_000
+LONG = b"\xdb" + MANY.to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\xdf" + MANY.to_bytes(4, "big") + b"\xa1a\xc0" * MANY,
+        b"\xdf" + MANY.to_bytes(4, "big") + b"".join(b"\xa4%04x\xc0" % i for i in range(1 << 16)),
+        b"\x81\xa1a\xdd" + MANY.to_bytes(4, "big") + b"\xc0" * MANY,
+        b"\x81\xa1a" + b"\xdc\x04\x00" * (MANY // 4),
+        b"\x81\xa1a\x9f" + (b"\xdc\xff\xff" + b"\x90" * 0xFFFF) * 15,
+        b"\x81\xa1a\xdf" + MANY.to_bytes(4, "big") + b"\xd4\x05a\xc0" * MANY,
+    ],
+    ids=["keys", "names", "items", "in one another", "of many", "extensions"],
+)
+def test_frames_of_too_many_values(policy: EdgePolicy, frame: bytes) -> None:
+    """Their headers say so: nothing of them is built, in requests, answers and metadata."""
+    for read in (unpack, PolicyMetadata.from_frame):
+        tracemalloc.start()
+        try:
+            with pytest.raises(UsageError, match="at most 4096 keys and values"):
+                read(frame)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 16
+        finally:
+            tracemalloc.stop()
+    with serving(policy) as server, unharmed(server, policy), open_client(server.url) as client:
+        client.send(frame)
+        assert str(client.recv(SECONDS)).startswith("UsageError: expected at most 4096 keys and")
+
+
+def values(value: Any) -> int:
+    """How many there are, keys included, as msgspec sees them."""
+    match value:
+        case dict():
+            return 1 + sum(values(key) + values(child) for key, child in value.items())
+        case list() | tuple():
+            return 1 + sum(map(values, value))
+        case _:
+            return 1
+
+
+@given(
+    strategies.recursive(
+        strategies.none()
+        | strategies.booleans()
+        | strategies.integers(-(2**63), 2**64 - 1)
+        | strategies.floats()
+        | strategies.sampled_from([0, 31, 32, 255, 256, 1 << 16]).map(lambda n: "t" * n)
+        | strategies.sampled_from([0, 255, 256, 1 << 16]).map(bytes)
+        | strategies.just([None] * (1 << 16))
+        | strategies.sampled_from([0, 1, 2, 3, 4, 8, 16, 255, 1 << 16]).map(
+            lambda n: msgspec.msgpack.Ext(5, bytes(n))
+        ),
+        lambda inner: (
+            strategies.lists(inner, max_size=20)
+            | strategies.dictionaries(strategies.text(), inner, max_size=20)
+        ),
+    )
+)
+@settings(max_examples=cases(100, 10_000), deadline=None, database=None)
+def test_values_are_counted(value: Any) -> None:
+    frame, count = msgspec.msgpack.encode(value), values(value)
+    with mock.patch("vqbet_serve.frames._MOST_VALUES", count):
+        check_values(frame)
+    with mock.patch("vqbet_serve.frames._MOST_VALUES", max(1, count - 1)):
+        if count > 1:
+            with pytest.raises(UsageError):
+                check_values(frame)
+
+
+def test_a_long_text_is_not_read(policy: EdgePolicy) -> None:
+    del policy
+    for name in ("session_id", "endpoint"):
+        message = {name: msgspec.Raw(LONG + b"x" * MANY)}
+        tracemalloc.start()
+        try:
+            with pytest.raises(
+                UsageError, match=f"'{name}': expected 1 to 256 characters, got 1000005"
+            ):
+                text(message, name, 256)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 16
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("came", "words"),
+    [
+        (part(), ""),
+        ({"nd": True, "kind": b"", "type": "<f4", "shape": [2], "data": b"\0" * 8}, ""),
+        ({"nd": True, "typ": "<f4", "of": 1}, "got a map with the keys 'nd', 'typ', 'of'"),
+        ([1.0, 2.0], "got a list"),
+        (b"\0" * 8, "got bytes"),
+        ("AAAA", "got a text"),
+        (None, r"got nothing \(nil\)"),
+        (1.5, "got a value of the type float"),
+        (b"\xff\xd8\xff\xe0" + bytes(90), "got a JPEG file; decode it on the robot"),
+        (np.frombuffer(b"\x89PNG\r\n\x1a\n" + bytes(90), np.uint8), "got a PNG file; decode it"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_came_instead_of_an_array_is_named(came: Any, words: str) -> None:
+    packed = unpack(pack({"k": came}))["k"]
+    if not words:
+        assert array("k", packed).shape == (2,)
+        return
+    with pytest.raises(ObservationError, match=f"'k': expected an array.*{words}"):
+        array("k", packed)
+
+
+def test_observations_that_do_not_fit_are_named_as_they_came(
+    policy: EdgePolicy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cameras that are too large, in whatever layout, and names that nobody looks at."""
+    seen = observations(0, 1)[0]
+    large = np.zeros((1080, 1920, 3), np.uint8)
+    planar = np.zeros((3, 480, 640), np.float32)
+    with serving(policy) as server, unharmed(server, policy), open_client(server.url) as client:
+        for frame, size in ((large, "1080x1920"), (planar, "480x640")):
+            answer = ask(client, seen | {miniature.IMAGE: frame})
+            assert str(answer).startswith("ObservationError: 'observation.image': expected uint8")
+            assert "was trained on 24x24 (height x width) and resizes nothing" in str(answer)
+            assert f"the camera gives {size}: resize its frames, on the robot" in str(answer)
+        answer = ask(client, {"image": seen[miniature.IMAGE], "state": seen[miniature.STATE]})
+        assert answer == (
+            "ObservationError: 'observation.image' is missing: expected ['observation.image', "
+            "'observation.state'], got ['image', 'state']"
+        )
+        assert isinstance(ask(client, seen), np.ndarray)
+    # Of one kind the log has one.
+    assert caplog.text.count("'observation.image': expected uint8 (24, 24, 3)") == 1
+
+
+def test_oversized_frames(policy: EdgePolicy, caplog: pytest.LogCaptureFixture) -> None:
     with serving(policy) as server:
         limit = server._max_size
-        assert limit < 200_000
+        assert limit < 40 << 20
         with unharmed(server, policy):
             oversize(server.url, limit)
-        assert 'refusals_total{reason="MessageTooBig"} 3' in server.metrics.text(0)
+        assert f"frame with {limit + 1} bytes exceeds limit of {limit} bytes" in caplog.text
+        assert 'refusals_total{reason="MessageTooBig"} 3' in server.metrics.text(0, {})
 
 
 def oversize(url: str, limit: int) -> None:
@@ -280,8 +458,10 @@ def test_a_flood_of_empty_fragments(policy: EdgePolicy) -> None:
 
 
 @pytest.mark.parametrize("bytes_per_s", [20, 0])
-def test_slow_writers_and_half_open_connections(policy: EdgePolicy, bytes_per_s: int) -> None:
-    """A byte now and then, or nothing after a part of a frame; both end with the idle limit."""
+def test_slow_writers_and_half_open_connections(
+    policy: EdgePolicy, bytes_per_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then, or nothing after a part of a frame: no ping is answered in it."""
     frame = b"\x82\xfe\x01\x00" + b"mask" + b"\0" * 256
 
     def write(client: ClientConnection, ended: threading.Event) -> None:
@@ -292,14 +472,29 @@ def test_slow_writers_and_half_open_connections(policy: EdgePolicy, bytes_per_s:
             with suppress(OSError):
                 client.socket.sendall(bytes([byte]))
 
-    with serving(policy, idle_s=0.5) as server, open_client(server.url) as client:
+    monkeypatch.setattr("vqbet_serve.server._PING_S", 0.3)
+    with serving(policy) as server, open_client(server.url) as client:
         ended = threading.Event()
         writer = threading.Thread(target=write, args=(client, ended))
         writer.start()
-        answer = client.recv(SECONDS)
+        with pytest.raises(ConnectionClosed, match="ping timeout"):
+            client.recv(SECONDS)
         ended.set()
         writer.join(SECONDS)
-    assert answer == "UsageError: no request within 0.5 s"
+
+
+def test_a_request_that_does_not_become_whole(policy: EdgePolicy) -> None:
+    """Fragments now and then: pings are answered between them."""
+
+    def drip() -> Iterator[bytes]:
+        for _ in range(60):
+            yield b"x"
+            time.sleep(0.1)
+
+    with serving(policy, idle_s=0.3) as server, open_client(server.url) as client:
+        with pytest.raises(ConnectionClosed):
+            client.send(drip())
+        assert client.recv(SECONDS) == "UsageError: no whole request within 0.3 s"
 
 
 def test_wrong_keys(policy: EdgePolicy) -> None:
@@ -314,7 +509,7 @@ def test_wrong_keys(policy: EdgePolicy) -> None:
         {"Authorization": "Api-Key \xff\xfe"},
         [("Authorization", f"Api-Key {KEY}"), ("Authorization", "Api-Key other")],
     ]
-    with serving(policy, api_key=KEY) as server, unharmed(server, policy):
+    with serving(policy, keys=Keys(KEY)) as server, unharmed(server, policy):
         for headers in wrong:
             with pytest.raises(InvalidStatus, match="401"):
                 open_client(server.url, additional_headers=headers)
@@ -396,3 +591,29 @@ def test_a_bug_of_ours_tells_the_peer_nothing(
         assert answer == "InternalError: the server's log tells more"
         assert 'reason="InternalError"} 1' in get(server.url, "/metrics")[1]
     assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (BackendError("/home/me failed: Traceback"), "BackendError: the server's log tells more"),
+        (
+            RemoteError("ray::Policy.answer() (pid=7, ip=10.0.0.9)"),
+            "InternalError: the server's log",
+        ),
+    ],
+    ids=["a library's text", "a remote traceback"],
+)
+def test_what_others_say_stays_on_the_server(
+    policy: EdgePolicy,
+    error: Exception,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("vqbet_serve.sessions.Session.act", mock.Mock(side_effect=error))
+    with serving(policy) as server, open_client(server.url) as client:
+        answer = str(ask(client, observations(0, 1)[0]))
+    assert answer.startswith(told)
+    assert str(error) not in answer
+    assert str(error) in caplog.text

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import miniature
+import msgspec
 import numpy as np
 import pytest
 from serve.serving import SECONDS, Stalling, observations, serving, serving_process, vanish
 from torture import cases
 from vqbet_serve import RemotePolicy
 from vqbet_serve.frames import pack
+from vqbet_serve.keys import Keys
 from vqbet_serve.metadata import Feature, PolicyMetadata
 from websockets.sync.server import ServerConnection, serve
 
@@ -57,7 +59,7 @@ def test_no_server(url: str) -> None:
 
 def test_a_wrong_key(policy: EdgePolicy) -> None:
     key = "0123456789abcdef"
-    with serving(policy, api_key=key) as server:
+    with serving(policy, keys=Keys(key)) as server:
         for wrong in (None, "fedcba9876543210"):
             with pytest.raises(BackendError, match="401"):
                 remote(server.url, api_key=wrong)
@@ -68,6 +70,7 @@ def test_a_wrong_key(policy: EdgePolicy) -> None:
 def test_what_the_server_says(policy: EdgePolicy) -> None:
     with serving(policy) as server, remote(server.url) as robot:
         said = robot.metadata
+        assert robot.fps == policy.manifest.fps
     assert said.observation == {
         miniature.IMAGE: Feature("uint8", (24, 24, 3)),
         miniature.STATE: Feature("float32", (2,)),
@@ -350,6 +353,11 @@ GREETING = PolicyMetadata(
 )
 
 
+def saying(**changes: Any) -> bytes:
+    """A server's metadata with something else in it."""
+    return msgspec.msgpack.encode(msgspec.to_builtins(GREETING) | changes)
+
+
 @contextmanager
 def lying(answer: bytes | str, greeting: bytes | str | None = None) -> Iterator[str]:
     """A server that answers everything by the same."""
@@ -399,12 +407,70 @@ def test_answers_that_are_no_actions(answer: bytes | str) -> None:
 
 @pytest.mark.parametrize(
     "greeting",
-    ["an error", b"", pack({"policy": "pi0"}), pack({"action_dim": "2"}), bytes(1 << 21)],
+    [
+        "an error",
+        b"",
+        pack({"policy": "pi0"}),
+        pack({"action_dim": "2"}),
+        bytes(1 << 21),
+        saying(action_dim=10**12),
+        saying(action_chunk_size=10**12),
+        saying(n_obs_steps=1 << 62),
+        saying(fps=0),
+        saying(fps=float("nan")),
+        saying(fps=float("inf")),
+        saying(policy="p" * 5000),
+        saying(server="\x1b[2J"),
+        saying(observation={str(key): {"dtype": "uint8", "shape": [1]} for key in range(65)}),
+        saying(observation={"x": {"dtype": "object", "shape": [1]}}),
+        saying(observation={"x": {"dtype": "uint8", "shape": [1 << 40]}}),
+        saying(observation={"x": {"dtype": "uint8", "shape": [1] * 64}}),
+    ],
     ids=lambda value: str(value)[:40],
 )
 def test_servers_of_another_kind(greeting: bytes | str) -> None:
+    limited = Guards(deadline_s=SECONDS, on_late="raise", action_limits=(-1, 1), max_change=1)
     with lying(b"", greeting) as url, pytest.raises(BackendError, match="cannot be used"):
+        remote(url, guards=limited)
+
+
+def test_a_servers_text_is_short_and_can_be_shown() -> None:
+    with lying(b"", "\x1b[2J" + "x" * 900_000) as url, pytest.raises(BackendError) as refused:
         remote(url)
+    assert len(str(refused.value)) < 2000
+    assert str(refused.value).isprintable()
+
+
+def test_a_servers_flood_of_empty_fragments() -> None:
+    with (
+        lying([b""] * 200) as url,  # type: ignore[arg-type]
+        remote(url) as robot,
+        pytest.raises(HistoryError, match="expected a frame in 64 fragments at most"),
+    ):
+        robot.act({miniature.STATE: np.zeros(2, np.float32)})
+
+
+def test_limits_on_change_hold_on_the_first_action(policy: EdgePolicy) -> None:
+    """As of `EdgePolicy.reset`; after a lost connection too, where the episode goes on."""
+    guards = Guards(deadline_s=SECONDS, on_late="raise", max_change=0.25, action_limits=None)
+    seen = observations(4, 3)
+    with (
+        serving(policy) as server,
+        policy.sibling() as local,
+        remote(server.url, guards=guards) as robot,
+    ):
+        for _ in range(2):
+            start = local.act(seen[0]) + np.float32(1)
+            local.reset(seed=0)
+            robot.reset(0, from_action=start)
+            np.testing.assert_array_equal(robot.act(seen[0]), start - np.float32(0.25))
+            vanish(robot._link._connection)
+            local.reset(seed=0)
+        for wrong in ([0.0], [0.0, np.nan], "up"):
+            with pytest.raises(UsageError, match="expected from_action of 2 finite numbers"):
+                robot.reset(from_action=wrong)
+        robot.reset(0)
+        np.testing.assert_array_equal(robot.act(seen[0]), local.act(seen[0]))
 
 
 def test_a_server_that_now_serves_another_robot(policy: EdgePolicy) -> None:

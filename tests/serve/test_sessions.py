@@ -13,6 +13,7 @@ from serve.serving import (
     Stalling,
     ask,
     descriptors,
+    dying_link,
     get,
     observations,
     open_client,
@@ -22,9 +23,11 @@ from serve.serving import (
     vanish,
 )
 from torture import cases
+from vqbet_bench.serve_load import pss_mb
 from vqbet_serve.frames import array, pack, unpack
-from vqbet_serve.load import pss_mb
+from vqbet_serve.keys import Keys
 from vqbet_serve.sessions import derived_seed
+from websockets.exceptions import ConnectionClosed
 
 from vqbet_edge import EdgePolicy
 
@@ -161,39 +164,103 @@ def test_more_robots_than_allowed_are_refused(policy: EdgePolicy) -> None:
         clients[1].close()
 
 
-def test_a_session_belongs_to_one_connection_and_is_free_after_it(policy: EdgePolicy) -> None:
+def test_a_newer_connection_takes_a_session_over(
+    policy: EdgePolicy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own robot's, from the start; the older one, whose link may be dead, is told."""
+    seen = observations(1, 7)
+    expected = alone(policy, derived_seed(0, "arm"), seen)
+    with serving(policy) as server, open_client(server.url) as older:
+        for each in seen[:3]:
+            ask(older, {**each, "session_id": "arm"})
+        with open_client(server.url) as newer:
+            acted = [ask(newer, {**each, "session_id": "arm"}) for each in seen]
+            assert [np.asarray(action).tobytes() for action in acted] == expected
+            assert str(older.recv(SECONDS)).startswith("UsageError: a newer connection has taken")
+            with pytest.raises(ConnectionClosed, match="1011"):
+                older.recv(SECONDS)
+        assert "robot 'unnamed' at 127.0.0.1 was refused: UsageError: a newer" in caplog.text
+
+
+def test_a_session_whose_link_died_half_open_is_taken_over(policy: EdgePolicy) -> None:
     message = {**observations(1, 1)[0], "session_id": "arm"}
-    with serving(policy) as server:
-        for _ in range(5):
-            with open_client(server.url) as client:
-                first = ask(client, message)
-                assert isinstance(first, np.ndarray)
-        with open_client(server.url) as client, open_client(server.url) as other:
-            assert isinstance(ask(client, message), np.ndarray)
+    with serving(policy) as server, dying_link(server.url) as (url, die):
+        older = open_client(url)
+        assert isinstance(ask(older, message), np.ndarray)
+        die()
+        with open_client(server.url) as newer:
+            assert isinstance(ask(newer, message), np.ndarray)
+        vanish(older)
+
+
+def test_another_robots_session_is_not_taken_over(policy: EdgePolicy) -> None:
+    message = {**observations(1, 1)[0], "session_id": "arm"}
+    keys = {name: name * 16 for name in ("a", "b")}
+    text = "".join(f"{name} {key}\n" for name, key in keys.items())
+    headers = {n: {"Authorization": f"Api-Key {key}"} for n, key in keys.items()}
+    with (
+        serving(policy, keys=Keys(text)) as server,
+        open_client(server.url, additional_headers=headers["a"]) as client,
+    ):
+        assert isinstance(ask(client, message), np.ndarray)
+        with open_client(server.url, additional_headers=headers["b"]) as other:
             answer = ask(other, message)
-            assert isinstance(answer, str)
-            assert answer.startswith("UsageError: this session_id is in use")
-            assert isinstance(ask(client, message), np.ndarray)
+        assert str(answer).startswith("UsageError: this session_id is in use by another")
+        assert isinstance(ask(client, message), np.ndarray)
 
 
 def test_sessions_that_a_connection_has_left_end(policy: EdgePolicy) -> None:
-    """As with a client that takes a new id for every episode."""
-    with serving(policy, idle_s=0.3, max_robots=3) as server, open_client(server.url) as client:
+    """As with a client that takes a new id for every episode; but not before it must be."""
+    with serving(policy, idle_s=0.1, max_robots=3) as server, open_client(server.url) as client:
         for number in range(9):
             seen = observations(number, 1)[0]
             assert isinstance(ask(client, {**seen, "session_id": str(number)}), np.ndarray)
+            assert len(server.sessions) == min(number + 1, 3) or number > 2
             time.sleep(0.2)
         assert len(server.sessions) <= 3
 
 
-def test_silence_ends_a_connection(policy: EdgePolicy) -> None:
-    with serving(policy, idle_s=0.2) as server:
-        with open_client(server.url) as silent:
-            assert silent.recv(SECONDS) == "UsageError: no request within 0.2 s"
-        with open_client(server.url) as client:
-            assert isinstance(ask(client, observations(0, 1)[0]), np.ndarray)
-            assert client.recv(SECONDS) == "UsageError: no request within 0.2 s"
-        assert 'refusals_total{reason="UsageError"} 2' in get(server.url, "/metrics")[1]
+def test_silence_ends_no_connection_until_its_place_is_needed(policy: EdgePolicy) -> None:
+    """Then the one that was silent for longest; never one that is being answered."""
+    seen, stalling = observations(0, 7), Stalling(policy)
+    with (
+        serving(stalling, idle_s=0.05, max_robots=3) as server,
+        policy.sibling() as local,
+        open_client(server.url) as working,
+        open_client(server.url) as first,
+        open_client(server.url) as second,
+    ):
+        thread = threading.Thread(target=ask, args=(working, stalling_observation()))
+        thread.start()
+        assert stalling.stalled.wait(SECONDS)
+        for client in (first, second):
+            for each in seen[:3]:
+                ask(client, each)
+        for each in seen[:3]:
+            local.act(each)
+        time.sleep(0.2)
+        action = ask(first, seen[3])  # so it is not the one that was silent for longest
+        assert np.asarray(action).tobytes() == local.act(seen[3]).tobytes()
+        with open_client(server.url) as newcomer:
+            assert isinstance(ask(newcomer, seen[0]), np.ndarray)
+            assert "another robot needs the place" in str(second.recv(SECONDS))
+            with pytest.raises(ConnectionClosed):
+                second.recv(SECONDS)
+            action = ask(first, seen[4])
+            assert np.asarray(action).tobytes() == local.act(seen[4]).tobytes()
+        stalling.go.set()
+        thread.join(SECONDS)
+
+
+def test_silent_connections_leave_their_places_to_others(policy: EdgePolicy) -> None:
+    with serving(policy, idle_s=0.05, max_robots=1) as server:
+        silent = [open_client(server.url) for _ in range(2)]
+        time.sleep(0.2)
+        with open_client(server.url) as robot:
+            assert isinstance(ask(robot, observations(0, 1)[0]), np.ndarray)
+            assert "another robot needs the place" in str(silent[0].recv(SECONDS))
+        for client in silent:
+            client.close()
 
 
 def test_a_robot_whose_policy_stalls_holds_nobody_up(policy: EdgePolicy) -> None:
@@ -226,7 +293,7 @@ def test_nothing_grows_with_robots_that_have_left(policy: EdgePolicy) -> None:
 
         def settled() -> tuple[int, int]:
             end = time.monotonic() + SECONDS
-            while len(server.sessions) or server._conversations:
+            while len(server.sessions) or server._shared.conversations:
                 assert time.monotonic() < end
                 time.sleep(0.01)
             gc.collect()

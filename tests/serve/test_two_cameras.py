@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from serve.serving import serving
 from two_cameras import SCENE, STATE, WRIST, Trained
+from vqbet_bench.serve_load import observations
 from vqbet_serve import RemotePolicy
 from vqbet_serve.elsewhere import Elsewhere, Graphs
-from vqbet_serve.load import observations
 
 from vqbet_edge import EdgePolicy, Guards, ObservationError
 from vqbet_edge.runtime.bundle import Bundle

@@ -103,6 +103,7 @@ class ObservationReader:
             raise ObservationError(
                 f"'{key}': expected uint8 {(height, width, channels)} or float32 "
                 f"{(channels, height, width)} in [0, 1], got {image.dtype} {image.shape}"
+                f"{resize_hint(image.shape, shape)}"
             )
 
     def _read_state(self, state: NDArray[Any], out: Floats) -> None:
@@ -128,6 +129,21 @@ class ObservationReader:
 
 def _matches(array: NDArray[Any], shape: tuple[int, ...]) -> bool:
     return array.shape in (shape, (1, *shape))
+
+
+def resize_hint(came: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do about a frame of another size; empty where it is no such frame."""
+    channels = expected[-1]
+    if len(came) != 3 or len(expected) != 3 or channels not in (came[0], came[-1]):
+        return ""
+    height, width = came[:2] if came[-1] == channels else came[1:]
+    if (height, width) == expected[:2]:
+        return ""
+    return (
+        f"; the policy was trained on {expected[0]}x{expected[1]} (height x width) and resizes "
+        f"nothing, the camera gives {height}x{width}: resize its frames, on the robot, as those of "
+        "the training data were"
+    )
 
 
 def feature_array(observation: Observation, key: str, keys: list[str]) -> NDArray[Any]:

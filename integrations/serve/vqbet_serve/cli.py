@@ -13,11 +13,12 @@ import tyro
 from vqbet_edge import EdgePolicy, UsageError, cli
 from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
+from vqbet_serve.keys import Keys
+from vqbet_serve.readiness import ReferenceStep
 from vqbet_serve.server import (
     DEFAULT_WAIT_MS,
     PolicyServer,
     ServeConfig,
-    read_key,
     run_until_stopped,
 )
 
@@ -34,14 +35,14 @@ class Arguments:
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
     # Port to listen on.
     port: int = 8000
-    # File with the key that clients must send: 16 or more ASCII characters.
+    # File with the keys that clients must send: a line for each, KEY or NAME KEY. It may change.
     api_key_file: Path | None = None
     # Certificate and private key, for wss://.
     tls_cert: Path | None = None
     tls_key: Path | None = None
     # Robots at the same time; each has a window, a history and a thread.
     max_robots: int = 16
-    # Seconds without a request after which a connection is closed.
+    # Seconds without a request after which a robot's place may be given to another one.
     idle_s: float = 30.0
     # Milliseconds that a robot waits for others, to share a run of the transformer; 0 shares none.
     batch_wait_ms: float = DEFAULT_WAIT_MS
@@ -61,7 +62,7 @@ def _main() -> None:
     config = ServeConfig(
         host=arguments.host,
         port=arguments.port,
-        api_key=None if arguments.api_key_file is None else read_key(arguments.api_key_file),
+        keys=None if arguments.api_key_file is None else Keys.read(arguments.api_key_file),
         tls=_tls(arguments),
         seed=arguments.seed,
         max_robots=arguments.max_robots,
@@ -69,14 +70,15 @@ def _main() -> None:
         batch_wait_s=arguments.batch_wait_ms / 1e3,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if config.api_key is not None and config.tls is None:
+    if config.keys is not None and config.tls is None:
         _LOG.warning("without --tls-cert, the key and the images can be read on the way")
     bundle = Bundle.open(arguments.bundle)
     backend = create_backend(arguments.backend, bundle)
     policy = EdgePolicy(bundle, backend)
+    check = ReferenceStep(policy, bundle)
     del bundle  # the graphs' bytes are as large as the weights
     with closing(backend), policy:
-        asyncio.run(run_until_stopped(PolicyServer(policy, config, backend)))
+        asyncio.run(run_until_stopped(PolicyServer(policy, config, backend, check)))
 
 
 def _tls(arguments: Arguments) -> ssl.SSLContext | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vqbet_edge.errors import (
     BackendError,
@@ -21,10 +21,11 @@ from vqbet_edge.errors import (
     UsageError,
     VQBeTEdgeError,
 )
+from vqbet_edge.runtime.arguments import checked_action
 from vqbet_edge.runtime.guards.actions import ActionGuard, GuardCounts
 from vqbet_edge.runtime.guards.clock import ObservationClock
 from vqbet_edge.runtime.guards.config import Guards
-from vqbet_edge.runtime.observation import Observation, feature_array
+from vqbet_edge.runtime.observation import Observation, feature_array, resize_hint
 from vqbet_edge.runtime.worker import Job  # noqa: TC001 - annotations of locals too
 from vqbet_serve.frames import RESET_DONE, array, pack, unpack
 from vqbet_serve.link import Link
@@ -98,6 +99,11 @@ class RemotePolicy:
         return self._link.metadata
 
     @property
+    def fps(self) -> float | None:
+        """Observations per second that the policy was trained with; None where not known."""
+        return self.metadata.fps
+
+    @property
     def guard_counts(self) -> GuardCounts:
         """How often the guards on the robot stepped in."""
         return GuardCounts(self._actions.clamped, self._actions.slowed, self._late)
@@ -139,23 +145,30 @@ class RemotePolicy:
             self._handed = self._actions.handed_out(action)
             return self._handed.copy()
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self, seed: int | None = None, *, from_action: ArrayLike | None = None) -> None:
         """Forget the history, on a new connection if the old one is lost or still busy.
 
         Args:
             seed: a new start of the random sequence; None lets it run on. On a new connection it
                 starts anew in any case.
+            from_action: as of `EdgePolicy.reset`; after a lost connection, the last action that
+                the robot was sent.
 
         Raises:
             BackendError: the server cannot be reached, does not answer or refuses.
+            UsageError: an argument is out of range; nothing is forgotten.
         """
         with self._exclusive():
+            dim = self.metadata.action_dim
+            before = None
+            if from_action is not None:
+                before = checked_action("from_action", from_action, dim)
             # Only a request shows whether a connection that stands still leads somewhere.
             usable = self._link.failure is None and self._is_answered(time.monotonic())
             self._job = self._handed = None
             self._unanswered = 0
             self._clock.clear()
-            self._actions.clear()
+            self._actions.clear(before)
             if usable and self._restarted(seed):
                 return
             self._link.close()
@@ -210,7 +223,7 @@ class RemotePolicy:
             if value.size != math.prod(feature.shape):
                 raise ObservationError(
                     f"'{key}': expected {feature.dtype} {feature.shape}, got {value.dtype} "
-                    f"{value.shape}"
+                    f"{value.shape}{resize_hint(value.shape, feature.shape)}"
                 )
             arrays[key] = value
         return pack(arrays | self._name)

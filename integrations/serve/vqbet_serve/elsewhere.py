@@ -138,6 +138,17 @@ class Graphs:
         """The reply to each of up to `most` requests, or what it failed with."""
         return list(self._pool.map(self._run, requests))
 
+    def answer(self, request: Request) -> Reply:
+        """The reply to one request.
+
+        Raises:
+            VQBeTEdgeError: it cannot be computed.
+        """
+        (reply,) = self.run([request])
+        if isinstance(reply, VQBeTEdgeError):
+            raise reply
+        return reply
+
     def close(self) -> None:
         """Free the weights."""
         self._pool.shutdown()

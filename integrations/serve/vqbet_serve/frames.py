@@ -1,14 +1,16 @@
 """The openpi protocol's frames: MessagePack with NumPy arrays as maps.
 
 An array is the map {b"__ndarray__": True, b"data": bytes, b"dtype": NumPy's code, b"shape": [...]}
-with binary keys (`openpi_client.msgpack_numpy`). Nothing in a frame is code. What nobody asks for
-is never decoded, and nothing reaches NumPy before its type, its shape and its number of bytes
-agree.
+with binary keys (`openpi_client.msgpack_numpy`). Read, but never written, are texts as keys, and
+the names of the package msgpack-numpy: {b"nd": True, b"type": code, b"kind": b"", ...}. Nothing in
+a frame is code. A frame of too many values is refused by its headers. What nobody asks for is never
+decoded, and nothing reaches NumPy before its type, its shape and its number of bytes agree.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias, TypeVar
+from itertools import islice
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +27,10 @@ DTYPES = {code: np.dtype(code) for code in ("|u1", "<f4", "<f8")}
 _Shape = Annotated[list[Annotated[int, msgspec.Meta(ge=1)]], msgspec.Meta(max_length=8)]
 _ENCODER = msgspec.msgpack.Encoder()
 _Type = TypeVar("_Type")
+# Keys, items and values within values. To skip a value takes as long as to send ten bytes.
+_MOST_VALUES = 4096
+# A text's header, and the bytes of a character.
+_TEXT_HEADER, _CHARACTER = 5, 4
 
 
 def pack(message: object) -> bytes:
@@ -59,12 +65,71 @@ def unpack(frame: bytes) -> Message:
     """The keys of a frame's map.
 
     Raises:
-        UsageError: it is no MessagePack map with texts as keys.
+        UsageError: it is no MessagePack map with texts as keys, or has too many values.
     """
+    check_values(frame)
     try:
         return _decoded(frame, Message)
     except ValueError as error:
         raise UsageError(f"expected a MessagePack map, got {error}") from error
+
+
+class _Header(NamedTuple):
+    """What the first byte of a value announces.
+
+    Attributes:
+        width: bytes of the length that follows.
+        size: bytes of the value behind that.
+        values: values within it.
+        per: values within it per length; 0 where the length counts bytes.
+    """
+
+    width: int = 0
+    size: int = 0
+    values: int = 0
+    per: int = 0
+
+
+# By a value's first byte.
+_HEADERS = [
+    *[_Header()] * 0x80,  # numbers up to 127
+    *(_Header(values=2 * pairs) for pairs in range(16)),  # maps
+    *(_Header(values=items) for items in range(16)),  # arrays
+    *(_Header(size=size) for size in range(32)),  # texts
+    *[_Header()] * 4,  # nil, truth
+    *(_Header(width) for width in (1, 2, 4)),  # bytes
+    *(_Header(width, size=1) for width in (1, 2, 4)),  # extensions, with their type
+    *(_Header(size=size) for size in (4, 8, 1, 2, 4, 8, 1, 2, 4, 8)),  # numbers
+    *(_Header(size=1 + size) for size in (1, 2, 4, 8, 16)),  # extensions
+    *(_Header(width) for width in (1, 2, 4)),  # texts
+    *(_Header(width, per=1) for width in (2, 4)),  # arrays
+    *(_Header(width, per=2) for width in (2, 4)),  # maps
+    *[_Header()] * 0x20,  # numbers from -32
+]
+
+
+def check_values(frame: bytes) -> None:
+    """Look at a frame's headers only; whether it is MessagePack at all is for who decodes it.
+
+    Raises:
+        UsageError: it has more values than any request or answer needs.
+    """
+    at, end, left, announced = 0, len(frame), 1, 1
+    while left and at < end:
+        width, size, values, per = _HEADERS[frame[at]]
+        at += 1
+        if width:
+            length = int.from_bytes(frame[at : at + width], "big")
+            at += width
+            values, size = length * per, size + (0 if per else length)
+        at += size
+        left += values - 1
+        announced += values
+        if announced > _MOST_VALUES:
+            raise UsageError(
+                f"expected at most {_MOST_VALUES} keys and values in a frame, got {announced} or "
+                "more; send arrays as openpi_client.msgpack_numpy packs them, and no lists"
+            )
 
 
 def text(message: Message, key: str, longest: int) -> str | None:
@@ -73,6 +138,9 @@ def text(message: Message, key: str, longest: int) -> str | None:
     Raises:
         UsageError: it is none, or longer than allowed.
     """
+    size = memoryview(message.get(key, b"")).nbytes
+    if size > _TEXT_HEADER + _CHARACTER * longest:
+        raise UsageError(f"'{key}': expected 1 to {longest} characters, got {size} bytes")
     value: str | None = _value(message, key, str | None, f"text of 1 to {longest} characters")
     if value is not None and not 0 < len(value) <= longest:
         raise UsageError(f"'{key}': expected 1 to {longest} characters, got {len(value)}")
@@ -103,22 +171,69 @@ def array(key: str, value: msgspec.Raw) -> NDArray[Any]:
     Raises:
         ObservationError: it is none, or its parts contradict each other.
     """
+    parts = _parts(key, value)
+    flag, code_key = ("nd", "type") if "nd" in parts else ("__ndarray__", "dtype")
     try:
-        parts = _decoded(value, dict[bytes, msgspec.Raw])
-        marked = _decoded(parts[b"__ndarray__"], bool)
-        data = _decoded(parts[b"data"], bytes)
-        code = _decoded(parts[b"dtype"], str)
-        shape = _decoded(parts[b"shape"], _Shape)
+        marked = _decoded(parts[flag], bool)
+        data = _decoded(parts["data"], bytes)
+        code = _decoded(parts[code_key], str)
+        shape = _decoded(parts["shape"], _Shape)
+        special = _decoded(parts.get("kind", _NIL), Any)
     except (ValueError, KeyError) as error:
-        raise ObservationError(f"'{key}': expected an array, got {error}") from error
-    if not marked or code not in DTYPES:
+        raise ObservationError(f"'{key}': {_EXPECTED}, got {_what(value)} ({error})") from error
+    if not marked or special or code not in DTYPES:
         raise ObservationError(f"'{key}': expected dtype {', '.join(DTYPES)}, got {code[:40]!r}")
     expected = math.prod(shape) * DTYPES[code].itemsize
     if len(data) != expected:
         raise ObservationError(
             f"'{key}': {code} {tuple(shape)} takes {expected} bytes, got {len(data)}"
         )
+    if data[:8].startswith(_FILES) and len(shape) < 3:
+        raise ObservationError(f"'{key}': {_EXPECTED}, got {_file(data)}")
     return np.frombuffer(data, DTYPES[code]).reshape(shape)
+
+
+_EXPECTED = "expected an array as openpi_client.msgpack_numpy packs it"
+_NIL = msgspec.Raw(b"\xc0")
+
+
+def _parts(key: str, value: msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """The parts of an array by name, whether they are texts or bytes."""
+    try:
+        parts = _decoded(value, dict[Any, msgspec.Raw])
+        names = [part.decode() if isinstance(part, bytes) else part for part in parts]
+    except ValueError as error:
+        raise ObservationError(f"'{key}': {_EXPECTED}, got {_what(value)}") from error
+    if len(set(names)) < len(names):
+        raise ObservationError(f"'{key}': {_EXPECTED}, got {_what(value)}: names twice")
+    return dict(zip(names, parts.values(), strict=True))
+
+
+def _what(value: msgspec.Raw) -> str:
+    """What came instead of an array, in words."""
+    try:
+        decoded = _decoded(value, Any)
+    except ValueError as error:
+        return str(error)
+    if isinstance(decoded, bytes) and decoded.startswith(_FILES):
+        return _file(decoded)
+    if not isinstance(decoded, dict):
+        return _WORDS.get(type(decoded), f"a value of the type {type(decoded).__name__}")
+    names = (name.decode(errors="replace") if isinstance(name, bytes) else name for name in decoded)
+    return f"a map with the keys {', '.join(ascii(name)[:40] for name in islice(names, 8))}"
+
+
+def _file(data: bytes) -> str:
+    kind = "JPEG" if data.startswith(_FILES[0]) else "PNG"
+    return (
+        f"a {kind} file; decode it on the robot, as the training data's frames were, and send "
+        "uint8 (height, width, 3) in the order RGB"
+    )
+
+
+# How JPEG and PNG begin. They are not decoded here: that takes native code, or a second.
+_FILES = b"\xff\xd8\xff", b"\x89PNG\r\n"
+_WORDS = {str: "a text", bytes: "bytes", list: "a list", type(None): "nothing (nil)"}
 
 
 def _decoded(data: bytes | msgspec.Raw, kind: type[_Type]) -> _Type:

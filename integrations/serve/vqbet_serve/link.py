@@ -4,6 +4,7 @@ import contextlib
 import socket
 import ssl
 import time
+from itertools import islice
 
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
@@ -14,6 +15,10 @@ from vqbet_serve.metadata import PolicyMetadata
 
 # An answer is an action; the metadata grows with the cameras.
 _LARGEST_ANSWER = 1 << 20
+# Servers send a frame in one fragment; a great many empty ones would fill the memory.
+_MOST_FRAGMENTS = 64
+# What is shown of a server's text.
+_LONGEST_TEXT = 1000
 
 
 class Link:
@@ -94,8 +99,12 @@ class Link:
             self._connection.socket.shutdown(socket.SHUT_RDWR)
 
     def _greeting(self, seconds: float) -> PolicyMetadata:
+        assert self._worker is not None  # noqa: S101 - for the type checker
+        job = self._worker.submit(self._received)
         try:
-            frame = self._connection.recv(timeout=seconds)
+            if not job.done(seconds):
+                raise UsageError("it does not say what it serves")
+            frame = job.result()
             if isinstance(frame, str):
                 raise UsageError(frame)
             return PolicyMetadata.from_frame(frame)
@@ -105,6 +114,16 @@ class Link:
     def _exchange(self, frame: bytes) -> bytes | str:
         try:
             self._connection.send(frame)
-            return self._connection.recv()
-        except (OSError, WebSocketException) as error:
+            return self._received()
+        except (OSError, WebSocketException, UsageError) as error:
             raise self.lose(str(error)) from error
+
+    def _received(self) -> bytes | str:
+        """A frame; of a text what can be shown."""
+        fragments = list(islice(self._connection.recv_streaming(), _MOST_FRAGMENTS + 1))
+        if len(fragments) > _MOST_FRAGMENTS:
+            raise UsageError(f"expected a frame in {_MOST_FRAGMENTS} fragments at most")
+        if isinstance(fragments[0], bytes):
+            return b"".join(each for each in fragments if isinstance(each, bytes))
+        text = "".join(each for each in fragments if isinstance(each, str))[:_LONGEST_TEXT]
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

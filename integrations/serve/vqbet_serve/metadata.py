@@ -1,24 +1,28 @@
 """What a server says of its policy when a client connects."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from vqbet_edge import __version__
 from vqbet_edge.errors import UsageError
-from vqbet_edge.runtime.manifest import Manifest
+from vqbet_edge.runtime.manifest import Manifest, Text
+from vqbet_serve.frames import check_values
 
-# What a frame may hold besides the observation: keys, prompts, ids.
-_SLACK = 64 << 10
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
+# What a frame may hold besides the observation: cameras that are not looked at, or that are larger
+# than they should be and are to be named. Five of 1080p.
+_SLACK = 32 << 20
+# What a server says is bounded, for the robot makes arrays of it and counts with it.
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Rate = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
 class Feature(msgspec.Struct, frozen=True):
     """A part of the observation: NumPy's name of its type, and its shape."""
 
-    dtype: str
-    shape: tuple[_Positive, ...]
+    dtype: Literal["uint8", "float32"]
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=8)]
 
 
 class PolicyMetadata(msgspec.Struct, frozen=True):
@@ -34,17 +38,19 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
         action_chunk_size: actions that the policy plans at once, on the server.
         n_obs_steps: observations in the history.
         query: `every_step`, for the history advances with every observation.
+        fps: observations per second that the policy was trained with; None where not known.
     """
 
-    policy: str
-    server: str
-    checkpoint: str
-    observation: dict[str, Feature]
-    action_dim: _Positive
+    policy: Text
+    server: Text
+    checkpoint: Text
+    observation: Annotated[dict[Text, Feature], msgspec.Meta(max_length=64)]
+    action_dim: _Size
     action_horizon: int
-    action_chunk_size: _Positive
-    n_obs_steps: _Positive
-    query: str
+    action_chunk_size: _Size
+    n_obs_steps: _Size
+    query: Text
+    fps: _Rate | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> "PolicyMetadata":
@@ -61,6 +67,7 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
             action_chunk_size=manifest.policy.action_chunk_size,
             n_obs_steps=manifest.policy.n_obs_steps,
             query="every_step",
+            fps=manifest.fps,
         )
 
     @classmethod
@@ -70,6 +77,7 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
         Raises:
             UsageError: it comes from a server of another kind.
         """
+        check_values(frame)
         try:
             return msgspec.msgpack.decode(frame, type=cls)
         except (ValueError, RecursionError) as error:
@@ -81,5 +89,5 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
 
     @property
     def largest_frame(self) -> int:
-        """Bytes of the largest request: every value as float64, so that a wrong type is named."""
-        return _SLACK + 8 * sum(math.prod(part.shape) for part in self.observation.values())
+        """Bytes of the largest request: every value as float32, and room for what is not read."""
+        return _SLACK + 4 * sum(math.prod(part.shape) for part in self.observation.values())

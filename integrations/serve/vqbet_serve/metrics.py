@@ -2,31 +2,43 @@
 
 import bisect
 import threading
+from collections import Counter
+from collections.abc import Mapping
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.033, 0.05, 0.1, 0.2, 0.5, 1.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Counters of steps, refusals and latency; its methods may be called from any thread."""
+    """Counters of steps, refusals and latency; its methods may be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        period_s: seconds between two observations; a step that takes longer is late. None where
+            that is not known.
+    """
+
+    def __init__(self, period_s: float | None = None) -> None:
+        self._period_s = period_s
         self._lock = threading.Lock()
         self._counts = [0] * (len(_BUCKETS) + 1)
         self._seconds = 0.0
-        self._refused: dict[str, int] = {}
+        self._steps: Counter[str] = Counter()
+        self._late: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
         self._runs = self._windows = 0
 
-    def step(self, seconds: float) -> None:
-        """An answered request and how long the policy took."""
+    def step(self, seconds: float, robot: str) -> None:
+        """An answered request, how long the policy took, and whose it was."""
         with self._lock:
             self._counts[bisect.bisect_left(_BUCKETS, seconds)] += 1
             self._seconds += seconds
+            self._steps[robot] += 1
+            self._late[robot] += self._period_s is not None and seconds > self._period_s
 
     def refusal(self, reason: str) -> None:
         """A connection or request that was refused; `reason` is an error's class."""
         with self._lock:
-            self._refused[reason] = self._refused.get(reason, 0) + 1
+            self._refused[reason] += 1
 
     def run(self, windows: int) -> None:
         """A run of the transformer for so many robots."""
@@ -34,32 +46,72 @@ class Metrics:
             self._runs += 1
             self._windows += windows
 
-    def text(self, robots: int) -> str:
-        """Everything, for a scraper."""
+    def text(self, robots: int, idle: Mapping[str, float]) -> str:
+        """Everything, for a scraper.
+
+        Args:
+            robots: sessions that are open.
+            idle: seconds since the latest request, by the name of a robot's key.
+        """
         with self._lock:
-            counts, seconds, refused = list(self._counts), self._seconds, dict(self._refused)
-            runs, windows = self._runs, self._windows
-        lines = [
-            "# HELP vqbet_robots Sessions that are open.",
-            "# TYPE vqbet_robots gauge",
-            f"vqbet_robots {robots}",
-            "# HELP vqbet_step_seconds Time the policy took per observation.",
-            "# TYPE vqbet_step_seconds histogram",
-        ]
-        total = 0
-        for bound, count in zip((*map(str, _BUCKETS), "+Inf"), counts, strict=True):
+            families = [
+                _family("robots", "gauge", "Sessions that are open.", robots),
+                _family(
+                    "robot_idle_seconds",
+                    "gauge",
+                    "Since a connection's latest request, by the name of its key.",
+                    {name: round(seconds, 3) for name, seconds in idle.items()},
+                ),
+                _family("robot_steps_total", "counter", "Actions, by key.", self._steps),
+                _family(
+                    "robot_late_steps_total",
+                    "counter",
+                    "Actions that took longer than the policy's period, by key.",
+                    self._late,
+                ),
+                self._latency(),
+                _family(
+                    "shared_runs_total",
+                    "counter",
+                    "Runs of the transformer for several robots.",
+                    self._runs,
+                ),
+                _family(
+                    "shared_windows_total",
+                    "counter",
+                    "Robots' windows in those runs.",
+                    self._windows,
+                ),
+                _family(
+                    "refusals_total",
+                    "counter",
+                    "Refused connections and requests.",
+                    self._refused,
+                    label="reason",
+                ),
+            ]
+        return "".join(families)
+
+    def _latency(self) -> str:
+        text, total = _heading("step_seconds", "histogram", "Time the policy took."), 0
+        for bound, count in zip((*map(str, _BUCKETS), "+Inf"), self._counts, strict=True):
             total += count
-            lines.append(f'vqbet_step_seconds_bucket{{le="{bound}"}} {total}')
-        lines += [f"vqbet_step_seconds_sum {seconds:.6f}", f"vqbet_step_seconds_count {total}"]
-        lines += [
-            "# HELP vqbet_shared_runs_total Runs of the transformer for several robots.",
-            "# TYPE vqbet_shared_runs_total counter",
-            f"vqbet_shared_runs_total {runs}",
-            "# HELP vqbet_shared_windows_total Robots' windows in those runs.",
-            "# TYPE vqbet_shared_windows_total counter",
-            f"vqbet_shared_windows_total {windows}",
-            "# HELP vqbet_refusals_total Refused connections and requests.",
-            "# TYPE vqbet_refusals_total counter",
-            *(f'vqbet_refusals_total{{reason="{r}"}} {n}' for r, n in sorted(refused.items())),
-        ]
-        return "\n".join(lines) + "\n"
+            text += f'vqbet_step_seconds_bucket{{le="{bound}"}} {total}\n'
+        text += f"vqbet_step_seconds_sum {self._seconds:.6f}\n"
+        return f"{text}vqbet_step_seconds_count {total}\n"
+
+
+def _heading(name: str, kind: str, what: str) -> str:
+    return f"# HELP vqbet_{name} {what}\n# TYPE vqbet_{name} {kind}\n"
+
+
+def _family(
+    name: str, kind: str, what: str, values: float | Mapping[str, float], label: str = "robot"
+) -> str:
+    """One metric: a value, or values by a label."""
+    text = _heading(name, kind, what)
+    if not isinstance(values, Mapping):
+        return f"{text}vqbet_{name} {values}\n"
+    return text + "".join(
+        f'vqbet_{name}{{{label}="{key}"}} {value}\n' for key, value in sorted(values.items())
+    )

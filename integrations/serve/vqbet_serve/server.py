@@ -9,17 +9,15 @@ per control step (`query: every_step`), for its history advances with each.
 
 import asyncio
 import contextlib
-import hmac
 import http
 import logging
 import math
 import signal
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
@@ -29,13 +27,14 @@ from vqbet_edge import EdgePolicy, UsageError
 from vqbet_edge.runtime.backends.base import Backend
 from vqbet_serve.batching import Gatherer
 from vqbet_serve.conversation import Conversation, Shared
+from vqbet_serve.keys import UNNAMED, Keys
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.metrics import CONTENT_TYPE, Metrics
+from vqbet_serve.readiness import Readiness
 from vqbet_serve.sessions import Sessions
 
 _LOG = logging.getLogger(__name__)
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-_SHORTEST_KEY = 16
 _LONGEST_WAIT_S = 1.0
 #: How long a robot waits for others to share a run with.
 DEFAULT_WAIT_MS = 2.0
@@ -43,6 +42,8 @@ DEFAULT_WAIT_MS = 2.0
 _THREADS = 16
 # What may take how long: opening a connection, a peer's goodbye, the last answers after SIGTERM.
 _OPEN_S, _CLOSE_S, _DRAIN_S = 10.0, 2.0, 10.0
+# How often a peer is asked whether it is there, and how long it may take to answer.
+_PING_S = 20.0
 # Websockets' own log has a traceback for everybody who opens a connection and says nothing.
 _QUIET = logging.getLogger(f"{__name__}.websockets")
 _QUIET.setLevel(logging.CRITICAL)
@@ -54,11 +55,12 @@ class ServeConfig:
 
     Attributes:
         host, port: where to listen; port 0 takes any free one.
-        api_key: what clients must send; without one only loopback addresses are served.
+        keys: what clients must send one of; without any only loopback addresses are served.
         tls: certificate and key for wss://.
         seed: start of the random sequence of sessions without an id.
         max_robots: sessions at the same time; there may be twice as many connections.
-        idle_s: seconds without a request after which a connection is closed.
+        idle_s: seconds without a request after which a robot's place may be given to another one;
+            and seconds in which a request that has begun must be whole.
         batch_wait_s: how long a robot waits for others to share a run with; 0 runs each alone.
 
     Raises:
@@ -67,7 +69,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
+    keys: Keys | None = None
     tls: ssl.SSLContext | None = None
     seed: int = 0
     max_robots: int = 16
@@ -75,13 +77,11 @@ class ServeConfig:
     batch_wait_s: float = DEFAULT_WAIT_MS / 1e3
 
     def __post_init__(self) -> None:
-        if self.host not in _LOOPBACK and self.api_key is None:
+        if self.host not in _LOOPBACK and self.keys is None:
             raise UsageError(
                 f"'{self.host}' can be reached from other machines, and whoever reaches it moves "
                 "robots: pass --api-key-file FILE, or listen on 127.0.0.1"
             )
-        if self.api_key is not None:
-            _check_key(self.api_key)
         if self.max_robots < 1 or not 0 < self.idle_s < math.inf or self.seed < 0:
             raise UsageError(
                 "expected --max-robots of 1 or more, --idle-s above 0 and --seed of 0 or more, "
@@ -96,32 +96,6 @@ class ServeConfig:
             raise UsageError(f"expected --port in 0..65535, got {self.port}")
 
 
-def read_key(path: Path) -> str:
-    """The key in a file: one line.
-
-    Raises:
-        UsageError: it is no text.
-    """
-    try:
-        return path.read_text("ascii").strip()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"'{path}' is not a file with a key in ASCII") from error
-
-
-def _check_key(key: str) -> None:
-    if len(key) < _SHORTEST_KEY or not all("!" <= character <= "~" for character in key):
-        raise UsageError(
-            f"expected a key of {_SHORTEST_KEY} or more ASCII characters without spaces, got "
-            f"{len(key)}; make one with: python -c 'import secrets; print(secrets.token_hex())'"
-        )
-
-
-def knows_key(key: str | None, given: Sequence[bytes]) -> bool:
-    """Whether a client's `Authorization` headers hold the key, if any; in constant time."""
-    expected = f"Api-Key {key}".encode()
-    return key is None or (len(given) == 1 and hmac.compare_digest(given[0], expected))
-
-
 class PolicyServer:
     """Serves a policy until `stop`.
 
@@ -129,14 +103,19 @@ class PolicyServer:
         policy: a loaded policy; robots get its siblings.
         config: how to serve.
         backend: the policy's, if robots may share its runs.
+        check: raises where the policy does not act as it should; for `/readyz`.
     """
 
     def __init__(
-        self, policy: EdgePolicy, config: ServeConfig, backend: Backend | None = None
+        self,
+        policy: EdgePolicy,
+        config: ServeConfig,
+        backend: Backend | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         metadata = PolicyMetadata.of(policy.manifest)
         self._config, self._max_size = config, metadata.largest_frame
-        self.metrics = Metrics()
+        self.metrics = Metrics(None if metadata.fps is None else 1 / metadata.fps)
         self._gatherer: Gatherer | None = None
         if backend is not None and backend.shared_parts and config.batch_wait_s > 0:
             self._gatherer = Gatherer(backend, config.batch_wait_s, self.metrics.run)
@@ -148,7 +127,7 @@ class PolicyServer:
         self._shared = Shared(
             self.sessions, self.metrics, self._pool, metadata.to_frame(), config.idle_s
         )
-        self._conversations: set[Conversation] = set()
+        self._readiness = Readiness(check)
         self._server: Server | None = None
 
     @property
@@ -172,8 +151,11 @@ class PolicyServer:
             open_timeout=_OPEN_S,
             close_timeout=_CLOSE_S,
             max_size=self._max_size,
+            # A client that only waits, for a person perhaps, answers pings.
+            ping_interval=_PING_S,
+            ping_timeout=_PING_S,
             # A request and the one behind it: more would be a queue of stale observations.
-            max_queue=2,
+            max_queue=1,
             compression=None,
             logger=_QUIET,
         )
@@ -182,52 +164,58 @@ class PolicyServer:
         """Refuse what comes, answer what is being computed, close every connection."""
         assert self._server is not None  # noqa: S101 - for the type checker
         self._server.close(close_connections=False)
-        ends = asyncio.gather(*(each.end() for each in self._conversations))
+        for each in self._shared.conversations:
+            each.end()
         try:
-            await asyncio.wait_for(asyncio.gather(ends, self._server.wait_closed()), _DRAIN_S)
+            await asyncio.wait_for(self._server.wait_closed(), _DRAIN_S)
         except asyncio.TimeoutError:  # not TimeoutError before Python 3.11
             _LOG.warning("some requests took longer than %s s and stay unanswered", _DRAIN_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._readiness.close()
         if self._gatherer is not None:
             await asyncio.to_thread(self._gatherer.close)
 
-    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         """Plain HTTP paths and keys; None lets the websocket open."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
-        if not self._knows_key(request.headers):
+        if path == "/readyz":
+            failure = await self._readiness.failure()
+            status = http.HTTPStatus.SERVICE_UNAVAILABLE if failure else http.HTTPStatus.OK
+            return connection.respond(status, f"{failure or 'OK'}\n")
+        if self._robot(request.headers) is None:
             self.metrics.refusal("Unauthorized")
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected a valid Api-Key\n")
         if path == "/metrics":
-            response = connection.respond(http.HTTPStatus.OK, self.metrics.text(len(self.sessions)))
+            response = connection.respond(http.HTTPStatus.OK, self._metrics_text())
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = CONTENT_TYPE
             return response
-        if len(self._conversations) >= 2 * self._config.max_robots:
+        is_full = len(self._shared.conversations) >= 2 * self._config.max_robots
+        if is_full and not self._shared.let_one_go():
             self.metrics.refusal("TooManyConnections")
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "too many robots\n")
         return None
 
-    def _knows_key(self, headers: Headers) -> bool:
+    def _metrics_text(self) -> str:
+        return self.metrics.text(len(self.sessions), self._shared.idle_by_robot())
+
+    def _robot(self, headers: Headers) -> str | None:
+        """Whose key the headers hold; None: nobody's."""
+        if self._config.keys is None:
+            return UNNAMED
         # Whatever bytes a client sends, websockets hands them over as surrogates.
         given = [each.encode(errors="surrogateescape") for each in headers.get_all("Authorization")]
-        return knows_key(self._config.api_key, given)
+        return self._config.keys.robot(given)
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection's life; a cancelled one's sessions end with the process."""
-        conversation = Conversation(connection, self._shared)
-        self._conversations.add(conversation)
-        try:
-            await conversation.run()
-            await conversation.close_sessions()
-        except Exception:  # noqa: BLE001 - logged; a peer learns nothing of our insides
-            _LOG.exception("a connection failed")
-            self.metrics.refusal("InternalError")
-            await conversation.refuse("InternalError: the server's log tells more")
-            await conversation.close_sessions()
-        finally:
-            self._conversations.discard(conversation)
+        assert connection.request is not None  # noqa: S101 - for the type checker
+        headers = connection.request.headers
+        if (robot := self._robot(headers)) is not None:  # its key may be gone since it was asked
+            holds = lambda: self._robot(headers) == robot  # noqa: E731
+            await Conversation(connection, self._shared, robot, holds).run()
 
 
 async def run_until_stopped(server: PolicyServer) -> None:

@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from vqbet_edge import EdgePolicy, UsageError
+from vqbet_edge import EdgePolicy, ObservationError, UsageError
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_serve.frames import Message, array
 
+# How many of a request's keys are named where one is missing.
+_SHOWN = 16
 #: Made around every step that is computed.
 Step: TypeAlias = Callable[[], AbstractContextManager[object]]
 
@@ -45,7 +47,10 @@ class Session:
         self.used = time.monotonic()
         manifest = self._policy.manifest
         keys = (*manifest.image_keys, manifest.state_key)
-        seen = {key: array(key, request[key]) for key in keys if key in request}
+        if missing := [key for key in keys if key not in request]:
+            came = [ascii(key)[1:-1][:40] for key in sorted(request)[:_SHOWN]]
+            raise ObservationError(f"'{missing[0]}' is missing: expected {list(keys)}, got {came}")
+        seen = {key: array(key, request[key]) for key in keys}
         with self._sessions.step():
             return self._policy.act(seen)
 
@@ -110,7 +115,10 @@ class Sessions:
                     "with a larger --max-robots"
                 )
             if self._in_use(name):
-                raise UsageError("this session_id is in use by another connection; end that one")
+                raise UsageError(
+                    "this session_id is in use by another connection; end that one, or give every "
+                    "robot an id of its own"
+                )
             self._names.append(name)
         try:
             return Session(self, name)

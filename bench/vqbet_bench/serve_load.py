@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from vqbet_serve.frames import pack
+from vqbet_serve.server import DEFAULT_WAIT_MS
 from websockets.asyncio.client import connect
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
@@ -30,8 +32,6 @@ from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_serve.frames import pack
-from vqbet_serve.server import DEFAULT_WAIT_MS
 
 # Steps before the measured ones: buffers are made, pages are touched.
 _WARM_STEPS = 20

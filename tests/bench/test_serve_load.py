@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from vqbet_bench import serve_load as load
 from vqbet_bench import serving
-from vqbet_serve import load
 
 from vqbet_edge import VQBeTEdgeError
 from vqbet_edge.runtime.extras import install_command
