@@ -18,7 +18,7 @@ from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.files import remedy
+from vqbet_edge.training.files import remedy, through_last
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
@@ -144,7 +144,7 @@ def _license(config: Json) -> str | None:
 
 def _locate(source: str) -> Path:
     """The checkpoint's directory, downloaded if `source` is a Hub id."""
-    path = Path(source)
+    path = through_last(Path(source))
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "
@@ -170,7 +170,7 @@ def _check_directory(directory: Path) -> Path:
     if (directory / WEIGHTS_NAME).is_file():
         return directory
     names = sorted(entry.name for entry in directory.iterdir())
-    inside = [directory / place for place in _INSIDE_A_RUN]
+    inside = [through_last(directory / place) for place in _INSIDE_A_RUN]
     meant = next((place for place in inside if (place / WEIGHTS_NAME).is_file()), None)
     if meant is not None:
         hint = f"pass '{meant}'"
