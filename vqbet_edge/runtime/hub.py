@@ -54,6 +54,7 @@ def download(
     kind: str = "model",
     patterns: list[str] | None = None,
     revision: str | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """A repository's folder in the client's cache, downloaded if it is not there.
 
@@ -62,6 +63,7 @@ def download(
         kind: "model" or "dataset".
         patterns: of the files to take; None takes all.
         revision: a branch, tag or commit; None is the main branch.
+        cache: another one than the client's own.
 
     Raises:
         UsageError: the client is not installed.
@@ -74,7 +76,9 @@ def download(
             f"'{name}' does not exist here; to read it from the Hub: pip install huggingface_hub"
         ) from error
     try:
-        found = snapshot_download(name, repo_type=kind, allow_patterns=patterns, revision=revision)
+        found = snapshot_download(
+            name, repo_type=kind, allow_patterns=patterns, revision=revision, cache_dir=cache
+        )
     except Exception as error:  # the client raises many types, all of them mean the same here
         reason = " ".join(str(error).split())
         raise HubError(

@@ -18,7 +18,7 @@ from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.files import remedy, through_last
+from vqbet_edge.training.files import check_encodable, remedy, through_last
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
@@ -145,6 +145,7 @@ def _license(config: Json) -> str | None:
 def _locate(source: str) -> Path:
     """The checkpoint's directory, downloaded if `source` is a Hub id."""
     path = through_last(Path(source))
+    check_encodable(path)
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "
