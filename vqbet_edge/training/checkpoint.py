@@ -21,7 +21,12 @@ from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode,
 from vqbet_edge.training.files import check_encodable, remedy, through_last
 from vqbet_edge.training.layouts import Description, Json, Layout, read_description, read_json
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import normalizing, required_statistics, unnormalizing
+from vqbet_edge.training.normalization import (
+    normalizing,
+    required_statistics,
+    still_warning,
+    unnormalizing,
+)
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
@@ -291,5 +296,7 @@ def _scaling(found: Description, key: str, config: VQBeTConfig) -> Affine:
     if how is None or how.mode is NormalizationMode.IDENTITY:
         return Affine.identity(dim)
     stats = required_statistics(key, how.mode, how.stats, dim)
+    if key == STATE_KEY and (text := still_warning(key, how.mode, stats)):
+        warnings.warn(text, stacklevel=3)
     convert = unnormalizing if key == ACTION_KEY else normalizing
     return convert(how.mode, stats, how.epsilon)

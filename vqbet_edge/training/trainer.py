@@ -11,6 +11,7 @@ from types import FrameType
 import numpy as np
 import torch
 from accelerate import Accelerator
+from rich.markup import escape
 
 from vqbet_edge.cli import TerminatedError
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
@@ -112,6 +113,8 @@ class _Trainer:
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
         if policy.resize_shape is None and left_out.keys() & set(dataset.image_keys):
             self._reporter.note("cameras of other sizes fit with --resize-shape HEIGHT WIDTH")
+        for advice in self._scalings.advice:
+            self._reporter.note(f"[yellow]{escape(advice)}")
         if advice := relative_advice(dataset, policy):
             self._reporter.note(advice)
         for reason in lerobots_objections(policy):
