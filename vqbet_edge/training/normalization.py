@@ -161,9 +161,9 @@ def still_warning(key: str, mode: NormalizationMode, stats: Statistics) -> str:
     if not still.any():
         return ""
     return (
-        f"'{key}' {np.flatnonzero(still).tolist()} did not move in what the policy was trained "
-        f"on (by {' and '.join(STATISTICS[mode])}), and LeRobot divides by {EPSILON.value:g} there: "
-        f"on the robot, whatever differs from {first[still].tolist()} decides all. "
+        f"'{key}' {np.flatnonzero(still).tolist()} did not move in what the policy was trained on "
+        f"(by {' and '.join(STATISTICS[mode])}), and LeRobot divides by {EPSILON.value:g} there: "
+        f"whatever differs from {first[still].tolist()} on the robot decides what the policy does. "
         "Send exactly that, or train anew with vqbet-train, which widens such statistics"
     )
 
