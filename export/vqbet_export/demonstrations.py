@@ -43,22 +43,18 @@ class Demonstrations:
         """
         fps = config.fps or checkpoint.fps or (None if self.source is None else self.source.fps)
         scalings = dict(checkpoint.normalization)
-        relative = checkpoint.config.use_relative_actions
         if checkpoint.state_range is None:
-            self._add_range(scalings, STATE_KEY, checkpoint.state_key, ("min", "max"))
+            self._add_range(scalings, STATE_KEY, checkpoint.state_key)
         if checkpoint.action_range is None:
-            names = RANGE if relative else ("min", "max")
-            self._add_range(scalings, ACTION_KEY, ACTION_KEY, names)
+            self._add_range(scalings, ACTION_KEY, ACTION_KEY)
         kinds = self._kinds(config.action_kinds, checkpoint.config.action_dim)
         return replace(checkpoint, fps=fps, normalization=scalings, action_kinds=kinds)
 
-    def _add_range(
-        self, scalings: dict[str, Normalization], key: str, named: str, names: tuple[str, str]
-    ) -> None:
+    def _add_range(self, scalings: dict[str, Normalization], key: str, named: str) -> None:
         found = None if self.source is None else self.source.demonstrated(named)
         if found is not None:
             how = scalings.get(key, Normalization(NormalizationMode.IDENTITY))
-            stats = {**how.stats, **dict(zip(names, found, strict=True))}
+            stats = {**how.stats, **dict(zip(RANGE, found, strict=True))}
             scalings[key] = replace(how, stats=stats)
 
     def _kinds(self, given: Sequence[ActionKind], width: int) -> tuple[ActionKind, ...]:

@@ -42,7 +42,7 @@ def scalings() -> Scalings:
 
 def checkpoints(output: Path, *, resume: bool = False) -> Checkpoints:
     """Those of a tiny run."""
-    return Checkpoints(config(output, resume=resume), scalings())
+    return Checkpoints(config(output, resume=resume), scalings(), 10.0)
 
 
 @cache

@@ -220,6 +220,45 @@ def _late_start(root: Path) -> None:
     rewrite(root, change)
 
 
+def test_a_cut_beginning_keeps_its_frames(copy: Path) -> None:
+    """Rows keep their numbers and times, which still point into the video, as in lerobot#2775."""
+    expected = LeRobotDataset.open(copy).episode(2)
+    start = int(LeRobotDataset.open(copy).bounds[2])
+
+    def cut(columns: dict) -> None:
+        for values in columns.values():
+            del values[start : start + 3]
+
+    def promise(columns: dict) -> None:
+        columns["length"][2] -= 3
+
+    rewrite(copy, cut)
+    rewrite(copy, promise, "meta/episodes/chunk-000/file-000.parquet")
+    found = LeRobotDataset.open(copy).episode(2)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(found[key], values[3:])
+
+
+@pytest.mark.parametrize("value", [0, -1, "many", float("nan")], ids=repr)
+def test_a_size_of_chunks_that_is_none_is_named(tmp_path: Path, value: object) -> None:
+    old = to_v21(PUSHT, tmp_path / "v21")
+    edit_info(old, chunks_size=value)
+    with pytest.raises(DatasetError, match=r"info\.json: expected a number for 'chunks_size'"):
+        LeRobotDataset.open(old)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), 1e300, None], ids=repr)
+def test_a_time_in_a_video_that_is_none_is_named(copy: Path, value: float | None) -> None:
+    name = f"videos/{CAMERA}/from_timestamp"
+
+    def change(columns: dict) -> None:
+        columns[name][1] = value
+
+    rewrite(copy, change, "meta/episodes/chunk-000/file-000.parquet")
+    with pytest.raises(DatasetError, match=f"expected a number for '{name}'"):
+        LeRobotDataset.open(copy)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

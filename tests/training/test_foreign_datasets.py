@@ -4,12 +4,17 @@ LeRobot's own reader says what is right: what it loads, we load, frame by frame 
 """
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import oracle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -125,6 +130,14 @@ def link_everything(root: Path) -> None:
         path.symlink_to(blobs / str(number))
 
 
+def cut_beginning(root: Path) -> None:
+    """The first frames of an episode are gone, and the others keep their numbers and times."""
+    table = pq.read_table(root / DATA)
+    frame = np.asarray(table["frame_index"]) + 3
+    edit_column(root / DATA, "frame_index", frame)
+    edit_column(root / DATA, "timestamp", (frame / 10).astype(np.float32))
+
+
 HARMLESS: dict[str, Callable[[Path], object]] = {
     "nothing": lambda _: None,
     "stale file_index": stale_index([0, 0, 0]),
@@ -164,6 +177,10 @@ HARMLESS: dict[str, Callable[[Path], object]] = {
         pq.read_table(root / DATA)["action"].combine_chunks().cast(pa.large_list(pa.float32())),
     ),
     "links into the Hub's cache": link_everything,
+    "beginnings that were cut off": cut_beginning,
+    "wrong totals": lambda root: edit_json(
+        root / INFO, lambda info: info.update(total_frames=28, total_episodes=3, chunks_size=0)
+    ),
     "shuffled episodes in meta": lambda root: pq.write_table(
         pq.read_table(root / EPISODES).take([2, 0, 1]), root / EPISODES
     ),
@@ -199,14 +216,92 @@ def test_a_path_may_lead_upwards(healthy: Path, monkeypatch: pytest.MonkeyPatch)
     assert LeRobotDataset.open("../healthy").num_frames == sum(LENGTHS)
 
 
+HOMES: dict[str, tuple[dict[str, str], str]] = {
+    "HF_LEROBOT_HOME": ({"HF_LEROBOT_HOME": "~/lr"}, "lr"),
+    "HF_HOME": ({"HF_HOME": "~/hf"}, "hf/lerobot"),
+    "HF_HOME of a variable": ({"HF_HOME": "$DISK/hf", "DISK": "{home}"}, "hf/lerobot"),
+    "XDG_CACHE_HOME": ({"XDG_CACHE_HOME": "{home}/xdg"}, "xdg/huggingface/lerobot"),
+    "nothing": ({}, ".cache/huggingface/lerobot"),
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def snapshot(source: Path, home: Path, tag: str) -> None:
+    """As LeRobot 0.6 downloads it."""
+    folder = home / "hub/datasets--me--pusht"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / tag).write_text(COMMIT)
+    shutil.copytree(source, folder / "snapshots" / COMMIT)
+
+
+@pytest.mark.parametrize("client", [True, False], ids=["client", "no client"])
+@pytest.mark.parametrize("name", HOMES)
 def test_a_data_set_in_lerobots_own_folder_is_found_by_its_name(
-    healthy: Path, monkeypatch: pytest.MonkeyPatch
+    healthy: Path, tmp_path: Path, name: str, client: bool
 ) -> None:
-    """Where LeRobot records to, and looks first."""
-    (healthy.parent / "me").mkdir()
-    healthy.rename(healthy.parent / "me" / "pusht")
-    monkeypatch.setenv("HF_LEROBOT_HOME", str(healthy.parent))
-    assert LeRobotDataset.open("me/pusht").num_frames == sum(LENGTHS)
+    """Where LeRobot records to, by its variables, which no shell may have expanded."""
+    variables, place = HOMES[name]
+    shutil.copytree(healthy, tmp_path / "home" / place / "me" / "pusht")
+    code = "" if client else "import sys; sys.modules['huggingface_hub.constants'] = None; "
+    code += (
+        "from vqbet_edge.training.dataset import LeRobotDataset; "
+        "print(LeRobotDataset.open('me/pusht').num_frames)"
+    )
+    assert in_home(code, tmp_path, variables) == str(sum(LENGTHS))
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_lerobots_folder_is_where_lerobot_has_it(tmp_path: Path, name: str) -> None:
+    oracle.lerobot("utils.constants")
+    code = (
+        "from lerobot.utils.constants import HF_LEROBOT_HOME; "
+        "from vqbet_edge.training.dataset.dataset import _lerobot_home; "
+        "assert _lerobot_home() == HF_LEROBOT_HOME; print(HF_LEROBOT_HOME)"
+    )
+    assert in_home(code, tmp_path, HOMES[name][0]) == str(tmp_path / "home" / HOMES[name][1])
+
+
+@pytest.mark.parametrize("tag", ["v3.0", "main"])
+def test_what_lerobot_has_downloaded_is_found(healthy: Path, tmp_path: Path, tag: str) -> None:
+    snapshot(healthy, tmp_path / "home/lr", tag)
+    code = (
+        "from vqbet_edge.training.dataset import LeRobotDataset; "
+        "print(LeRobotDataset.open('me/pusht').num_frames)"
+    )
+    variables = {"HF_LEROBOT_HOME": "~/lr", "HF_HUB_OFFLINE": "1"}
+    assert in_home(code, tmp_path, variables) == str(sum(LENGTHS))
+
+
+def in_home(code: str, root: Path, variables: dict[str, str]) -> str:
+    """What a program prints whose home is `root`/home."""
+    home = root / "home"
+    home.mkdir(exist_ok=True)
+    mine = {"HF_HOME", "HF_LEROBOT_HOME", "XDG_CACHE_HOME", "HF_HUB_OFFLINE"}
+    env = {key: value for key, value in os.environ.items() if key not in mine}
+    env |= {"HOME": str(home), **{k: v.format(home=home) for k, v in variables.items()}}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_path_that_the_file_systems_encoding_lacks_is_refused(
+    healthy: Path, tmp_path: Path
+) -> None:
+    healthy.rename(tmp_path / "données")
+    code = f"""
+import os
+from vqbet_edge.errors import UsageError
+from vqbet_edge.training.dataset import LeRobotDataset
+try:
+    LeRobotDataset.open(os.fsdecode({os.fsencode(tmp_path / "données")!r}))
+except UsageError as error:
+    print(error)
+"""
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert "takes file names to be ascii here; type first: export PYTHONUTF8=1" in in_home(
+        code, tmp_path, variables
+    )
+    assert in_home(code, tmp_path, {"LC_ALL": "C.UTF-8"}) == ""
 
 
 def test_what_is_asked_for_is_checked_then(healthy: Path) -> None:
@@ -250,7 +345,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a frame is there twice": (
         lambda root: pq.write_table(pq.read_table(root / DATA).slice(0, 1), root / OTHER),
-        "episode 0 are not 0, 1, 2, ...: frame 1 is missing or there twice",
+        "episode 0 are not numbered one by one: frame 1 is missing, or 0 is there twice",
     ),
     "an episode is not in meta": (
         lambda root: pq.write_table(pq.read_table(root / EPISODES).slice(0, 2), root / EPISODES),
@@ -295,6 +390,33 @@ def test_damage_is_named(healthy: Path, name: str) -> None:
     damage(healthy)
     with pytest.raises(DatasetError, match=message):
         LeRobotDataset.open(healthy).episode(0)
+
+
+NO_NUMBERS: list[object] = [-1, float("nan"), float("inf"), 1e300, "ten", True, [10], None]
+
+
+@pytest.mark.parametrize("value", [0, *NO_NUMBERS], ids=repr)
+def test_a_rate_that_is_none_is_named(healthy: Path, value: object) -> None:
+    edit_json(healthy / INFO, lambda info: info.update(fps=value))
+    with pytest.raises(DatasetError, match=r"info\.json: expected a number for 'fps'"):
+        LeRobotDataset.open(healthy)
+
+
+@pytest.mark.parametrize("value", [-1, 1e300, 3.5, None], ids=repr)
+@pytest.mark.parametrize("name", ["episode_index", "length"])
+def test_numbers_of_an_episode_that_are_none_are_named(
+    healthy: Path, name: str, value: object
+) -> None:
+    values = pa.array([value, *([9, 12, 7] if name == "length" else [0, 1, 2])[1:]], pa.float64())
+    edit_column(healthy / EPISODES, name, values)
+    with pytest.raises(DatasetError, match=f"episodes: expected a number for '{name}'"):
+        LeRobotDataset.open(healthy)
+
+
+@pytest.mark.parametrize("side", [0, *NO_NUMBERS], ids=repr)
+def test_a_shape_that_no_array_has_is_left_out(healthy: Path, side: object) -> None:
+    edit_json(healthy / INFO, lambda info: info["features"]["next.reward"].update(shape=[side]))
+    assert "next.reward" not in LeRobotDataset.open(healthy).features
 
 
 def test_cameras_are_chosen_by_name(healthy: Path) -> None:

@@ -149,8 +149,8 @@ def test_averaged_weights_resume_exactly_too(pusht: Path, tmp_path: Path) -> Non
     options: dict[str, object] = {"ema_decay": 0.5, "save_every": 5}
     train(tiny(pusht, tmp_path / "a", **options))
     shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
-    (tmp_path / "b/checkpoints/last").unlink()
-    (tmp_path / "b/checkpoints/last").symlink_to("000010")
+    for later in ("000015", "000016"):
+        shutil.rmtree(tmp_path / "b/checkpoints" / later)
     train(tiny(pusht, tmp_path / "b", resume=True, **options))
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     name = "checkpoints/last/pretrained_model/model.safetensors"
@@ -179,9 +179,7 @@ def test_a_full_disk_exits_5_and_keeps_the_last_checkpoint(pusht: Path, tmp_path
     output = tmp_path / "run"
     train(tiny(pusht, output, steps=9, save_every=4))
     (output / "checkpoints/000009").rename(output / "checkpoints/000009.bak")
-    (output / "checkpoints/last").unlink()
-    (output / "checkpoints/last").symlink_to("000008")
-    before = (output / "checkpoints/last/pretrained_model/model.safetensors").read_bytes()
+    before = (output / "checkpoints/000008/pretrained_model/model.safetensors").read_bytes()
     ended = subprocess.run(
         command(pusht, output, steps=9, save_every=4, resume=True),
         env=environment(),
@@ -192,30 +190,6 @@ def test_a_full_disk_exits_5_and_keeps_the_last_checkpoint(pusht: Path, tmp_path
     assert ended.returncode == 5, ended.stderr
     assert "--resume" in ended.stderr
     assert (output / "checkpoints/last/pretrained_model/model.safetensors").read_bytes() == before
-
-
-def test_two_processes_reach_the_losses_of_one(pusht: Path, tmp_path: Path) -> None:
-    # What is drawn at random differs between processes, so nothing is: no dropout, a fixed crop,
-    # and a temperature at which the most probable code is always taken.
-    options: dict[str, object] = {
-        "dropout": 0.0,
-        "bet_softmax_temperature": 1e-6,
-        "crop_is_random": False,
-    }
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(tiny(pusht, one, **options))
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    flags = command(pusht, two, **options, no_crop_is_random=True)[1:]
-    position = flags.index("--crop-is-random")
-    del flags[position : position + 2]
-    ended = subprocess.run(
-        [sys.executable, *launch, *flags], env=environment(), capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    for expected, got in zip(losses(one), losses(two), strict=True):
-        assert got.pop("kind") == expected.pop("kind")
-        assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["MIN_MAX", "MEAN_STD"])

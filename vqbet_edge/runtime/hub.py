@@ -95,6 +95,7 @@ def download(
     kind: str = "model",
     patterns: list[str] | None = None,
     revision: str | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """A repository's folder in the client's cache, downloaded if it is not there.
 
@@ -103,6 +104,7 @@ def download(
         kind: "model" or "dataset".
         patterns: of the files to take; None takes all.
         revision: a branch, tag or commit; None is what the id names, or the main branch.
+        cache: another one than the client's own.
 
     Raises:
         UsageError: the client is not installed, or there are two revisions.
@@ -119,7 +121,9 @@ def download(
         raise UsageError(f"'{source}' names one revision and revision={revision!r} another")
     revision = revision or named
     try:
-        found = snapshot_download(name, repo_type=kind, allow_patterns=patterns, revision=revision)
+        found = snapshot_download(
+            name, repo_type=kind, allow_patterns=patterns, revision=revision, cache_dir=cache
+        )
     except Exception as error:  # the client raises many types, all of them mean the same here
         reason = " ".join(str(error).split())
         raise HubError(

@@ -21,7 +21,7 @@ from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.manifest import ActionKind, Text
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.files import remedy
+from vqbet_edge.training.files import check_encodable, remedy, through_last
 from vqbet_edge.training.layouts import (
     Description,
     Json,
@@ -36,6 +36,7 @@ from vqbet_edge.training.normalization import (
     Floats,
     normalizing,
     required_statistics,
+    still_warning,
     unnormalizing,
 )
 
@@ -99,21 +100,26 @@ class Checkpoint:
         how = self.normalization.get(key)
         if how is None or how.mode is NormalizationMode.IDENTITY:
             return Affine.identity(dim)
-        return convert(how.mode, required_statistics(key, how.mode, how.stats, dim), how.epsilon)
+        stats = required_statistics(key, how.mode, how.stats, dim)
+        if key == STATE_KEY and (text := still_warning(key, how.mode, stats)):
+            warnings.warn(text, stacklevel=4)
+        return convert(how.mode, stats, how.epsilon)
 
     @property
     def state_range(self) -> Floats | None:
         """float32 (2, S): lowest and highest demonstrated state in the robot's units, if known."""
-        return self._demonstrated(STATE_KEY, ("min", "max"), self.config.state_dim)
+        return self._demonstrated(STATE_KEY, self.config.state_dim)
 
     @property
     def action_range(self) -> Floats | None:
         """float32 (2, A): lowest and highest demonstrated action in the robot's units, if known."""
-        names = RANGE if self.config.use_relative_actions else ("min", "max")
-        return self._demonstrated(ACTION_KEY, names, self.config.action_dim)
+        return self._demonstrated(ACTION_KEY, self.config.action_dim)
 
-    def _demonstrated(self, key: str, names: tuple[str, str], dim: int) -> Floats | None:
+    def _demonstrated(self, key: str, dim: int) -> Floats | None:
         stats = self.normalization[key].stats if key in self.normalization else {}
+        # LeRobot's own, where ours are not: of relative actions those are distances.
+        relative = key == ACTION_KEY and self.config.use_relative_actions
+        names = RANGE if relative or stats.keys() >= set(RANGE) else ("min", "max")
         found = [np.asarray(stats[name]).reshape(-1) for name in names if name in stats]
         if [len(values) for values in found] != [dim, dim] or not np.isfinite(found).all():
             return None
@@ -236,7 +242,8 @@ def locate_checkpoint(source: str) -> Path:
     Raises:
         CheckpointError, UsageError, HubError: as `load_checkpoint` does.
     """
-    path = Path(source)
+    path = through_last(Path(source))
+    check_encodable(path)
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "
@@ -263,7 +270,7 @@ def _check_directory(directory: Path) -> Path:
     if (directory / WEIGHTS_NAME).is_file():
         return directory
     names = sorted(entry.name for entry in directory.iterdir())
-    inside = [directory / place for place in _INSIDE_A_RUN]
+    inside = [through_last(directory / place) for place in _INSIDE_A_RUN]
     meant = next((place for place in inside if (place / WEIGHTS_NAME).is_file()), None)
     if meant is not None:
         hint = f"pass '{meant}'"

@@ -2,33 +2,49 @@
 
 checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `pretrained`
 checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights; no pickle
-checkpoints/last                        link to the newest
+checkpoints/last                        link to the newest, for people
+
+The numbered folders are the run. Copying often loses the link, or makes a folder of it.
 """
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
 from vqbet_edge.training.config import TrainConfig, flag
-from vqbet_edge.training.files import new_directory, point_to, sweep, write_bytes
+from vqbet_edge.training.files import (
+    new_directory,
+    numbered,
+    point_to,
+    sweep,
+    through_last,
+    write_bytes,
+    writing,
+)
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import Scalings
-from vqbet_edge.training.pretrained import save_pretrained
+from vqbet_edge.training.normalization import Floats, Scalings
+from vqbet_edge.training.pretrained import STATISTICS_NAME, save_pretrained, statistics
 
-# What may differ between a run and its continuation, because no loss depends on it.
+# What may differ between a run and its continuation, because no loss depends on it, or checked by
+# other means: what matters of the data set is its statistics, and `steps` may grow.
 _FREE_FIELDS = {
-    "dataset", "output", "resume", "log_every", "validate_every", "save_every", "frame_cache",
+    "dataset", "output", "steps", "resume", "log_every", "validate_every", "save_every",
+    "frame_cache",
 }  # fmt: skip
 # What reading half a checkpoint ends in.
 _BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError
+_PROGRESS = "training_state/training_step.json"
 # Phase 1 has converged when so many looks did not win this share of its error.
 _PATIENCE, _WORTH_WHILE = 3, 0.01
 
@@ -63,6 +79,8 @@ class Progress:
 class Resumed:
     """What a checkpoint's training state holds."""
 
+    path: Path
+    steps: int  # that the run was to have
     progress: Progress
     weights: dict[str, Tensor]
     averaged: dict[str, Tensor] | None
@@ -72,13 +90,17 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, config: TrainConfig, scalings: Scalings) -> None:
-        self._config, self._scalings = config, scalings
+    def __init__(self, config: TrainConfig, scalings: Scalings, fps: float) -> None:
+        self._config, self._scalings, self._fps = config, scalings, fps
         self._directory = config.output / "checkpoints"
 
     @property
     def last(self) -> Path:
-        """Link to the newest checkpoint."""
+        """The newest checkpoint: the link to it where there is one."""
+        return through_last(self._link)
+
+    @property
+    def _link(self) -> Path:
         return self._directory / "last"
 
     def save(
@@ -101,17 +123,18 @@ class Checkpoints:
         """
         path = self._directory / f"{progress.step:06d}"
         with new_directory(path) as temporary:
-            (temporary / "pretrained_model").mkdir()
+            folder = temporary / "pretrained_model"
+            folder.mkdir()
             state = temporary / "training_state"
             state.mkdir()
             final = averaged or network
-            save_pretrained(temporary / "pretrained_model", final, self._config, self._scalings)
-            write_bytes(state / "training_step.json", json.dumps(asdict(progress)).encode())
+            save_pretrained(folder, final, self._config, self._scalings, self._fps)
+            write_bytes(temporary / _PROGRESS, json.dumps(asdict(progress)).encode())
             _write_optimizer(state / "optimizer.safetensors", optimizer)
             if averaged is not None:
                 weights = safetensors.torch.save(network.state_dict())
                 write_bytes(state / "model.safetensors", weights)
-        point_to(self.last, path)
+        point_to(self._link, path)
 
     def start(self) -> Resumed | None:
         """What to go on from: None for a new run.
@@ -121,47 +144,112 @@ class Checkpoints:
                 the configuration is another.
             CheckpointError: the checkpoint is not whole.
         """
+        output, known = self._config.output, os.path.lexists(self._link)
         if not self._config.resume:
-            if self.last.exists():
+            if known or numbered(self._directory):
                 raise UsageError(
-                    f"{self._config.output} holds a run already; "
+                    f"{output} holds a run already; "
                     "pass --resume to go on with it, or another --output"
                 )
             return None
-        if not self.last.exists():
-            if self._config.output.exists():
-                return None
-            raise UsageError(f"there is no run in {self._config.output} to resume; drop --resume")
         sweep(self._directory)
+        self._adopt()
+        if found := numbered(self._directory):
+            return self._read(found[-1])
+        if known:
+            raise CheckpointError(
+                f"{self._link} is there, but no checkpoint (a folder such as 005000) in "
+                f"{self._directory}; copy the run again, or start a new one in another --output"
+            )
+        if not output.exists():
+            raise UsageError(f"there is no run in {output} to resume; drop --resume")
+        return None
+
+    def _adopt(self) -> None:
+        """Give a folder `last`, a copy that was made through the link, its own name."""
+        if not self._link.is_dir() or self._link.is_symlink():
+            return
         try:
-            self._check_same()
-            return self._load(self.last)
+            step = int(json.loads((self._link / _PROGRESS).read_text())["step"])
         except _BROKEN as e:
             raise CheckpointError(
-                f"{self.last.resolve()} is not whole ({e}); point the link {self.last} to an "
-                "earlier checkpoint"
+                f"{self._link} is no whole checkpoint ({e}); delete it, the numbered folders "
+                "beside it are the run"
             ) from e
+        own = self._directory / f"{step:06d}"
+        with writing(own):
+            if not own.exists():
+                self._link.rename(own)
+
+    def _read(self, path: Path) -> Resumed:
+        try:
+            self._check_same(path)
+            found = self._load(path)
+        except _BROKEN as e:
+            raise CheckpointError(
+                f"{path} is not whole ({e}); copy it again, or delete it to go on from the "
+                "checkpoint before it"
+            ) from e
+        if self._link.resolve() != path.resolve():
+            point_to(self._link, path)
+        return found
 
     def _load(self, path: Path) -> Resumed:
         state = path / "training_state"
         final = safetensors.torch.load_file(path / "pretrained_model" / "model.safetensors")
         own = state / "model.safetensors"
         return Resumed(
-            progress=Progress(**json.loads((state / "training_step.json").read_text())),
+            path=path,
+            steps=_config(path)["steps"],
+            progress=Progress(**json.loads((path / _PROGRESS).read_text())),
             weights=safetensors.torch.load_file(own) if own.exists() else final,
             averaged=final if own.exists() else None,
             optimizer=_read_optimizer(state / "optimizer.safetensors"),
         )
 
-    def _check_same(self) -> None:
-        before = json.loads((self.last / "pretrained_model" / "train_config.json").read_text())
+    def _check_same(self, path: Path) -> None:
+        before = _config(path)
         now = self._config.to_json()
-        for name in now.keys() - _FREE_FIELDS:
-            if name in before and before[name] != now[name]:
+        changed = [k for k in now.keys() - _FREE_FIELDS if k in before and before[k] != now[k]]
+        if now["steps"] < before["steps"]:
+            changed.append("steps")
+        for name in changed:
+            raise UsageError(
+                f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "
+                "pass the same, or start a new run in another --output"
+            )
+        self._check_data(path)
+
+    def _check_data(self, path: Path) -> None:
+        """The codebooks and weights mean what the statistics that they were trained with say."""
+        before = safetensors.numpy.load_file(path / "pretrained_model" / STATISTICS_NAME)
+        now = statistics(self._scalings)
+        seen = {name.rpartition(".")[0] for name in before}
+        new = [name for name in now if name.rpartition(".")[0] not in seen]
+        for name in [*before, *new]:
+            then, here = before.get(name), now.get(name)
+            if then is None or here is None or not _same(then, here):
                 raise UsageError(
-                    f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "
-                    "pass the same, or start a new run in another --output"
+                    f"{self._config.dataset} is not what the run in {self._config.output} was "
+                    f"started with: {name} was {_text(then)}, now it is {_text(here)}, and the "
+                    "policy would mean something else; pass the data set as it was, or start a new "
+                    "run in another --output"
                 )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What the run was started with."""
+    found: dict[str, Any]
+    found = json.loads((path / "pretrained_model" / "train_config.json").read_text())
+    return found
+
+
+def _same(a: Floats, b: Floats) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _text(values: Floats | None) -> str:
+    return "not there" if values is None else np.array2string(values.reshape(-1), precision=4)
 
 
 def _write_optimizer(path: Path, state: dict[str, Any]) -> None:

@@ -1,11 +1,16 @@
 """Configuration of the network, under LeRobot's field names and defaults."""
 
 import json
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
+import msgspec
+import numpy as np
 import tyro
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
@@ -61,6 +66,70 @@ class Feature:
 
     type: FeatureType
     shape: tuple[int, ...]
+
+
+def _converted(kind: type[Any], value: Any, name: str) -> Any:  # noqa: ANN401
+    """A field's value in the field's type: texts are paths and modes, lists are tuples."""
+    try:
+        return msgspec.convert(_plain(value), kind, dec_hook=_decode)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise UsageError(f"{name} ({flag(name)}): {error}; got {value!r}") from error
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    match value:
+        case os.PathLike():
+            return os.fspath(value)
+        case np.generic() | np.ndarray():
+            return value.tolist()
+        case Enum():
+            return value.value
+        case dict():
+            return {key: _plain(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_plain(each) for each in value]
+        case _:
+            return value
+
+
+def _decode(kind: type[Any], value: Any) -> Any:  # noqa: ANN401
+    if kind is not Path or not isinstance(value, str):
+        raise TypeError(f"Expected a path, got `{type(value).__name__}`")
+    return Path(value)
+
+
+def convert_fields(config: Any) -> None:  # noqa: ANN401
+    """Give every field of a frozen dataclass its type.
+
+    Raises:
+        UsageError: names the field and what it takes.
+    """
+    hints = get_type_hints(type(config))
+    for each in fields(config):
+        value = _converted(hints[each.name], getattr(config, each.name), each.name)
+        object.__setattr__(config, each.name, value)
+    for rule, names in _RULES.items():
+        for name in names & hints.keys():
+            value = getattr(config, name)
+            if not all(map(_HOLDS[rule], np.atleast_1d(value).tolist())):
+                raise UsageError(f"{name} ({flag(name)}) must be {rule}, got {value}")
+
+
+# What floats and seeds may be; whole numbers are checked where they are used.
+_HOLDS: Mapping[str, Callable[[float], bool]] = {
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "more than 0": lambda value: 0 < value < math.inf,
+}
+_RULES: Mapping[str, set[str]] = {
+    "in [0, 1)": {"dropout", "ema_decay", "optimizer_betas", "validation_fraction"},
+    "0 or more": {
+        "offset_loss_weight", "primary_code_loss_weight", "secondary_code_loss_weight", "seed",
+        "optimizer_lr", "optimizer_weight_decay", "optimizer_vqvae_lr",
+        "optimizer_vqvae_weight_decay", "scheduler_warmup_steps",
+    },
+    "more than 0": {"bet_softmax_temperature", "optimizer_eps", "optimizer_grad_clip_norm"},
+}  # fmt: skip
 
 
 def _default_normalization() -> dict[str, NormalizationMode]:
@@ -157,6 +226,10 @@ class VQBeTConfig(Hyperparameters):
     action_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            convert_fields(self)
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
         _check_features(self)
         _check_vision(self)
         _check_sizes(self)
@@ -334,10 +407,6 @@ def _check_sizes(config: VQBeTConfig) -> None:
             f"{config.num_tokens} tokens do not fit into gpt_block_size {config.gpt_block_size}; "
             "raise gpt_block_size or lower n_obs_steps"
         )
-    if not config.bet_softmax_temperature > 0:
-        raise CheckpointError(
-            f"bet_softmax_temperature must be positive, got {config.bet_softmax_temperature}"
-        )
 
 
 def flag(name: str) -> str:
@@ -420,6 +489,13 @@ class TrainConfig(Hyperparameters):
     frame_cache: Path | None = None
 
     def __post_init__(self) -> None:
+        convert_fields(self)
+        kinds = {kind.value for kind in FeatureType}
+        if set(self.normalization_mapping) != kinds:
+            raise UsageError(
+                f"normalization_mapping needs a mode each for {', '.join(sorted(kinds))}, got "
+                f"{', '.join(sorted(self.normalization_mapping)) or 'none'}"
+            )
         if self.imagenet:
             self._start_from_imagenet()
         check_positive(self, "batch_size", "log_every", "save_every", "validate_every")
@@ -428,8 +504,6 @@ class TrainConfig(Hyperparameters):
                 f"--steps {self.steps} counts both phases and must be more than "
                 f"--n-vqvae-training-steps {self.n_vqvae_training_steps}"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
 
     def _start_from_imagenet(self) -> None:
         if not self.vision_backbone.startswith("resnet") or "_" in self.vision_backbone:

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vqbet_edge.errors import DiskError
+from vqbet_edge.errors import DiskError, UsageError
 
 _SUFFIX = ".tmp"
 
@@ -74,12 +75,49 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to its sibling `target`, in one step."""
+    """Make `link` a relative symbolic link to its sibling `target`, where the disk has links."""
     temporary = _temporary(link)
     with writing(link):
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
-        temporary.replace(link)
+        with suppress(OSError):  # FAT has none
+            temporary.symlink_to(target.name)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        if temporary.is_symlink():
+            temporary.replace(link)
+        else:
+            link.unlink(missing_ok=True)
+
+
+def numbered(checkpoints: Path) -> list[Path]:
+    """The checkpoints in a folder of them, which are named by their steps; the newest last."""
+    found = [path for path in checkpoints.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def through_last(path: Path) -> Path:
+    """A path in a run; where copying has lost the link `last`, through the newest checkpoint."""
+    if not path.exists():
+        for place in (path, *path.parents):
+            if place.name == "last" and (found := numbered(place.parent)):
+                return found[-1] / path.relative_to(place)
+    return path
+
+
+def check_encodable(path: Path) -> None:
+    """Refuse a path that the libraries below, which take UTF-8, cannot be told.
+
+    Raises:
+        UsageError: says what to set.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(
+            f"{str(path)!a} is no path that this program can hand on, because Python takes "
+            f"file names to be {sys.getfilesystemencoding()} here; type first: export "
+            "PYTHONUTF8=1"
+        ) from e
 
 
 def remedy(path: Path) -> str:

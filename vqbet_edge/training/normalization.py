@@ -14,7 +14,13 @@ from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, DatasetError
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
+from vqbet_edge.training.config import (
+    ACTION_KEY,
+    STATE_KEY,
+    FeatureType,
+    NormalizationMode,
+    VQBeTConfig,
+)
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.dataset import vector_statistics
 
@@ -51,7 +57,8 @@ class Epsilon:
         return result
 
 
-# Further statistics of relative actions: the lowest and highest that the robot takes.
+# Further statistics: the lowest and highest demonstrated value in the robot's units, whatever the
+# scaling makes of them.
 RANGE = "lowest", "highest"
 
 # Actions are positions near the state when they are so much closer to it than to their mean.
@@ -59,6 +66,47 @@ _NEAR = 0.5
 
 # LeRobot's processors replace a range of zero by this.
 EPSILON = Epsilon(1e-8, always=False)
+
+
+# A dimension hardly ever moves when what its mode takes for its range is less than this of all that
+# it does; one that moves by less than this of its value does not move.
+_HARDLY, _STILL = 1e-3, 1e-6
+
+
+class Widened(NamedTuple):
+    """Statistics by which no dimension is divided by (nearly) zero."""
+
+    stats: Statistics  # for LeRobot's formula
+    still: NDArray[np.bool_]  # (dim,): never moves, and is taken to move by one of its units
+    rare: NDArray[np.bool_]  # (dim,): hidden from the quantiles; by minimum and maximum instead
+
+
+def widened(
+    mode: NormalizationMode, stats: Statistics, least: Floats, most: Floats, *, still: bool
+) -> Widened:
+    """Widen what a mode would divide by, where it is (nearly) zero.
+
+    Args:
+        mode: any but IDENTITY.
+        stats: what it needs, (dim,) each.
+        least: of all values, (dim,).
+        most: of all values, (dim,).
+        still: whether to widen what never moves too.
+    """
+    names = STATISTICS[mode]
+    first, second = (stats[name] for name in names)
+    fixed = most - least <= _STILL * np.maximum(np.abs(least), np.abs(most))
+    hidden = ~fixed & (mode is not NormalizationMode.MEAN_STD)
+    if hidden.any():
+        hidden &= second - first < _HARDLY * (most - least)
+    fixed &= still
+    if mode is NormalizationMode.MEAN_STD:
+        bounds = first, np.where(fixed, 1, second)
+    else:
+        low = np.select([fixed, hidden], [least - 1, least], first)
+        bounds = low, np.select([fixed, hidden], [most + 1, most], second)
+    values = {name: value.astype(np.float32) for name, value in zip(names, bounds, strict=True)}
+    return Widened({**stats, **values}, fixed, hidden)
 
 
 def normalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
@@ -107,6 +155,20 @@ def required_statistics(
     return found
 
 
+def still_warning(key: str, mode: NormalizationMode, stats: Statistics) -> str:
+    """What to say about a state that LeRobot divides by its epsilon; empty if there is none."""
+    first, second = (stats[name] for name in STATISTICS[mode])
+    still = second == (0 if mode is NormalizationMode.MEAN_STD else first)
+    if not still.any():
+        return ""
+    return (
+        f"'{key}' {np.flatnonzero(still).tolist()} did not move in what the policy was trained on "
+        f"(by {' and '.join(STATISTICS[mode])}), and LeRobot divides by {EPSILON.value:g} there: "
+        f"whatever differs from {first[still].tolist()} on the robot decides what the policy does. "
+        "Send exactly that, or train anew with vqbet-train, which widens such statistics"
+    )
+
+
 @dataclass(frozen=True)
 class Scalings:
     """Per feature: robot units -> network units, and back.
@@ -114,12 +176,14 @@ class Scalings:
     Attributes:
         forward, backward: of states, actions and cameras; of relative actions behind and before
             their state is subtracted and added.
-        stats: what both follow from, and of relative actions the range that the robot takes.
+        stats: what both follow from, and of vectors the range that was demonstrated.
+        advice: what to say about dimensions that hardly ever move; empty if there are none.
     """
 
     forward: Mapping[str, Affine]
     backward: Mapping[str, Affine]
     stats: Mapping[str, Statistics]
+    advice: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dataset: LeRobotDataset, config: VQBeTConfig) -> "Scalings":
@@ -132,17 +196,18 @@ class Scalings:
         if config.use_relative_actions:
             _check_positions(dataset, config)
         forward, backward, kept = {}, {}, {}
+        advice: list[str] = []
         for key, feature in {**config.input_features, **config.output_features}.items():
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
-            kept[key] = _statistics(dataset, config, key, mode)
+            kept[key] = _statistics(dataset, config, key, advice)
             if mode is NormalizationMode.IDENTITY:
                 forward[key] = backward[key] = Affine.identity(dim)
                 continue
             stats = {name: values.reshape(-1) for name, values in kept[key].items()}
             forward[key] = normalizing(mode, stats, EPSILON)
             backward[key] = unnormalizing(mode, stats, EPSILON)
-        return cls(forward, backward, kept)
+        return cls(forward, backward, kept, tuple(advice))
 
     def normalize(self, key: str, values: NDArray[np.generic]) -> Tensor:
         """(..., dim) in the robot's units -> float32 (..., dim) in the network's."""
@@ -151,6 +216,45 @@ class Scalings:
     def unit(self, key: str) -> Floats:
         """float32 (dim,): how much of the robot's unit one of the network's is."""
         return self.backward[key].multiply
+
+
+def _statistics(
+    dataset: LeRobotDataset, config: VQBeTConfig, key: str, advice: list[str]
+) -> Statistics:
+    """What a feature is scaled by, and of vectors the range that was demonstrated.
+
+    What there is to say about it goes to `advice`.
+    """
+    feature = {**config.input_features, **config.output_features}[key]
+    mode = config.normalization_mapping[feature.type.value]
+    if feature.type is FeatureType.VISUAL:
+        return dataset.statistics(key, STATISTICS[mode])
+    names = *STATISTICS[mode], "min", "max"
+    demonstrated = dict(zip(RANGE, dataset.statistics(key, ("min", "max")).values(), strict=True))
+    found = (
+        _relative_statistics(dataset, config, names)
+        if key == ACTION_KEY and config.use_relative_actions
+        else dataset.statistics(key, names)
+    )
+    least, most = found["min"], found["max"]
+    extremes = {"min", "max"} - set(STATISTICS[mode])
+    found = {name: value for name, value in found.items() if name not in extremes}
+    if mode is NormalizationMode.IDENTITY:
+        return demonstrated
+    # An action that never moves comes back as it was demonstrated, if nothing is widened.
+    result = widened(mode, found, least, most, still=key != ACTION_KEY)
+    labels = dataset.features[key].names or tuple(map(str, range(len(least))))
+    advice += [
+        f"{key} '{labels[i]}' hardly ever moves, and {mode.value} would divide by next to nothing: "
+        f"it is scaled by its minimum and maximum ({least[i]:.4g} and {most[i]:.4g}) instead"
+        for i in np.flatnonzero(result.rare).tolist()
+    ]
+    advice += [
+        f"{key} '{labels[i]}' is {least[i]:.4g} in all frames: nobody has shown the policy what to "
+        "do when it is something else on the robot"
+        for i in np.flatnonzero(result.still).tolist()
+    ]
+    return {**result.stats, **demonstrated}
 
 
 class _Spreads(NamedTuple):
@@ -205,22 +309,10 @@ def chunks_of(actions: NDArray[Scalar], width: int) -> NDArray[Scalar]:
     return chunks
 
 
-def _statistics(
-    dataset: LeRobotDataset, config: VQBeTConfig, key: str, mode: NormalizationMode
-) -> Statistics:
-    """Those that the mode needs and, of vectors, the range that was demonstrated."""
-    names = STATISTICS[mode]
-    if key == ACTION_KEY and config.use_relative_actions:
-        return _relative_statistics(dataset, config, names)
-    if key in (ACTION_KEY, STATE_KEY):
-        names = tuple(dict.fromkeys((*names, "min", "max")))
-    return dataset.statistics(key, names)
-
-
 def _relative_statistics(
     dataset: LeRobotDataset, config: VQBeTConfig, names: Sequence[str]
 ) -> Statistics:
-    """The named statistics of every frame's chunk, its state subtracted; `RANGE` of the actions."""
+    """The named statistics of every frame's chunk, its state subtracted."""
     actions, states = dataset.column(ACTION_KEY), dataset.column(STATE_KEY)
     found: dict[str, list[Floats]] = {name: [] for name in names}
     for i, relative in enumerate(config.relative_actions):  # one at a time: chunks are W times more
@@ -230,9 +322,7 @@ def _relative_statistics(
             chunks -= states[:, i, None]
         for name, value in vector_statistics(chunks.reshape(-1, 1), names).items():
             found[name].append(value)
-    whole = dataset.statistics(ACTION_KEY, ("min", "max"))
-    limits = dict(zip(RANGE, whole.values(), strict=True))
-    return {**{name: np.concatenate(values) for name, values in found.items()}, **limits}
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def scale_images(images: Tensor, affine: Affine) -> Tensor:

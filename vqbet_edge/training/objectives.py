@@ -32,6 +32,8 @@ class VqVaeLosses(NamedTuple):
 class VqVaeObjective(nn.Module):
     """Phase 1: action chunk -> codes -> the same action chunk."""
 
+    names = VqVaeLosses._fields
+
     def __init__(self, vqvae: VqVae, reduce: Reduce) -> None:
         super().__init__()
         self.vqvae = vqvae
@@ -60,6 +62,8 @@ class PolicyLosses(NamedTuple):
 
 class PolicyObjective(nn.Module):
     """Phase 2: window -> codes and offsets of all action queries."""
+
+    names = PolicyLosses._fields
 
     def __init__(self, network: VQBeT, scalings: Scalings) -> None:
         super().__init__()

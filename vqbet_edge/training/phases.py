@@ -93,7 +93,7 @@ class Phase(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self._objective.train()
-        losses = self._losses(frames)
+        losses = self._losses(self._objective, self._own(frames))
         accelerator.backward(losses.loss)
         clip = self._config.optimizer_grad_clip_norm
         accelerator.clip_grad_norm_(self._objective.parameters(), clip)
@@ -110,15 +110,30 @@ class Phase(ABC):
         self._objective.eval()
         current = {name: value.clone() for name, value in self._network.state_dict().items()}
         self._network.load_state_dict((self.averaged or self._network).state_dict())
-        found = [self._losses(frames)._asdict() for frames in batches]
+        means = self._means(batches)
         self._network.load_state_dict(current)
-        return {name: float(torch.stack([f[name] for f in found]).mean()) for name in found[0]}
+        return means
 
-    def _losses(self, frames: Indices) -> Losses:
+    def _means(self, batches: Iterable[Indices]) -> dict[str, float]:
+        """Over the frames of all processes; the last batch may leave one without any."""
+        objective = self._accelerator.unwrap_model(self._objective)
+        sums = torch.zeros(1 + len(objective.names), device=self._accelerator.device)
+        for own in filter(len, map(self._own, batches)):
+            losses = self._losses(objective, own)
+            values = [torch.ones_like(losses.loss), *losses._asdict().values()]
+            sums += len(own) * torch.stack(values)
+        count, *totals = _sum(self._accelerator, sums).tolist()
+        return {n: t / count for n, t in zip(objective.names, totals, strict=True)}
+
+    def _own(self, frames: Indices) -> Indices:
+        """This process's part."""
         accelerator = self._accelerator
-        own = np.array_split(frames, accelerator.num_processes)[accelerator.process_index]
-        with accelerator.autocast():
-            losses: Losses = self._objective(*self.batch(own))
+        own: Indices = np.array_split(frames, accelerator.num_processes)[accelerator.process_index]
+        return own
+
+    def _losses(self, objective: nn.Module, frames: Indices) -> Losses:
+        with self._accelerator.autocast():
+            losses: Losses = objective(*self.batch(frames))
         return losses
 
 

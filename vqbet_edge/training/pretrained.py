@@ -21,29 +21,25 @@ from vqbet_edge.training.config import Feature, Hyperparameters, TrainConfig, VQ
 from vqbet_edge.training.files import write_bytes
 from vqbet_edge.training.layouts import ABSOLUTE, RELATIVE
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import EPSILON, Scalings
+from vqbet_edge.training.normalization import EPSILON, Floats, Scalings
 
+# Where a policy's statistics are; the preprocessor has them once more.
+STATISTICS_NAME = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 # The fields of our configuration that LeRobot's does not have: it refuses those it does not know.
 _OWN_FIELDS = {"optimizer_grad_clip_norm"}
 _DEVICE = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
 
 
 def save_pretrained(
-    directory: Path, network: VQBeT, config: TrainConfig, scalings: Scalings
+    directory: Path, network: VQBeT, config: TrainConfig, scalings: Scalings, fps: float
 ) -> None:
     """Write everything but the training state into an existing directory."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     write_bytes(directory / "model.safetensors", safetensors.torch.save(tensors))
     _write_json(directory / "config.json", _policy_json(network, config))
-    _write_json(directory / "train_config.json", config.to_json())
+    _write_json(directory / "train_config.json", {**config.to_json(), "fps": fps})
     features = {**network.config.input_features, **network.config.output_features}
-    statistics = safetensors.numpy.save(
-        {
-            f"{key}.{name}": np.ascontiguousarray(value)
-            for key, stats in scalings.stats.items()
-            for name, value in stats.items()
-        }
-    )
+    stats = safetensors.numpy.save(statistics(scalings))
     before = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
@@ -56,8 +52,17 @@ def save_pretrained(
         *_relative(network.config, ABSOLUTE),
         _DEVICE,
     ]
-    _write_processor(directory, "policy_preprocessor", before, statistics)
-    _write_processor(directory, "policy_postprocessor", after, statistics)
+    _write_processor(directory, "policy_preprocessor", before, stats)
+    _write_processor(directory, "policy_postprocessor", after, stats)
+
+
+def statistics(scalings: Scalings) -> dict[str, Floats]:
+    """What both processors' files hold, named <feature>.<statistic>."""
+    return {
+        f"{key}.{name}": np.ascontiguousarray(value)
+        for key, stats in scalings.stats.items()
+        for name, value in stats.items()
+    }
 
 
 def lerobots_objections(config: VQBeTConfig) -> list[str]:

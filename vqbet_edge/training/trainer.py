@@ -11,15 +11,17 @@ from types import FrameType
 import numpy as np
 import torch
 from accelerate import Accelerator
+from rich.markup import escape
 
 from vqbet_edge.cli import TerminatedError
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
-from vqbet_edge.training.checkpoints import Checkpoints, Progress
+from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.files import check_encodable
 from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
@@ -55,6 +57,7 @@ def train(config: TrainConfig) -> Path:
         KeyboardInterrupt: after SIGINT (TerminatedError: SIGTERM), with a checkpoint to resume
             from.
     """
+    check_encodable(config.output)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
@@ -84,14 +87,15 @@ class _Trainer:
         policy = config.policy(dataset)
         self._scalings = Scalings.of(dataset, policy)
         torch.manual_seed(config.seed)
-        self.checkpoints = Checkpoints(config, self._scalings)
-        self._resumed = self.checkpoints.start()
+        self.checkpoints = Checkpoints(config, self._scalings, dataset.fps)
+        with accelerator.main_process_first():  # which puts the run's folder in order
+            self._resumed = self.checkpoints.start()
         if self._resumed is not None:  # the backbone's weights are in the checkpoint
             policy = replace(policy, pretrained_backbone_weights=None)
         self._network = VQBeT(policy).to(accelerator.device)
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
-            self._network.load_state_dict(self._resumed.weights)
+            _load(self._network, self._resumed, config)
         self._data = WindowedDataset(dataset, policy, self._scalings, accelerator.device)
         split = dataset.split(config.validation_fraction, config.seed)
         frames = current_frames(dataset, split.train)
@@ -102,11 +106,15 @@ class _Trainer:
         self._validation = _batches(current_frames(dataset, split.validation), config)
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []
+        if config.resume:
+            self._reporter.note(_going_on(config, self._resumed))
         left_out = dataset.chosen_cameras.left_out
         for key, what in left_out.items():
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
         if policy.resize_shape is None and left_out.keys() & set(dataset.image_keys):
             self._reporter.note("cameras of other sizes fit with --resize-shape HEIGHT WIDTH")
+        for advice in self._scalings.advice:
+            self._reporter.note(f"[yellow]{escape(advice)}")
         if advice := relative_advice(dataset, policy):
             self._reporter.note(advice)
         for reason in lerobots_objections(policy):
@@ -176,8 +184,8 @@ class _Trainer:
         step = self._progress.step
         if not np.isfinite(metrics["loss"]):
             raise VQBeTEdgeError(
-                f"the loss is {metrics['loss']} at step {step}; lower the learning rate "
-                "and go on from an earlier checkpoint with --resume"
+                f"the loss is {metrics['loss']} at step {step}; start a new run in another "
+                "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
             )
         self._reporter.record(step, phase.name, {**metrics, "lr": phase.learning_rate})
         self._reporter.progress(step, phase.name, metrics)
@@ -205,6 +213,7 @@ class _Trainer:
         return early
 
     def _save(self, phase: Phase) -> None:
+        _check_finite(self._progress.step, self._network, phase.averaged)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             optimizer = phase.optimizer.state_dict()
@@ -217,6 +226,38 @@ class _Trainer:
             return told
         flag = torch.tensor(int(told), device=self._accelerator.device)
         return bool(self._accelerator.reduce(flag, "sum"))
+
+
+def _load(network: VQBeT, resumed: Resumed, config: TrainConfig) -> None:
+    try:
+        network.load_state_dict(resumed.weights)
+    except RuntimeError as e:
+        raise UsageError(
+            f"{resumed.path} does not fit the cameras, states and actions of {config.dataset}; "
+            f"pass the data set that the run was started with ({' '.join(str(e).split())[:300]})"
+        ) from e
+
+
+def _going_on(config: TrainConfig, resumed: Resumed | None) -> str:
+    """What to say about a run that is resumed."""
+    if resumed is None:
+        return f"no checkpoint in {config.output} yet: beginning at step 0"
+    text = f"going on from step {resumed.progress.step} ({resumed.path})"
+    if resumed.steps == config.steps:
+        return text
+    return (
+        f"{text}; the run was to have {resumed.steps} steps and now has {config.steps}: phase 2's "
+        "learning rate goes on where the longer run's would be, so it may rise once"
+    )
+
+
+def _check_finite(step: int, *networks: VQBeT | None) -> None:
+    tensors = [t for network in networks if network for t in network.state_dict().values()]
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        raise VQBeTEdgeError(
+            f"weights are not finite at step {step}, and are not saved; start a new run in another "
+            "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
+        )
 
 
 def _batches(frames: Indices, config: TrainConfig) -> list[Indices]:

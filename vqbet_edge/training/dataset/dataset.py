@@ -22,6 +22,7 @@ from vqbet_edge.training.dataset.metadata import (
     stored_statistics,
 )
 from vqbet_edge.training.dataset.table import Array, Table
+from vqbet_edge.training.files import check_encodable
 
 # What a policy reads besides the cameras; checked when a data set is opened.
 _POLICY_VECTORS = ("observation.state", "action")
@@ -29,6 +30,9 @@ _BASIC = ("min", "max", "mean", "std")
 # Of frames that are shrunk so many are decoded at once: whole episodes of them would need much of
 # the memory that shrinking saves.
 _AT_ONCE = 32
+
+# Tags that LeRobot downloads data sets by.
+_REVISIONS = "v3.0", "v2.1"
 
 Size = tuple[int, int]  # (height, width)
 Levels = npt.NDArray[np.int64]  # (3, 256)
@@ -285,21 +289,35 @@ def _locate(source: str) -> Path:
     """The data set's folder: as named, else in LeRobot's own folder, else from the Hub."""
     here = at_hand(source)
     if here is not None:
+        check_encodable(here)
         return here
     if not is_hub_id(source):
         raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")
-    return download(source, "dataset")
+    # What LeRobot itself has downloaded, which the client completes where it has not all.
+    cache = _lerobot_home() / "hub"
+    known = cache / f"datasets--{source.replace('/', '--')}"
+    if not known.is_dir():
+        return download(source, "dataset")
+    revision = next((name for name in _REVISIONS if (known / "refs" / name).is_file()), None)
+    return download(source, "dataset", revision=revision, cache=cache)
 
 
 def at_hand(source: str) -> Path | None:
     """The data set's folder, as named or in LeRobot's own folder; None if it is not here."""
     if Path(source).is_dir():
         return Path(source)
-    if not is_hub_id(source):
-        return None
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "lerobot"
-    recorded = Path(os.environ.get("HF_LEROBOT_HOME", cache)) / source
-    return recorded if (recorded / "meta").is_dir() else None
+    recorded = _lerobot_home() / source
+    return recorded if is_hub_id(source) and (recorded / "meta").is_dir() else None
+
+
+def _lerobot_home() -> Path:
+    """Where `lerobot.utils.constants` has it, which is slow to import."""
+    try:
+        from huggingface_hub.constants import HF_HOME  # noqa: PLC0415 - not everybody has it
+    except ImportError:
+        cache = os.path.join(os.getenv("XDG_CACHE_HOME", "~/.cache"), "huggingface")  # noqa: PTH118
+        HF_HOME = os.path.expandvars(os.path.expanduser(os.getenv("HF_HOME", cache)))  # noqa: N806, PTH111
+    return Path(os.getenv("HF_LEROBOT_HOME", Path(HF_HOME) / "lerobot")).expanduser()
 
 
 def vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:

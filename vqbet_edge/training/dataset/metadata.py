@@ -6,7 +6,6 @@ for is not read, and what is not understood is left out.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,8 @@ import pyarrow.parquet as pq
 
 from vqbet_edge.errors import DatasetError
 
+# No camera, arm or data set comes near; beyond it a number is a mistake.
+_MOST = 1e9
 # LeRobot's templates, where info.json has none.
 _VIDEO_PATHS = {
     3: "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
@@ -133,10 +134,11 @@ class DatasetInfo:
         try:
             if self.version == 3:
                 chunk, file = (f"videos/{key}/{part}_index" for part in ("chunk", "file"))
-                names |= {"chunk_index": int(place[chunk]), "file_index": int(place[file])}
-                start = float(place[f"videos/{key}/from_timestamp"])
-                if not math.isfinite(start):
-                    raise ValueError(f"from_timestamp {start}")
+                where = self.root / "meta" / "episodes"
+                names["chunk_index"] = _whole(where, chunk, place[chunk])
+                names["file_index"] = _whole(where, file, place[file])
+                from_name = f"videos/{key}/from_timestamp"
+                start = _number(where, from_name, place[from_name])
             else:
                 start = 0.0
             path = _inside(self.root, self.video_path.format(**names, **place))
@@ -165,11 +167,11 @@ def read_info(root: Path) -> DatasetInfo:
     version = _version(path, raw.get("codebase_version"))
     try:
         features = _features(raw["features"])
-        fps = float(raw["fps"])
-        if not 0 < fps < math.inf:
-            raise ValueError(f"fps {fps}")
+        fps = _number(path, "fps", raw["fps"])
+        if fps <= 0:
+            raise _no_number(path, "fps", raw["fps"], "more than 0")
         rows = _rows_v3(root) if version == 3 else _rows_v2(root, raw)
-        episodes = sorted((_episode(row) for row in rows), key=lambda episode: episode.index)
+        episodes = sorted((_episode(root, row) for row in rows), key=lambda episode: episode.index)
     except (*_MISUSED, pa.ArrowException, OSError) as e:
         raise DatasetError(
             f"{root / 'meta'} is not complete ({type(e).__name__}: {e}); "
@@ -212,9 +214,7 @@ def _features(raw: Mapping[str, Any]) -> dict[str, DatasetFeature]:
 
 
 def _feature(raw: Mapping[str, Any]) -> DatasetFeature:
-    shape = tuple(int(side) for side in raw["shape"])
-    if any(side < 1 for side in shape):
-        raise ValueError(f"shape {shape}")
+    shape = tuple(_side(side) for side in raw["shape"])
     dtype = str(raw["dtype"])
     names = raw.get("names")
     if dtype not in {"image", "video"}:
@@ -226,6 +226,13 @@ def _feature(raw: Mapping[str, Any]) -> DatasetFeature:
     return DatasetFeature(dtype, shape, any(marks.get(mark) for mark in _DEPTH_MARKS))
 
 
+def _side(value: Any) -> int:  # noqa: ANN401 - a file's
+    """One side of a shape, which an array could have."""
+    if isinstance(value, bool) or not 0 < value <= _MOST or value != int(value):
+        raise ValueError(f"a side of {value!r}")
+    return int(value)
+
+
 def _vector_names(names: Any, shape: tuple[int, ...]) -> tuple[str, ...]:  # noqa: ANN401 - a file's
     """LeRobot writes a list, before 2025 in a mapping of one kind: {"motors": [...]}."""
     if isinstance(names, dict) and len(names) == 1:
@@ -234,8 +241,36 @@ def _vector_names(names: Any, shape: tuple[int, ...]) -> tuple[str, ...]:  # noq
     return tuple(map(str, names)) if fits else ()
 
 
-def _episode(row: Mapping[str, Any]) -> EpisodeInfo:
-    return EpisodeInfo(int(row["episode_index"]), int(row["length"]), row)
+def _episode(root: Path, row: Mapping[str, Any]) -> EpisodeInfo:
+    names = "episode_index", "length"
+    index, length = (_whole(root / "meta" / "episodes", name, row[name]) for name in names)
+    return EpisodeInfo(index, length, row)
+
+
+def _number(path: Path, name: str, value: Any) -> float:  # noqa: ANN401 - a file's
+    """A number that is finite, not negative and no mistake.
+
+    Raises:
+        DatasetError: says where it stands and what is there.
+    """
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and 0 <= float(value) <= _MOST:
+            return float(value)
+    raise _no_number(path, name, value, f"in [0, {_MOST:g}]")
+
+
+def _whole(path: Path, name: str, value: Any) -> int:  # noqa: ANN401 - a file's
+    number = _number(path, name, value)
+    if number != int(number):
+        raise _no_number(path, name, value, "whole")
+    return int(number)
+
+
+def _no_number(path: Path, name: str, value: object, what: str) -> DatasetError:
+    return DatasetError(
+        f"{path}: expected a number for '{name}' that is {what}, got {value!r}; correct it, or "
+        "copy the data set again"
+    )
 
 
 def _rows_v3(root: Path) -> Iterator[Json]:
@@ -253,9 +288,14 @@ def _rows_v3(root: Path) -> Iterator[Json]:
 
 
 def _rows_v2(root: Path, raw: Json) -> Iterator[Json]:
-    for row in _read_lines(root / "meta" / "episodes.jsonl"):
-        index = int(row["episode_index"])
-        chunk = index // int(raw.get("chunks_size") or 1000)
+    path = root / "meta" / "episodes.jsonl"
+    info, name = path.with_name("info.json"), "chunks_size"
+    size = 1000 if raw.get(name) is None else _whole(info, name, raw[name])
+    if size < 1:
+        raise _no_number(info, name, size, "at least 1")
+    for row in _read_lines(path):
+        index = _whole(path, "episode_index", row["episode_index"])
+        chunk = index // size
         yield {"episode_index": index, "episode_chunk": chunk, "length": row["length"]}
 
 

@@ -78,12 +78,13 @@ class Table:
                 f"{where}: episode {episode.index} has {len(frames)} frames, meta/ says "
                 f"{episode.length}; copy the data set again or delete the episode"
             )
-        wrong = np.flatnonzero(frames != np.arange(len(frames)))
+        # An episode whose beginning was cut off keeps its numbers, and its times in the video.
+        wrong = np.flatnonzero(np.diff(frames) != 1)
         if wrong.size:
             raise DatasetError(
-                f"{where}: the frames of episode {episode.index} are not 0, 1, 2, ...: frame "
-                f"{wrong[0]} is missing or there twice; copy the data set again or delete the "
-                "episode"
+                f"{where}: the frames of episode {episode.index} are not numbered one by one: "
+                f"frame {frames[wrong[0]] + 1} is missing, or {frames[wrong[0]]} is there twice; "
+                "copy the data set again or delete the episode"
             )
 
     def vectors(self, key: str, feature: DatasetFeature) -> Array:
