@@ -160,12 +160,12 @@ def _plans(arguments: Arguments) -> list[RoundPlan]:
     replans = math.ceil(_MIN_REPLANS / arguments.rounds)
     # Back to back, no disk takes what is recorded.
     modes = MODES if arguments.record is None else ("paced",)
-    return [RoundPlan(mode, seconds, replans, arguments.rate) for mode in modes]
+    return [RoundPlan(mode, seconds, replans, arguments.steps_a_second) for mode in modes]
 
 
 def _settings(arguments: Arguments, threads: int) -> Settings:
     return Settings(
-        rate=arguments.rate,
+        rate=arguments.steps_a_second,
         seconds=arguments.seconds,
         rounds=arguments.rounds,
         threads=threads,

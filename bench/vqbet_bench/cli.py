@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,12 +12,14 @@ from rich.table import Table
 
 from vqbet_bench.policies import PEERS, BundleBackend, PeerName
 from vqbet_edge import cli
-from vqbet_edge.errors import UsageError
+from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.base import Prefetch
+from vqbet_edge.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
     from vqbet_bench.report import Grid
 
+_RATE = 30.0
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -32,8 +34,9 @@ class Arguments:
     backend: tuple[BundleBackend, ...] = ("auto",)
     # When work is done ahead of the next prediction; the backend's default without.
     prefetch: tuple[Prefetch, ...] = ()
-    # Steps a second of the robot's control loop.
-    rate: float = 30.0
+    # Steps a second of the robot's control loop; by default the demonstrations' as the first bundle
+    # knows it, else 30.
+    rate: float | None = None
     # Seconds per policy and way of running it.
     seconds: float = 10.0
     # Interleaved rounds that the seconds are spread over.
@@ -59,6 +62,11 @@ class Arguments:
     # Folder for result.json and report.md.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
 
+    @property
+    def steps_a_second(self) -> float:
+        """The rate, or what is usual."""
+        return self.rate or _RATE
+
 
 def main() -> None:
     """Entry point."""
@@ -71,6 +79,7 @@ def _run(arguments: Arguments) -> None:
     from vqbet_bench.benchmark import benchmark  # noqa: PLC0415
 
     _check(arguments)
+    arguments = replace(arguments, rate=arguments.rate or _fps(arguments.bundles[0]))
     console = Console(stderr=True)
     if arguments.serve:
         from vqbet_bench.serving import measure_serving  # noqa: PLC0415
@@ -97,11 +106,19 @@ def _run(arguments: Arguments) -> None:
         raise UsageError("no bundle could be measured; the reasons are above")
 
 
+def _fps(bundle: str) -> float | None:
+    try:
+        return Bundle.open(bundle).manifest.fps
+    except VQBeTEdgeError:  # told with the others that could not be measured
+        return None
+
+
 def _check(arguments: Arguments) -> None:
     if not arguments.bundles:
         raise UsageError("name at least one bundle; make one with: vqbet-export model.safetensors")
     for name in ("rate", "seconds", "rounds"):
-        if not getattr(arguments, name) > 0:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
             raise UsageError(f"--{name} must be more than 0")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if arguments.record is not None and not arguments.record.is_dir():

@@ -42,7 +42,7 @@ def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> 
     notes: list[str] = []
     results = list(_results(arguments, bundles, progress, notes))
     text = "\n\n".join([table(results).rstrip(), *notes]) + "\n"
-    numbers = {"processors": os.cpu_count(), "rate": arguments.rate, "notes": notes}
+    numbers = {"processors": os.cpu_count(), "rate": arguments.steps_a_second, "notes": notes}
     data = json.dumps({**numbers, "results": [asdict(each) for each in results]}, indent=1) + "\n"
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def _results(
 
     for source, bundle in bundles.items():
         name = Path(source).name
-        load = Load(bundle, arguments.rate, arguments.seconds, arguments.backend[0])  # type: ignore[arg-type]
+        load = Load(bundle, arguments.steps_a_second, arguments.seconds, arguments.backend[0])  # type: ignore[arg-type]
         per_process = 0.0
         for robots in sorted(arguments.serve):
             for way in get_args(Way):

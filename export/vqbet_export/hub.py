@@ -95,6 +95,9 @@ def model_card(bundle: Bundle, name: str) -> str:
 
 def _what_it_is(manifest: Manifest, license_name: str | None) -> str:
     terms = f"Licence: {license_name}." if license_name else "The checkpoint names no licence."
+    verified = manifest.verification
+    if verified is not None and verified.cases == "dataset":
+        terms += " It carries some frames that its cameras saw, as reference cases."
     return (
         "A VQ-BeT robot policy (Behavior Generation with Latent Actions, arXiv 2403.03181), "
         "compiled by vqbet_edge into ONNX graphs and verified against its checkpoint. It acts "

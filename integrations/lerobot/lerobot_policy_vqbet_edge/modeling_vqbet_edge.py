@@ -1,5 +1,6 @@
 """A bundle as a LeRobot policy."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import HistoryError, ObservationError, UsageError
 from vqbet_edge.runtime.manifest import FeatureSpec, Manifest
 
+_LOG = logging.getLogger(__name__)
 _Row = dict[str, NDArray[Any]]
 
 
@@ -86,6 +88,13 @@ class VqbetEdgePolicy(PreTrainedPolicy):
             prefetch=config.prefetch,  # type: ignore[arg-type] # checked there
             guards=config.guards,
         )
+        if policy.fps is not None:  # LeRobot does not tell how fast its loop is
+            _LOG.warning(
+                "the demonstrations have %g observations a second: drive the robot as fast, with "
+                "--fps=%g",
+                policy.fps,
+                policy.fps,
+            )
         return cls(config, policy)
 
     @property
