@@ -23,7 +23,7 @@ import sys
 from accelerate import PartialState
 from vqbet_edge.training import trainer
 from vqbet_edge.training.cli import main
-state = PartialState()
+state = PartialState(cpu=True)
 assert state.num_processes == 2, state
 print("process", state.process_index, "of", state.num_processes, flush=True)
 trainer.write_report = trainer.draw_curves = lambda *_: None
