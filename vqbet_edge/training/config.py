@@ -106,8 +106,9 @@ def convert_fields(config: Any) -> None:  # noqa: ANN401
     """
     hints = get_type_hints(type(config))
     for each in fields(config):
-        value = _converted(hints[each.name], getattr(config, each.name), each.name)
-        object.__setattr__(config, each.name, value)
+        value = getattr(config, each.name)
+        if value is not tyro.MISSING:  # the command line still asks for it
+            object.__setattr__(config, each.name, _converted(hints[each.name], value, each.name))
     for rule, names in _RULES.items():
         for name in names & hints.keys():
             value = getattr(config, name)
