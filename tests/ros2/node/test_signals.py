@@ -79,9 +79,11 @@ def test_a_signal_while_loading(tmp_path: Path) -> None:
     """The node does not become active any more."""
     simulator = Simulator()
     process = Process(write_parameters(tmp_path, {}), LOADING)
-    process.wait_for("loading")
-    code = process.end()
-    simulator.close()
+    try:
+        process.wait_for("loading")
+    finally:
+        code = process.end()
+        simulator.close()
     assert code == 0, process.text()
     assert simulator.commands == []
 
