@@ -196,7 +196,7 @@ def test_loading_says_once_which_limits_are_missing(
     opened = Bundle.open(FORMAT2 if which == "old" else mini)
     if which == "unknown":
         opened = without(opened, ACTION_RANGE, STATE_RANGE)
-    monkeypatch.setattr(Bundle, "open", lambda _: opened)
+    monkeypatch.setattr(Bundle, "open", lambda *_: opened)
     guards = Guards(action_limits=asked)
     with caplog.at_level(logging.WARNING, "vqbet_edge"):
         # Its proof acts too, without limits that anybody asked for, and says nothing.
