@@ -7,7 +7,7 @@
    PushT, and that of its bundles in FP16 and INT8.
 3. The checks again, on the trained policy: what the GPU computes of it.
 
-Wanted: pip install -e '.[export,train,sim]' cuda-bindings. It goes on after a step that fails, and
+Wanted: pip install -e '.[export,train,sim]' cuda-bindings; it goes on after a step that fails, and
 RESULTS/gpu.json has the outcome of all of them.
 """
 
