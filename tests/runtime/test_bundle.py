@@ -136,6 +136,9 @@ MANIFESTS: dict[str, Callable[[bytes], bytes]] = {
     "other crop": lambda m: edited(m, lambda v: v["crop"].update(height=30)),
     "a field of format 1": lambda m: edited(m, lambda v: v.update(batch_size=1)),
     "gigantic tokens": lambda m: edited(m, lambda v: v["policy"].update(gpt_hidden_dim=1 << 30)),
+    "gigantic camera": lambda m: edited(
+        m, lambda v: v["input_features"]["observation.image"].update(shape=[3, 1 << 20, 1 << 20])
+    ),
     "gigantic file": lambda m: edited(m, lambda v: v["files"]["gpt.onnx"].update(size=1 << 40)),
     "crop outside": lambda m: edited(m, lambda v: v["crop"].update(top=10)),
     "parent directory": lambda m: m.replace(b'"gpt.onnx"', b'"../gpt.onnx"'),

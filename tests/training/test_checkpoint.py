@@ -439,6 +439,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"has the step 'my_filter', which is unknown here",
     ),
+    "licence no plain text": (
+        lambda d: change_json(d / "config.json", lambda c: c.update(license="MIT\x1b[2J")),
+        r"config.json: license: .*correct it, or null",
+    ),
     "mode unknown": (
         lambda d: change_json(
             d / "policy_preprocessor.json",
