@@ -25,7 +25,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure bundles on this machine: latency, deadlines, memory, energy, and the bounds."""
+    """Measure bundles on this machine: latency, stages, deadlines, memory, energy."""
 
     # Bundles: directories or Hub ids (user/name, user/name@revision), of one checkpoint if peers
     # are to be compared.
