@@ -49,7 +49,7 @@ entry() { # MODULE ARGUMENT...: a command of this package
     "$python" -c "from $module import main; main()" "$@"
 }
 
-step "what is installed" to_file "$report-doctor.json" entry vqbet_engines.doctor --json
+step "what is installed" to_file "$report-doctor.json" entry vqbet_engines.doctor_command --json
 
 bundles=()
 for precision in fp32 fp16; do
@@ -65,7 +65,7 @@ for flavour in tensorrt tensorrt_rtx; do
     for bundle in "${bundles[@]}"; do
         built=$report-build-$flavour-$(basename "$bundle" .bundle).json
         step "build $(basename "$bundle") with $flavour" to_file "$built" \
-            entry vqbet_engines.cli "$bundle" --flavour "$flavour" --force --json
+            entry vqbet_engines.build_command "$bundle" --flavour "$flavour" --force --json
         [ -s "$built" ] || rm -f "$built"
     done
 done

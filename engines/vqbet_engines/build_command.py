@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vqbet_edge.cli import parse
+from vqbet_edge.cli import parse, run
 from vqbet_edge.runtime.backends.cuda import create_cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import Flavour, import_tensorrt
@@ -99,6 +99,10 @@ def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
 
 
 def main() -> None:
-    """Parse the command line and carry it out."""
+    """Entry point."""
+    run(_main)
+
+
+def _main() -> None:
     arguments = parse(BuildArguments, "vqbet-build")
     _print(arguments, build(arguments))

@@ -19,6 +19,7 @@ from sizes import SMALL
 from vqbet_engines.builder import Job, build_plan
 from vqbet_engines.engines import EngineBuilder
 
+from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.backends.cuda import Cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
 from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
@@ -36,7 +37,7 @@ def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(*arguments: object) -> Any:
-    command = [sys.executable, "-m", "vqbet_engines", *map(str, arguments)]
+    command = module_command("vqbet_engines.build_command", *map(str, arguments))
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -137,7 +137,7 @@ def test_acting_serving_and_looking(mini: Path, tmp_path: Path) -> None:
     commands = {
         "act": [sys.executable, "-c", ACT, str(mini)],
         "serve": [sys.executable, "-c", SERVE, str(mini)],
-        "doctor": run("vqbet_engines.doctor", mini),
+        "doctor": run("vqbet_engines.doctor_command", mini),
         "bench": run("vqbet_bench.cli", mini, "--seconds", "0.2", "--rounds", "1"),
         **{
             kind: run(
