@@ -141,7 +141,7 @@ def test_acting_serving_and_looking(mini: Path, tmp_path: Path) -> None:
         "bench": run("vqbet_bench.cli", mini, "--seconds", "0.2", "--rounds", "1"),
         **{
             kind: run(
-                "vqbet_edge.view.cli", tmp_path / "recording", "--to", kind, "-o", f"x.{kind}"
+                "vqbet_edge.view.command", tmp_path / "recording", "--to", kind, "-o", f"x.{kind}"
             )
             for kind in ("html", "mcap")
         },

@@ -329,7 +329,7 @@ def test_what_cannot_be_shown_is_said(recorded: Recording, tmp_path: Path) -> No
 def test_the_command_needs_no_torch(recorded: Recording, tmp_path: Path) -> None:
     script = """
 import sys
-from vqbet_edge.view.cli import main
+from vqbet_edge.view.command import main
 try:
     main()
 finally:

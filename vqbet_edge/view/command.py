@@ -1,12 +1,14 @@
-"""What `vqbet-view` takes and does."""
+"""`vqbet-view`: what a robot saw and decided, on one time line."""
 
 import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import DiskError, UsageError
 from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.view.episodes import ShownEpisode, open_episodes
@@ -84,3 +86,12 @@ def _write(config: ViewConfig, shown: list[ShownEpisode], path: Path) -> None:
             from vqbet_edge.view import to_mcap  # noqa: PLC0415
 
             to_mcap.write(shown, path)
+
+
+def main() -> None:
+    """Entry point."""
+    run(_main)
+
+
+def _main() -> None:
+    sys.stdout.write(f"{view(parse(ViewConfig, 'vqbet-view'))}\n")
