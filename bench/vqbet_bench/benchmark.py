@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-from vqbet_bench.cli import Arguments
+from vqbet_bench.arguments import Arguments
 from vqbet_bench.machine import describe_machine, hottest
 from vqbet_bench.observations import Observations, create_observations
 from vqbet_bench.policies import Job, PeerName
