@@ -14,7 +14,7 @@
 #
 # It leaves gpu-NAME/ (vqbet-bench: every backend beside PyTorch), gpu-NAME-no-graphs/,
 # gpu-NAME-proof-*.txt (ONNX Runtime on the GPU against the reference cases; engines are proven as
-# they are built), gpu-NAME-layers-*.json (the engine inspector's layers) and gpu-NAME-doctor.json.
+# they are built), gpu-NAME-build-*.json and gpu-NAME-doctor.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,7 +49,7 @@ entry() { # MODULE ARGUMENT...: a command of this package
     "$python" -c "from $module import main; main()" "$@"
 }
 
-step "what is installed" to_file "$report-doctor.json" entry vqbet_engines.doctor --json
+step "what is installed" to_file "$report-doctor.json" entry vqbet_engines.doctor_command --json
 
 bundles=()
 for precision in fp32 fp16; do
@@ -63,10 +63,10 @@ done
 # TensorRT for RTX lists SM75, SM80, SM86, SM89, SM120 and SM121: on others the engines are refused.
 for flavour in tensorrt tensorrt_rtx; do
     for bundle in "${bundles[@]}"; do
-        layers=$report-layers-$flavour-$(basename "$bundle" .bundle).json
-        step "build $(basename "$bundle") with $flavour" to_file "$layers" \
-            entry vqbet_engines.cli "$bundle" --flavour "$flavour" --force --json
-        [ -s "$layers" ] || rm -f "$layers"
+        built=$report-build-$flavour-$(basename "$bundle" .bundle).json
+        step "build $(basename "$bundle") with $flavour" to_file "$built" \
+            entry vqbet_engines.build_command "$bundle" --flavour "$flavour" --force --json
+        [ -s "$built" ] || rm -f "$built"
     done
 done
 

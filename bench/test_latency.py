@@ -19,8 +19,8 @@ from typing import Any
 
 import oracle
 import pytest
+from vqbet_bench.arguments import Arguments
 from vqbet_bench.benchmark import benchmark as compare
-from vqbet_bench.cli import Arguments
 from vqbet_bench.observations import create_observations
 from vqbet_bench.policies import Job, Policy, load_policy
 from vqbet_bench.results import MODES, Report, Result

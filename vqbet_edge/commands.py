@@ -26,12 +26,12 @@ def _command(module: str, extra: str) -> Callable[[], None]:
 
 
 bench = _command("vqbet_bench.cli", "bench")
-build = _command("vqbet_engines.cli", "cli")
+build = _command("vqbet_engines.build_command", "cli")
 codes = _command("vqbet_edge.training.codes.cli", "train")
-doctor = _command("vqbet_engines.doctor", "cli")
+doctor = _command("vqbet_engines.doctor_command", "cli")
 evaluate = _command("vqbet_edge.training.evaluation.cli", "train")
 export = _command("vqbet_export.cli", "export")
 inspect = _command("vqbet_edge.inspection", "cli")
 serve = _command("vqbet_serve.cli", "serve")
 train = _command("vqbet_edge.training.cli", "train")
-view = _command("vqbet_edge.view.cli", "view")
+view = _command("vqbet_edge.view.command", "view")

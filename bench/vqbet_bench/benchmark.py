@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -14,18 +13,17 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-from vqbet_bench.cli import Arguments
+from vqbet_bench.arguments import Arguments
 from vqbet_bench.machine import describe_machine, hottest
 from vqbet_bench.observations import Observations, create_observations
 from vqbet_bench.policies import Job, PeerName
-from vqbet_bench.results import FORMAT_VERSION, MODES, Ceilings, Report, Result, Roofline, Settings
+from vqbet_bench.results import FORMAT_VERSION, MODES, Report, Result, Settings
 from vqbet_bench.samples import SAMPLES_NEEDED
 from vqbet_bench.session import Progress, Session
 from vqbet_bench.timing import RoundPlan
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.backends.child import module_command
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.extras import install_command
 
 _PEER_NAMES: dict[PeerName, str] = {"lerobot": "LeRobot", "single-graph": "single ONNX graph"}
 # Enough predictions over all rounds to name the 90th percentile.
@@ -55,11 +53,8 @@ def benchmark(arguments: Arguments, progress: Progress) -> Report:
             found = session.run(_plans(arguments), arguments.rounds)
             failures = session.failures
     facts = {**machine.facts, "hottest afterwards": hottest()}
-    progress("counting what the graphs read and compute")
     results = [
-        _with_sizes(result, bundles[jobs[result.name].path], job.threads)
-        if result.kind == "bundle"
-        else result
+        _with_size(result, bundles[jobs[result.name].path]) if result.kind == "bundle" else result
         for result in found
     ]
     return Report(
@@ -136,11 +131,8 @@ def _peer_jobs(
         yield name, replace(job, kind=kind, path=path, device=arguments.peer_device)
 
 
-def _run_alone(module: str, *arguments: str) -> bytes:
+def _run_alone(module: str, *arguments: str) -> None:
     """A module's `main` in a process of its own, so that what it loads is in nobody's memory.
-
-    Returns:
-        What it printed.
 
     Raises:
         VQBeTEdgeError: it failed.
@@ -152,7 +144,6 @@ def _run_alone(module: str, *arguments: str) -> bytes:
     if done.returncode:
         words = done.stderr.decode(errors="replace")[-1000:].strip()
         raise VQBeTEdgeError(f"{module} ended with exit code {done.returncode}: {words}")
-    return done.stdout
 
 
 def _plans(arguments: Arguments) -> list[RoundPlan]:
@@ -173,46 +164,6 @@ def _settings(arguments: Arguments, threads: int) -> Settings:
     )
 
 
-def _with_sizes(result: Result, bundle: Bundle, threads: int) -> Result:
-    """Add sizes and, where `onnx` is installed, the roofline."""
+def _with_size(result: Result, bundle: Bundle) -> Result:
     size = sum(spec.size for spec in bundle.manifest.files.values())
-    try:
-        roofline = _roofline(result, bundle, threads)
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"no roofline: {error}; type: {install_command('bench')}\n")
-        roofline = None
-    except ValueError as error:
-        sys.stderr.write(f"no roofline of {result.name}: {error}\n")
-        roofline = None
-    return msgspec.structs.replace(result, bundle_bytes=size, roofline=roofline)
-
-
-def _roofline(result: Result, bundle: Bundle, threads: int) -> Roofline:
-    from vqbet_bench.roofline import bound, stage_runs, total_weights  # noqa: PLC0415
-
-    seconds, on_processor = result.stage_medians(), result.details["backend"] == "onnxruntime"
-    runs = stage_runs(bundle, on_processor=on_processor, prefilled="prefill" in seconds)
-    weights = total_weights(runs)
-    ceilings = _processor(weights, threads) if on_processor else _gpu()
-    bounds = (
-        {name: bound(run, ceilings, seconds.get(name)) for name, run in runs.items()}
-        if ceilings
-        else {}
-    )
-    return Roofline(weights, ceilings, bounds)
-
-
-def _processor(weights: int, threads: int) -> Ceilings:
-    """Measured now."""
-    printed = _run_alone("vqbet_bench.ceilings", str(weights), str(threads))
-    return msgspec.json.decode(printed, type=Ceilings)
-
-
-def _gpu() -> Ceilings | None:
-    """Of the board that this is; None for a GPU that has no profile."""
-    from vqbet_engines.boards import detect_board  # noqa: PLC0415
-
-    from vqbet_bench.ceilings import board_ceilings  # noqa: PLC0415
-
-    name = detect_board()
-    return board_ceilings(name) if name else None
+    return msgspec.structs.replace(result, bundle_bytes=size)

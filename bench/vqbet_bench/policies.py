@@ -88,7 +88,7 @@ class Policy(ABC):
         return nullcontext()
 
 
-class BundlePolicy(Policy):
+class MeasuredBundle(Policy):
     """`EdgePolicy`: `act` with checks, normalisation and un-normalisation included."""
 
     def __init__(self, job: Job) -> None:
@@ -250,7 +250,7 @@ def load_policy(job: Job) -> Policy:
     """Load the policy that a job names."""
     match job.kind:
         case "bundle":
-            return BundlePolicy(job)
+            return MeasuredBundle(job)
         case "lerobot":
             return LeRobot(job)
         case "single-graph":

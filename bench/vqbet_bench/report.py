@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vqbet_bench.power import total_rail
-from vqbet_bench.results import Mode, Report, Result, Roofline
+from vqbet_bench.results import Mode, Report, Result
 from vqbet_bench.samples import SAMPLES_NEEDED, Summary, deadline_misses
 
 _NOTHING = "-"
@@ -49,10 +49,10 @@ def grids(report: Report) -> list[Grid]:
         steps("Step that predicts a chunk, calls back to back, ms", "back_to_back"),
         steps(f"Step that predicts a chunk, {at_rate}, ms", "paced"),
         steps("Re-planning on every step, calls back to back, ms", "every"),
+        table("Stages, p50, ms (prefill is ahead of the step)", _stages),
         table("Step that returns a queued action, us", _queued),
         table(f"From tick to action, {at_rate}, ms", lambda result: _responses(result, 1 / rate)),
         table("Start-up, memory, size", _costs),
-        *(_bounds(r, r.roofline) for r in report.results if r.roofline),
     ]
     return [grid for grid in found if grid.rows]
 
@@ -113,6 +113,10 @@ def _percentiles(summary: Summary, scale: float) -> Figures:
     return {name: _scaled(summary.percentiles.get(name), scale) for name in names}
 
 
+def _stages(result: Result) -> Figures:
+    return {stage: _scaled(seconds, 1e3) for stage, seconds in result.stage_medians().items()}
+
+
 def _queued(result: Result) -> Figures:
     modes: dict[str, Mode] = {"back to back": "back_to_back", "paced": "paced"}
     figures: Figures = {}
@@ -156,34 +160,7 @@ def _costs(result: Result) -> Figures:
         "one more robot, GPU memory, MB": _scaled(memory.sibling_gpu, 1e-6),
         "system memory taken, MB": _scaled(memory.system, 1e-6),
         "bundle on disk, MB": _scaled(result.bundle_bytes, 1e-6),
-        "weights, MB": _scaled(result.roofline.weights if result.roofline else None, 1e-6),
     }
-
-
-def _bounds(result: Result, roofline: Roofline) -> Grid:
-    ceilings = roofline.ceilings
-    where = f" ({ceilings.source}, {ceilings.bytes_per_second / 1e9:.1f} GB/s)" if ceilings else ""
-    columns = ("stage", "weights MB", "million multiply-adds", "memory bound ms",
-               "compute bound ms", "measured ms", "x bound")  # fmt: skip
-    rows = [
-        (
-            stage,
-            f"{b.weight_bytes / 1e6:.2f}",
-            f"{b.multiply_adds / 1e6:.1f}",
-            _scaled(b.memory_bound, 1e3),
-            _scaled(b.compute_bound, 1e3),
-            _scaled(b.seconds, 1e3),
-            _scaled(b.ratio, 1),
-        )
-        for stage, b in roofline.bounds.items()
-    ]
-    step = result.median_over_rounds("paced", "p50")
-    if rows and step:
-        ratio = _digits(step / roofline.step_bound)
-        nothing = (_NOTHING,) * 4
-        rows.append(("whole step, paced", *nothing, _scaled(step, 1e3), ratio))
-    shown = [tuple(value or _NOTHING for value in row) for row in rows]
-    return Grid(f"{result.name} against the hardware{where}", columns, shown)
 
 
 def _digits(value: float) -> str:

@@ -64,67 +64,6 @@ class Memory(Struct, frozen=True):
     sibling_gpu: int | None = None
 
 
-class Bound(Struct, frozen=True):
-    """A stage against the hardware's bound.
-
-    Attributes:
-        weight_bytes: read at least once per run.
-        multiply_adds: per run.
-        seconds: what it took, the median; None where the backend does not tell.
-        memory_bound: least seconds for reading the weights.
-        compute_bound: least seconds for the arithmetic; None where no rate is known.
-    """
-
-    weight_bytes: int
-    multiply_adds: int
-    seconds: float | None
-    memory_bound: float
-    compute_bound: float | None
-
-    @property
-    def bound(self) -> float:
-        """The later of the two."""
-        return max(self.memory_bound, self.compute_bound or 0.0)
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times the bound it took."""
-        return None if self.seconds is None or not self.bound else self.seconds / self.bound
-
-
-class Ceilings(Struct, frozen=True):
-    """What the hardware can do.
-
-    Attributes:
-        source: the board's profile, or how it was measured.
-        bytes_per_second: of reading memory.
-        flops: precision -> operations per second, two per multiply-add; absent when unknown.
-    """
-
-    source: str
-    bytes_per_second: float
-    flops: dict[str, float]
-
-
-class Roofline(Struct, frozen=True):
-    """A bundle against the hardware.
-
-    Attributes:
-        weights: bytes of all the graphs that acting needs.
-        ceilings: None for a GPU that has no profile.
-        bounds: run of a graph -> its bound; empty without ceilings.
-    """
-
-    weights: int
-    ceilings: Ceilings | None
-    bounds: dict[str, Bound]
-
-    @property
-    def step_bound(self) -> float:
-        """Of a step that predicts; `prefill` is ahead of it."""
-        return sum(bound.bound for name, bound in self.bounds.items() if name != "prefill")
-
-
 class Result(Struct, frozen=True):
     """One policy.
 
@@ -149,7 +88,6 @@ class Result(Struct, frozen=True):
     memory: Memory
     stages_alone: dict[str, float] = {}
     bundle_bytes: int | None = None
-    roofline: Roofline | None = None
 
     def samples(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> list[float]:
         """All rounds' samples."""

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, get_args
 
 import psutil
 
+from vqbet_bench.arguments import Arguments
 from vqbet_edge.errors import BackendError, UsageError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.extras import install_command
 
 if TYPE_CHECKING:
-    from vqbet_bench.cli import Arguments
     from vqbet_bench.serve_load import Measured, Way
 
 # Of the memory that is there, what the processes of one measurement may take.
 _SHARE = 0.8
 
 
-def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> None:
+def measure_serving(arguments: Arguments, progress: Callable[[str], None]) -> None:
     """Measure, print and write what `--serve` asks for.
 
     Raises:
@@ -51,7 +51,7 @@ def measure_serving(arguments: "Arguments", progress: Callable[[str], None]) -> 
     sys.stdout.write(data if arguments.json else text)
 
 
-def _check(arguments: "Arguments") -> None:
+def _check(arguments: Arguments) -> None:
     if min(arguments.serve) < 1:
         raise UsageError("--serve takes numbers of robots, 1 or more")
     if len(arguments.backend) > 1 or "tensorrt_rtx" in arguments.backend:
@@ -59,7 +59,7 @@ def _check(arguments: "Arguments") -> None:
 
 
 def _results(
-    arguments: "Arguments",
+    arguments: Arguments,
     bundles: Mapping[str, Path],
     progress: Callable[[str], None],
     notes: list[str],

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from vqbet_bench.machine import limit_processors
 from vqbet_bench.memory import Baseline
-from vqbet_bench.policies import BundlePolicy, Job, load_policy
+from vqbet_bench.policies import Job, MeasuredBundle, load_policy
 from vqbet_bench.results import Memory, Round
 from vqbet_bench.timing import Clock, RoundPlan, run_round
 
@@ -53,7 +53,7 @@ class Measured:
     def memory(self) -> Memory:
         """What has been taken so far, and what one more robot on the same weights takes."""
         held = self._before.now()
-        if not isinstance(self._policy, BundlePolicy):
+        if not isinstance(self._policy, MeasuredBundle):
             return held
         # Kept until the end: what is freed would be taken again by the next.
         siblings = [self._policy.sibling(seed) for seed in range(_SIBLINGS)]
@@ -71,7 +71,7 @@ class Measured:
     def stages_alone(self) -> dict[str, float]:
         """Stage -> median seconds of runs of it alone; empty where `Round.stages` tells."""
         found = {}
-        if isinstance(self._policy, BundlePolicy):
+        if isinstance(self._policy, MeasuredBundle):
             for name, launch in self._policy.stage_launches().items():
                 seconds = [_seconds(launch) for _ in range(_LAUNCHES)]
                 found[name] = float(np.median(seconds))

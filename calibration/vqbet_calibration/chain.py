@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_calibration.graphs import Array, Feed, Session, parts
+from vqbet_calibration.graphs import Array, Feed, GraphSession, parts
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.comparison import cosines
 from vqbet_edge.runtime.manifest import StageName
@@ -65,7 +65,8 @@ def encoder_feeds(bundle: Bundle, pieces: Iterable[Piece]) -> Iterator[Feed]:
 
 def gpt_feeds(bundle: Bundle, pieces: Iterable[Piece]) -> Iterator[Feed]:
     """Inputs of the transformer, one observation at a time; a piece in memory."""
-    encoder, length = Session(bundle.graph("vision_encoder")), bundle.manifest.policy.n_obs_steps
+    encoder = GraphSession(bundle.graph("vision_encoder"))
+    length = bundle.manifest.policy.n_obs_steps
     for piece in pieces:
         tokens = encoder.run_first(_encoder_inputs(bundle, piece))
         windows = (sliding_windows(x, length) for x in (tokens, _scaled_states(bundle, piece)))
@@ -101,10 +102,10 @@ class Chain:
             self._lengths.append(len(piece.states))
             states.append(_scaled_states(bundle, piece))
         self._states = self._windows(np.concatenate(states))
-        self._heads = Session(bundle.graph("code_heads"))
-        self._gpt = Session(bundle.graph("gpt"))
-        self._outputs: WeakKeyDictionary[Session, Floats] = WeakKeyDictionary()
-        tokens = Session(bundle.graph("vision_encoder")).run_first(self._frames)
+        self._heads = GraphSession(bundle.graph("code_heads"))
+        self._gpt = GraphSession(bundle.graph("gpt"))
+        self._outputs: WeakKeyDictionary[GraphSession, Floats] = WeakKeyDictionary()
+        tokens = GraphSession(bundle.graph("vision_encoder")).run_first(self._frames)
         self._tokens = tokens
         self._reference = self._behind_gpt(self._gpt.run_first(self._gpt_inputs(tokens)))
 
@@ -112,7 +113,7 @@ class Chain:
         """Floating-point inputs of the encoder or the transformer, per observation."""
         return self._frames if stage == "vision_encoder" else self._gpt_inputs(self._tokens)
 
-    def outcome(self, changed: Mapping[StageName, Session]) -> Outcome:
+    def outcome(self, changed: Mapping[StageName, GraphSession]) -> Outcome:
         """Exchange graphs and compare; each stage's cosine is taken on floating-point inputs."""
         cosine: dict[StageName, float] = {}
         run = self._reference
@@ -131,7 +132,7 @@ class Chain:
         Only one part's inputs are in memory.
         """
         graphs = parts(self._bundle.graph(stage))
-        sessions = [Session(graph) for graph in graphs]
+        sessions = [GraphSession(graph) for graph in graphs]
         inputs = self.inputs(stage)
         for i, (graph, session) in enumerate(zip(graphs, sessions, strict=True)):
             yield Part(self, stage, graph, inputs, sessions[i + 1 :])
@@ -143,13 +144,13 @@ class Chain:
             return self._compare(self._behind_encoder(outputs, self._gpt), {})
         return self._compare(self._behind_gpt(outputs), {})
 
-    def _alone(self, stage: StageName, session: Session) -> Floats:
+    def _alone(self, stage: StageName, session: GraphSession) -> Floats:
         """Outputs of a stage on floating-point inputs; once per session."""
         if session not in self._outputs:
             self._outputs[session] = session.run_first(self.inputs(stage))
         return self._outputs[session]
 
-    def _behind_encoder(self, tokens: Floats, gpt: Session) -> _Outputs:
+    def _behind_encoder(self, tokens: Floats, gpt: GraphSession) -> _Outputs:
         return self._behind_gpt(gpt.run_first(self._gpt_inputs(tokens)))
 
     def _behind_gpt(self, features: Floats) -> _Outputs:
@@ -201,9 +202,9 @@ class Part:
     stage: StageName
     graph: bytes
     inputs: Inputs
-    rest: Sequence[Session]
+    rest: Sequence[GraphSession]
 
-    def outcome(self, changed: Session) -> Outcome:
+    def outcome(self, changed: GraphSession) -> Outcome:
         """Exchange this part alone, and compare."""
         values: Inputs = self.inputs
         *inner, last = changed, *self.rest

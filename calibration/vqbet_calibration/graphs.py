@@ -109,7 +109,7 @@ def _borders(model: onnx.ModelProto) -> list[str]:
     return borders
 
 
-class Session:
+class GraphSession:
     """A graph in ONNX Runtime on the CPU.
 
     Args:

@@ -9,7 +9,7 @@ import onnxruntime
 
 from vqbet_calibration.blocks import Blocks
 from vqbet_calibration.chain import Chain, Outcome, encoder_feeds, gpt_feeds
-from vqbet_calibration.graphs import Session, layers
+from vqbet_calibration.graphs import GraphSession, layers
 from vqbet_calibration.samples import Samples
 from vqbet_calibration.static import Static, collect_ranges
 from vqbet_edge.errors import VerificationError
@@ -174,9 +174,9 @@ def _quantizers(
     return found
 
 
-def _session(graph: bytes, target: Target) -> Session:
+def _session(graph: bytes, target: Target) -> GraphSession:
     """A quantised graph, computed as the target does."""
-    return Session(graph, optimize=target == "cpu")
+    return GraphSession(graph, optimize=target == "cpu")
 
 
 def _rankings(
@@ -211,7 +211,7 @@ class _Search:
     bundle: Bundle
     progress: Progress
     # The latest of every stage, with its plan.
-    sessions: dict[StageName, tuple[Mapping[str, str], Session]] = field(default_factory=dict)
+    sessions: dict[StageName, tuple[Mapping[str, str], GraphSession]] = field(default_factory=dict)
 
     def choose(self, ranking: tuple[Sensitivity, ...], goal: Goal) -> Quantization:
         """Quantise as cheaply as reaches the goal."""
@@ -244,7 +244,7 @@ class _Search:
     def _layers(self, stage: StageName) -> list[str]:
         return [name for name in self.quantizers[stage].layers if name != DECISION]
 
-    def _session(self, stage: StageName, plan: Mapping[str, str]) -> Session:
+    def _session(self, stage: StageName, plan: Mapping[str, str]) -> GraphSession:
         if stage not in self.sessions or self.sessions[stage][0] != plan:
             graph = self.quantizers[stage].quantize(self.bundle.graph(stage), plan)
             self.sessions[stage] = plan, _session(graph, self.target)

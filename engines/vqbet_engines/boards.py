@@ -13,50 +13,19 @@ _PLACES = Path(__file__).parents[1] / "boards.toml", Path(__file__).parent / "bo
 
 
 class Board(Struct, frozen=True, forbid_unknown_fields=True):
-    """A board. `sources` says for each figure where it is from.
+    """A board.
 
     Attributes:
-        name: in words.
         model: what its device tree's model contains; "x86" has none.
-        super_mode: whether the figures are those of the power mode MAXN SUPER.
-        compute_capability: of the GPU, such as "8.7".
         memory_gb: shared by processor and GPU on a Jetson.
-        bandwidth_gb_s: of that memory, 10^9 bytes per second.
-        tops: operations per second as advertised, 10^12.
-        tops_kind: what `tops` counts.
-        gpu_sms: streaming multiprocessors.
-        gpu_mhz: highest clock.
-        fp16_flops_per_sm_clock: dense, on tensor cores.
-        dla_cores: deep-learning accelerators, which this package does not use.
         workspace_mb: MiB that TensorRT's builder may use.
-        jetpack: releases that run on it, oldest first.
-        sources: field -> source.
+        super_mode: whether the device tree's model says so.
     """
 
-    name: str
     model: str
-    super_mode: bool
-    compute_capability: str
     memory_gb: int
-    bandwidth_gb_s: float
-    tops: float
-    tops_kind: str
-    gpu_sms: int
-    gpu_mhz: int
-    fp16_flops_per_sm_clock: int
-    dla_cores: int
     workspace_mb: int
-    jetpack: tuple[str, ...]
-    sources: dict[str, str]
-
-    @property
-    def fp16_tflops(self) -> float:
-        """Dense FP16 operations per second of the GPU, 10^12: the roofline's flat part."""
-        return self.gpu_sms * self.gpu_mhz * self.fp16_flops_per_sm_clock / 1e6
-
-    def memory_bound_ms(self, weight_bytes: int) -> float:
-        """Least time to read `weight_bytes` once, in milliseconds: the roofline's slope."""
-        return weight_bytes / self.bandwidth_gb_s / 1e6
+    super_mode: bool = False
 
 
 class JetPack(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,7 +1,6 @@
 """`vqbet-build`: the engines of a bundle for this device."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vqbet_edge.cli import parse
+from vqbet_edge.cli import parse, run
 from vqbet_edge.runtime.backends.cuda import create_cuda
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.backends.tensorrt_module import Flavour, import_tensorrt
@@ -46,9 +45,6 @@ class BuildArguments:
     # Build engines that are there already.
     force: bool = False
 
-    # List the layers of every engine that is built.
-    layers: bool = False
-
     # Print the report as JSON.
     json: bool = False
 
@@ -80,7 +76,7 @@ def build(arguments: BuildArguments) -> list[EngineReport]:
 
 def summary_table(reports: Iterable[EngineReport]) -> Table:
     """One row per engine."""
-    table = Table("stage", "precision", "target", "TensorRT", "build s", "MiB", "layers", "engine")
+    table = Table("stage", "precision", "target", "TensorRT", "build s", "MiB", "engine")
     for report in reports:
         table.add_row(
             report.stage,
@@ -89,21 +85,8 @@ def summary_table(reports: Iterable[EngineReport]) -> Table:
             report.tensorrt,
             f"{report.seconds:.1f}" if report.seconds else "was there",
             f"{report.size / 2**20:.1f}",
-            str(len(report.layers) or "-"),
             report.path or "not kept",
         )
-    return table
-
-
-def layer_table(report: EngineReport) -> Table:
-    """One row per layer of an engine."""
-    kinds = Counter(layer.kind for layer in report.layers)
-    title = f"{report.stage} ({report.precision}): " + ", ".join(
-        f"{count} {kind}" for kind, count in kinds.most_common()
-    )
-    table = Table("layer", "kind", "types", "fused ONNX nodes", title=title)
-    for layer in report.layers:
-        table.add_row(layer.name, layer.kind, layer.precision, " ".join(layer.nodes))
     return table
 
 
@@ -112,13 +95,14 @@ def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
         text = msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()
         sys.stdout.write(text + "\n")
         return
-    console = Console(markup=False)  # layers' names are the graph's
-    console.print(summary_table(reports))
-    for report in reports if arguments.layers else []:
-        console.print(layer_table(report))
+    Console(markup=False).print(summary_table(reports))
 
 
 def main() -> None:
-    """Parse the command line and carry it out."""
+    """Entry point."""
+    run(_main)
+
+
+def _main() -> None:
     arguments = parse(BuildArguments, "vqbet-build")
     _print(arguments, build(arguments))

@@ -53,14 +53,12 @@ class Built:
         timing_cache: for the next build; empty where TensorRT keeps none.
         version: TensorRT's.
         seconds: of parsing and building.
-        layers: JSON of the engine inspector, or the layer list of the builder's log.
     """
 
     plan: bytes
     timing_cache: bytes
     version: str
     seconds: float
-    layers: str
 
 
 def build_plan(

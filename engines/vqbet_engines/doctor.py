@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from vqbet_edge.cli import run
 from vqbet_edge.errors import BackendError, DiskError
 from vqbet_edge.runtime.backends.cuda import create_cuda
 from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
@@ -277,14 +276,3 @@ def _cache(_machine: Machine) -> Iterator[Finding]:
         yield Finding("engine cache", "note", text, fix)
     else:
         yield Finding("engine cache", "ok", text)
-
-
-def main() -> None:
-    """Entry point of `vqbet-doctor`."""
-    run(_main)
-
-
-def _main() -> None:
-    from vqbet_engines import doctor_command  # noqa: PLC0415 - imports tyro and rich
-
-    doctor_command.main()

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vqbet_edge.cli import parse
+from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_engines.doctor import Machine, examine
@@ -30,13 +30,11 @@ class DoctorArguments:
 
 
 def main() -> None:
-    """Parse the command line and carry it out.
+    """Entry point."""
+    run(_main)
 
-    Raises:
-        BackendError: something is missing.
-        BundleError: the bundle is none, or has no reference cases.
-        VerificationError: a backend does not compute the bundle's policy.
-    """
+
+def _main() -> None:
     arguments = parse(DoctorArguments, "vqbet-doctor")
     bundle = None if arguments.bundle is None else Bundle.open(arguments.bundle)
     findings, proofs = examine(Machine()), [] if bundle is None else list(prove_backends(bundle))

@@ -25,7 +25,6 @@ from vqbet_edge.runtime.comparison import StageResult
 from vqbet_edge.runtime.manifest import Precision, StageName
 from vqbet_edge.runtime.proof import Proof, prove
 from vqbet_engines.builder import Built, Job, build_plan
-from vqbet_engines.layers import Layer, parse_layers
 
 _MAX_TIMING_BYTES = 1 << 26  # a few hundred KiB for the largest policy
 
@@ -41,7 +40,6 @@ class EngineReport(Struct, frozen=True):
         seconds: of parsing and building; 0 when the engine was there already.
         size: bytes.
         path: where it is kept; None ahead of time.
-        layers: what TensorRT made of the graph; empty when the engine was there already.
         proof: how far it is from the reference, behind the stages before it; None ahead of time.
     """
 
@@ -52,7 +50,6 @@ class EngineReport(Struct, frozen=True):
     seconds: float
     size: int
     path: str | None
-    layers: tuple[Layer, ...]
     proof: StageResult | None
 
 
@@ -165,7 +162,6 @@ class EngineBuilder:
             seconds=0.0 if built is None else built.seconds,
             size=size,
             path=None if path is None else str(path),
-            layers=() if built is None else parse_layers(built.layers),
             proof=proof,
         )
 

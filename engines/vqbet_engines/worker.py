@@ -14,9 +14,7 @@ from vqbet_edge.runtime.backends.private_files import write_private
 from vqbet_edge.runtime.backends.tensorrt_module import TensorRT, create_logger, import_tensorrt
 from vqbet_engines.builder import ERROR, GRAPH, JOB, PLAN, PROGRESS, RESULT, TIMING, Job
 
-# TensorRT logs this before each node, and the final layers under the other heading.
-_PARSING = "Parsing node: "
-_LAYERS = ("Layers:", "Engine Layer Information:")
+_PARSING = "Parsing node: "  # TensorRT logs this before each node
 # Messages of a machine without a driver, where building ahead of time works all the same.
 _HARMLESS = ("catchCudaError", "CUDA initialization failure")
 
@@ -29,11 +27,10 @@ def say(text: str) -> None:
 
 
 class _Log:
-    """Keeps TensorRT's errors and final layers; says which node is being parsed."""
+    """Keeps TensorRT's errors; says which node is being parsed."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.layers = ""
 
     def __call__(self, severity: str, message: str) -> None:
         if severity in ("ERROR", "INTERNAL_ERROR"):
@@ -41,8 +38,6 @@ class _Log:
                 self.errors.append(message.strip())
         elif message.startswith(_PARSING):
             say(message)
-        elif message.startswith(_LAYERS):
-            self.layers = message
 
     def reason(self) -> str:
         return self.errors[-1] if self.errors else "it gave no reason"
@@ -74,13 +69,10 @@ def build(folder: Path) -> None:
     if plan is None:
         raise BackendError(f"TensorRT cannot build the graph: {log.reason()}")
     seconds = time.perf_counter() - start
-    say("Inspecting the engine")
-    here = job.compute_capability is None
-    layers = _inspect(tensorrt, logger, plan) if here else log.layers
     (folder / PLAN).write_bytes(plan)
     timing = config.get_timing_cache()
     (folder / TIMING).write_bytes(b"" if timing is None else timing.serialize())
-    result = {"version": tensorrt.version, "seconds": seconds, "layers": layers}
+    result = {"version": tensorrt.version, "seconds": seconds}
     write_private(folder / RESULT, msgspec.json.encode(result))
 
 
@@ -103,6 +95,7 @@ def _configure(trt: TensorRT, config: Any, job: Job) -> None:  # noqa: ANN401
         pool = module.MemoryPoolType.WORKSPACE
         config.set_memory_pool_limit(pool, options.workspace_mb << 20)
     config.builder_optimization_level = options.optimization_level
+    # For trtexec and Nsight Systems, which name layers by the graph's nodes then.
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     # One stream: else 60 of the FP32 transformer's 190 layers are waits between streams.
     config.max_aux_streams = 0
@@ -170,15 +163,6 @@ def _create_monitor(trt: TensorRT) -> Any:  # noqa: ANN401
             say(f"{phase}: {steps} of {steps}")
 
     return Monitor()
-
-
-def _inspect(trt: TensorRT, logger: Any, plan: Any) -> str:  # noqa: ANN401
-    """What the engine inspector says of an engine for this machine's GPU."""
-    engine = trt.module.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise BackendError("TensorRT cannot load the engine that it built; see vqbet-doctor")
-    information = engine.create_engine_inspector().get_engine_information
-    return str(information(trt.module.LayerInformationFormat.JSON))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vqbet_calibration.graphs import Session
+from vqbet_calibration.graphs import GraphSession
 
 from vqbet_edge.runtime.backends.base import (
     Backend,
@@ -40,7 +40,7 @@ class StageSession:
         # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
         exact = not for_cpu and manifest.stages[stage].precision == "int8"
         graph = bundle.cpu_graph(stage) if for_cpu else bundle.graph(stage)
-        self._session = Session(graph, optimize=not exact)
+        self._session = GraphSession(graph, optimize=not exact)
 
     def run(self, *inputs: Array) -> list[Array]:
         """The outputs for each of M inputs (M, ...), which are in the graph's order."""

@@ -41,8 +41,8 @@ def test_a_bundle_beside_a_peer(tiny: Exported, cwd: Path) -> None:
         assert result.start_up > result.load > 0
     # One more robot brings a window, not the weights.
     assert 0 <= bundle.memory.sibling < bundle.memory.resident / 4
-    assert bundle.roofline.bounds["gpt"].seconds > 0
-    assert bundle.roofline.weights > 0
+    assert bundle.stage_medians()["gpt"] > 0
+    assert bundle.bundle_bytes > 10_000
     assert "tiny-fp32 onnxruntime" in (cwd / "out/report.md").read_text()
     assert "Step that predicts a chunk" in done.stdout
 

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from vqbet_bench.observations import Observations, create_observations
-from vqbet_bench.policies import BundlePolicy, Job, LeRobot, SingleGraph
+from vqbet_bench.policies import Job, LeRobot, MeasuredBundle, SingleGraph
 from vqbet_bench.whole_policy import export_single_graph
 from workshop import Exported
 
@@ -112,7 +112,7 @@ def test_a_data_set_of_another_robot_is_refused(tiny: Exported) -> None:
 def test_a_bundle_predicts_on_every_step_when_asked(
     tiny: Exported, observations: Observations
 ) -> None:
-    policy = BundlePolicy(job(tiny, "bundle", tiny.bundle, observations))
+    policy = MeasuredBundle(job(tiny, "bundle", tiny.bundle, observations))
     for every, expected in ((False, 2), (True, STEPS - 2)):
         policy.start(every=every)
         decisions = []
@@ -126,7 +126,7 @@ def test_a_bundle_predicts_on_every_step_when_asked(
 def test_stages_are_launched_alone_where_the_backend_has_that(
     tiny: Exported, observations: Observations
 ) -> None:
-    policy = BundlePolicy(job(tiny, "bundle", tiny.bundle, observations))
+    policy = MeasuredBundle(job(tiny, "bundle", tiny.bundle, observations))
     assert policy.stage_launches() == {}
     window = SimpleNamespace(stage_launches=lambda: {"gpt": list})
     with mock.patch.object(policy, "_backend", SimpleNamespace(create_window=lambda: window)):
@@ -136,7 +136,9 @@ def test_stages_are_launched_alone_where_the_backend_has_that(
 def test_a_recorded_round_leaves_nothing(
     tiny: Exported, observations: Observations, tmp_path: Path
 ) -> None:
-    policy = BundlePolicy(replace(job(tiny, "bundle", tiny.bundle, observations), record=tmp_path))
+    policy = MeasuredBundle(
+        replace(job(tiny, "bundle", tiny.bundle, observations), record=tmp_path)
+    )
     policy.start(every=False)
     with policy.recorded():
         (folder,) = tmp_path.iterdir()

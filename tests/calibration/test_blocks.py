@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from vqbet_calibration import quantize as search
 from vqbet_calibration.blocks import METHODS, Blocks
 from vqbet_calibration.chain import Chain
-from vqbet_calibration.graphs import Session, layers
+from vqbet_calibration.graphs import GraphSession, layers
 
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.bundle import Bundle
@@ -39,7 +39,7 @@ def test_the_transformer_in_blocks(floating: Bundle, chain: Chain, method: str) 
     quantizer = Blocks(graph)
     data = quantizer.quantize(graph, dict.fromkeys(quantizer.layers, method))
     assert kinds(data)["MatMulNBits"] == len(quantizer.layers)
-    wanted, got = (Session(g).run_first(inputs) for g in (graph, data))
+    wanted, got = (GraphSession(g).run_first(inputs) for g in (graph, data))
     assert cosines(got, wanted).min() > 0.995
     # This one is 64 wide, and larger blocks are filled up.
     assert len(data) < len(graph) / (1.5 if method == "blocks of 128" else 2.5)
@@ -61,7 +61,7 @@ def test_a_size_of_blocks_per_layer(floating: Bundle, chain: Chain) -> None:
     ]
     assert sorted(sizes) == [32, 64, 128]
     assert kinds(data)["Cast"] - kinds(graph)["Cast"] == len(names) - 3
-    wanted, got = (Session(g).run_first(inputs) for g in (graph, data))
+    wanted, got = (GraphSession(g).run_first(inputs) for g in (graph, data))
     assert cosines(got, wanted).min() > 0.999
     assert Blocks(graph).quantize(graph, {}) == graph
 
@@ -85,7 +85,7 @@ def test_every_weight_and_value_is_off_by_half_a_step(kind: str, method: str) ->
     )
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     graph = model.SerializeToString()
-    session = Session(Blocks(graph).quantize(graph, {"w": method}))
+    session = GraphSession(Blocks(graph).quantize(graph, {"w": method}))
     for tokens in (3, 15):
         x = random.normal(size=(tokens, 256)).astype(np.float32)
         x_blocks = np.abs(x).reshape(tokens, -1, size).astype(np.float64)

@@ -183,7 +183,7 @@ def write_bundle(path: Path, precision: Any, checkpoint: Checkpoint) -> None:
     draft = assemble(checkpoint, path, precision)
     arrays = {name: array for name, array in draft.arrays.items() if name != DECODE_TABLE}
     contents = {**draft.contents, RUNTIME_NAME: save(arrays)}
-    verification = VerificationSpec("random", 1, 0.0, 1.0, 1.0)
+    verification = VerificationSpec("random", "random", 1, 0.0, 1.0, 1.0)
     publish(path, contents, msgspec.structs.replace(draft.manifest, verification=verification))
 
 

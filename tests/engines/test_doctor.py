@@ -231,7 +231,7 @@ def test_what_was_not_checked_says_so() -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    code = "from vqbet_engines.doctor import main; main()"
+    code = "from vqbet_engines.doctor_command import main; main()"
     command = [sys.executable, "-c", code, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     findings = json.loads(done.stdout)

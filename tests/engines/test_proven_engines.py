@@ -16,7 +16,7 @@ import pytest
 from fake_driver import FakeDriver
 from fake_tensorrt import FakeTensorRT
 from rich.console import Console
-from vqbet_engines import build_command, cli, doctor, engines
+from vqbet_engines import build_command, doctor_command, engines
 from vqbet_engines.builder import Built, Job
 from workshop import once
 
@@ -72,7 +72,7 @@ class Device:
         assert self.driver.retained == 0, "the builder needs the memory"
         stage = self._names[graph]
         self.built.append(stage)
-        return Built(stage.encode(), b"", "10.3.0", 1.0, '{"Layers": []}')
+        return Built(stage.encode(), b"", "10.3.0", 1.0)
 
 
 Install = Callable[[Graphs], Device]
@@ -95,7 +95,9 @@ def install(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, *arguments: object, main: Callable[[], None] = cli.main
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: object,
+    main: Callable[[], None] = build_command.main,
 ) -> Any:
     """The exit code of `vqbet-build`, or of another command."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -218,7 +220,7 @@ def test_the_doctor_proves_every_backend_that_is_here(
     """It builds nothing, and leaves nothing on the GPU."""
 
     def examined(device: Device) -> tuple[int, dict[str, Any]]:
-        code = run(monkeypatch, bundle.path, "--json", main=doctor.main)
+        code = run(monkeypatch, bundle.path, "--json", main=doctor_command.main)
         assert not any(device.driver.books.values())
         findings = json.loads(capsys.readouterr().out)
         return code, {f["name"]: f for f in findings if f["name"].startswith("proof on ")}
@@ -246,4 +248,4 @@ def test_the_doctor_proves_every_backend_that_is_here(
 def test_the_doctor_refuses_what_is_no_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(monkeypatch, tmp_path, main=doctor.main) == 4
+    assert run(monkeypatch, tmp_path, main=doctor_command.main) == 4

@@ -208,7 +208,7 @@ def test_missing_engines_are_built_by_the_command(
 
     monkeypatch.setattr("vqbet_edge.runtime.backends.tensorrt.subprocess.run", build)
     load(bundle, trt)
-    wanted = ["vqbet_engines.cli", str(bundle.path), "--flavour", "tensorrt"]
+    wanted = ["vqbet_engines.build_command", str(bundle.path), "--flavour", "tensorrt"]
     assert commands == [module_command(*wanted)]
 
 

@@ -29,8 +29,10 @@ ROS = {
 # Door -> its command, and what it prints of the bundle; the commands run one after the other.
 DOORS: dict[str, tuple[list[str], str]] = {
     "inspect": (["vqbet_edge.inspection", BUNDLE], "every digest is right"),
-    "doctor": (["vqbet_engines.doctor", BUNDLE], "proof on onnxruntime"),
-    "build": (["vqbet_engines.cli", BUNDLE, "--flavour", "tensorrt"], "pip install tensorrt"),
+    "doctor": (["vqbet_engines.doctor_command", BUNDLE], "proof on onnxruntime"),
+    "build": (
+        ["vqbet_engines.build_command", BUNDLE, "--flavour", "tensorrt"], "pip install tensorrt",
+    ),
     "replay": (["vqbet_edge.training.evaluation.cli", BUNDLE, "--replay", "seen"], "decisions"),
     "replay, PyTorch": (
         ["vqbet_edge.training.evaluation.cli", CHECKPOINT, "--replay", "seen"], "decisions",

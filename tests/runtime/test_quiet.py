@@ -137,13 +137,13 @@ def test_acting_serving_and_looking(mini: Path, tmp_path: Path) -> None:
     commands = {
         "act": [sys.executable, "-c", ACT, str(mini)],
         "serve": [sys.executable, "-c", SERVE, str(mini)],
-        "doctor": run("vqbet_engines.doctor", mini),
+        "doctor": run("vqbet_engines.doctor_command", mini),
         "bench": run("vqbet_bench.cli", mini, "--seconds", "0.2", "--rounds", "1"),
         **{
             kind: run(
-                "vqbet_edge.view.cli", tmp_path / "recording", "--to", kind, "-o", f"x.{kind}"
+                "vqbet_edge.view.command", tmp_path / "recording", "--to", kind, "-o", f"x.{kind}"
             )
-            for kind in ("html", "rerun", "mcap")
+            for kind in ("html", "mcap")
         },
     }
     for name, command in commands.items():

@@ -21,7 +21,6 @@ FORBIDDEN = {
     "tyro",
     "rich",
     "PIL",
-    "rerun",
     "mcap",
 }
 

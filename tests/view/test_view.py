@@ -1,4 +1,4 @@
-"""What is shown is what was recorded: the page in a browser, Rerun's and MCAP's own readers."""
+"""What is shown is what was recorded: the page in a browser, MCAP by its own reader."""
 
 import base64
 import io
@@ -183,7 +183,7 @@ def test_numbers_that_no_recorder_writes(recorded: Recording, tmp_path: Path, va
         except DatasetError:
             continue
         assert not np.isinf(value), key
-        for to in ("html", "mcap", "rerun"):
+        for to in ("html", "mcap"):
             pytest.importorskip({"html": "PIL"}.get(to, to))
             assert show(found, folder, to=to).is_file()
 
@@ -241,60 +241,6 @@ def same_frame(png: bytes, episode: RecordedEpisode, row: int) -> None:
     np.testing.assert_array_equal(got, episode.frame(miniature.IMAGE, row))
 
 
-def test_rerun_reads_back_equal(recorded: Recording, tmp_path: Path) -> None:
-    """By Rerun's reader: component -> the values of one entity, with their times and steps."""
-    pytest.importorskip("rerun")
-    entities = read_rrd(show(recorded, tmp_path, to="rerun"))
-    for place, episode in enumerate(recorded.episodes):
-        root = f"/episode_{place:03}"
-        states = entities[f"{root}/state"]
-        assert states["time"] == episode.times.tolist()
-        assert states["step"] == episode.steps.tolist()
-        np.testing.assert_array_equal(states["Scalars:scalars"], episode.states)
-        acted = episode.outcomes != Outcome.RAISED
-        if acted.any():
-            actions = entities[f"{root}/action"]["Scalars:scalars"]
-            np.testing.assert_array_equal(actions, episode.actions[acted])
-            times = np.ravel(entities[f"{root}/milliseconds"]["Scalars:scalars"])
-            np.testing.assert_array_equal(times, episode.seconds[acted] * 1e3)
-        else:
-            (text,) = entities[f"{root}/outcome"]["TextLog:text"]
-            assert text == ["RAISED"]
-        camera = next(v for k, v in entities.items() if k.startswith(f"{root}/camera"))
-        for row, (blob,) in enumerate(camera["EncodedImage:blob"]):
-            same_frame(bytes(blob), episode, row)
-        made = list(episode.decisions.values())
-        for name in DECISION_ARRAYS if made else ():
-            tensors = entities[f"{root}/decision/{name}"]
-            assert tensors["step"] == [decision.step for decision in made]
-            for (tensor,), decision in zip(tensors["Tensor:data"], made, strict=True):
-                array = getattr(decision, name)
-                got = np.reshape(tensor["buffer"], tensor["shape"]).astype(array.dtype)
-                np.testing.assert_array_equal(got, array)
-        for layer, name in enumerate(("primary", "secondary")):
-            bars = entities[f"{root}/decision/{name}"]["BarChart:values"] if made else []
-            for (bar,), decision in zip(bars, made, strict=True):
-                np.testing.assert_array_equal(bar["buffer"], decision.code_probabilities[layer])
-
-
-def read_rrd(path: Path) -> dict[str, dict[str, list[Any]]]:
-    from rerun.chunk import RrdReader
-
-    entities: dict[str, dict[str, list[Any]]] = {}
-    for chunk in RrdReader(path).stream():
-        columns = chunk.to_record_batch()
-        entity = entities.setdefault(chunk.entity_path, {})
-        for name, column in zip(columns.schema.names, columns.columns, strict=True):
-            plain = column.cast("int64") if name == "time" else column
-            entity.setdefault(name, []).extend(plain.to_pylist())
-    for entity in entities.values():
-        if "time" in entity:
-            order = np.argsort(entity["time"], kind="stable")
-            for name, values in entity.items():
-                entity[name] = [values[i] for i in order]
-    return entities
-
-
 def evaluation(mini: Path, folder: Path) -> list[str]:
     """As `vqbet-eval --record` leaves it; the names in the order of the view."""
     ended = [("solved_3", True, 1.0), ("failed_1", False, 0.4), ("failed_2", False, 0.1)]
@@ -331,7 +277,7 @@ def test_an_index_opens_nothing_by_name(mini: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("to", "module", "extra"),
-    [("html", "PIL", "view"), ("rerun", "rerun", "rerun"), ("mcap", "mcap", "mcap")],
+    [("html", "PIL", "view"), ("mcap", "mcap", "mcap")],
 )
 def test_a_missing_extra_is_named(
     recorded: Recording,
@@ -350,7 +296,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(sys, "meta_path", [Missing(module), *sys.meta_path])
     import vqbet_edge.view
 
-    for name in ("to_html", "to_rerun", "to_mcap", "images"):
+    for name in ("to_html", "to_mcap", "images"):
         monkeypatch.delattr(vqbet_edge.view, name, raising=False)
     with pytest.raises(UsageError, match=re.escape(install_command(extra))):
         show(recorded, tmp_path, to=to)
@@ -383,7 +329,7 @@ def test_what_cannot_be_shown_is_said(recorded: Recording, tmp_path: Path) -> No
 def test_the_command_needs_no_torch(recorded: Recording, tmp_path: Path) -> None:
     script = """
 import sys
-from vqbet_edge.view.cli import main
+from vqbet_edge.view.command import main
 try:
     main()
 finally:

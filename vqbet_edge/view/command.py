@@ -1,20 +1,22 @@
-"""What `vqbet-view` takes and does."""
+"""`vqbet-view`: what a robot saw and decided, on one time line."""
 
 import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import DiskError, UsageError
 from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.view.episodes import ShownEpisode, open_episodes
 
-Target = Literal["html", "rerun", "mcap"]
-SUFFIXES: dict[Target, str] = {"html": ".html", "rerun": ".rrd", "mcap": ".mcap"}
+Target = Literal["html", "mcap"]
+SUFFIXES: dict[Target, str] = {"html": ".html", "mcap": ".mcap"}
 # Top-level module -> the extra that brings it.
-_EXTRAS = {"PIL": "view", "rerun": "rerun", "mcap": "mcap"}
+_EXTRAS = {"PIL": "view", "mcap": "mcap"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class ViewConfig:
 
     # What `policy.record(folder, decisions=True)` or `vqbet-eval --record` wrote.
     folder: tyro.conf.Positional[Path]
-    # A page for any browser, a recording for the Rerun viewer, or an MCAP file for Foxglove.
+    # A page for any browser, or an MCAP file for Foxglove and MCAP's own tools.
     to: Target = "html"
-    # The file to write; without it, the folder's name with .html, .rrd or .mcap, beside the folder.
+    # The file to write; without it, the folder's name with .html or .mcap, beside the folder.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     # Only these episodes, by their place in the page, from 0; without them all.
     episodes: tuple[int, ...] = field(default=())
@@ -80,11 +82,16 @@ def _write(config: ViewConfig, shown: list[ShownEpisode], path: Path) -> None:
 
             page = to_html.page(shown, config.folder.resolve().name, int(config.megabytes * 1e6))
             path.write_text(page, encoding="utf-8")
-        case "rerun":
-            from vqbet_edge.view import to_rerun  # noqa: PLC0415
-
-            to_rerun.write(shown, path)
         case "mcap":
             from vqbet_edge.view import to_mcap  # noqa: PLC0415
 
             to_mcap.write(shown, path)
+
+
+def main() -> None:
+    """Entry point."""
+    run(_main)
+
+
+def _main() -> None:
+    sys.stdout.write(f"{view(parse(ViewConfig, 'vqbet-view'))}\n")

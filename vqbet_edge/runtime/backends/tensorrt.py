@@ -156,7 +156,8 @@ def _plans(
 
 def _build(bundle: Bundle, tensorrt: TensorRT) -> None:
     """Run `vqbet-build`, which says why it builds and shows its progress on standard error."""
-    command = module_command("vqbet_engines.cli", str(bundle.path), "--flavour", tensorrt.flavour)
+    arguments = str(bundle.path), "--flavour", tensorrt.flavour
+    command = module_command("vqbet_engines.build_command", *arguments)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
     if done.returncode == VerificationError.exit_code:
         raise VerificationError(

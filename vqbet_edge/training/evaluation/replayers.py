@@ -39,7 +39,7 @@ class Redecided:
 
 
 @dataclass(frozen=True)
-class PolicyFacts:
+class ReplayFacts:
     """What a replay needs to know of a policy.
 
     Attributes:
@@ -60,7 +60,7 @@ class PolicyFacts:
 class Replayer(Protocol):
     """A policy without a queue: it decides when it is asked to."""
 
-    facts: PolicyFacts
+    facts: ReplayFacts
 
     def begin(self) -> None:
         """Forget the history."""
@@ -99,7 +99,7 @@ class _BundleReplayer:
         self._window = ObservationWindow(manifest, loaded.create_window(), waiting=0)
         table = decode_table(bundle)
         self._planner = Planner(self._window, sampler, table, scaling, guard)
-        self.facts = PolicyFacts(
+        self.facts = ReplayFacts(
             precision=manifest.precision,
             runs_on=loaded.name,
             shapes=manifest.observation_shapes,
@@ -126,7 +126,7 @@ class _CheckpointReplayer:
     def __init__(self, source: str, temperature: float) -> None:
         checkpoint = load_checkpoint(source)
         self._actor = TorchActor(checkpoint, 1, ActorOptions(temperature=temperature))
-        self.facts = PolicyFacts(
+        self.facts = ReplayFacts(
             precision="fp32",
             runs_on="PyTorch",
             shapes=checkpoint.observation_shapes,
