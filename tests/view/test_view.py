@@ -161,6 +161,8 @@ def test_names_from_a_recording_run_no_script(
 
 def write_first(array: np.ndarray, value: float) -> np.ndarray:
     changed = array.copy()
+    if array.dtype.kind == "i":
+        value = min(int(value), np.iinfo(array.dtype).max)
     changed.reshape(-1)[0] = value
     return changed
 
