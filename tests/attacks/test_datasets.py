@@ -63,19 +63,31 @@ def huge_integer(root: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an attribute in the template": (info(video_path="{video_key.__class__}.mp4"), "has the video_path"),
+    "an attribute in the template": (
+        info(video_path="{video_key.__class__}.mp4"),
+        "has the video_path",
+    ),
     "an index in the template": (info(video_path="{video_key[0]}.mp4"), "has the video_path"),
-    "any amount of memory": (info(video_path="{video_key:>999999999999}.mp4"), "has the video_path"),
+    "any amount of memory": (
+        info(video_path="{video_key:>999999999999}.mp4"),
+        "has the video_path",
+    ),
     "a conversion in the template": (info(video_path="{video_key!r}.mp4"), "has the video_path"),
     "a way out": (info(video_path="{video_key}/../../../{video_key}.mp4"), "leaves the data set"),
     "no frames a second": (info(fps=0), "expected a number for 'fps'"),
     "infinitely many frames a second": (info(fps=float("inf")), "expected a number for 'fps'"),
-    "a chunk without end": (info(codebase_version="v2.1", chunks_size=float("inf")), "expected a number for 'chunks_size'"),
+    "a chunk without end": (
+        info(codebase_version="v2.1", chunks_size=float("inf")),
+        "expected a number for 'chunks_size'",
+    ),
     "an integer of too many digits": (huge_integer, "info.json is not JSON"),
     "a frame of no size": (camera(shape=[0, 96, 3]), "has no camera"),
     "a frame without end": (camera(shape=[float("inf"), 96, 3]), "has no camera"),
     "frames larger than any memory": (camera(shape=[1 << 40, 1 << 40, 3]), "has no camera"),
-    "a beginning that is no number": (starting(float("nan")), "expected a number for .*from_timestamp"),
+    "a beginning that is no number": (
+        starting(float("nan")),
+        "expected a number for .*from_timestamp",
+    ),
     "a beginning without end": (starting(float("inf")), "expected a number for .*from_timestamp"),
     "a beginning beyond all clocks": (starting(1e300), "expected a number for .*from_timestamp"),
     "a list of files instead of a video": (listed, "episode 0 is corrupt"),
