@@ -8,7 +8,6 @@ from typing import Any
 import miniature
 import numpy as np
 
-from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.codes.cli import CodesConfig, write_report
 from vqbet_edge.training.codes.findings import Finding
@@ -54,7 +53,7 @@ def arm(name: str) -> Checkpoint:
     action = Feature(FeatureType.ACTION, (7,))
     config = replace(small.config, output_features={"action": action}, vqvae_n_embed=20)
     network = VQBeT(config).eval().requires_grad_(False)
-    return replace(small, network=network, action=Affine.identity(7), name=name)
+    return replace(small, network=network, normalization={}, name=name)
 
 
 def figures(policy: Checkpoint, data: Path | None, frames: int = 2000) -> Any:

@@ -62,23 +62,35 @@ def huge_integer(root: Path) -> None:
     (root / INFO).write_text('{"codebase_version": ' + "9" * 5000 + "}")
 
 
-HOSTILE: dict[str, Callable[[Path], object]] = {
-    "an attribute in the template": info(video_path="{video_key.__class__}.mp4"),
-    "an index in the template": info(video_path="{video_key[0]}.mp4"),
-    "any amount of memory": info(video_path="{video_key:>999999999999}.mp4"),
-    "a conversion in the template": info(video_path="{video_key!r}.mp4"),
-    "a way out": info(video_path="{video_key}/../../../{video_key}.mp4"),
-    "no frames a second": info(fps=0),
-    "infinitely many frames a second": info(fps=float("inf")),
-    "a chunk without end": info(codebase_version="v2.1", chunks_size=float("inf")),
-    "an integer of too many digits": huge_integer,
-    "a frame of no size": camera(shape=[0, 96, 3]),
-    "a frame without end": camera(shape=[float("inf"), 96, 3]),
-    "frames larger than any memory": camera(shape=[1 << 40, 1 << 40, 3]),
-    "a beginning that is no number": starting(float("nan")),
-    "a beginning without end": starting(float("inf")),
-    "a beginning beyond all clocks": starting(1e300),
-    "a list of files instead of a video": listed,
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an attribute in the template": (
+        info(video_path="{video_key.__class__}.mp4"),
+        "has the video_path",
+    ),
+    "an index in the template": (info(video_path="{video_key[0]}.mp4"), "has the video_path"),
+    "any amount of memory": (
+        info(video_path="{video_key:>999999999999}.mp4"),
+        "has the video_path",
+    ),
+    "a conversion in the template": (info(video_path="{video_key!r}.mp4"), "has the video_path"),
+    "a way out": (info(video_path="{video_key}/../../../{video_key}.mp4"), "leaves the data set"),
+    "no frames a second": (info(fps=0), "expected a number for 'fps'"),
+    "infinitely many frames a second": (info(fps=float("inf")), "expected a number for 'fps'"),
+    "a chunk without end": (
+        info(codebase_version="v2.1", chunks_size=float("inf")),
+        "expected a number for 'chunks_size'",
+    ),
+    "an integer of too many digits": (huge_integer, "info.json is not JSON"),
+    "a frame of no size": (camera(shape=[0, 96, 3]), "has no camera"),
+    "a frame without end": (camera(shape=[float("inf"), 96, 3]), "has no camera"),
+    "frames larger than any memory": (camera(shape=[1 << 40, 1 << 40, 3]), "has no camera"),
+    "a beginning that is no number": (
+        starting(float("nan")),
+        "expected a number for .*from_timestamp",
+    ),
+    "a beginning without end": (starting(float("inf")), "expected a number for .*from_timestamp"),
+    "a beginning beyond all clocks": (starting(1e300), "expected a number for .*from_timestamp"),
+    "a list of files instead of a video": (listed, "episode 0 is corrupt"),
 }
 
 
@@ -86,8 +98,9 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 def test_what_no_data_set_has(tmp_path: Path, kind: str) -> None:
     """Refused with our error, before anything large is allocated; no list is followed."""
     root = Path(shutil.copytree(PUSHT, tmp_path / "pusht"))
-    HOSTILE[kind](root)
-    with pytest.raises(DatasetError):
+    change, message = HOSTILE[kind]
+    change(root)
+    with pytest.raises(DatasetError, match=message):
         LeRobotDataset.open(root, cameras=[IMAGE]).frames(IMAGE)
 
 
@@ -107,6 +120,7 @@ def test_statistics_are_finite_whatever_stands_there(tmp_path: Path, value: obje
     stats = {name: [[[value if name == "max" else each]]] * 3 for name, each in healthy.items()}
     (root / "meta/stats.json").write_text(json.dumps({IMAGE: stats}))
     found = LeRobotDataset.open(root).statistics(IMAGE)
+    assert {"min", "max", "mean", "std"} <= found.keys()
     assert all(np.isfinite(values).all() for values in found.values())
 
 

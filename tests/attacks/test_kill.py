@@ -44,13 +44,17 @@ def test_an_export(mini: Path, tmp_path: Path) -> None:
             for variant in variants.values():
                 publish(target, *variant)
 
+    began = time.monotonic()
     publish(target, *variants[b"old"])
+    taken = time.monotonic() - began
     random = np.random.default_rng(5)
-    seen = set()
+    seen, replaced = set(), set()
     for _ in range(cases(10, 300)):
-        killed(work, random.uniform(0, 0.1))
+        killed(work, random.uniform(0, 5 * taken))  # before, while and after it writes
         seen.add(Bundle.open(target).contents["report.md"])
+        replaced.add((target / "report.md").stat().st_mtime_ns)
     assert seen <= {b"old", b"new"}
+    assert len(replaced) > 1  # it did write
     publish(target, *variants[b"old"])
     assert os.listdir(tmp_path) == ["a.bundle"]
     assert sorted(os.listdir(target)) == sorted({*variants[b"old"][0], "manifest.json"})
@@ -76,3 +80,4 @@ def test_a_checkpoint(tmp_path: Path) -> None:
         step = resumed.progress.step
         left = [name for name in os.listdir(tmp_path / "checkpoints") if name.startswith(".")]
         assert left == []
+    assert step > 1  # it did save

@@ -55,6 +55,7 @@ def refused_within(bundle: Path) -> None:
     with watched() as opened, pytest.raises(VQBeTEdgeError):
         EdgePolicy.load(bundle, backend="onnxruntime")
     library = (sys.prefix, sys.base_prefix, "/proc", "/sys", str(Path(__file__).parents[2]))
+    assert str(bundle / MANIFEST_NAME) in opened
     foreign = [p for p in opened if not p.startswith((str(bundle) + os.sep, *library))]
     assert foreign == []
     assert not any("secret" in path for path in opened)

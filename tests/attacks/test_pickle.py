@@ -152,6 +152,7 @@ def test_in_a_training_state(tmp_path: Path, poison: bytes) -> None:
     checkpoints(whole).save(progress(3), network(), None, {"state": {}, "param_groups": []})
     folder = whole / "checkpoints" / "last"
     assert checkpoints(whole, resume=True).start() is not None
+    tried = set()
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         read = name.startswith("training_state") or path.name in {
@@ -160,10 +161,12 @@ def test_in_a_training_state(tmp_path: Path, poison: bytes) -> None:
         }
         if not read or path.is_dir():
             continue
+        tried.add(path.name)
         copy = Path(shutil.copytree(whole, tmp_path / path.name, symlinks=True))
         (copy / "checkpoints" / "last" / name).write_bytes(poison)
         with pytest.raises(VQBeTEdgeError):
             checkpoints(copy, resume=True).start()
+    assert {"model.safetensors", "train_config.json", "optimizer.safetensors"} <= tried
 
 
 def test_the_suite_would_notice(tmp_path: Path, unpickled: list[str]) -> None:

@@ -218,10 +218,16 @@ def test_commands_of_a_system_that_do_not_answer(
     command = tmp_path / "nvpmodel"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr("vqbet_engines.doctor._PATIENCE_S", 0.2)
-    for text in ("#!/bin/sh\nexec sleep 60\n", "", "#!/bin/sh\nprintf '\\377'\n"):
+    for text, told in (
+        ("#!/bin/sh\nexec sleep 60\n", "cannot be told: TimeoutExpired"),
+        ("", "cannot be told: OSError"),
+        ("#!/bin/sh\nprintf '\\377'\n", "nothing"),
+    ):
         command.write_text(text)
         command.chmod(0o755)
-        assert "engine cache" in [finding.name for finding in examine(orin_nano(tmp_path / "m"))]
+        found = {finding.name: finding.value for finding in examine(orin_nano(tmp_path / "m"))}
+        assert "engine cache" in found
+        assert found.get("power", "nothing").startswith(told)
 
 
 def test_what_was_not_checked_says_so() -> None:

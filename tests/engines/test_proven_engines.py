@@ -166,6 +166,7 @@ def test_what_was_kept_stays_when_a_rebuild_fails(
     install(graphs(bundle))
     assert run(monkeypatch, bundle.path) == 0
     before = {path: path.read_bytes() for path in user_cache().rglob("engines/*/*")}
+    assert len(before) == 2 * len(STAGES)  # a plan and its record each
     device = install(graphs(other))
     assert run(monkeypatch, bundle.path, "--force") == 3
     assert device.built == list(STAGES)

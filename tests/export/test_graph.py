@@ -66,7 +66,9 @@ def test_batch_norm_is_folded_and_uint8_is_cast_first(exported: Exported) -> Non
 
 
 def test_float16_keeps_norms_and_softmax_in_float32(workshop: Workshop) -> None:
+    seen = set()
     for model in graphs(workshop.bundle(oracle.TINY, "fp16")).values():
+        seen |= {node.op_type for node in model.graph.node}
         inferred = onnx.shape_inference.infer_shapes(model)
         types = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
         types |= {v.name: v.type.tensor_type.elem_type for v in inferred.graph.output}
@@ -75,6 +77,7 @@ def test_float16_keeps_norms_and_softmax_in_float32(workshop: Workshop) -> None:
                 assert types[node.output[0]] == TensorProto.FLOAT
             if node.op_type in {"Conv", "Gelu"}:
                 assert types[node.output[0]] == TensorProto.FLOAT16
+    assert {"LayerNormalization", "Softmax", "Conv", "Gelu"} <= seen
 
 
 def test_only_the_newest_row_passes_the_last_block(workshop: Workshop) -> None:

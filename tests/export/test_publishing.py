@@ -85,12 +85,13 @@ def test_killed_at_any_moment_old_or_new_is_there(tmp_path: Path, source: tuple)
     for _ in range(12):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == b"ready\n"
         time.sleep(random.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         process.stdout.close()
         assert note(target) in {b"old", b"new"}
+    assert note(target) == b"new"
     publish(target, *variant(source, b"next"))
     assert note(target) == b"next"
     assert sorted(os.listdir(tmp_path)) == ["a.bundle", "other"]

@@ -83,6 +83,7 @@ def outputs(window: CpuWindow, part: Part) -> np.ndarray:
 @pytest.mark.parametrize("part", PARTS)
 def test_together_as_alone(backend: CpuBackend, part: Part, request: pytest.FixtureRequest) -> None:
     limit = LIMITS[request.node.callspec.params["backend"]]
+    assert backend.most_together > 1
     for count in range(2, backend.most_together + 1):
         windows = filled(backend, part, count)
         backend.run_together(part, windows)

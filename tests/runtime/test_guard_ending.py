@@ -28,16 +28,21 @@ def seen(count: int) -> list[dict[str, np.ndarray]]:
 @contextmanager
 def hanging(policy: EdgePolicy, stage: str) -> Iterator[None]:
     """A stage that does not return before the block's end."""
-    graphs, go = policy._window.graphs, threading.Event()
+    graphs, go, hung = policy._window.graphs, threading.Event(), threading.Event()
     run = getattr(graphs, stage)
 
     def hangs(*arguments: Any, **options: Any) -> Any:
-        go.wait(60)
-        return run(*arguments, **options)
+        hung.set()
+        if go.wait(60):
+            return run(*arguments, **options)
+        go.set()  # somebody waited for it
+        raise AssertionError("nobody came to the block's end")
 
     setattr(graphs, stage, hangs)
     try:
         yield
+        assert hung.wait(60)
+        assert not go.is_set()
     finally:
         setattr(graphs, stage, run)
         go.set()
@@ -147,7 +152,8 @@ acted = threading.Event()
 def loop():
     while True:
         policy.act(observation)
-        acted.set()
+        if how != "hangs":
+            acted.set()
         if how == "load":
             EdgePolicy.load(bundle, "onnxruntime").close()
 
@@ -156,7 +162,7 @@ if how == "hangs":
     policy.act(observation)
     policy._window.graphs.encode = lambda *_: (acted.set(), threading.Event().wait())
 threading.Thread(target=loop, daemon=True).start()
-acted.wait(60)
+assert acted.wait(60)
 time.sleep(0.05)
 print("last line", flush=True)
 sys.exit(7)
@@ -201,8 +207,11 @@ def test_the_end_waits_for_jobs_and_holds_who_comes_later(monkeypatch: pytest.Mo
     ending._wait()
     assert order == ["work"]
     entered.clear()
-    threading.Thread(target=late, daemon=True).start()
+    held = threading.Thread(target=late, daemon=True)
+    held.start()
     entered.wait(10)
     with ending.computing():  # the thread that ends Python may still call
         order.append("own")
+    held.join(0.2)
+    assert held.is_alive()
     assert order == ["work", "own"]

@@ -88,7 +88,8 @@ def test_no_action_escapes_adversarial_observations(mini: Path) -> None:
         np.random.default_rng(9),
     )
     stretched(policy, 300)
-    for case in range(cases(500, 100_000)):
+    acted, count = 0, cases(500, 100_000)
+    for case in range(count):
         observation = miniature.observation(random)
         scale = np.float32(10.0 ** random.uniform(-40, 38))
         observation[STATE] = random.normal(0, 1, 2).astype(np.float32) * scale
@@ -101,6 +102,9 @@ def test_no_action_escapes_adversarial_observations(mini: Path) -> None:
             policy.reset()
             continue
         assert ((action >= limits[0]) & (action <= limits[1])).all()
+        acted += 1
+    assert acted > count // 2
+    assert policy.guard_counts.clamped > acted // 2
 
 
 @pytest.mark.parametrize("where", ["logits", "offsets", "table"])
@@ -516,4 +520,5 @@ def test_overlapping_calls_raise_or_are_right(mini: Path, observations: Observat
     for thread in threads:
         thread.join()
     assert len(answers) + len(refused) == calls * 8
+    assert answers
     assert set(answers) <= expected

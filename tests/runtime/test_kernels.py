@@ -42,6 +42,23 @@ def test_the_probe_is_what_the_exporter_makes() -> None:
     assert [node.op_type for node in kept.graph.node] == ["MatMulNBits"]
 
 
+def test_rounding_is_noticed_on_every_processor() -> None:
+    """Where there is no kernel, nothing else here says so: this graph rounds by itself."""
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 128]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1]),
+    ]
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["rounded"]),
+        helper.make_node("MatMul", ["rounded", "w"], ["y"]),
+    ]
+    weights = numpy_helper.from_array(np.ones((128, 1), np.float32), "w")
+    body = helper.make_graph(nodes, "rounds", values[:1], values[1:], [weights])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    assert rounds_inputs(onnxruntime, model.SerializeToString())
+
+
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_a_missing_kernel_is_noticed(block: int) -> None:
     """At another level of accuracy there is none on any processor."""

@@ -172,15 +172,16 @@ def test_the_thread_ends_with_the_policy(tiny: Exported, observations: Any) -> N
 
 def test_python_ends_while_prefetching_runs(tiny: Exported) -> None:
     program = """
-import sys, time, numpy as np
+import sys, threading, time, numpy as np
 from vqbet_edge import EdgePolicy
 policy = EdgePolicy.load(sys.argv[1], "onnxruntime", prefetch="thread")
 observation = {"observation.image": np.zeros((40, 48, 3), np.uint8),
                "observation.state": np.ones(2, np.float32)}
 policy.act(observation)
-encode = policy._window.graphs.encode
-policy._window.graphs.encode = lambda *_: (time.sleep(0.2), encode(*_))
+encode, runs = policy._window.graphs.encode, threading.Event()
+policy._window.graphs.encode = lambda *_: (runs.set(), time.sleep(0.2), encode(*_))
 policy.act(observation)
+assert runs.wait(60)
 print("last line")
 """
     done = subprocess.run(

@@ -62,6 +62,12 @@ with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
     finally:
         server.terminate()
 """
+# Connecting a datagram socket sends nothing; the addresses are those of documents.
+SPEAK = """
+import socket
+for family, address in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+    socket.socket(family, socket.SOCK_DGRAM).connect_ex((address, 9))
+"""
 TRAINING = {
     **SMALL,
     "steps": 4,
@@ -168,5 +174,8 @@ def test_the_users_own_setting_holds(mini: Path, tmp_path: Path) -> None:
     """And proves that what is watched here would be seen."""
     opened = "import sys, time; from vqbet_edge import EdgePolicy; EdgePolicy.load(sys.argv[1])"
     traces = watch(tmp_path, sys.executable, "-c", opened, str(mini), ORT_DISABLE_TELEMETRY="0")
+    (tmp_path / "speaking").mkdir()
+    spoken = watch(tmp_path / "speaking", sys.executable, "-c", SPEAK).addresses
+    assert spoken is None or {"192.0.2.1", "2001:db8::1"} <= spoken
     if tuple(map(int, version("onnxruntime").split(".")[:2])) >= (1, 29):
         assert any("Microsoft" in folder for folder in traces.folders)

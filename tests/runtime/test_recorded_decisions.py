@@ -88,7 +88,9 @@ def test_decisions_change_no_action(mini: Path, tmp_path: Path) -> None:
 def test_the_draws_are_those_that_chose_the_codes(policy: EdgePolicy, tmp_path: Path) -> None:
     """Each code is where its random number falls in the cumulative distribution."""
     act(policy, seen(40), tmp_path / "seen")
-    for decision in Recording(tmp_path / "seen").episodes[0].decisions.values():
+    decisions = Recording(tmp_path / "seen").episodes[0].decisions
+    assert len(decisions) == 8
+    for decision in decisions.values():
         for code, probabilities, draw in zip(
             decision.codes, decision.code_probabilities, decision.draws, strict=True
         ):

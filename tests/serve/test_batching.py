@@ -84,14 +84,15 @@ def test_robots_that_ask_together_act_as_if_alone(
     mini: Path, policy: EdgePolicy, backend: Backend, count: int
 ) -> None:
     steps, overheard = 30, Overheard(policy)
+    gathering = {"vqbet-newest", "vqbet-prefill"}
     with serving(overheard, backend, max_robots=count, batch_wait_s=1.0) as server:
+        assert gathering <= {thread.name for thread in threading.enumerate()}
         acted = drive(server.url, count, steps)
         runs = counted(server.url, "vqbet_shared_runs_total")
         windows = counted(server.url, "vqbet_shared_windows_total")
         assert runs > 0
         assert 2 * runs <= windows <= min(count, backend.most_together) * runs
-    names = {thread.name for thread in threading.enumerate()}
-    assert not names & {"vqbet-newest", "vqbet-prefill"}
+    assert not gathering & {thread.name for thread in threading.enumerate()}
     with EdgePolicy.load(mini, "onnxruntime") as other:
         for number in range(count):
             seed = derived_seed(0, str(number))

@@ -193,12 +193,17 @@ def test_mutated_frames_without_a_network() -> None:
     random = np.random.default_rng(22)
     frame = pack({**observations(0, 1)[0], "session_id": "arm", "endpoint": "infer", "n": [1, {}]})
     metadata = PolicyMetadata("vqbet", "s", "c", {}, 2, 1, 5, 5, "every_step").to_frame()
+    read = Counter[str]()
     for _ in range(cases(20_000, 1_000_000)):
         with suppress(VQBeTEdgeError):
             for key, value in unpack(mutated(frame, random)).items():
                 assert array(key, value).nbytes <= len(frame) * 2
+                read["array"] += 1
         with suppress(VQBeTEdgeError):
             PolicyMetadata.from_frame(mutated(metadata, random))
+            read["metadata"] += 1
+    assert read["array"] > 1000
+    assert read["metadata"] > 100
 
 
 def part(**changes: Any) -> dict[bytes, Any]:

@@ -228,7 +228,11 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     path = tmp_path / "vqbet-serve.service"
     path.write_text(text.replace("/opt/vqbet/bin/vqbet-serve", "/bin/true"))
     environment = {"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [analyze, "verify", path], capture_output=True, text=True, env=environment
-    )
-    assert "vqbet-serve.service" not in done.stderr, done.stderr
+
+    def said() -> str:
+        command = [analyze, "verify", path]
+        return subprocess.run(command, capture_output=True, text=True, env=environment).stderr
+
+    assert "vqbet-serve.service" not in said(), said()
+    path.write_text(path.read_text().replace("[Service]", "[Service]\nNonsense=1"))
+    assert "vqbet-serve.service" in said()  # it does look

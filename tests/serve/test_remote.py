@@ -332,6 +332,7 @@ def test_reconnecting_leaves_no_threads(policy: EdgePolicy) -> None:
         while sum(thread.name == "vqbet-remote" for thread in threading.enumerate()) > 1:
             assert time.monotonic() < end
             time.sleep(0.01)
+        assert sum(thread.name == "vqbet-remote" for thread in threading.enumerate()) == 1
 
 
 def test_two_calls_at_once(policy: EdgePolicy) -> None:

@@ -94,6 +94,7 @@ def test_a_page_is_whole_and_needs_nothing(pages: dict[str, Path], kind: str) ->
     page = Structure(text)
     assert page.open == []
     assert not page.kinds & {"script", "link", "iframe", "object"}
+    assert page.targets
     assert all(target.startswith("data:image/svg+xml;base64,") for target in page.targets)
     assert not re.search(r"(?:https?:)?//\w", re.sub(r"base64,[\w+/=]+", "", text))
     assert not re.search(r"\b(nan|inf)\b", text)

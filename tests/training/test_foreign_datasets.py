@@ -415,6 +415,7 @@ def test_numbers_of_an_episode_that_are_none_are_named(
 
 @pytest.mark.parametrize("side", [0, *NO_NUMBERS], ids=repr)
 def test_a_shape_that_no_array_has_is_left_out(healthy: Path, side: object) -> None:
+    assert "next.reward" in LeRobotDataset.open(healthy).features
     edit_json(healthy / INFO, lambda info: info["features"]["next.reward"].update(shape=[side]))
     assert "next.reward" not in LeRobotDataset.open(healthy).features
 
