@@ -40,6 +40,7 @@ from vqbet_edge.runtime.normalization import Affine
 Arrays = Mapping[str, NDArray[np.float32]]
 
 ACTION_LIMITS = "action.limits"
+_LEAST_SPREAD = 0.05
 
 
 class _Feature(Strict, frozen=True):
@@ -141,10 +142,13 @@ def with_judgements(arrays: Mapping[str, Any], manifest: Manifest) -> dict[str, 
         "logit_prints": (steps, manifest.secondary_rows),
     }
     actions = arrays.get("actions", np.zeros((1, 1, manifest.action_dim), np.float32))
+    flat = actions.reshape(-1, actions.shape[-1])
+    # Of few actions: one that hardly changes is computed no more exactly than its size allows.
+    spread = np.maximum(flat.std(axis=0), _LEAST_SPREAD * np.sqrt((flat**2).mean(axis=0)))
     return {
         **arrays,
         **{name: np.full(shape, np.nan, np.float32) for name, shape in unknown.items()},
         "temperature": np.array([manifest.policy.bet_softmax_temperature]),
-        "spread": actions.reshape(-1, actions.shape[-1]).std(axis=0),
+        "spread": spread,
         "decoded_prints": np.zeros((0, 0), np.float32),
     }

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqbet_edge import EdgePolicy, Guards
-from vqbet_edge.runtime.backends.base import HeadOutputs
+from vqbet_edge.runtime.backends import create_backend
+from vqbet_edge.runtime.backends.base import HeadOutputs, Window
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.hub import is_bundle
+from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import ActionScaling
 from vqbet_edge.runtime.planning import action_scaling, decode_table, secondary_columns
 from vqbet_edge.runtime.sampling import CodeSampler, Decision
@@ -251,11 +253,13 @@ class BundlePolicy:
             sequential=policy.sequentially_select,
         )
         self.action, self.state_key = action_scaling(bundle), manifest.state_key
-        self.columns = secondary_columns(bundle)
         self._table = decode_table(bundle)
-        self._policy = EdgePolicy.load(
-            bundle.path, temperature=0, prefetch="off", guards=Guards(action_limits=None)
-        )
+        backend = create_backend("auto", bundle)
+        free = Guards(action_limits=None)
+        self._policy = EdgePolicy(bundle, backend, temperature=0, prefetch="off", guards=free)
+        self.columns = secondary_columns(bundle)
+        if manifest.secondary_rows > 1:
+            self.columns = _rows(manifest, backend.create_window())
 
     def check(self, source: Source) -> None:
         """See `CodedPolicy`."""
@@ -293,6 +297,21 @@ class BundlePolicy:
     def reconstruct(self, chunks: Floats) -> Reconstructed | None:  # noqa: ARG002
         """See `CodedPolicy`."""
         return None
+
+
+def _rows(manifest: Manifest, window: Window) -> NDArray[np.float32]:
+    """(C, C): secondary logits given every primary code, of no observation in particular.
+
+    The head is affine in the primary code's one-hot, so rows differ by the same everywhere.
+    """
+    policy, crop = manifest.policy, manifest.crop
+    frames = np.zeros((len(manifest.image_keys), crop.height, crop.width, 3), np.uint8)
+    window.encode(frames, policy.n_obs_steps - 1)
+    window.fill()
+    states = np.zeros((policy.n_obs_steps, manifest.state_dim), np.float32)
+    rows = window.predict(states).logits[1:].copy()
+    window.close()
+    return rows
 
 
 def _pieces(
