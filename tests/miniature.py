@@ -70,7 +70,7 @@ def attentive(seed: int, **fields: Any) -> Checkpoint:
         elif name.endswith("bias"):
             torch.nn.init.normal_(tensor, std=0.3)
     # Before training, keypoints hardly depend on the frame.
-    policy.network.vqbet.rgb_feature_projector[0].weight.mul_(10)
+    policy.network.vqbet.rgb_feature_projector[0].weight.mul_(60)
     return policy
 
 

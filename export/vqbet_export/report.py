@@ -69,8 +69,13 @@ def _stage_table(
 
 
 def _stage_row(name: str, row: Mapping[str, float], size: str) -> str:
-    errors = " | ".join(f"{row[n]:.2e}" for n in ("max_error", "relative_error", "varying"))
+    figures = row["max_error"], row["relative_error"], _of_what_varies(row)
+    errors = " | ".join(f"{figure:.2e}" for figure in figures)
     return f"| {name} | {size} | {errors} | {row['gain']:.6f} | {row['cosine']:.7f} |"
+
+
+def _of_what_varies(row: Mapping[str, float]) -> float:
+    return row["varying"] / max(row["variation"], 1e-12)
 
 
 def _megabytes(sizes: Mapping[StageName, int], name: str) -> str:
@@ -92,7 +97,7 @@ def _policy_table(whole: Mapping[str, Any]) -> list[str]:
         f"| ... agreement of their most probable codes | {policy['code_agreement']:.2%} |",
         *(
             f"| {name}, behind those before it: relative error, of what varies, gain "
-            f"| {row['relative_error']:.2e}, {row['varying']:.2e}, {row['gain']:.6f} |"
+            f"| {row['relative_error']:.2e}, {_of_what_varies(row):.2e}, {row['gain']:.6f} |"
             for name, row in whole["stages"].items()
         ),
     ]

@@ -36,8 +36,9 @@ class Limits:
     Attributes:
         relative_error: norm of an output's error relative to the reference's norm; logits are
             centred first, because a softmax does not see what is added to all of them.
-        varying: the same for what differs from the mean over all observations, which is taken for
-            at least a hundredth of the whole.
+        varying: the same for what differs from the mean over all observations, relative to what the
+            reference differs from its mean, or to `still` times the reference where it hardly does.
+        still: share of the whole below which what varies is not told from rounding.
         gain: how far the factor that fits an output best to the reference may be from 1.
         cosine: smallest between an output and the reference's, per observation.
         peak: largest error of an output's value relative to the largest value; None is reported
@@ -51,6 +52,7 @@ class Limits:
 
     relative_error: float
     varying: float
+    still: float
     gain: float
     cosine: float
     peak: float | None
@@ -73,20 +75,18 @@ class Limits:
 # What is float32 in every precision (tables, scalings) is held to the first.
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(
-        relative_error=1e-4, varying=1e-3, gain=1e-4, cosine=0.999999, peak=1e-4, action=1e-3,
-        largest_action=5e-3, total_variation=1e-3, code_agreement=1.0,
+        relative_error=1e-4, varying=1e-3, still=0.01, gain=1e-4, cosine=0.999999, peak=1e-4,
+        action=1e-3, largest_action=5e-3, total_variation=1e-3, code_agreement=1.0,
     ),
     "fp16": Limits(
-        relative_error=0.01, varying=0.1, gain=0.005, cosine=0.999, peak=None, action=0.02,
-        largest_action=0.1, total_variation=0.01, code_agreement=0.99,
+        relative_error=0.01, varying=0.1, still=0.01, gain=0.005, cosine=0.999, peak=None,
+        action=0.02, largest_action=0.1, total_variation=0.01, code_agreement=0.99,
     ),
     "int8": Limits(
-        relative_error=0.04, varying=0.4, gain=0.02, cosine=0.99, peak=None, action=0.1,
-        largest_action=0.3, total_variation=0.05, code_agreement=0.97,
+        relative_error=0.04, varying=0.4, still=0.1, gain=0.02, cosine=0.99, peak=None,
+        action=0.1, largest_action=0.3, total_variation=0.05, code_agreement=0.97,
     ),
 }  # fmt: skip
-# What varies less than this share of the whole is not told from rounding.
-_STILL = 0.01
 
 
 def cosines(outputs: NDArray[np.floating], reference: NDArray[np.floating]) -> Doubles:
@@ -113,25 +113,35 @@ class StageResult:
 
     Attributes:
         max_error: largest error of a value.
+        varying: error of what differs from the mean over all observations, relative to the norm of
+            the whole reference.
+        variation: what the reference differs from its mean, likewise.
     """
 
     max_error: float
     relative_error: float
     varying: float
+    variation: float
     gain: float
     peak: float
     cosine: float
 
     def __str__(self) -> str:
         """All figures but the largest error."""
-        errors = f"relative {self.relative_error:.2e}, of what varies {self.varying:.2e}"
+        varying = self.varying_error(0.0)
+        errors = f"relative {self.relative_error:.2e}, of what varies {varying:.2e}"
         return f"{errors}, gain {self.gain:.5f}, cosine {self.cosine:.7f}"
+
+    def varying_error(self, still: float) -> float:
+        """Relative to what varies, or to `still` times the whole where that is less."""
+        return self.varying / max(self.variation, still, 1e-12)
 
     def violations(self, name: str, limits: Limits) -> list[str]:
         """What breaks the limits, one line each."""
+        varying = self.varying_error(limits.still)
         return [
             *_above(f"{name}: relative error", self.relative_error, limits.relative_error),
-            *_above(f"{name}: error of what varies", self.varying, limits.varying),
+            *_above(f"{name}: error of what varies", varying, limits.varying),
             *_above(f"{name}: distance of the gain from 1", abs(self.gain - 1), limits.gain),
             *_above(f"{name}: largest error", self.peak, limits.peak),
             *_below(f"{name}: cosine", self.cosine, limits.cosine),
@@ -172,19 +182,19 @@ class StageComparison:
         return StageResult(
             max_error=float(self._error),
             relative_error=float(np.sqrt(self._errors / size)),
-            varying=self._varying(),
+            varying=self._varying(self._errors, self._error_sum, size),
+            variation=self._varying(self._squares, self._sum, size),
             # Where the reference is zero, any factor fits.
             gain=float(self._products / size) if self._squares else 1.0,
             peak=float(self._error / max(self._largest, 1e-12)),
             cosine=float(self._cosine),
         )
 
-    def _varying(self) -> float:
-        errors = self._errors - (np.asarray(self._error_sum) ** 2).sum() / self._observations
-        values = self._squares - (np.asarray(self._sum) ** 2).sum() / self._observations
-        least = max(_STILL**2 * self._squares, 1e-24)
-        # Of one observation, nothing varies; and a difference of sums may round to below zero.
-        return float(np.sqrt(np.maximum(errors, 0) / np.maximum(values, least)))
+    def _varying(self, squares: np.float64, sums: Doubles | float, size: float) -> float:
+        """Norm of what is left when the mean over observations is taken off, of the whole."""
+        left = squares - (np.asarray(sums) ** 2).sum() / max(self._observations, 1)
+        # A difference of sums may round to below zero.
+        return float(np.sqrt(np.maximum(left, 0) / size))
 
 
 @dataclass(frozen=True)
