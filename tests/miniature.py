@@ -69,8 +69,12 @@ def attentive(seed: int, **fields: Any) -> Checkpoint:
             torch.nn.init.xavier_normal_(tensor)
         elif name.endswith("bias"):
             torch.nn.init.normal_(tensor, std=0.3)
-    # Before training, keypoints hardly depend on the frame.
-    policy.network.vqbet.rgb_feature_projector[0].weight.mul_(60)
+    # Before training, keypoints hardly depend on the frame, and biases would hide what does.
+    trunk = policy.network.vqbet
+    for layer in (trunk.rgb_encoder.out, trunk.rgb_feature_projector[0]):
+        layer.weight.mul_(10)
+        layer.bias.zero_()
+    trunk.policy.transformer["wte"].bias.zero_()  # type: ignore[union-attr]
     return policy
 
 

@@ -125,7 +125,7 @@ def test_one_snapshot_is_parsed_checked_and_loaded(
     with hub.serving() as server:
         for name, (first, _) in stages.items():
             server.add(name, first)
-        peer = Peer("python", installed)
+        peer = Peer(sys.executable, installed)
         child = subprocess.Popen(
             [peer.python, "-c", PINNING, *stages],
             env=peer.environment() | server.variables(tmp_path / "home"),

@@ -83,7 +83,7 @@ LIMITS: dict[Precision, Limits] = {
         action=0.02, largest_action=0.1, total_variation=0.01, code_agreement=0.99,
     ),
     "int8": Limits(
-        relative_error=0.04, varying=0.4, still=0.1, gain=0.02, cosine=0.99, peak=None,
+        relative_error=0.06, varying=0.4, still=0.1, gain=0.02, cosine=0.99, peak=None,
         action=0.1, largest_action=0.3, total_variation=0.05, code_agreement=0.97,
     ),
 }  # fmt: skip
