@@ -72,7 +72,6 @@ def attentive(seed: int, **fields: Any) -> Checkpoint:
     # Before training, keypoints hardly depend on the frame, and biases would hide what does.
     trunk = policy.network.vqbet
     for layer in (trunk.rgb_encoder.out, trunk.rgb_feature_projector[0]):
-        layer.weight.mul_(10)
         layer.bias.zero_()
     trunk.policy.transformer["wte"].bias.zero_()  # type: ignore[union-attr]
     return policy

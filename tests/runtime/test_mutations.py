@@ -20,9 +20,6 @@ from vqbet_edge.runtime.proof import act_out
 from vqbet_edge.training.dataset.samples import patches
 
 CAMERAS = IMAGE, f"{IMAGE}.wrist"
-# Attention that was never trained adds its tokens up, whatever their order: cameras exchanged inside
-# the transformer change less than INT8 rounds.
-UNSEEN = {"int8": ["gpt: image_tokens reversed 2"]}
 
 
 def made(shared: Path, precision: Precision, seed: int) -> Bundle:
@@ -74,4 +71,4 @@ def test_each_is_refused(shared: Path, precision: Precision) -> None:
     assert not refused(bundle, cases)
     tried = [(name, refused(b, cases)) for name, b in mutations(bundle, made(shared, precision, 2))]
     assert len(tried) > 90
-    assert [name for name, found in tried if not found] == UNSEEN.get(precision, [])
+    assert [name for name, found in tried if not found] == []
