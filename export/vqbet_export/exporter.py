@@ -143,8 +143,8 @@ def _verify(
     """The results on all observations, and reference cases from the last that they may show."""
     # In floating point both kinds compute the same, so each is proven in its half.
     both = draft.samples is None and len(config.targets) > 1
-    noise = list(_noise(draft, CASES * PIECE_STEPS))
-    frame = frame_of(checkpoint, run_reference(checkpoint, noise[0]))
+    first = next(_noise(draft, PIECE_STEPS))
+    frame = frame_of(checkpoint, run_reference(checkpoint, first))
     verifier = Verifier(draft.bundle, checkpoint, frame, (None,) if both else config.targets)
     results: list[Verification] = []
     chooser = CaseChooser(checkpoint, frame)
@@ -168,7 +168,7 @@ def _verify(
             + "; ".join(violations)
         )
     if not chooser.considered:  # INT8 is not verified on noise
-        for piece in noise:
+        for piece in _noise(draft, CASES * PIECE_STEPS):
             chooser.consider(piece, run_reference(checkpoint, piece))
     moved = max(result.policy.logit_error for result in results)
     return _Verified(results, chooser.choose(moved, verifier.proves), shown)
