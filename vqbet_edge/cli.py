@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -77,6 +78,31 @@ def _raising_on_sigterm() -> Iterator[None]:
     finally:
         if own:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def keeping_signals() -> Iterator[list[KeyboardInterrupt]]:
+    """Keep the first SIGINT or SIGTERM for whoever looks at the list; a second one stops at once.
+
+    For work that must be finished first, and for calls out of foreign code (a simulator's drawing),
+    which would swallow the exception.
+    """
+    received: list[KeyboardInterrupt] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt())
+        if len(received) > 1:
+            raise received[-1]
+
+    # Python delivers signals to the main thread only.
+    own = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if own else ()
+    before = {number: signal.signal(number, keep) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

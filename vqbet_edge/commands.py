@@ -17,8 +17,9 @@ def _command(module: str, extra: str) -> Callable[[], None]:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("vqbet_"):
                 raise
+            library = error.name.partition(".")[0]
             sys.stderr.write(
-                f"error: this command needs '{error.name}'; type: {install_command(extra)}\n"
+                f"error: this command needs '{library}'; type: {install_command(extra)}\n"
             )
             sys.exit(UsageError.exit_code)
 

@@ -116,9 +116,9 @@ def refusals(url: str, headers: dict[str, str]) -> dict[str, str]:
     def closed(frame: bytes | str) -> str:
         with connect(url, proxy=None, compression=None, additional_headers=headers) as client:
             client.recv(SECONDS)
-            client.send(frame)
             said = ""
             try:
+                client.send(frame)
                 for _ in range(2):
                     said += str(client.recv(SECONDS))
             except ConnectionClosed:

@@ -215,7 +215,7 @@ def test_the_units_command_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(program).name == "vqbet-serve"
     monkeypatch.setattr("sys.argv", ["vqbet-serve", *options])
     arguments = cli.parse(Arguments, "vqbet-serve")
-    assert arguments.bundle == Path("/opt/vqbet/policy.bundle")
+    assert arguments.bundle == "/opt/vqbet/policy.bundle"
     assert arguments.api_key_file == Path("/etc/vqbet/keys")
     assert (arguments.tls_cert is None) == (arguments.tls_key is None)
 

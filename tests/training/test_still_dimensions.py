@@ -61,7 +61,7 @@ def test_only_what_hardly_moves_is_scaled_otherwise_and_named(dataset: LeRobotDa
     low, high = (found.stats[STATE][name] for name in ("q01", "q99"))
     np.testing.assert_allclose([low[0], high[0]], np.quantile(vectors()[:, 0], [0.01, 0.99]), 1e-6)
     assert [low[1], high[1]] == [0, 1]
-    assert set(found.stats[STATE]) == {"q01", "q99"}
+    assert set(found.stats[STATE]) == {"q01", "q99", "lowest", "highest"}
     said = "\n".join(found.advice)
     assert f"{STATE} '1' hardly ever moves" in said
     assert "action '1' hardly ever moves" in said

@@ -9,6 +9,7 @@ frame, S state width, D `gpt_hidden_dim`, F `gpt_output_dim`, C codes per layer,
 logits, W actions per chunk, A action width.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -168,9 +169,10 @@ def prints(values: NDArray[np.floating], axes: int) -> Floats:
 
     Whatever changes there changes it, and the file holds all codes instead of the probable ones.
     """
-    flat = values.reshape(*values.shape[: values.ndim - axes], -1).astype(np.float64)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], flat.shape[-1])
-    found: Floats = (flat @ signs / np.sqrt(flat.shape[-1])).astype(np.float32)
+    kept, size = values.shape[: values.ndim - axes], math.prod(values.shape[values.ndim - axes :])
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size)
+    flat = values.reshape(*kept, size).astype(np.float64)
+    found: Floats = (flat @ signs / np.sqrt(size)).astype(np.float32)
     return found
 
 

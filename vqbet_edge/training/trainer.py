@@ -1,19 +1,14 @@
 """One run from the data set to the last checkpoint: a loop over two phases."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.markup import escape
 
-from vqbet_edge.cli import TerminatedError
+from vqbet_edge.cli import keeping_signals
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
 from vqbet_edge.training.codebooks import initialize, revive
@@ -125,7 +120,7 @@ class _Trainer:
         config = self._config
         first_steps = config.n_vqvae_training_steps
         parts = config, self._accelerator, self._network, self._data
-        with self._reporter.bar, _keeping_signals(self._received):
+        with self._reporter.bar, keeping_signals() as self._received:
             if self._progress.step < first_steps:
                 if self._resumed is None:
                     chunks = config.batch_size * self._network.config.num_queries
@@ -265,23 +260,3 @@ def _batches(frames: Indices, config: TrainConfig) -> list[Indices]:
     shuffled = np.random.default_rng(config.seed).permutation(frames)
     size = config.batch_size
     return [shuffled[i : i + size] for i in range(0, len(shuffled), size)][:VALIDATION_BATCHES]
-
-
-@contextmanager
-def _keeping_signals(received: list[KeyboardInterrupt]) -> Iterator[None]:
-    """Keep the first SIGINT or SIGTERM for the end of the step; a second one stops at once."""
-
-    def keep(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        received.append(TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt())
-        if len(received) > 1:
-            raise received[-1]
-
-    # Python delivers signals to the main thread only.
-    own = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if own else ()
-    before = {number: signal.signal(number, keep) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

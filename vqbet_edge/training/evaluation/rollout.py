@@ -1,6 +1,7 @@
 """Running episodes in vectorised environments."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from vqbet_edge.cli import keeping_signals
 from vqbet_edge.errors import VQBeTEdgeError
 from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.evaluation.actors import Actor
@@ -84,10 +86,13 @@ def run_episodes(
     envs = vector([make] * slots, autoreset_mode=AutoresetMode.DISABLED)
     waiting = map(_Recorder, seeds)
     ended: dict[int, Episode] = {}
+    # A simulator that draws in this process would swallow an interrupt.
+    nothing: list[KeyboardInterrupt] = []
     try:
-        for episode in _episodes(envs, actor, waiting, slots):
-            ended[episode.seed] = episode
-            on_end(episode)
+        with nullcontext(nothing) if processes else keeping_signals() as received:
+            for episode in _episodes(envs, actor, waiting, slots, received):
+                ended[episode.seed] = episode
+                on_end(episode)
     except (EOFError, ConnectionError) as error:
         # gymnasium's `close` would wait for an answer from the process that is gone.
         envs.closed = True
@@ -103,7 +108,11 @@ def run_episodes(
 
 
 def _episodes(
-    envs: VectorEnv[Any, Any, Any], actor: Actor, waiting: Iterator[_Recorder], slots: int
+    envs: VectorEnv[Any, Any, Any],
+    actor: Actor,
+    waiting: Iterator[_Recorder],
+    slots: int,
+    received: list[KeyboardInterrupt],
 ) -> Iterator[Episode]:
     """Step all environments together until nothing waits and none is in an episode."""
     # A slot without work steps along, and nobody looks at what it records.
@@ -123,6 +132,8 @@ def _episodes(
             recorder.see(observations[STATE_KEY][slot])
         actions = actor.act(observations)
         observations, rewards, terminated, truncated, info = envs.step(actions)
+        if received:
+            raise received[0]
         successes = info.get("is_success", np.zeros(slots, bool))
         free = terminated | truncated
         for slot, recorder in enumerate(running):
