@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most never are.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: demo demo-training test bench torture aarch64 check clean python
+.PHONY: demo demo-training test test-all bench torture aarch64 check clean python
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" examples/pusht/demo.sh
@@ -20,8 +20,15 @@ demo-training: $(VENV)/.package
 
 # One thread per worker: workers that each spin on all cores slow each other several times.
 # A worker that dies fails the run at once: its tests are lost, and pytest would wait for them.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0
+
+# Every part of the product.
 test: $(VENV)/.reference
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0 $(PYTEST_ARGS)
+	$(PYTEST) -m "not extended" $(PYTEST_ARGS)
+
+# The rest: other environments (LeRobot 0.6.1, ROS 2, Ray, a browser), honest sizes, attacks, searches.
+test-all: $(VENV)/.reference
+	$(PYTEST) -m extended $(PYTEST_ARGS)
 
 # On a machine that does nothing else; bench/README.md says more.
 bench: $(VENV)/.reference
