@@ -19,8 +19,8 @@ from vqbet_edge.training import TrainConfig, load_checkpoint, train
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
+from vqbet_edge.training.layouts import lerobots_objections
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.pretrained import lerobots_objections
 
 STATE = "observation.state"
 FRONT, WRIST, SMALL_ONE, DEPTH = (

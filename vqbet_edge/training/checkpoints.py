@@ -1,6 +1,6 @@
 """Checkpoints of a run, and going on from the last one.
 
-checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `pretrained`
+checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `layouts`
 checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights; no pickle
 checkpoints/last                        link to the newest, for people
 
@@ -32,9 +32,9 @@ from vqbet_edge.training.files import (
     write_bytes,
     writing,
 )
+from vqbet_edge.training.layouts import STATISTICS_NAME, save_pretrained, statistics
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Floats, Scalings
-from vqbet_edge.training.pretrained import STATISTICS_NAME, save_pretrained, statistics
 
 # What may differ between a run and its continuation, because no loss depends on it, or checked by
 # other means: what matters of the data set is its statistics, and `steps` may grow.

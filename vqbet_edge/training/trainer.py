@@ -17,11 +17,11 @@ from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import check_encodable
+from vqbet_edge.training.layouts import lerobots_objections
 from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
-from vqbet_edge.training.pretrained import lerobots_objections
 from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
