@@ -112,7 +112,7 @@ def test_few_episodes_are_quartered(
         recorder.append({IMAGE: frame, STATE: state})
     recorder.close()
     places = Sampler.open(tmp_path / "seen", manifest).places(128)
-    assert [place.stretch for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [place.block for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(place.episode == 0 for place in places)
 
 
