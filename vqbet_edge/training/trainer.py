@@ -34,14 +34,10 @@ REVIVAL_SHARE = 0.7
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a policy in both phases.
+    """Train a policy in both phases, and return its directory.
 
-    Args:
-        config: the run; with `resume`, goes on from its last checkpoint, bitwise as if it had
-            never stopped (on the CPU).
-
-    Returns:
-        The directory of the trained policy.
+    With `resume`, go on from the run's last checkpoint, bitwise as if it had never stopped (on the
+    CPU).
 
     Raises:
         CheckpointError: the hyperparameters contradict each other, or the checkpoint that is
@@ -182,7 +178,9 @@ class _Trainer:
                 f"the loss is {metrics['loss']} at step {step}; start a new run in another "
                 "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
             )
-        self._reporter.record(step, phase.name, {**metrics, "lr": phase.learning_rate})
+        self._reporter.record(
+            step, phase.name, {**metrics, "lr": phase.optimizer.param_groups[0]["lr"]}
+        )
         self._reporter.progress(step, phase.name, metrics)
 
     def _look_at_codes(self) -> bool:
@@ -192,7 +190,7 @@ class _Trainer:
         if step % max(1, total // CODE_REPORTS) and step != total:
             return False
         vqvae = self._network.head.vqvae_model
-        report = report_codes(vqvae, self._sample, self._scalings.unit(ACTION_KEY))
+        report = report_codes(vqvae, self._sample, self._scalings.backward[ACTION_KEY].multiply)
         self._reporter.record(step, "codes", report.metrics())
         self._progress = self._progress.seen(report.error)
         if step < REVIVAL_SHARE * total:

@@ -204,10 +204,10 @@ class LeRobotDataset:
             cache = self._cache_dir and self._cache_dir / f"{name}.npy"
             shape = (self.num_frames, *size, 3)
             parts = self._recorded(key)
-            if self._resize_shape is not None:
+            if (smaller := self._resize_shape) is not None:
                 from vqbet_edge.training.resizing import shrink_frames  # noqa: PLC0415 - torch
 
-                parts = (shrink_frames(part, size) for part in parts)
+                parts = (shrink_frames(part, smaller) for part in parts)
             self._frames[key] = cached_frames(parts, shape, cache)
         return self._frames[key]
 

@@ -83,7 +83,8 @@ class Clip(NamedTuple):
     start: float  # seconds from the beginning of the video file
 
 
-class EpisodeInfo(NamedTuple):
+@dataclass(frozen=True)
+class EpisodeInfo:
     """One demonstration."""
 
     index: int  # its number in the data
