@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +19,9 @@ from vqbet_edge.training.dataset.writer import write_dataset
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 CAMERA, STATE = "observation.image", "observation.state"
 VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
-TABLE = "data/chunk-000/file-000.parquet"
+TABLE, EPISODES = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+INFO, START = "meta/info.json", f"videos/{CAMERA}/from_timestamp"
+Change = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -29,18 +29,46 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PUSHT, tmp_path / "pusht"))
 
 
-def rewrite(root: Path, change: Callable[[dict], None], name: str = TABLE) -> None:
-    """Change a parquet file's columns, given as lists."""
-    table = pq.read_table(root / name)
-    columns = table.to_pydict()
-    change(columns)
-    fields = [table.schema.field(key) for key in columns]
-    pq.write_table(pa.table(columns, pa.schema(fields)), root / name)
+def rewritten(change: Callable[[dict], object], name: str = TABLE) -> Change:
+    """A change of a parquet file's columns, given as lists."""
+
+    def rewrite(root: Path) -> None:
+        table = pq.read_table(root / name)
+        columns = table.to_pydict()
+        change(columns)
+        fields = [table.schema.field(key) for key in columns]
+        pq.write_table(pa.table(columns, pa.schema(fields)), root / name)
+
+    return rewrite
 
 
-def edit_info(root: Path, **changes: object) -> None:
-    path = root / "meta/info.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def without(rows: slice) -> Change:
+    def drop(columns: dict) -> None:
+        for values in columns.values():
+            del values[rows]
+
+    return rewritten(drop)
+
+
+def edited_info(**changes: object) -> Change:
+    return lambda root: (root / INFO).write_text(
+        json.dumps(json.loads((root / INFO).read_text()) | changes)
+    )
+
+
+def truncated(name: str) -> Change:
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[: 1 << 14])
+
+
+def at_other_times(scale: float, offset: float) -> Change:
+    return rewritten(
+        lambda c: c.update(timestamp=[scale * seconds + offset for seconds in c["timestamp"]])
+    )
+
+
+def shortened(root: Path) -> None:
+    copy_packets(root / VIDEO, root / "short.mp4", 0.0, 30.0)
+    (root / "short.mp4").replace(root / VIDEO)
 
 
 def to_v21(source: Path, target: Path) -> Path:
@@ -158,133 +186,68 @@ def test_split_is_by_episode_and_repeatable() -> None:
     assert dataset.split(0.0).validation == ()
 
 
-def _remove_video(root: Path) -> None:
-    (root / VIDEO).unlink()
-
-
-def _truncate_video(root: Path) -> None:
-    data = (root / VIDEO).read_bytes()
-    (root / VIDEO).write_bytes(data[: len(data) // 2])
-
-
-def _short_video(root: Path) -> None:
-    copy_packets(root / VIDEO, root / "short.mp4", 0.0, 30.0)
-    (root / "short.mp4").replace(root / VIDEO)
-
-
-def _truncate_table(root: Path) -> None:
-    data = (root / TABLE).read_bytes()
-    (root / TABLE).write_bytes(data[: len(data) // 2])
-
-
-def _nan_action(root: Path) -> None:
-    def change(columns: dict) -> None:
-        columns["action"][170][1] = float("nan")
-
-    rewrite(root, change)
-
-
-def _drop_frames(root: Path) -> None:
-    def change(columns: dict) -> None:
-        for values in columns.values():
-            del values[300]
-
-    rewrite(root, change)
-
-
-def _drop_action(root: Path) -> None:
-    rewrite(root, lambda columns: columns.pop("action"))
-
-
-def _no_episodes(root: Path) -> None:
-    def change(columns: dict) -> None:
-        for values in columns.values():
-            values.clear()
-
-    rewrite(root, change, "meta/episodes/chunk-000/file-000.parquet")
-
-
-def _slow_clock(root: Path) -> None:
-    """The robot's clock and the camera's run apart, as lerobot#3177 has it."""
-
-    def change(columns: dict) -> None:
-        columns["timestamp"] = [1.05 * seconds for seconds in columns["timestamp"]]
-
-    rewrite(root, change)
-
-
-def _late_start(root: Path) -> None:
-    def change(columns: dict) -> None:
-        columns["timestamp"] = [1.7e5 + seconds for seconds in columns["timestamp"]]
-
-    rewrite(root, change)
-
-
 def test_a_cut_beginning_keeps_its_frames(copy: Path) -> None:
     """Rows keep their numbers and times, which still point into the video, as in lerobot#2775."""
     expected = LeRobotDataset.open(copy).episode(2)
-    start = int(LeRobotDataset.open(copy).bounds[2])
-
-    def cut(columns: dict) -> None:
-        for values in columns.values():
-            del values[start : start + 3]
-
-    def promise(columns: dict) -> None:
-        columns["length"][2] -= 3
-
-    rewrite(copy, cut)
-    rewrite(copy, promise, "meta/episodes/chunk-000/file-000.parquet")
+    bounds = LeRobotDataset.open(copy).bounds
+    start, lengths = int(bounds[2]), np.diff(bounds) - [0, 0, 3, 0]
+    without(slice(start, start + 3))(copy)
+    rewritten(lambda columns: columns.update(length=lengths.tolist()), EPISODES)(copy)
     found = LeRobotDataset.open(copy).episode(2)
     for key, values in expected.items():
         np.testing.assert_array_equal(found[key], values[3:])
 
 
-@pytest.mark.parametrize("value", [0, -1, "many", float("nan")], ids=repr)
+@pytest.mark.parametrize("value", [0, "many", float("nan")], ids=repr)
 def test_a_size_of_chunks_that_is_none_is_named(tmp_path: Path, value: object) -> None:
     old = to_v21(PUSHT, tmp_path / "v21")
-    edit_info(old, chunks_size=value)
+    edited_info(chunks_size=value)(old)
     with pytest.raises(DatasetError, match=r"info\.json: expected a number for 'chunks_size'"):
         LeRobotDataset.open(old)
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), 1e300, None], ids=repr)
-def test_a_time_in_a_video_that_is_none_is_named(copy: Path, value: float | None) -> None:
-    name = f"videos/{CAMERA}/from_timestamp"
+DAMAGED: dict[str, tuple[Change, str]] = {
+    "no video": (lambda root: (root / VIDEO).unlink(), "file-000.mp4 is missing; episode 0"),
+    "half a video": (truncated(VIDEO), "file-000.mp4: episode 0 is corrupt"),
+    "a short video": (shortened, "file-000.mp4: frame 21 of episode 2 .* incomplete"),
+    # The robot's clock and the camera's run apart, as lerobot#3177 has it.
+    "a slow clock": (
+        at_other_times(1.05, 0),
+        r"frame \d+ of episode 0 \(at .* s\) is not in the video: timestamps and video "
+        r"disagree, the nearest frame is 0.0\d+ s away where frames are 0.100 s apart. Correct",
+    ),
+    "a late start": (
+        at_other_times(1, 1.7e5),
+        r"it ends at 57.800 s. .* timestamps belong to another video",
+    ),
+    "a start that is none": (
+        rewritten(lambda c: c[START].__setitem__(1, None), EPISODES),
+        f"expected a number for '{START}'",
+    ),
+    "half a table": (truncated(TABLE), "file-000.parquet .*episode 0.* corrupt"),
+    "not a number": (
+        rewritten(lambda c: c["action"][170].__setitem__(1, float("nan"))),
+        "'action' of episode 1 is not finite at frame 9",
+    ),
+    "a frame too few": (without(slice(300, 301)), "episode 2 has 140 frames, meta/ says 141"),
+    "no action": (rewritten(lambda c: c.pop("action")), "file-000.parquet .*action"),
+    "no episodes": (
+        rewritten(lambda c: [values.clear() for values in c.values()], EPISODES),
+        "has no episodes",
+    ),
+    "an old format": (
+        edited_info(codebase_version="v1.6"),
+        "format v1.6; expected one of",
+    ),
+    "a way out": (edited_info(video_path="../../{video_key}.mp4"), "leaves the data set"),
+    "no JSON": (lambda root: (root / INFO).write_text("{"), "info.json is not JSON"),
+    "no info": (lambda root: (root / INFO).unlink(), "cannot read .*info.json"),
+}
 
-    def change(columns: dict) -> None:
-        columns[name][1] = value
 
-    rewrite(copy, change, "meta/episodes/chunk-000/file-000.parquet")
-    with pytest.raises(DatasetError, match=f"expected a number for '{name}'"):
-        LeRobotDataset.open(copy)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_remove_video, "file-000.mp4 is missing; episode 0"),
-        (_truncate_video, "file-000.mp4: episode 0 is corrupt"),
-        (_short_video, "file-000.mp4: frame 21 of episode 2 .* incomplete"),
-        (
-            _slow_clock,
-            r"frame \d+ of episode 0 \(at .* s\) is not in the video: timestamps and video "
-            r"disagree, the nearest frame is 0.0\d+ s away where frames are 0.100 s apart. Correct",
-        ),
-        (_late_start, r"it ends at 57.800 s. .* timestamps belong to another video"),
-        (_truncate_table, "file-000.parquet .*episode 0.* corrupt"),
-        (_nan_action, "'action' of episode 1 is not finite at frame 9"),
-        (_drop_frames, "episode 2 has 140 frames, meta/ says 141"),
-        (_drop_action, "file-000.parquet .*action"),
-        (_no_episodes, "has no episodes"),
-        (lambda root: edit_info(root, codebase_version="v1.6"), "format v1.6; expected one of"),
-        (lambda root: edit_info(root, video_path="../../{video_key}.mp4"), "leaves the data set"),
-        (lambda root: (root / "meta/info.json").write_text("{"), "info.json is not JSON"),
-        (lambda root: (root / "meta/info.json").unlink(), "cannot read .*info.json"),
-    ],
-)
-def test_damage_is_named_before_any_work(
-    copy: Path, damage: Callable[[Path], None], message: str
-) -> None:
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_named_before_any_work(copy: Path, name: str) -> None:
+    damage, message = DAMAGED[name]
     damage(copy)
     with pytest.raises(DatasetError, match=message):
         LeRobotDataset.open(copy)
@@ -366,12 +329,3 @@ def test_lerobot_reads_what_we_write(tmp_path: Path, lerobot: Callable[[str], Mo
         np.testing.assert_array_equal(row[CAMERA].permute(1, 2, 0).numpy() * 255, frame)
         np.testing.assert_array_equal(np.ravel(row["action"]), ours.column("action")[index])
     assert row["task"] == "do it"
-
-
-def test_reading_loads_no_torch() -> None:
-    code = (
-        "import sys; from vqbet_edge.training.dataset import LeRobotDataset;"
-        f"LeRobotDataset.open({str(PUSHT)!r}).episode(0); print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

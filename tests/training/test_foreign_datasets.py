@@ -139,37 +139,25 @@ def cut_beginning(root: Path) -> None:
 
 
 HARMLESS: dict[str, Callable[[Path], object]] = {
-    "nothing": lambda _: None,
     "stale file_index": stale_index([0, 0, 0]),
-    "file_index of a merge": stale_index([0, 5, 7]),
-    "file_index of floats": stale_index([0.0, 0.0, 1.0]),
-    "file_index absent": stale_index(None),
     "file_index null": stale_index(pa.array([None, None, None], pa.int64())),
     "an episode over two files": lambda root: split_file(
         root, lambda episode, frame: (episode == 2) | ((episode == 1) & (frame >= 5))
     ),
     "NaN in next.reward": lambda root: set_nan(root, "next.reward"),
-    "NaN in observation.effort": lambda root: set_nan(root, "observation.effort"),
     "nulls in a bool column": lambda root: add_feature(
         root, "next.success", pa.array([None] * (sum(LENGTHS) - 1) + [True]), dtype="bool"
     ),
     "a column of words": lambda root: add_feature(
         root, "language", ["push"] * sum(LENGTHS), dtype="string"
     ),
-    "a depth camera": lambda root: add_depth_camera(root, "is_depth_map"),
     "an older depth camera": lambda root: add_depth_camera(root, "video.is_depth_map"),
     "no statistics": lambda root: (root / STATS).unlink(),
     "statistics of a camera that is gone": lambda root: edit_json(
         root / STATS, lambda stats: stats.update(gone=stats[CAMERA])
     ),
-    "a newer minor version": lambda root: edit_json(
-        root / INFO, lambda info: info.update(codebase_version="v3.1")
-    ),
     "no templates of paths": lambda root: edit_json(
         root / INFO, lambda info: [info.pop(key) for key in ("data_path", "video_path")]
-    ),
-    "fields from the future": lambda root: edit_json(
-        root / INFO, lambda info: info.update(tools=None, depth={"unit": "mm"})
     ),
     "vectors as other libraries write them": lambda root: edit_column(
         root / DATA,
@@ -178,8 +166,15 @@ HARMLESS: dict[str, Callable[[Path], object]] = {
     ),
     "links into the Hub's cache": link_everything,
     "beginnings that were cut off": cut_beginning,
-    "wrong totals": lambda root: edit_json(
-        root / INFO, lambda info: info.update(total_frames=28, total_episodes=3, chunks_size=0)
+    "wrong totals and what nobody knows yet, of a newer minor version": lambda root: edit_json(
+        root / INFO,
+        lambda info: info.update(
+            total_frames=28,
+            chunks_size=0,
+            tools=None,
+            depth={"unit": "mm"},
+            codebase_version="v3.1",
+        ),
     ),
     "shuffled episodes in meta": lambda root: pq.write_table(
         pq.read_table(root / EPISODES).take([2, 0, 1]), root / EPISODES
@@ -204,21 +199,13 @@ def test_is_read_as_lerobot_reads_it(healthy: Path, name: str, lerobot: Lerobot)
         np.testing.assert_array_equal(ours.column(key), np.stack([row[key] for row in rows]))
     frames = np.stack([row[CAMERA].permute(1, 2, 0).numpy() for row in rows])
     np.testing.assert_array_equal(ours.frames(CAMERA), np.rint(frames * 255).astype(np.uint8))
-    written = demonstrations()
-    for position, demonstration in enumerate(written):
+    for position, demonstration in enumerate(demonstrations()):
         for key, values in LeRobotDataset.open(healthy).episode(position).items():
             np.testing.assert_array_equal(values, demonstration[key])
 
 
-def test_a_path_may_lead_upwards(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (healthy.parent / "sub").mkdir()
-    monkeypatch.chdir(healthy.parent / "sub")
-    assert LeRobotDataset.open("../healthy").num_frames == sum(LENGTHS)
-
-
 HOMES: dict[str, tuple[dict[str, str], str]] = {
     "HF_LEROBOT_HOME": ({"HF_LEROBOT_HOME": "~/lr"}, "lr"),
-    "HF_HOME": ({"HF_HOME": "~/hf"}, "hf/lerobot"),
     "HF_HOME of a variable": ({"HF_HOME": "$DISK/hf", "DISK": "{home}"}, "hf/lerobot"),
     "XDG_CACHE_HOME": ({"XDG_CACHE_HOME": "{home}/xdg"}, "xdg/huggingface/lerobot"),
     "nothing": ({}, ".cache/huggingface/lerobot"),
@@ -226,44 +213,32 @@ HOMES: dict[str, tuple[dict[str, str], str]] = {
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def snapshot(source: Path, home: Path, tag: str) -> None:
-    """As LeRobot 0.6 downloads it."""
-    folder = home / "hub/datasets--me--pusht"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / tag).write_text(COMMIT)
-    shutil.copytree(source, folder / "snapshots" / COMMIT)
-
-
-@pytest.mark.parametrize("client", [True, False], ids=["client", "no client"])
 @pytest.mark.parametrize("name", HOMES)
-def test_a_data_set_in_lerobots_own_folder_is_found_by_its_name(
-    healthy: Path, tmp_path: Path, name: str, client: bool
-) -> None:
-    """Where LeRobot records to, by its variables, which no shell may have expanded."""
+def test_lerobots_folder_is_where_lerobot_has_it(healthy: Path, tmp_path: Path, name: str) -> None:
+    """By its variables, which no shell may have expanded, with the Hub's client and without."""
+    oracle.lerobot("utils.constants")
     variables, place = HOMES[name]
     shutil.copytree(healthy, tmp_path / "home" / place / "me" / "pusht")
-    code = "" if client else "import sys; sys.modules['huggingface_hub.constants'] = None; "
-    code += (
-        "from vqbet_edge.training.dataset import LeRobotDataset; "
-        "print(LeRobotDataset.open('me/pusht').num_frames)"
-    )
+    code = """
+import sys
+from lerobot.utils.constants import HF_LEROBOT_HOME
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.dataset import _lerobot_home
+assert _lerobot_home() == HF_LEROBOT_HOME
+sys.modules["huggingface_hub.constants"] = None
+assert _lerobot_home() == HF_LEROBOT_HOME
+print(LeRobotDataset.open("me/pusht").num_frames)
+"""
     assert in_home(code, tmp_path, variables) == str(sum(LENGTHS))
-
-
-@pytest.mark.parametrize("name", HOMES)
-def test_lerobots_folder_is_where_lerobot_has_it(tmp_path: Path, name: str) -> None:
-    oracle.lerobot("utils.constants")
-    code = (
-        "from lerobot.utils.constants import HF_LEROBOT_HOME; "
-        "from vqbet_edge.training.dataset.dataset import _lerobot_home; "
-        "assert _lerobot_home() == HF_LEROBOT_HOME; print(HF_LEROBOT_HOME)"
-    )
-    assert in_home(code, tmp_path, HOMES[name][0]) == str(tmp_path / "home" / HOMES[name][1])
 
 
 @pytest.mark.parametrize("tag", ["v3.0", "main"])
 def test_what_lerobot_has_downloaded_is_found(healthy: Path, tmp_path: Path, tag: str) -> None:
-    snapshot(healthy, tmp_path / "home/lr", tag)
+    """As LeRobot 0.6 downloads it."""
+    folder = tmp_path / "home/lr/hub/datasets--me--pusht"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / tag).write_text(COMMIT)
+    shutil.copytree(healthy, folder / "snapshots" / COMMIT)
     code = (
         "from vqbet_edge.training.dataset import LeRobotDataset; "
         "print(LeRobotDataset.open('me/pusht').num_frames)"
@@ -339,10 +314,6 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         incomplete,
         "file-000.parquet: episode 1 has 5 frames, meta/ says 12",
     ),
-    "an episode is missing": (
-        lambda root: (split_file(root, lambda e, _: e == 1), (root / OTHER).unlink()),
-        r"episode 1 has 0 frames, meta/ says 12",
-    ),
     "a frame is there twice": (
         lambda root: pq.write_table(pq.read_table(root / DATA).slice(0, 1), root / OTHER),
         "episode 0 are not numbered one by one: frame 1 is missing, or 0 is there twice",
@@ -392,17 +363,17 @@ def test_damage_is_named(healthy: Path, name: str) -> None:
         LeRobotDataset.open(healthy).episode(0)
 
 
-NO_NUMBERS: list[object] = [-1, float("nan"), float("inf"), 1e300, "ten", True, [10], None]
-
-
-@pytest.mark.parametrize("value", [0, *NO_NUMBERS], ids=repr)
-def test_a_rate_that_is_none_is_named(healthy: Path, value: object) -> None:
+@pytest.mark.parametrize("value", [0, -1, float("nan"), 1e300, "ten", True, [10], None], ids=repr)
+def test_numbers_that_are_none(healthy: Path, value: object) -> None:
+    """A rate is named; a feature whose shape no array has is left out."""
+    edit_json(healthy / INFO, lambda info: info["features"]["next.reward"].update(shape=[value]))
+    assert "next.reward" not in LeRobotDataset.open(healthy).features
     edit_json(healthy / INFO, lambda info: info.update(fps=value))
     with pytest.raises(DatasetError, match=r"info\.json: expected a number for 'fps'"):
         LeRobotDataset.open(healthy)
 
 
-@pytest.mark.parametrize("value", [-1, 1e300, 3.5, None], ids=repr)
+@pytest.mark.parametrize("value", [-1, 3.5, None], ids=repr)
 @pytest.mark.parametrize("name", ["episode_index", "length"])
 def test_numbers_of_an_episode_that_are_none_are_named(
     healthy: Path, name: str, value: object
@@ -411,13 +382,6 @@ def test_numbers_of_an_episode_that_are_none_are_named(
     edit_column(healthy / EPISODES, name, values)
     with pytest.raises(DatasetError, match=f"episodes: expected a number for '{name}'"):
         LeRobotDataset.open(healthy)
-
-
-@pytest.mark.parametrize("side", [0, *NO_NUMBERS], ids=repr)
-def test_a_shape_that_no_array_has_is_left_out(healthy: Path, side: object) -> None:
-    assert "next.reward" in LeRobotDataset.open(healthy).features
-    edit_json(healthy / INFO, lambda info: info["features"]["next.reward"].update(shape=[side]))
-    assert "next.reward" not in LeRobotDataset.open(healthy).features
 
 
 def test_cameras_are_chosen_by_name(healthy: Path) -> None:
@@ -431,11 +395,9 @@ def test_cameras_are_chosen_by_name(healthy: Path) -> None:
 
 BROKEN_STATISTICS: dict[str, Callable[[dict], object]] = {
     "without std": lambda stats: stats[CAMERA].pop("std"),
-    "null": lambda stats: stats.update({CAMERA: None}),
     "null inside": lambda stats: stats[CAMERA].update(std=None),
     "of one channel": lambda stats: stats[CAMERA].update(std=[[[0.2]]]),
     "NaN": lambda stats: stats[CAMERA].update(std=[[[float("nan")]]] * 3),
-    "absent": lambda stats: stats.pop(CAMERA),
 }
 NAMES = ("min", "max", "mean", "std", "q01", "q10", "q90", "q99")
 
@@ -480,9 +442,13 @@ def test_statistics_of_episodes_are_aggregated_as_lerobot_does(
             edit_column(healthy / EPISODES, f"stats/{CAMERA}/{name}", values)
     else:
         to_v21(healthy, [{k: v.tolist() for k, v in part.items()} for part in parts])
-    got = LeRobotDataset.open(healthy).statistics(CAMERA, NAMES)
+    dataset = LeRobotDataset.open(healthy)
+    got = dataset.statistics(CAMERA, NAMES)
     for name in NAMES:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-6)
+    for position, demonstration in enumerate(demonstrations()):
+        for key, values in dataset.episode(position).items():
+            np.testing.assert_array_equal(values, demonstration[key])
 
 
 def to_v21(root: Path, stats: list[dict[str, Any]]) -> None:
@@ -503,14 +469,6 @@ def to_v21(root: Path, stats: list[dict[str, Any]]) -> None:
         path.unlink()
 
 
-def test_format_v21_with_images_in_the_file(healthy: Path) -> None:
-    to_v21(healthy, [])
-    dataset = LeRobotDataset.open(healthy)
-    for position, demonstration in enumerate(demonstrations()):
-        for key, values in dataset.episode(position).items():
-            np.testing.assert_array_equal(values, demonstration[key])
-
-
 def test_vectors_have_the_quantiles_of_the_data(pusht: Path, lerobot: Lerobot) -> None:
     dataset = LeRobotDataset.open(pusht)
     values = dataset.column("action")
@@ -523,23 +481,3 @@ def test_vectors_have_the_quantiles_of_the_data(pusht: Path, lerobot: Lerobot) -
         # LeRobot takes them from a histogram: they may be a value or two of the data apart.
         apart = np.abs((values < got[name]).mean(0) - (values < reference[name]).mean(0))
         assert (apart <= 2 / len(values)).all(), name
-
-
-def test_a_deviation_that_cannot_be_is_not_believed(tmp_path: Path, lerobot: Lerobot) -> None:
-    """LeRobot 0.4's writer squares pixels as uint8, so its deviations come out near zero."""
-    reference = lerobot("datasets.lerobot_dataset")
-    image = {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
-    vector = {"dtype": "float32", "shape": (3,), "names": None}
-    features = {CAMERA: image, STATE: vector, "action": vector}
-    root = tmp_path / "written"
-    written = reference.LeRobotDataset.create("t/x", 10, features, root=root, use_videos=False)
-    random = np.random.default_rng(0)
-    frames = random.integers(0, 256, (8, SIZE, SIZE, 3), np.uint8)
-    for frame in frames:
-        numbers = random.normal(size=3).astype(np.float32)
-        written.add_frame({CAMERA: frame, STATE: numbers, "action": numbers, "task": "t"})
-    written.save_episode()
-    written.finalize()
-    got = LeRobotDataset.open(root).statistics(CAMERA, ("mean", "std"))
-    np.testing.assert_allclose(got["std"].ravel(), (frames / 255).std((0, 1, 2)), rtol=1e-3)
-    np.testing.assert_allclose(got["mean"].ravel(), (frames / 255).mean((0, 1, 2)), rtol=1e-3)

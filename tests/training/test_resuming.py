@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sizes import SMALL
@@ -136,6 +138,13 @@ def test_the_numbered_folders_are_the_run(
     assert last.resolve() == resumed.path
 
 
+def test_another_configuration_does_not_resume(saved: Path, tmp_path: Path, pusht: Path) -> None:
+    with pytest.raises(UsageError, match=r"--dropout 0.1, now it is 0.2"):
+        checkpoints(config(pusht, saved, resume=True, dropout=0.2)).start()
+    with pytest.raises(UsageError, match="no run in"):
+        checkpoints(config(pusht, tmp_path / "other", resume=True)).start()
+
+
 def test_a_disk_without_links_gets_none(
     saved: Path, tmp_path: Path, pusht: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,10 +164,6 @@ def half_copied(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
-def without_state(run: Path) -> None:
-    shutil.rmtree(run / "checkpoints/000012/training_state")
-
-
 def no_folders(run: Path) -> None:
     for path in (run / "checkpoints").glob("0*"):
         shutil.rmtree(path)
@@ -173,7 +178,6 @@ def half_of_last(run: Path) -> None:
     ("damage", "message"),
     [
         (half_copied, "000012 is not whole .*; copy it again, or delete it"),
-        (without_state, "000012 is not whole .*; copy it again, or delete it"),
         (no_folders, "last is there, but no checkpoint"),
         (half_of_last, "last is no whole checkpoint .*; delete it"),
     ],
@@ -204,30 +208,15 @@ def test_another_data_set_does_not_resume(saved: Path, tmp_path: Path, pusht: Pa
     moved = Path(shutil.copytree(pusht, tmp_path / "moved"))
     assert checkpoints(config(moved, run, resume=True)).start() is not None
     now = checkpoints(config(pusht, run, resume=True))
-    stats = now._scalings.stats
-    other = {**stats["action"], "max": stats["action"]["max"] + 5}
-    now._scalings = replace(now._scalings, stats={**stats, "action": other})
-    with pytest.raises(
-        UsageError, match=r"action.max was \[.*\], now it is \[.*\], and the policy"
-    ):
-        now.start()
-    now._scalings = replace(now._scalings, stats={**stats, "observation.image": other})
+    stats = {**now._scalings.stats, "observation.image": now._scalings.stats["action"]}
+    now._scalings = replace(now._scalings, stats=stats)
     with pytest.raises(UsageError, match=r"observation.image.\w+ was not there, now it is"):
         now.start()
-
-
-def test_a_data_set_that_lost_episodes_does_not_resume(
-    saved: Path, tmp_path: Path, pusht: Path
-) -> None:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    less = Path(shutil.copytree(pusht, tmp_path / "less"))
-    for path in (*less.glob("data/*/*.parquet"), *less.glob("meta/episodes/*/*.parquet")):
+    for path in (*moved.glob("data/*/*.parquet"), *moved.glob("meta/episodes/*/*.parquet")):
         table = pq.read_table(path)
         pq.write_table(table.filter(pc.field("episode_index") == 0), path)
-    with pytest.raises(UsageError, match=r"is not what the run in .* was started with"):
-        train(config(less, copy(saved, tmp_path / "run"), resume=True))
+    with pytest.raises(UsageError, match=r"action.m\w+ was \[.*\], now it is \[.*\], and the"):
+        checkpoints(config(moved, run, resume=True)).start()
 
 
 def test_the_data_sets_rate_is_in_the_checkpoint(saved: Path, pusht: Path, tmp_path: Path) -> None:
@@ -252,6 +241,7 @@ def test_a_finished_run_can_be_made_longer_and_says_so(
     run = tmp_path / "run"
     options = {"n_vqvae_training_steps": 2, "scheduler_warmup_steps": 1}
     train(config(pusht, run, steps=4, **options))
+    assert "positions near the state (at 1" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(UsageError, match="--steps 4, now it is 3"):
         train(config(pusht, run, steps=3, resume=True, **options))
     capfd.readouterr()
@@ -266,21 +256,20 @@ def test_a_finished_run_can_be_made_longer_and_says_so(
     assert [rates[step] / 1e-4 for step in (4, 5, 6)] == pytest.approx([1, 0.5, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("step", [1, 3], ids=["phase 1", "phase 2"])
 def test_weights_that_are_not_finite_are_not_saved(
-    pusht: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    pusht: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = Phase.update
 
     def diverging(phase: Phase, done: int, frames: Any) -> Any:
         losses = update(phase, done, frames)
-        if done == step:
+        if done == 3:
             parameter = phase.optimizer.param_groups[0]["params"][0]
             torch.nn.init.constant_(parameter, float("nan"))
         return losses
 
     monkeypatch.setattr(Phase, "update", diverging)
     options = {"n_vqvae_training_steps": 3, "steps": 6, "log_every": 100}
-    with pytest.raises(VQBeTEdgeError, match=f"not finite at step {step + 1}, and are not saved"):
-        train(config(pusht, tmp_path / "run", save_every=step + 1, **options))
-    assert not (tmp_path / f"run/checkpoints/{step + 1:06d}").exists()
+    with pytest.raises(VQBeTEdgeError, match="not finite at step 4, and are not saved"):
+        train(config(pusht, tmp_path / "run", save_every=4, **options))
+    assert not (tmp_path / "run/checkpoints/000004").exists()
