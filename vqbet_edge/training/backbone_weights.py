@@ -11,11 +11,7 @@ from vqbet_edge.errors import HubError, UsageError
 
 
 def pretrained_weights(backbone: str, name: str) -> dict[str, Tensor]:
-    """The state dict of a whole ResNet.
-
-    Args:
-        backbone: its name in torchvision.
-        name: of the weights, with or without their class ("ResNet18_Weights.IMAGENET1K_V1").
+    """The state dict of a whole ResNet, by torchvision's name of it and of the weights.
 
     Raises:
         UsageError: torchvision has no such weights for this backbone.

@@ -52,31 +52,20 @@ _NORMALIZERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A policy ready to be exported.
+    """A policy ready to be exported."""
 
-    Attributes:
-        network: float32, in eval mode, on the CPU.
-        normalization: by the policy's key, as its files have it; absent means unchanged.
-        renamed: the policy's key -> the key that the robot passes, where they differ.
-        layout: which releases of LeRobot write checkpoints so.
-        name: where it was loaded from, as the user wrote it.
-        sha256: digest of model.safetensors.
-        license: as the configuration names it.
-        fps: observations a second of the demonstrations; None where its files do not tell.
-        dataset: name or folder of the demonstrations, likewise.
-        action_kinds: what each number of an action is; empty where nobody said.
-    """
-
-    network: VQBeT
+    network: VQBeT  # float32, in eval mode, on the CPU
+    # By the policy's key, as its files have it; absent means unchanged.
     normalization: Mapping[str, Normalization]
-    renamed: Mapping[str, str]
+    renamed: Mapping[str, str]  # the policy's key -> the robot's, where they differ
     layout: Layout
-    name: str
-    sha256: str
+    name: str  # where it was loaded from, as the user wrote it
+    sha256: str  # of model.safetensors
     license: str | None = None
+    # Observations a second and name or folder of the demonstrations, where its files tell.
     fps: float | None = None
     dataset: str | None = None
-    action_kinds: tuple[ActionKind, ...] = ()
+    action_kinds: tuple[ActionKind, ...] = ()  # of each number of an action, where somebody said
 
     @cached_property
     def inputs(self) -> Mapping[str, Affine]:

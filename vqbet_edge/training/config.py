@@ -276,16 +276,6 @@ class VQBeTConfig(Hyperparameters):
 
 
 def _check_features(config: VQBeTConfig) -> None:
-    states = [k for k, f in config.input_features.items() if f.type is FeatureType.STATE]
-    if states != [STATE_KEY]:
-        raise CheckpointError(
-            f"VQ-BeT reads one state, named '{STATE_KEY}', and the input features are "
-            f"{sorted(config.input_features)}"
-        )
-    if set(config.output_features) != {ACTION_KEY}:
-        raise CheckpointError(
-            f"expected the one output feature '{ACTION_KEY}', got {sorted(config.output_features)}"
-        )
     vectors = {STATE_KEY: config.input_features[STATE_KEY], **config.output_features}
     for key, feature in vectors.items():
         if len(feature.shape) != 1 or feature.shape[0] < 1:

@@ -26,11 +26,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write and flush to the disk.
-
-    Raises:
-        DiskError: it cannot be written; says how many bytes are needed.
-    """
+    """Write and flush to the disk; a DiskError says how many bytes are needed."""
     with writing(path, len(data)), path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -105,11 +101,7 @@ def through_last(path: Path) -> Path:
 
 
 def check_encodable(path: Path) -> None:
-    """Refuse a path that the libraries below, which take UTF-8, cannot be told.
-
-    Raises:
-        UsageError: says what to set.
-    """
+    """UsageError for a path that the libraries below, which take UTF-8, cannot be told."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as e:

@@ -74,31 +74,17 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Description:
-    """What the files around the weights say about a policy.
-
-    Attributes:
-        features: what the policy reads, in token order, and the action.
-        normalization: by the policy's key; absent means unchanged.
-        renamed: the policy's key of an observation -> the key under which the robot passes it,
-            where they differ.
-        relative: what the configuration says about relative actions.
-    """
+    """What the files around the weights say about a policy; see `Checkpoint`."""
 
     layout: Layout
-    features: dict[str, Feature]
+    features: dict[str, Feature]  # what the policy reads, in token order, and the action
     normalization: dict[str, Normalization]
     renamed: dict[str, str] = field(default_factory=dict)
-    relative: Json = field(default_factory=dict)
+    relative: Json = field(default_factory=dict)  # fields of the configuration
 
 
 def read_description(directory: Path, config: Json, arrays: Arrays) -> Description:
-    """Recognise the layout and read features and normalisation.
-
-    Args:
-        directory: the checkpoint's.
-        config: the parsed config.json.
-        arrays: the statistics found among the weights, by tensor name.
-    """
+    """Recognise the layout; `arrays` are statistics that were among the weights, by tensor name."""
     if "type" not in config and "input_shapes" in config:
         named = {"input_normalization_modes", "output_normalization_modes"} & config.keys()
         modes = {key: mode.upper() for name in named for key, mode in config[name].items()}
@@ -185,10 +171,7 @@ def _relative(config: Json, before: Mapping[str, Json], after: Mapping[str, Json
 def _with_types(config: Json) -> Json:
     """Layout 0.1 has shapes only; what a feature is follows from its name."""
     inputs = {
-        key: {
-            "type": "VISUAL" if key.startswith("observation.image") else "STATE",
-            "shape": shape,
-        }
+        key: {"type": "VISUAL" if key.startswith("observation.image") else "STATE", "shape": shape}
         for key, shape in config["input_shapes"].items()
     }
     outputs = {
@@ -273,11 +256,7 @@ def _state_file(directory: Path, name: str) -> dict[str, dict[str, Floats]]:
 
 
 def read_json(path: Path) -> Json:
-    """Parse a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing or no JSON object.
-    """
+    """Parse a JSON object; CheckpointError where the file is missing or none."""
     if not path.exists():
         raise CheckpointError(
             f"'{path}' is missing; a LeRobot checkpoint has it next to model.safetensors"
@@ -368,11 +347,9 @@ def _normalizer(name: str, features: Mapping[str, Feature], config: TrainConfig)
     return {
         "registry_name": name,
         "config": {
-            "eps": EPSILON.value,
-            "features": features_json(features),
-            "norm_map": norm_map,
+            "eps": EPSILON.value, "features": features_json(features), "norm_map": norm_map,
         },
-    }
+    }  # fmt: skip
 
 
 def _relative_step(config: VQBeTConfig, name: str) -> list[Json]:

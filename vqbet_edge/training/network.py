@@ -133,19 +133,12 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class Codebook(nn.Module):
-    """Code vectors of one layer and the statistics of their moving average.
+    """Code vectors of one layer and the statistics of their moving average."""
 
-    Buffers:
-        embed: (1, C, D) the code vectors.
-        embed_avg: (1, C, D) moving sum of the inputs assigned to each code.
-        cluster_size: (1, C) moving count of the inputs assigned to each code.
-        initted: (1,) 1 once the code vectors hold their first values.
-    """
-
-    embed: Tensor
-    embed_avg: Tensor
-    cluster_size: Tensor
-    initted: Tensor
+    embed: Tensor  # (1, C, D) the code vectors
+    embed_avg: Tensor  # (1, C, D) moving sum of the inputs assigned to each code
+    cluster_size: Tensor  # (1, C) moving count of the inputs assigned to each code
+    initted: Tensor  # (1,) 1 once the code vectors hold their first values
 
     def __init__(self, num_codes: int, dim: int) -> None:
         super().__init__()

@@ -40,20 +40,12 @@ _Wide = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class DatasetFeature:
-    """One column of a data set.
+    """One column of a data set."""
 
-    Attributes:
-        dtype: as info.json names it.
-        shape: without the time axis; an image's is (height, width, channels) whatever the file
-            says.
-        is_depth: whether it is a depth map.
-        names: of a vector's numbers; empty where there are none, or not one for each.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: str  # as info.json names it
+    shape: tuple[int, ...]  # of a step; (height, width, channels) whatever the file says
     is_depth: bool = False
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of a vector's numbers; empty where there is not one for each
 
     @property
     def is_image(self) -> bool:
@@ -275,11 +267,7 @@ def _episode_files(root: Path) -> list[Path]:
 
 
 def stored_statistics(info: DatasetInfo, key: str, names: Sequence[str]) -> Stats | None:
-    """A feature's statistics as `meta/` has them: those of the data set, else of its episodes.
-
-    Returns:
-        The named ones, float32 (channels,) for an image; None where they are not complete.
-    """
+    """Those of the data set in `meta/`, else of its episodes; None where they are not complete."""
     width = info.features[key].shape[-1]
     path = info.root / "meta" / "stats.json"
     whole = _read_json(path).get(key) if path.is_file() else None
