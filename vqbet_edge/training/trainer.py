@@ -22,7 +22,7 @@ from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
-from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset, current_frames
+from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
 # Windows that k-means, revival and the reports on codes look at.
@@ -31,6 +31,10 @@ SAMPLE_WINDOWS = 4096
 CODE_REPORTS = 20
 # Dead codes are revived in this share of phase 1; the rest lets the codebooks settle.
 REVIVAL_SHARE = 0.7
+_LOWER = (
+    "start a new run in another --output with a lower --optimizer-lr (phase 1: "
+    "--optimizer-vqvae-lr)"
+)
 
 
 def train(config: TrainConfig) -> Path:
@@ -94,7 +98,12 @@ class _Trainer:
         self._shuffle = Shuffle(frames, config.batch_size, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
-        self._validation = _batches(current_frames(dataset, split.validation), config)
+        # Some validation batches, the same all along the run.
+        kept = np.random.default_rng(config.seed).permutation(
+            current_frames(dataset, split.validation)
+        )[: VALIDATION_BATCHES * config.batch_size]
+        firsts = range(0, len(kept), config.batch_size)
+        self._validation = [kept[first : first + config.batch_size] for first in firsts]
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []
         if config.resume:
@@ -130,16 +139,13 @@ class _Trainer:
             draw_curves(records, config.output / "curves.png")
             if advice := overfitting(records):
                 self._reporter.note(advice)
-            self._report_codes()
-
-    def _report_codes(self) -> None:
-        """The codes of the policy as it was saved, on episodes kept for validation if there are."""
-        page = CodesConfig(
-            policy=str(self.checkpoints.last / "pretrained_model"),
-            data=self._config.dataset,
-            output=self._config.output / "codes.html",
-        )
-        self._reporter.note(text(write_report(page, self._kept or None)))
+            # Of the policy as it was saved, on episodes kept for validation if there are.
+            page = CodesConfig(
+                policy=str(self.checkpoints.last / "pretrained_model"),
+                data=config.dataset,
+                output=config.output / "codes.html",
+            )
+            self._reporter.note(text(write_report(page, self._kept or None)))
 
     def _train(self, phase: Phase, end: int) -> None:
         """Go on with one phase up to step `end` of the run."""
@@ -174,10 +180,7 @@ class _Trainer:
         metrics = dict(zip(values, means.tolist(), strict=True))
         step = self._progress.step
         if not np.isfinite(metrics["loss"]):
-            raise VQBeTEdgeError(
-                f"the loss is {metrics['loss']} at step {step}; start a new run in another "
-                "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
-            )
+            raise VQBeTEdgeError(f"the loss is {metrics['loss']} at step {step}; {_LOWER}")
         self._reporter.record(
             step, phase.name, {**metrics, "lr": phase.optimizer.param_groups[0]["lr"]}
         )
@@ -206,7 +209,12 @@ class _Trainer:
         return early
 
     def _save(self, phase: Phase) -> None:
-        _check_finite(self._progress.step, self._network, phase.averaged)
+        networks = filter(None, (self._network, phase.averaged))
+        tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise VQBeTEdgeError(
+                f"weights are not finite at step {self._progress.step}, and are not saved; {_LOWER}"
+            )
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             optimizer = phase.optimizer.state_dict()
@@ -242,19 +250,3 @@ def _going_on(config: TrainConfig, resumed: Resumed | None) -> str:
         f"{text}; the run was to have {resumed.steps} steps and now has {config.steps}: phase 2's "
         "learning rate goes on where the longer run's would be, so it may rise once"
     )
-
-
-def _check_finite(step: int, *networks: VQBeT | None) -> None:
-    tensors = [t for network in networks if network for t in network.state_dict().values()]
-    if not all(bool(t.isfinite().all()) for t in tensors):
-        raise VQBeTEdgeError(
-            f"weights are not finite at step {step}, and are not saved; start a new run in another "
-            "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
-        )
-
-
-def _batches(frames: Indices, config: TrainConfig) -> list[Indices]:
-    """Some validation batches, the same all along the run."""
-    shuffled = np.random.default_rng(config.seed).permutation(frames)
-    size = config.batch_size
-    return [shuffled[i : i + size] for i in range(0, len(shuffled), size)][:VALIDATION_BATCHES]

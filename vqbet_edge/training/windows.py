@@ -129,8 +129,12 @@ class Shuffle:
         """int64 (batch_size,): the current frames of one step's windows."""
         wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(wanted, len(self.frames))
-        orders = {e: _permutation(len(self.frames), self.seed, e) for e in set(epochs.tolist())}
-        return self.frames[np.concatenate([orders[e][places[epochs == e]] for e in sorted(orders)])]
+        parts = [
+            _permutation(len(self.frames), self.seed, epoch)[places[epochs == epoch]]
+            for epoch in np.unique(epochs).tolist()
+        ]
+        found: Indices = self.frames[np.concatenate(parts)]
+        return found
 
 
 @lru_cache(maxsize=4)

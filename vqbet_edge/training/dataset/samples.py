@@ -8,6 +8,7 @@ Letters: M steps of a piece, K cameras, H and W image height and width, S state 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,50 +120,42 @@ class _Recording(Source):
     """Files that `vqbet_edge.runtime.recording` describes; rows are read when asked for."""
 
     def __init__(self, source: str, paths: Sequence[Path]) -> None:
-        self.name = source
-        self._paths = paths
+        self.name, self._paths = source, paths
+        episodes: list[Array] = []
         try:
-            episodes = [self._episodes(path) for path in paths]
-            with safe_open(paths[0], "numpy") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            for path in paths:
+                with safe_open(path, "numpy") as file:
+                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                    if EPISODE not in shapes:
+                        raise DatasetError(
+                            f"'{path}' holds no recording of observations; record again"
+                        )
+                    episodes.append(file.get_tensor(EPISODE))
         except (SafetensorError, OSError) as error:
             raise self._unreadable(error) from error
-        # Rows of all files, counted through.
-        self._firsts = np.cumsum([0, *map(len, episodes)])
-        numbers = np.concatenate(episodes)
-        cuts = np.flatnonzero(np.diff(numbers)) + 1
-        self._bounds = [0, *cuts.tolist(), len(numbers)]
-        self.lengths = np.diff(self._bounds).tolist()
         self.shapes = {k: tuple(shape[1:]) for k, shape in shapes.items() if is_feature(k)}
+        # Rows of all files, counted through.
+        self._firsts: list[int] = np.cumsum([0, *map(len, episodes)]).tolist()
+        numbers = np.concatenate(episodes)
+        self._bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        self.lengths = np.diff(self._bounds).tolist()
 
     def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
         """See `Source`."""
         start, stop = (self._bounds[place.episode] + step for step in (place.start, place.stop))
-        first, last = np.searchsorted(self._firsts, [start, stop - 1], side="right").tolist()
-        parts = [self._rows(i, start, stop, keys) for i in range(first - 1, last)]
+        parts: list[dict[str, Array]] = []
         try:
+            for path, (first, last) in zip(self._paths, pairwise(self._firsts), strict=True):
+                if first < stop and start < last:
+                    rows = slice(max(start, first) - first, min(stop, last) - first)
+                    with safe_open(path, "numpy") as file:
+                        parts.append({key: file.get_slice(key)[rows] for key in keys})
             joined = {key: np.concatenate([part[key] for part in parts]) for key in keys}
-        except ValueError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise self._unreadable(error) from error
         if any(len(values) != stop - start for values in joined.values()):
             raise self._unreadable("observations are missing")
         return joined
-
-    def _rows(self, number: int, start: int, stop: int, keys: Sequence[str]) -> dict[str, Array]:
-        first, last = self._firsts[number : number + 2].tolist()
-        rows = slice(max(start, first) - first, min(stop, last) - first)
-        try:
-            with safe_open(self._paths[number], "numpy") as file:
-                return {key: file.get_slice(key)[rows] for key in keys}
-        except (SafetensorError, OSError) as error:
-            raise self._unreadable(error) from error
-
-    def _episodes(self, path: Path) -> Array:
-        with safe_open(path, "numpy") as file:
-            if EPISODE not in file.keys():  # noqa: SIM118 - it is no mapping
-                raise DatasetError(f"'{path}' holds no recording of observations; record again")
-            numbers: Array = file.get_tensor(EPISODE)
-            return numbers
 
     def _unreadable(self, reason: object) -> DatasetError:
         return DatasetError(
