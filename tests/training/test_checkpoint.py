@@ -96,44 +96,16 @@ def step(processor: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def test_layout_0_4_guards_a_constant_feature_with_its_eps(layout_0_4: Path) -> None:
-    for path in layout_0_4.glob("*normalizer_processor.safetensors"):
-        stats = load_file(path)
-        for key in (oracle.STATE, oracle.ACTION):
-            stats[f"{key}.max"] = stats[f"{key}.min"].clone()
-        save_file(stats, path)
-    for name, kind in (("pre", "normalizer"), ("post", "unnormalizer")):
-        change_json(
-            layout_0_4 / f"policy_{name}processor.json",
-            lambda p, kind=kind: step(p, f"{kind}_processor")["config"].update(eps=0.5),
-        )
-    checkpoint = load_checkpoint(str(layout_0_4))
-    low = checkpoint.inputs[oracle.STATE].subtract
-    np.testing.assert_allclose(checkpoint.inputs[oracle.STATE].apply(low), [-1, -1])
-    np.testing.assert_allclose(checkpoint.inputs[oracle.STATE].apply(low + 0.25), [0, 0], atol=1e-3)
-    # LeRobot's inverse uses the guarded range too: y = 1 is half a unit above the minimum.
-    np.testing.assert_allclose(checkpoint.action.multiply, [0.25, 0.25])
-
-
-def test_layout_0_4_finds_the_state_file_by_its_step_not_by_its_index(layout_0_4: Path) -> None:
-    expected = load_checkpoint(str(layout_0_4)).inputs[oracle.STATE]
+def test_layout_0_4_goes_by_what_its_processors_say(layout_0_4: Path) -> None:
+    """Modes, names on the robot, and in which file the statistics of a step are."""
     old = next(layout_0_4.glob("policy_preprocessor_step_*.safetensors"))
-    old.rename(layout_0_4 / "policy_preprocessor_step_9_other.safetensors")
+    old.rename(layout_0_4 / "other.safetensors")
 
-    def move(processor: dict[str, Any]) -> None:
-        found = step(processor, "normalizer_processor")
-        found["state_file"] = "policy_preprocessor_step_9_other.safetensors"
-        processor["steps"].remove(found)
-        processor["steps"].insert(0, found)
-
-    change_json(layout_0_4 / "policy_preprocessor.json", move)
-    got = load_checkpoint(str(layout_0_4)).inputs[oracle.STATE]
-    np.testing.assert_array_equal(got.multiply, expected.multiply)
-
-
-def test_layout_0_4_honours_norm_map_and_rename_map(layout_0_4: Path) -> None:
     def change(processor: dict[str, Any]) -> None:
-        step(processor, "normalizer_processor")["config"]["norm_map"]["STATE"] = "MEAN_STD"
+        found = step(processor, "normalizer_processor")
+        found["config"]["norm_map"]["STATE"] = "MEAN_STD"
+        found["state_file"] = "other.safetensors"
+        processor["steps"].insert(0, processor["steps"].pop(processor["steps"].index(found)))
         rename = step(processor, "rename_observations_processor")["config"]
         rename["rename_map"] = {"robot.qpos": oracle.STATE}
 
@@ -146,6 +118,9 @@ def test_layout_0_4_honours_norm_map_and_rename_map(layout_0_4: Path) -> None:
 
 
 def test_layout_0_2_normalises_as_lerobot_0_3_3_did(layout_0_2: Path) -> None:
+    # It would read as `observation.state.extra` from name to key.
+    name = "normalize_inputs.buffer_observation_state_extra.min"
+    change_weights(layout_0_2, lambda t: t.update({name: torch.zeros(9)}))
     checkpoint = load_checkpoint(str(layout_0_2))
     assert checkpoint.layout is Layout.V0_2
     recorded = json.loads((FIXTURE / "fixture.json").read_text())
@@ -159,7 +134,10 @@ def test_layout_0_2_normalises_as_lerobot_0_3_3_did(layout_0_2: Path) -> None:
 
 
 def test_layout_0_1_reads_flat_shapes_and_modes_per_feature(layout_0_1: Path) -> None:
+    # The state projector of those days has the width that its tensor says.
+    change_json(layout_0_1 / CONFIG, lambda c: c["input_shapes"].update({oracle.STATE: [5]}))
     checkpoint = load_checkpoint(str(layout_0_1))
+    assert checkpoint.config.state_dim == 2
     assert checkpoint.layout is Layout.V0_1
     image = checkpoint.inputs["observation.image"]
     np.testing.assert_allclose(image.subtract, [0.4, 0.5, 0.6], rtol=1e-6)
@@ -169,42 +147,27 @@ def test_layout_0_1_reads_flat_shapes_and_modes_per_feature(layout_0_1: Path) ->
     np.testing.assert_allclose(checkpoint.action.apply(x), recorded["output"], rtol=1e-6)
 
 
-def test_old_state_projector_has_the_width_that_its_tensor_says(layout_0_1: Path) -> None:
-    change_json(layout_0_1 / CONFIG, lambda c: c["input_shapes"].update({oracle.STATE: [5]}))
-    assert load_checkpoint(str(layout_0_1)).config.state_dim == 2
-
-
-def test_buffers_are_matched_from_key_to_name(layout_0_2: Path) -> None:
-    """`observation.state_x` would read as `observation.state.x` the other way round."""
-    name = "normalize_inputs.buffer_observation_state_extra.min"
-    change_weights(layout_0_2, lambda t: t.update({name: torch.zeros(9)}))
-    recorded = json.loads((FIXTURE / "fixture.json").read_text())["statistics"]
-    got = load_checkpoint(str(layout_0_2)).inputs[oracle.STATE]
-    np.testing.assert_array_equal(got.subtract, recorded[oracle.STATE]["min"])
-
-
-def test_dimensions_come_from_the_tensors(layout_0_4: Path) -> None:
-    wrong = {"gpt_hidden_dim": 999, "vqvae_n_embed": 3, "gpt_n_layer": 77, "use_group_norm": True}
-    change_json(layout_0_4 / CONFIG, lambda c: c.update(wrong, gpt_n_head=4))
-    config = load_checkpoint(str(layout_0_4)).config
-    assert (config.gpt_hidden_dim, config.vqvae_n_embed, config.gpt_n_layer) == (64, 16, 2)
-    assert not config.use_group_norm
-
-
 def test_what_a_checkpoint_may_have_besides(layout_0_4: Path) -> None:
-    """Fields from the future, indices of before mid-2024, names of wrappers, half precision."""
-    change_json(layout_0_4 / CONFIG, lambda c: c.update(mlp_hidden_dim=1024, from_the_future=[1]))
+    """Fields from the future, other sizes than the tensors', indices of before mid-2024, names of
+    wrappers, half precision.
+    """
+    wrong = {"gpt_hidden_dim": 999, "vqvae_n_embed": 3, "gpt_n_layer": 77, "use_group_norm": True}
+    change_json(layout_0_4 / CONFIG, lambda c: c.update(wrong, gpt_n_head=4, from_the_future=[1]))
     expected = load_file(layout_0_4 / WEIGHTS)["vqbet.action_token"].half()
     tensors = load_file(layout_0_4 / WEIGHTS)
     tensors["vqbet.select_target_actions_indices"] = torch.zeros(3, 3, dtype=torch.int64)
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     save_file({f"module._orig_mod.{k}": v for k, v in tensors.items()}, layout_0_4 / WEIGHTS)
-    trunk = load_checkpoint(str(layout_0_4 / WEIGHTS)).network.vqbet
+    network = load_checkpoint(str(layout_0_4 / WEIGHTS)).network
+    config, trunk = network.config, network.vqbet
+    assert (config.gpt_hidden_dim, config.vqvae_n_embed, config.gpt_n_layer) == (64, 16, 2)
+    assert not config.use_group_norm
     assert trunk.select_target_actions_indices.shape == (7, 5)
     assert torch.equal(trunk.action_token, expected.float())
 
 
 def test_of_several_outputs_the_action_is_taken_as_lerobot_does(layout_0_4: Path) -> None:
+    expected = load_checkpoint(str(layout_0_4)).action
     extra = {"action.ee_pose": {"type": "ACTION", "shape": [6]}}
     change_json(layout_0_4 / CONFIG, lambda c: c["output_features"].update(extra))
     for processor, kind in (("pre", "normalizer"), ("post", "unnormalizer")):
@@ -212,24 +175,9 @@ def test_of_several_outputs_the_action_is_taken_as_lerobot_does(layout_0_4: Path
             layout_0_4 / f"policy_{processor}processor.json",
             lambda p, kind=kind: step(p, f"{kind}_processor")["config"]["features"].update(extra),
         )
-    reference = oracle.lerobot("policies.vqbet.modeling_vqbet").VQBeTPolicy.from_pretrained(
-        layout_0_4
-    )
-    policy = oracle.ReferencePolicy(reference.eval(), TINY)
-    observation = oracle.observations(TINY, 1)[0]
-    expected = policy.act(observation)
     checkpoint = load_checkpoint(str(layout_0_4))
     assert set(checkpoint.inputs) == {"observation.image", oracle.STATE}
-    image = torch.from_numpy(observation["observation.image"]).permute(2, 0, 1) / 255
-    state = torch.from_numpy(checkpoint.inputs[oracle.STATE].apply(observation[oracle.STATE]))
-    steps = checkpoint.config.n_obs_steps
-    with torch.no_grad():
-        feature = checkpoint.network(
-            image.expand(1, steps, 1, 3, 40, 48), state.expand(1, steps, 2)
-        )[0, steps - 1 : steps]
-        chunk = checkpoint.network.head.action_chunk(feature, torch.zeros(1, 2, dtype=torch.int64))
-    got = checkpoint.action.apply(chunk[0, 0].numpy())
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(checkpoint.action.multiply, expected.multiply)
 
 
 @pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"])
@@ -317,10 +265,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         weights(lambda t: t["vqbet.action_head.vqvae_model.discretized"].fill_(False)),
         r"not trained yet .*saved after n_vqvae_training_steps",
     ),
-    "tensor missing": (
-        weights(lambda t: t.pop("vqbet.policy.lm_head.weight")),
-        r"lacks 'vqbet.policy.lm_head.weight'",
-    ),
     "tensor unknown": (
         weights(lambda t: t.update({"vqbet.extra": torch.zeros(1)})),
         r"does not fit config.json.*vqbet.extra",
@@ -337,8 +281,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid x"),
         r"it is a Git LFS pointer, not the file; in .* type: git lfs pull",
     ),
-    "config missing": (lambda d: (d / CONFIG).unlink(), r"config.json' is missing"),
-    "config broken": (lambda d: (d / CONFIG).write_text("{"), r"no valid JSON"),
     "config without features": (
         config(lambda c: c.pop("input_features")),
         r"lack or misuse 'input_features'",
@@ -356,10 +298,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"'observation.state' is normalised by MIN_MAX, but the checkpoint has no 'min'",
     ),
     "state file missing": (lambda d: state_files(d, Path.unlink), r"statistics belong into it"),
-    "state file broken": (
-        lambda d: state_files(d, lambda p: p.write_bytes(b"x" * 40)),
-        r"is no safetensors file",
-    ),
     "step twice": (
         before(lambda p: p["steps"].append(p["steps"][-1])),
         r"has two steps 'normalizer_processor'",

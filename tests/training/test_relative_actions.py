@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from sizes import SMALL
+from sizes import short_run
 from vqbet_bench.whole_policy import WholePolicy
 from workshop import once
 
@@ -40,11 +40,8 @@ FREE = Guards(action_limits=None)
 
 
 def config(data: Path, output: Path, **changes: Any) -> TrainConfig:
-    options = {
-        **SMALL, "crop_shape": (48, 48), "n_obs_steps": 2, "steps": 4, "n_vqvae_training_steps": 2,
-        "batch_size": 4, "use_relative_actions": True,
-    }  # fmt: skip
-    return TrainConfig(**{"dataset": str(data), "output": output, **options, **changes})
+    options = {"steps": 4, "n_vqvae_training_steps": 2, "use_relative_actions": True}
+    return short_run(data, output, **{**options, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sizes import SMALL
+from sizes import short_run
 from workshop import once
 
 from vqbet_edge.errors import CheckpointError, UsageError, VQBeTEdgeError
@@ -26,24 +26,6 @@ from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.phases import Phase
 from vqbet_edge.training.trainer import train
 
-TINY: dict[str, Any] = {
-    **SMALL,
-    "steps": 12,
-    "n_vqvae_training_steps": 4,
-    "batch_size": 4,
-    "n_obs_steps": 2,
-    "n_action_pred_token": 1,
-    "crop_shape": (48, 48),
-    "vqvae_embedding_dim": 16,
-    "vqvae_enc_hidden_dim": 16,
-    "log_every": 1,
-}
-MODEL = "pretrained_model/model.safetensors"
-
-
-def config(pusht: Path, output: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig(**{"dataset": str(pusht), "output": output, **TINY, **changes})
-
 
 def checkpoints(run: TrainConfig) -> Checkpoints:
     dataset = LeRobotDataset.open(run.dataset)
@@ -56,7 +38,7 @@ def saved(pusht: Path, shared: Path) -> Path:
     output = shared / "saved"
 
     def save() -> None:
-        run = config(pusht, output)
+        run = short_run(pusht, output)
         torch.manual_seed(0)
         network = VQBeT(run.policy(LeRobotDataset.open(pusht)))
         vqvae = network.head.vqvae_model
@@ -81,12 +63,6 @@ def missing(last: Path) -> None:
 def dangling(last: Path) -> None:
     last.unlink()
     last.symlink_to("/nowhere/checkpoints/000012")
-
-
-def absolute(last: Path) -> None:
-    target = last.resolve()
-    last.unlink()
-    last.symlink_to(target)
 
 
 def a_text(last: Path) -> None:
@@ -114,7 +90,7 @@ def an_old_folder(last: Path) -> None:
     shutil.copytree(last.parent / "000008", last)
 
 
-COPIES = [missing, dangling, absolute, a_text, a_folder, only_a_folder, an_old_folder]
+COPIES = [missing, dangling, a_text, a_folder, only_a_folder, an_old_folder]
 
 
 @pytest.mark.parametrize("change", COPIES, ids=lambda change: change.__name__)
@@ -130,8 +106,8 @@ def test_the_numbered_folders_are_the_run(
         with pytest.raises(CheckpointError, match=r"holds no model\.safetensors; pass '"):
             load_checkpoint(str(run))
     with pytest.raises(UsageError, match="holds a run already"):
-        checkpoints(config(pusht, run, seed=3)).start()
-    resumed = checkpoints(config(pusht, run, resume=True)).start()
+        checkpoints(short_run(pusht, run, seed=3)).start()
+    resumed = checkpoints(short_run(pusht, run, resume=True)).start()
     assert resumed is not None
     assert (resumed.progress.step, resumed.path.name) == (12, "000012")
     assert last.is_symlink()
@@ -140,9 +116,9 @@ def test_the_numbered_folders_are_the_run(
 
 def test_another_configuration_does_not_resume(saved: Path, tmp_path: Path, pusht: Path) -> None:
     with pytest.raises(UsageError, match=r"--dropout 0.1, now it is 0.2"):
-        checkpoints(config(pusht, saved, resume=True, dropout=0.2)).start()
+        checkpoints(short_run(pusht, saved, resume=True, dropout=0.2)).start()
     with pytest.raises(UsageError, match="no run in"):
-        checkpoints(config(pusht, tmp_path / "other", resume=True)).start()
+        checkpoints(short_run(pusht, tmp_path / "other", resume=True)).start()
 
 
 def test_a_disk_without_links_gets_none(
@@ -154,9 +130,9 @@ def test_a_disk_without_links_gets_none(
     run = copy(saved, tmp_path / "run")
     monkeypatch.setattr(Path, "symlink_to", refuse)
     an_old_folder(run / "checkpoints/last")
-    assert checkpoints(config(pusht, run, resume=True)).start() is not None
+    assert checkpoints(short_run(pusht, run, resume=True)).start() is not None
     assert not (run / "checkpoints/last").exists()
-    assert checkpoints(config(pusht, run)).last.name == "000012"
+    assert checkpoints(short_run(pusht, run)).last.name == "000012"
 
 
 def half_copied(run: Path) -> None:
@@ -188,7 +164,7 @@ def test_what_is_not_whole_is_named(
     run = copy(saved, tmp_path / "run")
     damage(run)
     with pytest.raises(CheckpointError, match=message):
-        checkpoints(config(pusht, run, resume=True)).start()
+        checkpoints(short_run(pusht, run, resume=True)).start()
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint(
@@ -196,7 +172,7 @@ def test_what_a_killed_writer_left_is_no_checkpoint(
 ) -> None:
     run = copy(saved, tmp_path / "run")
     (run / "checkpoints/000012").rename(run / "checkpoints/.000012.tmp")
-    resumed = checkpoints(config(pusht, run, resume=True)).start()
+    resumed = checkpoints(short_run(pusht, run, resume=True)).start()
     assert resumed is not None
     assert resumed.path.name == "000008"
     assert not (run / "checkpoints/.000012.tmp").exists()
@@ -206,8 +182,8 @@ def test_another_data_set_does_not_resume(saved: Path, tmp_path: Path, pusht: Pa
     """Its statistics would scale a policy anew whose codebooks are frozen."""
     run = copy(saved, tmp_path / "run")
     moved = Path(shutil.copytree(pusht, tmp_path / "moved"))
-    assert checkpoints(config(moved, run, resume=True)).start() is not None
-    now = checkpoints(config(pusht, run, resume=True))
+    assert checkpoints(short_run(moved, run, resume=True)).start() is not None
+    now = checkpoints(short_run(pusht, run, resume=True))
     stats = {**now._scalings.stats, "observation.image": now._scalings.stats["action"]}
     now._scalings = replace(now._scalings, stats=stats)
     with pytest.raises(UsageError, match=r"observation.image.\w+ was not there, now it is"):
@@ -216,7 +192,7 @@ def test_another_data_set_does_not_resume(saved: Path, tmp_path: Path, pusht: Pa
         table = pq.read_table(path)
         pq.write_table(table.filter(pc.field("episode_index") == 0), path)
     with pytest.raises(UsageError, match=r"action.m\w+ was \[.*\], now it is \[.*\], and the"):
-        checkpoints(config(moved, run, resume=True)).start()
+        checkpoints(short_run(moved, run, resume=True)).start()
 
 
 def test_the_data_sets_rate_is_in_the_checkpoint(saved: Path, pusht: Path, tmp_path: Path) -> None:
@@ -226,7 +202,7 @@ def test_the_data_sets_rate_is_in_the_checkpoint(saved: Path, pusht: Path, tmp_p
     older = json.loads((run / path).read_text())
     del older["fps"]
     (run / path).write_text(json.dumps(older))
-    assert checkpoints(config(pusht, run, resume=True)).start() is not None
+    assert checkpoints(short_run(pusht, run, resume=True)).start() is not None
 
 
 def test_a_finished_run_can_be_made_longer_and_says_so(
@@ -240,12 +216,12 @@ def test_a_finished_run_can_be_made_longer_and_says_so(
     monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
     run = tmp_path / "run"
     options = {"n_vqvae_training_steps": 2, "scheduler_warmup_steps": 1}
-    train(config(pusht, run, steps=4, **options))
+    train(short_run(pusht, run, steps=4, **options))
     assert "positions near the state (at 1" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(UsageError, match="--steps 4, now it is 3"):
-        train(config(pusht, run, steps=3, resume=True, **options))
+        train(short_run(pusht, run, steps=3, resume=True, **options))
     capfd.readouterr()
-    path = train(config(pusht, run, steps=6, resume=True, **options))
+    path = train(short_run(pusht, run, steps=6, resume=True, **options))
     said = " ".join(capfd.readouterr().err.split())
     assert "going on from step 4" in said
     assert "was to have 4 steps and now has 6" in said
@@ -271,5 +247,5 @@ def test_weights_that_are_not_finite_are_not_saved(
     monkeypatch.setattr(Phase, "update", diverging)
     options = {"n_vqvae_training_steps": 3, "steps": 6, "log_every": 100}
     with pytest.raises(VQBeTEdgeError, match="not finite at step 4, and are not saved"):
-        train(config(pusht, tmp_path / "run", save_every=4, **options))
+        train(short_run(pusht, tmp_path / "run", save_every=4, **options))
     assert not (tmp_path / "run/checkpoints/000004").exists()

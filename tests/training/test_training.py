@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from sizes import SMALL
+from sizes import short_run
 from workshop import once
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
@@ -31,34 +31,13 @@ from vqbet_edge.training.phases import Phase
 from vqbet_edge.training.trainer import train
 from vqbet_edge.training.windows import WindowedDataset
 
-TINY: dict[str, Any] = {
-    "steps": 16,
-    "n_vqvae_training_steps": 8,
-    "batch_size": 4,
-    **SMALL,
-    "n_obs_steps": 2,
-    "crop_shape": (48, 48),
-    "vqvae_embedding_dim": 32,
-    "vqvae_enc_hidden_dim": 32,
-    "scheduler_warmup_steps": 2,
-    "log_every": 1,
-    "save_every": 3,
-    "validate_every": 4,
-    "validation_fraction": 0.25,
-    "ema_decay": 0.5,
-}
-
-
-def tiny(pusht: Path, output: Path, **changes: object) -> TrainConfig:
-    return TrainConfig(**{"dataset": str(pusht), "output": output, **TINY, **changes})
-
 
 @pytest.fixture(scope="module")
 def whole(pusht: Path, shared: Path) -> Path:
     """A tiny run from the beginning to the end."""
     torch.set_num_threads(1)
     output = shared / "whole"
-    return once(output, lambda: train(tiny(pusht, output, frame_cache=shared / "frames")))
+    return once(output, lambda: train(short_run(pusht, output, frame_cache=shared / "frames")))
 
 
 def run_python(code: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +80,7 @@ def test_phase1_touches_no_image(pusht: Path, tmp_path: Path) -> None:
     video.write_bytes(data)
     output = tmp_path / "run"
     with pytest.raises(DatasetError, match=r"file-000.mp4: episode \d is corrupt"):
-        train(tiny(copy, output))
+        train(short_run(copy, output))
     assert [r["step"] for r in losses(output) if r["kind"] == "phase 1"] == list(range(1, 9))
 
 
@@ -135,9 +114,9 @@ def test_resuming_is_exact(
 
     monkeypatch.setattr(Phase, "update", ending)
     with pytest.raises(error):
-        train(tiny(pusht, tmp_path / "run"))
+        train(short_run(pusht, tmp_path / "run"))
     monkeypatch.undo()
-    train(tiny(pusht, tmp_path / "run", resume=True))
+    train(short_run(pusht, tmp_path / "run", resume=True))
     assert losses(tmp_path / "run") == losses(whole)
     name = "checkpoints/last/pretrained_model/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
@@ -157,7 +136,7 @@ def test_lerobot_loads_the_checkpoint_and_computes_the_same(
     if mode == "MEAN_STD":
         options = {"normalization_mapping": dict.fromkeys(("VISUAL", "STATE", "ACTION"), mode)}
         directory = train(
-            tiny(pusht, tmp_path / "run", steps=4, n_vqvae_training_steps=2, **options)
+            short_run(pusht, tmp_path / "run", steps=4, n_vqvae_training_steps=2, **options)
         )
     reference = lerobot("policies.vqbet.modeling_vqbet")
     import torchvision
@@ -232,7 +211,7 @@ def test_defaults_are_lerobots(lerobot: Callable[[str], ModuleType]) -> None:
 def test_phase1_learns_and_stops_early(pusht: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     train(
-        tiny(
+        short_run(
             pusht, output, n_vqvae_training_steps=2000, steps=2001, batch_size=32, log_every=2001,
             save_every=5000, validate_every=5000, vqvae_early_stop=True, optimizer_vqvae_lr=1e-2,
         )
@@ -260,7 +239,7 @@ def test_what_cannot_be_trained_is_refused(
     pusht: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        train(tiny(pusht, tmp_path / "run", **changes))
+        train(short_run(pusht, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -270,7 +249,7 @@ def test_a_data_set_without_state_is_refused(pusht: Path, tmp_path: Path) -> Non
     del info["features"]["observation.state"]
     (copy / "meta/info.json").write_text(json.dumps(info))
     with pytest.raises(DatasetError, match=r"has no 'observation.state'; its features are"):
-        train(tiny(copy, tmp_path / "run"))
+        train(short_run(copy, tmp_path / "run"))
 
 
 def test_windows_are_padded_as_lerobot_pads(
@@ -279,7 +258,7 @@ def test_windows_are_padded_as_lerobot_pads(
     reference = lerobot("datasets.lerobot_dataset")
     copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
     identity = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
-    config = tiny(copy, tmp_path / "run", normalization_mapping=identity)
+    config = short_run(copy, tmp_path / "run", normalization_mapping=identity)
     dataset = LeRobotDataset.open(copy)
     policy = config.policy(dataset)
     data = WindowedDataset(dataset, policy, Scalings.of(dataset, policy), torch.device("cpu"))
