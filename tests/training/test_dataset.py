@@ -14,7 +14,6 @@ import pytest
 
 from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.writer import write_dataset
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 CAMERA, STATE = "observation.image", "observation.state"
@@ -273,27 +272,3 @@ def test_image_columns_and_several_cameras_as_lerobot_writes_them(
         got = dataset.episode(position, list(frames))
         for key, values in frames.items():
             np.testing.assert_array_equal(got[key], values)
-
-
-def test_lerobot_reads_what_we_write(tmp_path: Path, lerobot: Callable[[str], ModuleType]) -> None:
-    rng = np.random.default_rng(0)
-    written = [
-        {
-            CAMERA: rng.integers(0, 256, (length, 16, 20, 3), np.uint8),
-            "observation.state": rng.normal(size=(length, 3)).astype(np.float32),
-            "action": rng.normal(size=(length, 1)).astype(np.float32),
-        }
-        for length in (4, 6)
-    ]
-    write_dataset(tmp_path / "written", written, fps=10, task="do it")
-    theirs = lerobot("datasets.lerobot_dataset").LeRobotDataset("t/w", root=tmp_path / "written")
-    ours = LeRobotDataset.open(tmp_path / "written")
-    for position, demonstration in enumerate(written):
-        got = ours.episode(position, list(demonstration))
-        for key, values in demonstration.items():
-            np.testing.assert_array_equal(got[key], values)
-    for index, frame in enumerate(np.concatenate([d[CAMERA] for d in written])):
-        row = theirs[index]
-        np.testing.assert_array_equal(row[CAMERA].permute(1, 2, 0).numpy() * 255, frame)
-        np.testing.assert_array_equal(np.ravel(row["action"]), ours.column("action")[index])
-    assert row["task"] == "do it"
