@@ -34,7 +34,6 @@ _AT_ONCE = 32
 _REVISIONS = "v3.0", "v2.1"
 
 Size = tuple[int, int]  # (height, width)
-Levels = npt.NDArray[np.int64]  # (3, 256)
 
 
 class Split(NamedTuple):
@@ -73,7 +72,6 @@ class LeRobotDataset:
         self._decoder = Decoder(info, self._table)
         self._columns: dict[str, Array] = {}
         self._frames: dict[str, Frames] = {}
-        self._counted: dict[str, Levels] = {}
         for key in _POLICY_VECTORS:
             if key in info.features:
                 self.column(key)
@@ -166,10 +164,8 @@ class LeRobotDataset:
             return vector_statistics(self.column(key), names)
         found = stored_statistics(self.info, key, names) if names else {}
         if found is None:
-            if key not in self._counted:
-                kept = [self.frames(key)] if self._resize_shape is None else self._recorded(key)
-                self._counted[key] = _count_levels(kept)
-            found = _image_statistics(self._counted[key], names)
+            kept = [self.frames(key)] if self._resize_shape is None else self._recorded(key)
+            found = _image_statistics(kept, names)
         return {name: value.reshape(3, 1, 1) for name, value in found.items()}
 
     def column(self, key: str) -> Array:
@@ -223,13 +219,14 @@ class LeRobotDataset:
         """
         if keys is None:
             keys = [*(k for k in _POLICY_VECTORS if k in self.features), *self.image_keys]
-        rows = slice(self.bounds[position], self.bounds[position + 1])
-        return {
-            key: self._episode_frames(position, key, steps)
-            if key in self.info.cameras
-            else self.column(key)[rows][steps]
-            for key in keys
-        }
+        found: dict[str, Array] = {}
+        for key in keys:
+            if key in self.info.cameras:
+                _cameras(self.info, [key])
+                (found[key],) = self._decoder.read(position, key, steps)
+            else:
+                found[key] = self.column(key)[self._table.rows(position)][steps]
+        return found
 
     def split(self, validation_fraction: float, seed: int = 0) -> Split:
         """Split by whole episodes, at random but the same for the same seed.
@@ -241,13 +238,6 @@ class LeRobotDataset:
         count = min(count, self.num_episodes - 1)
         order = np.random.default_rng(seed).permutation(self.num_episodes).tolist()
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
-
-    def _episode_frames(self, position: int, key: str, steps: slice) -> Frames:
-        if key in self._frames and self._resize_shape is None:
-            return self._frames[key][self.bounds[position] : self.bounds[position + 1]][steps]
-        _cameras(self.info, [key])
-        (frames,) = self._decoder.read(position, key, steps)
-        return frames
 
     def _recorded(self, key: str) -> Iterator[Frames]:
         """All frames as they were recorded, a part of them at a time."""
@@ -320,17 +310,12 @@ def vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
-def _count_levels(parts: Iterable[Frames]) -> Levels:
-    """How often each level is in each channel, of uint8 (frames, H, W, 3) each."""
-    counts = np.zeros((3, 256), np.int64)
+def _image_statistics(parts: Iterable[Frames], names: Sequence[str]) -> Stats:
+    """The named statistics of a camera's channels, in [0, 1], of uint8 (frames, H, W, 3) each."""
+    counts = np.zeros((3, 256), np.int64)  # of each level
     for frame in chain.from_iterable(parts):
         for channel in range(3):
             counts[channel] += np.bincount(frame[..., channel].reshape(-1), minlength=256)
-    return counts
-
-
-def _image_statistics(counts: Levels, names: Sequence[str]) -> Stats:
-    """The named statistics of a camera's channels, in [0, 1]."""
     levels = np.arange(256) / 255
     share = counts / counts.sum(axis=1, keepdims=True)
     seen = np.where(counts > 0, levels, np.nan)
