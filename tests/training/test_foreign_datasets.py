@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vqbet_edge.errors import DatasetError, UsageError
+from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 
@@ -209,15 +209,6 @@ def in_home(code: str, root: Path, variables: dict[str, str]) -> str:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-def test_a_path_that_is_no_text_is_refused(healthy: Path, tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"donn\xe9es")
-    healthy.rename(path)
-    with pytest.raises(
-        UsageError, match=r"takes file names to be .*; type first: export PYTHONUTF8=1"
-    ):
-        LeRobotDataset.open(path)
 
 
 def test_what_is_asked_for_is_checked_then(healthy: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
@@ -25,21 +25,15 @@ Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
-class Backbone(NamedTuple):
-    """What a backbone makes of an image: a map with so many channels, smaller by the stride."""
-
-    channels: int
-    stride: int
-
-
+# What a backbone makes of an image: a map with so many channels, smaller by the stride.
 BACKBONES = {
     # A map of 8x8 is left of an image of 64x64 to find keypoints in.
-    "resnet10_small": Backbone(64, 8),
-    "resnet18": Backbone(512, 32),
-    "resnet34": Backbone(512, 32),
-    "resnet50": Backbone(2048, 32),
-    "resnet101": Backbone(2048, 32),
-    "resnet152": Backbone(2048, 32),
+    "resnet10_small": (64, 8),
+    "resnet18": (512, 32),
+    "resnet34": (512, 32),
+    "resnet50": (2048, 32),
+    "resnet101": (2048, 32),
+    "resnet152": (2048, 32),
 }
 NUM_CODE_LAYERS = 2
 
