@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,10 +37,9 @@ from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import (
     RANGE,
     Floats,
-    normalizing,
+    affines,
     required_statistics,
     still_warning,
-    unnormalizing,
 )
 
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
@@ -70,24 +69,22 @@ class Checkpoint:
     @cached_property
     def inputs(self) -> Mapping[str, Affine]:
         """By the policy's key: robot units -> network units, images from [0, 1]."""
-        return {key: self._scaling(key, normalizing) for key in self.config.input_features}
+        return {key: self._scaling(key)[0] for key in self.config.input_features}
 
     @cached_property
     def action(self) -> Affine:
         """Network units -> robot units; see `action_scaling`."""
-        return self._scaling(ACTION_KEY, unnormalizing)
+        return self._scaling(ACTION_KEY)[1]
 
-    def _scaling(self, key: str, convert: Callable[..., Affine]) -> Affine:
+    def _scaling(self, key: str) -> tuple[Affine, Affine]:
         features = {**self.config.input_features, **self.config.output_features}
         # (dim,) for vectors; for images (3, height, width) it is the channels that are scaled.
         dim = features[key].shape[0]
-        how = self.normalization.get(key)
-        if how is None or how.mode is NormalizationMode.IDENTITY:
-            return Affine.identity(dim)
+        how = self.normalization.get(key, Normalization(NormalizationMode.IDENTITY))
         stats = required_statistics(key, how.mode, how.stats, dim)
-        if key == STATE_KEY and (text := still_warning(key, how.mode, stats)):
+        if key == STATE_KEY and stats and (text := still_warning(key, how.mode, stats)):
             warnings.warn(text, stacklevel=4)
-        return convert(how.mode, stats, how.epsilon)
+        return affines(how.mode, stats, how.epsilon, dim)
 
     @property
     def state_range(self) -> Floats | None:

@@ -94,24 +94,21 @@ def widened(
     return {**stats, **values}, fixed, hidden
 
 
-def normalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
-    """Units of the robot -> units of the network."""
+def affines(
+    mode: NormalizationMode, stats: Statistics, epsilon: Epsilon, dim: int
+) -> tuple[Affine, Affine]:
+    """Units of the robot -> units of the network, and back; the statistics are (dim,)."""
+    if mode is NormalizationMode.IDENTITY:
+        return Affine.identity(dim), Affine.identity(dim)
     first, second = (stats[name] for name in STATISTICS[mode])
+    zero, one = np.zeros_like(first), np.full_like(first, 1)
     if mode is NormalizationMode.MEAN_STD:
         scale = np.float32(1) / (second + np.float32(epsilon.value))
-        return Affine(first, scale, np.zeros_like(first))
-    scale = np.float32(2) / epsilon.range(first, second)
-    return Affine(first, scale, np.full_like(first, -1))
-
-
-def unnormalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
-    """Units of the network -> units of the robot."""
-    first, second = (stats[name] for name in STATISTICS[mode])
-    if mode is NormalizationMode.MEAN_STD:
-        return Affine(np.zeros_like(first), second, first)
+        return Affine(first, scale, zero), Affine(zero, second, first)
+    span = epsilon.range(first, second)
     # Only from 0.4 on does the inverse use the guarded range.
-    span = second - first if epsilon.always else epsilon.range(first, second)
-    return Affine(np.full_like(first, -1), span / np.float32(2), first)
+    back = (second - first if epsilon.always else span) / np.float32(2)
+    return Affine(first, np.float32(2) / span, -one), Affine(-one, back, first)
 
 
 def required_statistics(
@@ -184,12 +181,8 @@ class Scalings:
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
             kept[key] = _statistics(dataset, config, key, advice)
-            if mode is NormalizationMode.IDENTITY:
-                forward[key] = backward[key] = Affine.identity(dim)
-                continue
             stats = {name: values.reshape(-1) for name, values in kept[key].items()}
-            forward[key] = normalizing(mode, stats, EPSILON)
-            backward[key] = unnormalizing(mode, stats, EPSILON)
+            forward[key], backward[key] = affines(mode, stats, EPSILON, dim)
         return cls(forward, backward, kept, tuple(advice))
 
     def normalize(self, key: str, values: NDArray[np.generic]) -> Tensor:
