@@ -226,7 +226,6 @@ def _read(path: Path) -> Resumed:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """What the run was started with."""
     text = (path / "pretrained_model" / TRAIN_CONFIG_NAME).read_text()
     found: dict[str, Any] = json.loads(text)
     return found

@@ -207,7 +207,6 @@ def _mode(name: str | None) -> NormalizationMode:
 
 
 def _processor_steps(directory: Path, name: str) -> dict[str, Json]:
-    """The steps of a processor by their registry name."""
     steps: dict[str, Json] = {}
     for step in read_json(directory / name).get("steps", []):
         kind = step.get("registry_name")

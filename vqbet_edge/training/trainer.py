@@ -238,7 +238,6 @@ def _load(network: VQBeT, resumed: Resumed, config: TrainConfig) -> None:
 
 
 def _going_on(config: TrainConfig, resumed: Resumed | None) -> str:
-    """What to say about a run that is resumed."""
     if resumed is None:
         return f"no checkpoint in {config.output} yet: beginning at step 0"
     text = f"going on from step {resumed.progress.step} ({resumed.path})"

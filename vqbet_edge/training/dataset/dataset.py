@@ -239,14 +239,12 @@ class LeRobotDataset:
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
 
     def _recorded(self, key: str) -> Iterator[Frames]:
-        """All frames as they were recorded, a part of them at a time."""
         at_once = None if self._resize_shape is None else _AT_ONCE
         for position in range(self.num_episodes):
             yield from self._decoder.read(position, key, at_once=at_once)
 
 
 def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]:
-    """The chosen cameras, or all RGB ones."""
     if chosen is None:
         return tuple(key for key in info.cameras if info.features[key].is_rgb)
     for key in chosen:

@@ -198,7 +198,6 @@ class _Videos:
 
 
 def _packet_times(path: Path, index: int) -> Times:
-    """The seconds of all frames of a video."""
     try:
         with av.open(str(path), mode="r", options=_VIDEO) as container:
             stream = container.streams.video[0]
