@@ -191,7 +191,7 @@ def test_another_data_set_does_not_resume(saved: Path, tmp_path: Path, pusht: Pa
     for path in (*moved.glob("data/*/*.parquet"), *moved.glob("meta/episodes/*/*.parquet")):
         table = pq.read_table(path)
         pq.write_table(table.filter(pc.field("episode_index") == 0), path)
-    with pytest.raises(UsageError, match=r"action.m\w+ was \[.*\], now it is \[.*\], and the"):
+    with pytest.raises(UsageError, match=r"action.\w+ was \[.*\], now it is \[.*\], and the"):
         checkpoints(short_run(moved, run, resume=True)).start()
 
 
