@@ -14,7 +14,7 @@ from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine, Floats
 from vqbet_edge.training.dataset.samples import PIECE_STEPS, Piece, Place, Sampler
 
-# Of so many stretches one is for choosing, one for verifying, the others are for ranges.
+# Of so many blocks one is for choosing, one for verifying, the others are for ranges.
 PARTS = 4
 MIN_OBSERVATIONS = 64
 # Normalised states lie in [-1, 1], or have a deviation of 1; a median this far out is no accident.
@@ -37,14 +37,14 @@ class Pieces:
         return sum(place.stop - place.start for place in self.places)
 
     def of_parts(self, *parts: int) -> "Pieces":
-        """Those whose stretch belongs to some of `PARTS`.
+        """Those whose block belongs to some of `PARTS`.
 
         Drawn, because demonstrations may take turns: every fourth one would show one side only.
         """
-        stretches = sorted({place.stretch for place in self.places})
-        order = np.random.default_rng(0).permutation(len(stretches)) % PARTS
-        drawn = dict(zip(stretches, order.tolist(), strict=True))
-        return Pieces(self.sampler, tuple(p for p in self.places if drawn[p.stretch] in parts))
+        blocks = sorted({place.block for place in self.places})
+        order = np.random.default_rng(0).permutation(len(blocks)) % PARTS
+        drawn = dict(zip(blocks, order.tolist(), strict=True))
+        return Pieces(self.sampler, tuple(p for p in self.places if drawn[p.block] in parts))
 
     def spread(self, observations: int) -> "Pieces":
         """About so many of the observations, from beginning to end."""
@@ -60,7 +60,7 @@ class Samples:
         source: as the user named it.
         observations: how many, in all parts.
         calibration: pieces to take ranges from.
-        held_out: pieces of other stretches, to choose methods and layers by.
+        held_out: pieces of other blocks, to choose methods and layers by.
         verification: pieces of yet others, to verify the result on.
         digest: SHA-256 of all pieces, with their places.
     """

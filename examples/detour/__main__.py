@@ -1,4 +1,4 @@
-"""The demo: `python -m examples.detour prepare`, then `python -m examples.detour drive POLICY`.
+"""The demo: `python -m examples.detour OUTPUT` trains, with a bundle behind it drives.
 
 Run it in the repository's root; `demo.sh` does all of it, with the export in between.
 """
@@ -6,11 +6,8 @@ Run it in the repository's root; `demo.sh` does all of it, with the export in be
 import functools
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
 from examples.detour.baseline import RegressionActor
@@ -24,7 +21,7 @@ from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.evaluation.actors import Actor, ActorOptions, load_actor
 from vqbet_edge.training.evaluation.detour import DetourEnv, Scene
-from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
+from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.summary import wilson
 from vqbet_edge.training.files import writing
 from vqbet_edge.training.trainer import train
@@ -32,40 +29,18 @@ from vqbet_edge.training.trainer import train
 SCENES = 200
 VQVAE_STEPS, POLICY_STEPS = 600, 2400
 BASELINE_STEPS = 300
-SLOTS = 8
+EPISODES, SLOTS = 200, 8
 SHOWN_SCENES = range(4)
 FIRST_SEED = 500_000
 NEEDED_SUCCESS = 0.9
 
 
-@dataclass(frozen=True)
-class Prepare:
-    """Collect demonstrations and train both phases."""
-
-    # Folder of the demo.
-    output: Path = Path("outputs/detour")
-    # Optimisation steps of phase 2.
-    policy_steps: int = POLICY_STEPS
-
-
-@dataclass(frozen=True)
-class Drive:
-    """Drive the task with a policy, beside a plain regression, and draw the paths."""
-
-    # A checkpoint's directory or a bundle.
-    policy: Annotated[str, tyro.conf.Positional]
-    # Folder of the demo.
-    output: Path = Path("outputs/detour")
-    # Episodes to drive.
-    episodes: int = 200
-
-
-def training(output: Path, policy_steps: int = POLICY_STEPS) -> TrainConfig:
+def training(output: Path) -> TrainConfig:
     """The demo's configuration: small, and nothing but scale differs from a large one."""
     return TrainConfig(
         dataset=str(output / "demonstrations"),
         output=output / "training",
-        steps=VQVAE_STEPS + policy_steps,
+        steps=VQVAE_STEPS + POLICY_STEPS,
         n_vqvae_training_steps=VQVAE_STEPS,
         batch_size=32,
         n_obs_steps=3,
@@ -98,14 +73,10 @@ def training(output: Path, policy_steps: int = POLICY_STEPS) -> TrainConfig:
     )
 
 
-def prepare(config: Prepare) -> Path:
-    """Collect, train, and return the policy's directory.
-
-    Raises:
-        DiskError: there is no room for the output.
-    """
-    planned = training(config.output, config.policy_steps)
-    with writing(config.output):
+def prepare(output: Path) -> Path:
+    """Collect, train, and return the policy's directory."""
+    planned = training(output)
+    with writing(output):
         for folder in (Path(planned.dataset), planned.output):
             shutil.rmtree(folder, ignore_errors=True)
         demonstrations = collect(SCENES, planned.seed)
@@ -113,27 +84,32 @@ def prepare(config: Prepare) -> Path:
     return train(planned)
 
 
-def drive(config: Drive) -> None:
-    """Drive, print the figures, draw `paths.png`.
+def drive(output: Path, policy: str) -> None:
+    """Drive beside a plain regression, print the figures, draw `paths.png`.
 
     Raises:
         VerificationError: fewer than 90 % of the episodes succeed.
     """
-    actor = load_actor(config.policy, SLOTS, ActorOptions())
-    policies: dict[str, Actor] = {"VQ-BeT": actor, "plain regression": _baseline(config.output)}
-    seeds = range(FIRST_SEED, FIRST_SEED + config.episodes)
-    arrived = {name: _drive_many(name, policy, seeds) for name, policy in policies.items()}
-    scenes = [Scene.of(seed) for seed in SHOWN_SCENES]
+    actor = load_actor(policy, SLOTS, ActorOptions())
+    policies: dict[str, Actor] = {"VQ-BeT": actor, "plain regression": _baseline(output)}
+    seeds = range(FIRST_SEED, FIRST_SEED + EPISODES)
+    arrived = {name: _drive_many(name, driver, seeds) for name, driver in policies.items()}
+    in_one_scene = range(FIRST_SEED, FIRST_SEED + 4 * SLOTS)
     paths = {
-        name: [_in_one_scene(policy, seed) for seed in SHOWN_SCENES]
-        for name, policy in policies.items()
+        name: [
+            run_episodes(
+                functools.partial(DetourEnv, scene_seed=scene), driver, in_one_scene, slots=SLOTS
+            )
+            for scene in SHOWN_SCENES
+        ]
+        for name, driver in policies.items()
     }
-    draw_paths(scenes, paths, config.output / "paths.png")
-    sys.stdout.write(f"{config.output / 'paths.png'}\n")
+    draw_paths([Scene.of(seed) for seed in SHOWN_SCENES], paths, output / "paths.png")
+    sys.stdout.write(f"{output / 'paths.png'}\n")
     if arrived["VQ-BeT"] < NEEDED_SUCCESS:
         raise VerificationError(
             f"the policy succeeds in {arrived['VQ-BeT']:.0%} of the episodes, expected "
-            f"{NEEDED_SUCCESS:.0%}; prepare it with more --policy-steps"
+            f"{NEEDED_SUCCESS:.0%}; train it for more steps"
         )
 
 
@@ -157,18 +133,12 @@ def _baseline(output: Path) -> RegressionActor:
     return actor
 
 
-def _in_one_scene(actor: Actor, scene_seed: int) -> list[Episode]:
-    make = functools.partial(DetourEnv, scene_seed=scene_seed)
-    return run_episodes(make, actor, range(FIRST_SEED, FIRST_SEED + 4 * SLOTS), slots=SLOTS)
-
-
 def _main() -> None:
-    config = tyro.cli(Prepare | Drive, prog="python -m examples.detour")
-    match config:
-        case Prepare():
-            sys.stdout.write(f"{prepare(config)}\n")
-        case Drive():
-            drive(config)
+    output, *policy = sys.argv[1:]
+    if policy:
+        drive(Path(output), *policy)
+    else:
+        sys.stdout.write(f"{prepare(Path(output))}\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ set -euo pipefail
 output=${1:-outputs/detour}
 bundle=$output/demo-fp16.bundle
 
-policy=$(python -m examples.detour prepare --output "$output")
+policy=$(python -m examples.detour "$output")
 vqbet-export "$policy" --fp16 --verify-data "$output/demonstrations" --output "$bundle" --force
 python examples/control_loop.py "$bundle" "$output/demonstrations"
-python -m examples.detour drive "$bundle" --output "$output"
+python -m examples.detour "$output" "$bundle"

@@ -2,10 +2,9 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from sizes import SMALL
+from sizes import short_run
 
 from vqbet_edge.training.checkpoints import Checkpoints, Progress
 from vqbet_edge.training.config import TrainConfig
@@ -14,18 +13,11 @@ from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
-_TINY: dict[str, Any] = {
-    **SMALL,
-    "n_obs_steps": 2,
-    "crop_shape": (48, 48),
-    "vqvae_embedding_dim": 32,
-    "vqvae_enc_hidden_dim": 32,
-}
 
 
 def config(output: Path, *, resume: bool = False) -> TrainConfig:
     """Of a tiny run."""
-    return TrainConfig(dataset=str(PUSHT), output=output, resume=resume, **_TINY)
+    return short_run(PUSHT, output, resume=resume)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.recording import Recorder
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.samples import Piece, Sampler, random_pieces
+from vqbet_edge.training.dataset.samples import Sampler, random_pieces
 
 IMAGE, STATE = "observation.image", "observation.state"
 
@@ -38,19 +38,23 @@ def dataset() -> LeRobotDataset:
     return LeRobotDataset.open(int8.PUSHT)
 
 
+def record(folder: Path, manifest: Manifest, episodes: Iterable[dict[str, np.ndarray]]) -> Path:
+    recorder = Recorder(manifest, folder, 1 << 30)
+    for episode in episodes:
+        for frame, state in zip(episode[IMAGE], episode[STATE], strict=True):
+            recorder.append({IMAGE: frame, STATE: state})
+        recorder.begin_episode()
+    recorder.close()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def recording(
     manifest: Manifest, dataset: LeRobotDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Every episode of the data set, in more than one file."""
     folder = tmp_path_factory.mktemp("recording") / "seen"
-    recorder = Recorder(manifest, folder, 1 << 30)
-    for position in range(dataset.num_episodes):
-        episode = dataset.episode(position)
-        for frame, state in zip(episode[IMAGE], episode[STATE], strict=True):
-            recorder.append({IMAGE: frame, STATE: state})
-        recorder.begin_episode()
-    recorder.close()
+    record(folder, manifest, map(dataset.episode, range(dataset.num_episodes)))
     assert len(list(folder.iterdir())) > 1
     return folder
 
@@ -96,37 +100,21 @@ def test_pieces_are_read_when_they_are_asked_for(
 
     monkeypatch.setattr(LeRobotDataset, "episode", counting)
     pieces = Sampler.open(int8.PUSHT, manifest).pieces(160)
-    assert isinstance(pieces, Iterator)
     assert not read
-    assert isinstance(next(pieces), Piece)
-    assert len(read) == 1
-    assert read[0].stop - read[0].start == 16
+    assert len(next(pieces).states) == 16
+    (steps,) = read
+    assert steps.stop - steps.start == 16
 
 
-def test_few_episodes_are_quartered(
+def test_few_episodes_are_quartered_and_short_ones_are_short_pieces(
     manifest: Manifest, dataset: LeRobotDataset, tmp_path: Path
 ) -> None:
-    recorder = Recorder(manifest, tmp_path / "seen", 1 << 30)
     episode = dataset.episode(0)
-    for frame, state in zip(episode[IMAGE], episode[STATE], strict=True):
-        recorder.append({IMAGE: frame, STATE: state})
-    recorder.close()
-    places = Sampler.open(tmp_path / "seen", manifest).places(128)
-    assert [place.stretch for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
+    places = Sampler.open(record(tmp_path / "one", manifest, [episode]), manifest).places(128)
+    assert [place.block for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(place.episode == 0 for place in places)
-
-
-def test_a_short_episode_is_a_short_piece(
-    manifest: Manifest, dataset: LeRobotDataset, tmp_path: Path
-) -> None:
-    recorder = Recorder(manifest, tmp_path / "seen", 1 << 30)
-    episode = dataset.episode(0)
-    for _ in range(5):
-        recorder.begin_episode()
-        for step in range(3):
-            recorder.append({IMAGE: episode[IMAGE][step], STATE: episode[STATE][step]})
-    recorder.close()
-    pieces = list(Sampler.open(tmp_path / "seen", manifest).pieces(1000))
+    short = {key: values[:3] for key, values in episode.items()}
+    pieces = Sampler.open(record(tmp_path / "short", manifest, [short] * 5), manifest).pieces(1000)
     assert [len(piece.states) for piece in pieces] == [3] * 5
 
 

@@ -8,19 +8,23 @@ Fields that LeRobot 0.4.4 does not know would be an error there, so only common 
 options of the runtime have the plugin's defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from vqbet_edge.errors import BundleError
-from vqbet_edge.runtime.manifest import FeatureSpec, Manifest, Text
+from vqbet_edge.runtime.manifest import Manifest, Text
 
 CONFIG_NAME = "config.json"
 LEROBOT_NAMES = (CONFIG_NAME, "policy_preprocessor.json", "policy_postprocessor.json")
 POLICY_TYPE: Literal["vqbet_edge"] = "vqbet_edge"
-_CPU = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
+Step = dict[str, Any]
+# Steps of a processor that leave one observation's numbers as they are.
+RENAME: Step = {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}}
+BATCH: Step = {"registry_name": "to_batch_processor", "config": {}}
+CPU: Step = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
 
 
 class _Config(Struct, forbid_unknown_fields=True):
@@ -43,19 +47,17 @@ def lerobot_files(manifest: Manifest, license: str | None) -> dict[str, bytes]: 
         manifest: of the bundle.
         license: of the checkpoint.
     """
-    rename = {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}}
-    batch: dict[str, Any] = {"registry_name": "to_batch_processor", "config": {}}
     contents = (
         {
             "type": POLICY_TYPE,
             "n_obs_steps": manifest.policy.n_obs_steps,
-            "input_features": _features(manifest.input_features),
-            "output_features": _features(manifest.output_features),
+            "input_features": features_json(manifest.input_features),
+            "output_features": features_json(manifest.output_features),
             "device": "cpu",
             "license": license,
         },
-        {"name": "policy_preprocessor", "steps": [rename, batch, _CPU]},
-        {"name": "policy_postprocessor", "steps": [_CPU]},
+        processor_json("policy_preprocessor", [RENAME, BATCH, CPU]),
+        processor_json("policy_postprocessor", [CPU]),
     )
     return {
         name: msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
@@ -98,8 +100,11 @@ def _foreign(name: str) -> BundleError:
     )
 
 
-def _features(features: dict[str, FeatureSpec]) -> dict[str, Any]:
-    return {
-        key: {"type": feature.type, "shape": list(feature.shape)}
-        for key, feature in features.items()
-    }
+def processor_json(name: str, steps: Sequence[Step]) -> dict[str, Any]:
+    """A processor's file."""
+    return {"name": name, "steps": steps}
+
+
+def features_json(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Features, which have a type and a shape, as LeRobot's configurations name them."""
+    return {key: {"type": f.type, "shape": list(f.shape)} for key, f in features.items()}

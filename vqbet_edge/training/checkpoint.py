@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,11 @@ from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.manifest import ActionKind, Text
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.files import check_encodable, remedy, through_last
+from vqbet_edge.training.files import remedy, through_last
 from vqbet_edge.training.layouts import (
+    CONFIG_NAME,
+    TRAIN_CONFIG_NAME,
+    WEIGHTS_NAME,
     Description,
     Json,
     Layout,
@@ -34,76 +37,54 @@ from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import (
     RANGE,
     Floats,
-    normalizing,
+    affines,
     required_statistics,
     still_warning,
-    unnormalizing,
 )
 
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
-TRAIN_CONFIG_NAME = "train_config.json"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 # Where a checkpoint's directory is below a step's, below all of them, and below a run's.
 _INSIDE_A_RUN = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
-_FILES = [
-    "config.json",
-    "train_config.json",
-    "model.safetensors",
-    "policy_*.json",
-    "policy_*.safetensors",
-]
+_FILES = [CONFIG_NAME, TRAIN_CONFIG_NAME, WEIGHTS_NAME, "policy_*.json", "policy_*.safetensors"]
 _NORMALIZERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A policy ready to be exported.
+    """A policy ready to be exported."""
 
-    Attributes:
-        network: float32, in eval mode, on the CPU.
-        normalization: by the policy's key, as its files have it; absent means unchanged.
-        renamed: the policy's key -> the key that the robot passes, where they differ.
-        layout: which releases of LeRobot write checkpoints so.
-        name: where it was loaded from, as the user wrote it.
-        sha256: digest of model.safetensors.
-        license: as the configuration names it.
-        fps: observations a second of the demonstrations; None where its files do not tell.
-        dataset: name or folder of the demonstrations, likewise.
-        action_kinds: what each number of an action is; empty where nobody said.
-    """
-
-    network: VQBeT
+    network: VQBeT  # float32, in eval mode, on the CPU
+    # By the policy's key, as its files have it; absent means unchanged.
     normalization: Mapping[str, Normalization]
-    renamed: Mapping[str, str]
+    renamed: Mapping[str, str]  # the policy's key -> the robot's, where they differ
     layout: Layout
-    name: str
-    sha256: str
+    name: str  # where it was loaded from, as the user wrote it
+    sha256: str  # of model.safetensors
     license: str | None = None
+    # Observations a second and name or folder of the demonstrations, where its files tell.
     fps: float | None = None
     dataset: str | None = None
-    action_kinds: tuple[ActionKind, ...] = ()
+    action_kinds: tuple[ActionKind, ...] = ()  # of each number of an action, where somebody said
 
     @cached_property
     def inputs(self) -> Mapping[str, Affine]:
         """By the policy's key: robot units -> network units, images from [0, 1]."""
-        return {key: self._scaling(key, normalizing) for key in self.config.input_features}
+        return {key: self._scaling(key)[0] for key in self.config.input_features}
 
     @cached_property
     def action(self) -> Affine:
         """Network units -> robot units; see `action_scaling`."""
-        return self._scaling(ACTION_KEY, unnormalizing)
+        return self._scaling(ACTION_KEY)[1]
 
-    def _scaling(self, key: str, convert: Callable[..., Affine]) -> Affine:
+    def _scaling(self, key: str) -> tuple[Affine, Affine]:
         features = {**self.config.input_features, **self.config.output_features}
         # (dim,) for vectors; for images (3, height, width) it is the channels that are scaled.
         dim = features[key].shape[0]
-        how = self.normalization.get(key)
-        if how is None or how.mode is NormalizationMode.IDENTITY:
-            return Affine.identity(dim)
+        how = self.normalization.get(key, Normalization(NormalizationMode.IDENTITY))
         stats = required_statistics(key, how.mode, how.stats, dim)
-        if key == STATE_KEY and (text := still_warning(key, how.mode, stats)):
+        if key == STATE_KEY and stats and (text := still_warning(key, how.mode, stats)):
             warnings.warn(text, stacklevel=4)
-        return convert(how.mode, stats, how.epsilon)
+        return affines(how.mode, stats, how.epsilon, dim)
 
     @property
     def state_range(self) -> Floats | None:
@@ -112,7 +93,7 @@ class Checkpoint:
 
     @property
     def action_range(self) -> Floats | None:
-        """float32 (2, A): lowest and highest demonstrated action in the robot's units, if known."""
+        """The same of the actions, (2, A)."""
         return self._demonstrated(ACTION_KEY, self.config.action_dim)
 
     def _demonstrated(self, key: str, dim: int) -> Floats | None:
@@ -169,7 +150,10 @@ def load_checkpoint(source: str) -> Checkpoint:
     directory = locate_checkpoint(source)
     config = read_json(directory / CONFIG_NAME)
     tensors = _load_weights(directory / WEIGHTS_NAME)
-    if config.get("resize_shape") is not None and not _is_ours(directory):
+    path = directory / TRAIN_CONFIG_NAME
+    run = read_json(path) if path.is_file() else {}
+    # LeRobot's own train_config.json has the policy's fields nested.
+    if config.get("resize_shape") is not None and "resize_shape" not in run:
         warnings.warn(
             f"'{directory / CONFIG_NAME}' asks for resize_shape, which LeRobot's VQ-BeT does not "
             "have, and vqbet-train did not write this checkpoint: images are averaged and "
@@ -187,7 +171,13 @@ def load_checkpoint(source: str) -> Checkpoint:
             f"'{directory / CONFIG_NAME}' or its processors lack or misuse {error}; "
             "save the policy again with LeRobot's save_pretrained"
         ) from error
-    run = _run(directory)
+    fps, dataset = run.get("fps"), run.get("dataset")
+    if isinstance(dataset, dict):  # LeRobot's
+        dataset = dataset.get("root") or dataset.get("repo_id")
+    try:
+        terms = msgspec.convert(config.get("license"), Text | None)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{CONFIG_NAME}: license: {error}; correct it, or null") from error
     checkpoint = Checkpoint(
         network=network,
         normalization=found.normalization,
@@ -195,45 +185,13 @@ def load_checkpoint(source: str) -> Checkpoint:
         layout=found.layout,
         name=source,
         sha256=hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
-        license=_license(config),
-        fps=_fps(run),
-        dataset=_dataset(run),
+        license=terms,
+        fps=float(fps) if isinstance(fps, int | float) and 0 < fps < math.inf else None,
+        dataset=dataset if isinstance(dataset, str) else None,
     )
     # Statistics that do not do are found here, not when somebody asks for them.
     _ = checkpoint.inputs, checkpoint.action
     return checkpoint
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether vqbet-train wrote it: LeRobot's train_config.json has the policy's fields nested."""
-    path = directory / TRAIN_CONFIG_NAME
-    return path.is_file() and "resize_shape" in read_json(path)
-
-
-def _run(directory: Path) -> Json:
-    """The configuration that the policy was trained with, ours or LeRobot's; empty if not here."""
-    path = directory / TRAIN_CONFIG_NAME
-    return read_json(path) if path.is_file() else {}
-
-
-def _fps(run: Json) -> float | None:
-    fps = run.get("fps")
-    return float(fps) if isinstance(fps, int | float) and 0 < fps < math.inf else None
-
-
-def _dataset(run: Json) -> str | None:
-    """Ours is a text; LeRobot's names a folder, or else an id."""
-    found = run.get("dataset")
-    if isinstance(found, dict):
-        found = found.get("root") or found.get("repo_id")
-    return found if isinstance(found, str) else None
-
-
-def _license(config: Json) -> str | None:
-    try:
-        return msgspec.convert(config.get("license"), Text | None)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{CONFIG_NAME}: license: {error}; correct it, or null") from error
 
 
 def locate_checkpoint(source: str) -> Path:
@@ -243,34 +201,29 @@ def locate_checkpoint(source: str) -> Path:
         CheckpointError, UsageError, HubError: as `load_checkpoint` does.
     """
     path = through_last(Path(source))
-    check_encodable(path)
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "
             f"with LeRobot's save_pretrained and pass its {WEIGHTS_NAME}"
         )
-    if path.is_dir():
-        return _check_directory(path)
     if path.is_file():
         if path.name != WEIGHTS_NAME:
             raise CheckpointError(
                 f"expected a file named {WEIGHTS_NAME}, got '{source}'; pass the directory that "
                 f"holds {WEIGHTS_NAME} and {CONFIG_NAME}"
             )
-        return _check_directory(path.parent)
-    if is_hub_id(source):
-        return _check_directory(download(source, "model", _FILES))
-    raise CheckpointError(
-        f"'{source}' does not exist; pass a {WEIGHTS_NAME}, its directory, or a Hub id (user/name, "
-        "user/name@revision)"
-    )
-
-
-def _check_directory(directory: Path) -> Path:
-    if (directory / WEIGHTS_NAME).is_file():
-        return directory
-    names = sorted(entry.name for entry in directory.iterdir())
-    inside = [through_last(directory / place) for place in _INSIDE_A_RUN]
+        return path.parent
+    if not path.is_dir() and is_hub_id(source):
+        path = download(source, "model", _FILES)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"'{source}' does not exist; pass a {WEIGHTS_NAME}, its directory, or a Hub id "
+            "(user/name, user/name@revision)"
+        )
+    if (path / WEIGHTS_NAME).is_file():
+        return path
+    names = sorted(entry.name for entry in path.iterdir())
+    inside = [through_last(path / place) for place in _INSIDE_A_RUN]
     meant = next((place for place in inside if (place / WEIGHTS_NAME).is_file()), None)
     if meant is not None:
         hint = f"pass '{meant}'"
@@ -280,7 +233,7 @@ def _check_directory(directory: Path) -> Path:
         hint = "pickled weights are never loaded: save the policy with save_pretrained"
     else:
         hint = f"it holds {names[:8]}"
-    raise CheckpointError(f"'{directory}' holds no {WEIGHTS_NAME}; {hint}")
+    raise CheckpointError(f"'{path}' holds no {WEIGHTS_NAME}; {hint}")
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:
@@ -371,12 +324,6 @@ def _build(config: VQBeTConfig, weights: Mapping[str, Tensor]) -> VQBeT:
     try:
         network.load_state_dict(wanted, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: {_shorten(str(error))}"
-        ) from error
+        flat = " ".join(str(error).split())[:600]
+        raise CheckpointError(f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: {flat}") from error
     return network.eval().requires_grad_(False)
-
-
-def _shorten(text: str, limit: int = 600) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else f"{flat[:limit]} ..."

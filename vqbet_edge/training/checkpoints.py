@@ -1,6 +1,6 @@
 """Checkpoints of a run, and going on from the last one.
 
-checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `pretrained`
+checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `layouts`
 checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights; no pickle
 checkpoints/last                        link to the newest, for people
 
@@ -32,9 +32,15 @@ from vqbet_edge.training.files import (
     write_bytes,
     writing,
 )
+from vqbet_edge.training.layouts import (
+    STATISTICS_NAME,
+    TRAIN_CONFIG_NAME,
+    WEIGHTS_NAME,
+    save_pretrained,
+    statistics,
+)
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Floats, Scalings
-from vqbet_edge.training.pretrained import STATISTICS_NAME, save_pretrained, statistics
 
 # What may differ between a run and its continuation, because no loss depends on it, or checked by
 # other means: what matters of the data set is its statistics, and `steps` may grow.
@@ -51,17 +57,11 @@ _PATIENCE, _WORTH_WHILE = 3, 0.01
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        step: steps of both phases that are done.
-        error: phase 1's best reconstruction error so far, normalised.
-        stale: how many looks ago that was.
-    """
-
-    step: int = 0
-    error: float = math.inf
-    stale: int = 0
+    step: int = 0  # of both phases
+    error: float = math.inf  # phase 1's best reconstruction error so far, normalised
+    stale: int = 0  # how many looks ago that was
 
     def seen(self, error: float) -> "Progress":
         """After a look at phase 1's reconstruction error."""
@@ -93,15 +93,12 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, scalings: Scalings, fps: float) -> None:
         self._config, self._scalings, self._fps = config, scalings, fps
         self._directory = config.output / "checkpoints"
+        self._link = self._directory / "last"
 
     @property
     def last(self) -> Path:
         """The newest checkpoint: the link to it where there is one."""
         return through_last(self._link)
-
-    @property
-    def _link(self) -> Path:
-        return self._directory / "last"
 
     def save(
         self,
@@ -112,28 +109,23 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint; the one before it stays whole whatever happens.
 
-        Args:
-            progress: how far the run has come.
-            network: the weights that training goes on with.
-            averaged: their moving average, which robots get when there is one.
-            optimizer: its state.
+        Training goes on with the weights of `network`; robots get `averaged` when there is one.
 
         Raises:
             DiskError: it cannot be written.
         """
         path = self._directory / f"{progress.step:06d}"
         with new_directory(path) as temporary:
-            folder = temporary / "pretrained_model"
+            folder, state = temporary / "pretrained_model", temporary / "training_state"
             folder.mkdir()
-            state = temporary / "training_state"
             state.mkdir()
             final = averaged or network
             save_pretrained(folder, final, self._config, self._scalings, self._fps)
             write_bytes(temporary / _PROGRESS, json.dumps(asdict(progress)).encode())
-            _write_optimizer(state / "optimizer.safetensors", optimizer)
+            write_bytes(state / "optimizer.safetensors", _encode_optimizer(optimizer))
             if averaged is not None:
                 weights = safetensors.torch.save(network.state_dict())
-                write_bytes(state / "model.safetensors", weights)
+                write_bytes(state / WEIGHTS_NAME, weights)
         point_to(self._link, path)
 
     def start(self) -> Resumed | None:
@@ -155,7 +147,18 @@ class Checkpoints:
         sweep(self._directory)
         self._adopt()
         if found := numbered(self._directory):
-            return self._read(found[-1])
+            path = found[-1]
+            try:
+                self._check_same(path)
+                resumed = _read(path)
+            except _BROKEN as e:
+                raise CheckpointError(
+                    f"{path} is not whole ({e}); copy it again, or delete it to go on from the "
+                    "checkpoint before it"
+                ) from e
+            if self._link.resolve() != path.resolve():
+                point_to(self._link, path)
+            return resumed
         if known:
             raise CheckpointError(
                 f"{self._link} is there, but no checkpoint (a folder such as 005000) in "
@@ -181,32 +184,6 @@ class Checkpoints:
             if not own.exists():
                 self._link.rename(own)
 
-    def _read(self, path: Path) -> Resumed:
-        try:
-            self._check_same(path)
-            found = self._load(path)
-        except _BROKEN as e:
-            raise CheckpointError(
-                f"{path} is not whole ({e}); copy it again, or delete it to go on from the "
-                "checkpoint before it"
-            ) from e
-        if self._link.resolve() != path.resolve():
-            point_to(self._link, path)
-        return found
-
-    def _load(self, path: Path) -> Resumed:
-        state = path / "training_state"
-        final = safetensors.torch.load_file(path / "pretrained_model" / "model.safetensors")
-        own = state / "model.safetensors"
-        return Resumed(
-            path=path,
-            steps=_config(path)["steps"],
-            progress=Progress(**json.loads((path / _PROGRESS).read_text())),
-            weights=safetensors.torch.load_file(own) if own.exists() else final,
-            averaged=final if own.exists() else None,
-            optimizer=_read_optimizer(state / "optimizer.safetensors"),
-        )
-
     def _check_same(self, path: Path) -> None:
         before = _config(path)
         now = self._config.to_json()
@@ -218,16 +195,13 @@ class Checkpoints:
                 f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "
                 "pass the same, or start a new run in another --output"
             )
-        self._check_data(path)
-
-    def _check_data(self, path: Path) -> None:
-        """The codebooks and weights mean what the statistics that they were trained with say."""
-        before = safetensors.numpy.load_file(path / "pretrained_model" / STATISTICS_NAME)
-        now = statistics(self._scalings)
-        seen = {name.rpartition(".")[0] for name in before}
-        new = [name for name in now if name.rpartition(".")[0] not in seen]
-        for name in [*before, *new]:
-            then, here = before.get(name), now.get(name)
+        # Codebooks and weights mean what the statistics that they were trained with say.
+        stored = safetensors.numpy.load_file(path / "pretrained_model" / STATISTICS_NAME)
+        found = statistics(self._scalings)
+        seen = {name.rpartition(".")[0] for name in stored}
+        new = [name for name in found if name.rpartition(".")[0] not in seen]
+        for name in [*stored, *new]:
+            then, here = stored.get(name), found.get(name)
             if then is None or here is None or not _same(then, here):
                 raise UsageError(
                     f"{self._config.dataset} is not what the run in {self._config.output} was "
@@ -237,10 +211,23 @@ class Checkpoints:
                 )
 
 
+def _read(path: Path) -> Resumed:
+    state = path / "training_state"
+    final = safetensors.torch.load_file(path / "pretrained_model" / WEIGHTS_NAME)
+    own = state / WEIGHTS_NAME
+    return Resumed(
+        path=path,
+        steps=_config(path)["steps"],
+        progress=Progress(**json.loads((path / _PROGRESS).read_text())),
+        weights=safetensors.torch.load_file(own) if own.exists() else final,
+        averaged=final if own.exists() else None,
+        optimizer=_read_optimizer(state / "optimizer.safetensors"),
+    )
+
+
 def _config(path: Path) -> dict[str, Any]:
-    """What the run was started with."""
-    found: dict[str, Any]
-    found = json.loads((path / "pretrained_model" / "train_config.json").read_text())
+    text = (path / "pretrained_model" / TRAIN_CONFIG_NAME).read_text()
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -252,15 +239,14 @@ def _text(values: Floats | None) -> str:
     return "not there" if values is None else np.array2string(values.reshape(-1), precision=4)
 
 
-def _write_optimizer(path: Path, state: dict[str, Any]) -> None:
-    """Write `Optimizer.state_dict()` as tensors `<parameter>.<name>`, the settings as metadata."""
+def _encode_optimizer(state: dict[str, Any]) -> bytes:
+    """`Optimizer.state_dict()` as tensors `<parameter>.<name>`, the settings as metadata."""
     tensors = {
         f"{parameter}.{name}": torch.as_tensor(value).contiguous()
         for parameter, entry in state["state"].items()
         for name, value in entry.items()
     }
-    settings = {"param_groups": json.dumps(state["param_groups"])}
-    write_bytes(path, safetensors.torch.save(tensors, settings))
+    return safetensors.torch.save(tensors, {"param_groups": json.dumps(state["param_groups"])})
 
 
 def _read_optimizer(path: Path) -> dict[str, Any]:

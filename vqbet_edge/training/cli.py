@@ -35,14 +35,10 @@ def _main() -> None:
 
 
 def parsed() -> Arguments:
-    """The command line."""
-    return parse(Arguments, "vqbet-train", default=_defaults())
-
-
-def _defaults() -> Arguments:
-    """Those of the recipe; what is required stays so."""
+    """The command line, with the recipe's defaults; what is required stays so."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES)
     name = parser.parse_known_args()[0].recipe
     values = RECIPES[name] if name else {}
-    return Arguments(TrainConfig(dataset=tyro.MISSING, output=tyro.MISSING, **values), name)
+    train = TrainConfig(dataset=tyro.MISSING, output=tyro.MISSING, **values)
+    return parse(Arguments, "vqbet-train", default=Arguments(train, name))

@@ -32,12 +32,9 @@ class Quantization(NamedTuple):
 
 
 def quantize(quantizer: ResidualQuantizer, latents: Tensor, reduce: Reduce | None) -> Quantization:
-    """Quantise and, unless `reduce` is None, move the code vectors towards their inputs.
+    """Quantise latents (M, D) and, unless `reduce` is None, move the code vectors towards them.
 
-    Args:
-        quantizer: both codebooks.
-        latents: (M, D).
-        reduce: keeps the codebooks in step across processes.
+    `reduce` keeps the codebooks in step across processes.
     """
     residual, total, codes = latents, torch.zeros_like(latents), []
     commitment = latents.new_zeros(())
@@ -67,12 +64,10 @@ def _move(codebook: Codebook, x: Tensor, codes: Tensor, reduce: Reduce) -> None:
 
 @torch.no_grad()
 def initialize(vqvae: VqVae, chunks: Tensor, batch_size: int) -> None:
-    """Place the code vectors by k-means over the chunks' latents.
+    """Place the code vectors by k-means over the latents of chunks (M, W, A), normalised.
 
-    Args:
-        vqvae: with an encoder that need not be trained.
-        chunks: (M, W, A), normalised; the same on all processes.
-        batch_size: chunks per training step, the scale of the moving counts.
+    The chunks are the same on all processes; `batch_size`, those of a training step, is the scale
+    of the moving counts.
     """
     residual = vqvae.encoder(chunks.flatten(1))
     for codebook in vqvae.vq_layer.codebooks:
@@ -92,12 +87,7 @@ def initialize(vqvae: VqVae, chunks: Tensor, batch_size: int) -> None:
 def revive(vqvae: VqVae, chunks: Tensor) -> int:
     """Put codes that are hardly ever chosen where the worst represented chunks are.
 
-    Args:
-        vqvae: the model.
-        chunks: (M, W, A), normalised; the same on all processes.
-
-    Returns:
-        How many codes were dead.
+    Of chunks (M, W, A), normalised, the same on all processes; returns how many codes were dead.
     """
     residual, revived = vqvae.encoder(chunks.flatten(1)), 0
     for codebook in vqvae.vq_layer.codebooks:

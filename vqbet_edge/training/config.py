@@ -3,15 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
 import tyro
+from msgspec import Meta
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.training.dataset import LeRobotDataset
@@ -19,22 +19,21 @@ from vqbet_edge.training.dataset import LeRobotDataset
 STATE_KEY = "observation.state"
 ACTION_KEY = "action"
 
-
-class Backbone(NamedTuple):
-    """What a backbone makes of an image: a map with so many channels, smaller by the stride."""
-
-    channels: int
-    stride: int
+Share = Annotated[float, Meta(ge=0, lt=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
 
 
+# What a backbone makes of an image: a map with so many channels, smaller by the stride.
 BACKBONES = {
     # A map of 8x8 is left of an image of 64x64 to find keypoints in.
-    "resnet10_small": Backbone(64, 8),
-    "resnet18": Backbone(512, 32),
-    "resnet34": Backbone(512, 32),
-    "resnet50": Backbone(2048, 32),
-    "resnet101": Backbone(2048, 32),
-    "resnet152": Backbone(2048, 32),
+    "resnet10_small": (64, 8),
+    "resnet18": (512, 32),
+    "resnet34": (512, 32),
+    "resnet50": (2048, 32),
+    "resnet101": (2048, 32),
+    "resnet152": (2048, 32),
 }
 NUM_CODE_LAYERS = 2
 
@@ -59,21 +58,10 @@ class NormalizationMode(str, Enum):
 
 @dataclass(frozen=True)
 class Feature:
-    """One input or output: its type and its shape without batch and time axes.
-
-    Images are (3, height, width), states and actions are (dim,).
-    """
+    """One input or output; its shape is (3, height, width) of images, else (dim,)."""
 
     type: FeatureType
     shape: tuple[int, ...]
-
-
-def _converted(kind: type[Any], value: Any, name: str) -> Any:  # noqa: ANN401
-    """A field's value in the field's type: texts are paths and modes, lists are tuples."""
-    try:
-        return msgspec.convert(_plain(value), kind, dec_hook=_decode)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise UsageError(f"{name} ({flag(name)}): {error}; got {value!r}") from error
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
@@ -81,9 +69,11 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
         case os.PathLike():
             return os.fspath(value)
         case np.generic() | np.ndarray():
-            return value.tolist()
+            return _plain(value.tolist())
         case Enum():
             return value.value
+        case float() if not math.isfinite(value):
+            raise TypeError("Expected a finite number")
         case dict():
             return {key: _plain(each) for key, each in value.items()}
         case list() | tuple():
@@ -99,46 +89,20 @@ def _decode(kind: type[Any], value: Any) -> Any:  # noqa: ANN401
 
 
 def convert_fields(config: Any) -> None:  # noqa: ANN401
-    """Give every field of a frozen dataclass its type.
+    """Give every field of a frozen dataclass its type: texts are paths and modes, lists tuples.
 
     Raises:
         UsageError: names the field and what it takes.
     """
-    hints = get_type_hints(type(config))
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if value is not tyro.MISSING:  # the command line still asks for it
-            object.__setattr__(config, each.name, _converted(hints[each.name], value, each.name))
-    for rule, names in _RULES.items():
-        for name in names & hints.keys():
-            value = getattr(config, name)
-            if not all(map(_HOLDS[rule], np.atleast_1d(value).tolist())):
-                raise UsageError(f"{name} ({flag(name)}) must be {rule}, got {value}")
-
-
-# What floats and seeds may be; whole numbers are checked where they are used.
-_HOLDS: Mapping[str, Callable[[float], bool]] = {
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "0 or more": lambda value: 0 <= value < math.inf,
-    "more than 0": lambda value: 0 < value < math.inf,
-}
-_RULES: Mapping[str, set[str]] = {
-    "in [0, 1)": {"dropout", "ema_decay", "optimizer_betas", "validation_fraction"},
-    "0 or more": {
-        "offset_loss_weight", "primary_code_loss_weight", "secondary_code_loss_weight", "seed",
-        "optimizer_lr", "optimizer_weight_decay", "optimizer_vqvae_lr",
-        "optimizer_vqvae_weight_decay", "scheduler_warmup_steps",
-    },
-    "more than 0": {"bet_softmax_temperature", "optimizer_eps", "optimizer_grad_clip_norm"},
-}  # fmt: skip
-
-
-def _default_normalization() -> dict[str, NormalizationMode]:
-    return {
-        "VISUAL": NormalizationMode.IDENTITY,
-        "STATE": NormalizationMode.MIN_MAX,
-        "ACTION": NormalizationMode.MIN_MAX,
-    }
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if value is tyro.MISSING:  # the command line still asks for it
+            continue
+        try:
+            converted = msgspec.convert(_plain(value), kind, dec_hook=_decode)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise UsageError(f"{name} ({flag(name)}): {error}; got {value!r}") from error
+        object.__setattr__(config, name, converted)
 
 
 @dataclass(frozen=True)
@@ -147,15 +111,19 @@ class Hyperparameters:
 
     # By type of feature: IDENTITY, MIN_MAX, MEAN_STD, QUANTILES (1 % and 99 %) or QUANTILE10.
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=_default_normalization
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        }
     )
 
     # Observations in the window.
-    n_obs_steps: int = 5
+    n_obs_steps: Count = 5
     # Action queries from the current step on.
-    n_action_pred_token: int = 3
+    n_action_pred_token: Count = 3
     # Actions that one code pair stands for, executed before the next prediction.
-    action_chunk_size: int = 5
+    action_chunk_size: Count = 5
     # Predict distances from the state that an observation shows instead of positions.
     use_relative_actions: bool = False
     # Actions with one of these in their names stay positions.
@@ -174,40 +142,40 @@ class Hyperparameters:
     # GroupNorm instead of BatchNorm in the backbone.
     use_group_norm: bool = True
     # Keypoints of the spatial softmax behind the backbone.
-    spatial_softmax_num_keypoints: int = 32
+    spatial_softmax_num_keypoints: Count = 32
 
     # Optimisation steps of phase 1, the residual VQ-VAE.
     n_vqvae_training_steps: int = 20000
     # Codes in each of the two layers.
-    vqvae_n_embed: int = 16
+    vqvae_n_embed: Count = 16
     # Width of a code vector.
-    vqvae_embedding_dim: int = 256
+    vqvae_embedding_dim: Count = 256
     # Width of the VQ-VAE's hidden layers.
-    vqvae_enc_hidden_dim: int = 128
+    vqvae_enc_hidden_dim: Count = 128
 
     # Most tokens that the transformer can see.
-    gpt_block_size: int = 500
+    gpt_block_size: Count = 500
     # Width of the tokens.
-    gpt_input_dim: int = 512
+    gpt_input_dim: Count = 512
     # Width of the features that the heads see.
-    gpt_output_dim: int = 512
+    gpt_output_dim: Count = 512
     # Transformer blocks.
-    gpt_n_layer: int = 8
+    gpt_n_layer: Count = 8
     # Attention heads.
-    gpt_n_head: int = 8
+    gpt_n_head: Count = 8
     # Width inside the transformer.
-    gpt_hidden_dim: int = 512
+    gpt_hidden_dim: Count = 512
     # Dropout in the transformer.
-    dropout: float = 0.1
+    dropout: Share = 0.1
 
     # Weight of the offsets' L1 loss.
-    offset_loss_weight: float = 10000.0
+    offset_loss_weight: NotNegative = 10000.0
     # Weight of the primary code's focal loss.
-    primary_code_loss_weight: float = 5.0
+    primary_code_loss_weight: NotNegative = 5.0
     # Weight of the secondary code's focal loss.
-    secondary_code_loss_weight: float = 0.5
+    secondary_code_loss_weight: NotNegative = 0.5
     # Temperature that codes are sampled with.
-    bet_softmax_temperature: float = 0.1
+    bet_softmax_temperature: Positive = 0.1
     # Choose the secondary code knowing the primary one, instead of both at once.
     sequentially_select: bool = False
 
@@ -302,22 +270,10 @@ class VQBeTConfig(Hyperparameters):
 
 
 def _check_features(config: VQBeTConfig) -> None:
-    for key, feature in config.input_features.items():
-        if feature.type is FeatureType.STATE and key != STATE_KEY:
-            raise CheckpointError(
-                f"input feature '{key}' is a state; VQ-BeT reads one state, named '{STATE_KEY}'"
-            )
-    if STATE_KEY not in config.input_features:
-        raise CheckpointError(
-            f"no '{STATE_KEY}' among the input features {sorted(config.input_features)}; "
-            "VQ-BeT needs the robot's state"
-        )
-    if set(config.output_features) != {ACTION_KEY}:
-        raise CheckpointError(
-            f"expected the one output feature '{ACTION_KEY}', got {sorted(config.output_features)}"
-        )
-    _check_vector(STATE_KEY, config.input_features[STATE_KEY])
-    _check_vector(ACTION_KEY, config.output_features[ACTION_KEY])
+    vectors = {STATE_KEY: config.input_features[STATE_KEY], **config.output_features}
+    for key, feature in vectors.items():
+        if len(feature.shape) != 1 or feature.shape[0] < 1:
+            raise CheckpointError(f"expected '{key}' of shape (dim,), got {feature.shape}")
     _check_relative(config)
     if not config.image_keys:
         raise CheckpointError(
@@ -333,11 +289,6 @@ def _check_features(config: VQBeTConfig) -> None:
             f"expected cameras of one shape (3, height, width), got {shapes}; choose cameras of "
             "one size with --cameras, or shrink all to one with --resize-shape HEIGHT WIDTH"
         )
-
-
-def _check_vector(key: str, feature: Feature) -> None:
-    if len(feature.shape) != 1 or feature.shape[0] < 1:
-        raise CheckpointError(f"expected '{key}' of shape (dim,), got {feature.shape}")
 
 
 def _check_relative(config: VQBeTConfig) -> None:
@@ -374,30 +325,18 @@ def _check_vision(config: VQBeTConfig) -> None:
             f"{config.use_group_norm}; pass --no-use-group-norm, or no pretrained weights"
         )
     resize, crop = config.resize_shape, config.crop_shape
-    height, width = resize or config.frame_size
-    if resize is not None:
-        _check_resize(config, resize)
-    if crop is not None and not (0 < crop[0] <= height and 0 < crop[1] <= width):
-        raise CheckpointError(f"crop_shape {crop} does not fit into images of {height}x{width}")
-
-
-def _check_resize(config: VQBeTConfig, resize: tuple[int, int]) -> None:
     for key, (height, width) in zip(config.image_keys, config.image_sizes, strict=True):
-        if not (0 < resize[0] <= height and 0 < resize[1] <= width):
+        if resize is not None and not (0 < resize[0] <= height and 0 < resize[1] <= width):
             raise CheckpointError(
                 f"resize_shape {resize} does not shrink the {height}x{width} images of '{key}'; "
                 "choose a smaller one, or leave the camera out with --cameras"
             )
+    height, width = resize or config.frame_size
+    if crop is not None and not (0 < crop[0] <= height and 0 < crop[1] <= width):
+        raise CheckpointError(f"crop_shape {crop} does not fit into images of {height}x{width}")
 
 
 def _check_sizes(config: VQBeTConfig) -> None:
-    for name in (
-        "n_obs_steps", "n_action_pred_token", "action_chunk_size", "spatial_softmax_num_keypoints",
-        "vqvae_n_embed", "vqvae_embedding_dim", "vqvae_enc_hidden_dim", "gpt_block_size",
-        "gpt_input_dim", "gpt_output_dim", "gpt_n_layer", "gpt_n_head", "gpt_hidden_dim",
-    ):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise CheckpointError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.gpt_hidden_dim % config.gpt_n_head:
         raise CheckpointError(
             f"gpt_hidden_dim {config.gpt_hidden_dim} is not a multiple of "
@@ -446,46 +385,46 @@ class TrainConfig(Hyperparameters):
     # Optimisation steps of both phases together.
     steps: int = 100_000
     # Windows per step, over all processes together.
-    batch_size: int = 64
+    batch_size: Count = 64
     # Of everything that is drawn at random.
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     # Go on from the run's last checkpoint.
     resume: bool = False
 
     # Learning rate of phase 2.
-    optimizer_lr: float = 1e-4
+    optimizer_lr: NotNegative = 1e-4
     # Decay of Adam's moving averages, both phases.
-    optimizer_betas: tuple[float, float] = (0.95, 0.999)
+    optimizer_betas: tuple[Share, Share] = (0.95, 0.999)
     # Adam's epsilon, both phases.
-    optimizer_eps: float = 1e-8
+    optimizer_eps: Positive = 1e-8
     # Weight decay of phase 2.
-    optimizer_weight_decay: float = 1e-6
+    optimizer_weight_decay: NotNegative = 1e-6
     # Learning rate of phase 1.
-    optimizer_vqvae_lr: float = 1e-3
+    optimizer_vqvae_lr: NotNegative = 1e-3
     # Weight decay of phase 1.
-    optimizer_vqvae_weight_decay: float = 1e-4
+    optimizer_vqvae_weight_decay: NotNegative = 1e-4
     # Gradients longer than this are shortened to it.
-    optimizer_grad_clip_norm: float = 10.0
+    optimizer_grad_clip_norm: Positive = 10.0
     # Steps in which phase 2's learning rate rises to its full height.
-    scheduler_warmup_steps: int = 500
+    scheduler_warmup_steps: Annotated[int, Meta(ge=0)] = 500
 
     # End phase 1 as soon as its reconstruction error stops falling.
     vqvae_early_stop: bool = False
     # Decay of the moving average of phase 2's weights that checkpoints then hold; 0 keeps none.
-    ema_decay: float = 0.0
+    ema_decay: Share = 0.0
     # Precision that phase 2 computes in, beside the float32 weights.
     mixed_precision: Literal["no", "bf16"] = "no"
     # Compile phase 2 with torch.compile.
     compile: bool = False
 
     # Share of the episodes that are kept for validation.
-    validation_fraction: float = 0.05
+    validation_fraction: Share = 0.05
     # Steps between validations.
-    validate_every: int = 1000
+    validate_every: Count = 1000
     # Steps between lines of metrics.jsonl.
-    log_every: int = 100
+    log_every: Count = 100
     # Steps between checkpoints.
-    save_every: int = 5000
+    save_every: Count = 5000
     # Keep decoded frames in this folder between runs, instead of in memory.
     frame_cache: Path | None = None
 
@@ -498,24 +437,20 @@ class TrainConfig(Hyperparameters):
                 f"{', '.join(sorted(self.normalization_mapping)) or 'none'}"
             )
         if self.imagenet:
-            self._start_from_imagenet()
-        check_positive(self, "batch_size", "log_every", "save_every", "validate_every")
+            depth = self.vision_backbone.removeprefix("resnet")
+            if not depth.isdecimal():
+                raise UsageError(
+                    f"--imagenet: there are no ImageNet weights for {self.vision_backbone}; choose "
+                    "one of torchvision's ResNets with --vision-backbone, or leave --imagenet out"
+                )
+            name = f"ResNet{depth}_Weights.IMAGENET1K_V1"
+            object.__setattr__(self, "pretrained_backbone_weights", name)
+            object.__setattr__(self, "use_group_norm", False)
         if not 0 < self.n_vqvae_training_steps < self.steps:
             raise UsageError(
                 f"--steps {self.steps} counts both phases and must be more than "
                 f"--n-vqvae-training-steps {self.n_vqvae_training_steps}"
             )
-
-    def _start_from_imagenet(self) -> None:
-        if not self.vision_backbone.startswith("resnet") or "_" in self.vision_backbone:
-            raise UsageError(
-                f"--imagenet: there are no ImageNet weights for {self.vision_backbone}; choose "
-                "one of torchvision's ResNets with --vision-backbone, or leave --imagenet out"
-            )
-        number = self.vision_backbone.removeprefix("resnet")
-        name = f"ResNet{number}_Weights.IMAGENET1K_V1"
-        object.__setattr__(self, "pretrained_backbone_weights", name)
-        object.__setattr__(self, "use_group_norm", False)
 
     def policy(self, dataset: LeRobotDataset) -> VQBeTConfig:
         """The architecture for a data set: its cameras, state and action.
@@ -546,6 +481,5 @@ class TrainConfig(Hyperparameters):
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON's types."""
-        text = json.dumps(asdict(self), default=str)
-        result: dict[str, Any] = json.loads(text)
+        result: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return result

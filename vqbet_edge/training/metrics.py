@@ -38,11 +38,7 @@ _LATEST = 10
 
 
 class Reporter:
-    """Writes metrics; on every process but the first it does nothing.
-
-    Attributes:
-        bar: the progress bar, shown while it is entered.
-    """
+    """Writes metrics, and moves a bar while it is entered; silent but on the first process."""
 
     def __init__(self, config: TrainConfig, step: int, active: bool) -> None:
         self._path = config.output / "metrics.jsonl"
@@ -62,7 +58,9 @@ class Reporter:
         if active:
             with writing(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                _forget_after(self._path, step)
+                # What an interrupted run wrote after the checkpoint that is gone on from.
+                kept = [json.dumps(r) + "\n" for r in read_metrics(self._path) if r["step"] <= step]
+                replace_bytes(self._path, "".join(kept).encode())
 
     def record(self, step: int, kind: str, metrics: Metrics) -> None:
         """Write one line: the step, what kind of metrics, and the metrics."""
@@ -133,9 +131,3 @@ def overfitting(records: Sequence[Record]) -> str:
 def _points(records: Sequence[Record], kind: str, name: str) -> tuple[list[int], list[float]]:
     found = [r for r in records if r["kind"] == kind and name in r]
     return [r["step"] for r in found], [r[name] for r in found]
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what an interrupted run wrote after the checkpoint that is gone on from."""
-    kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= step]
-    replace_bytes(path, "".join(kept).encode())

@@ -12,8 +12,10 @@ Every tensor has LeRobot's name, so `load_state_dict(strict=True)` takes LeRobot
 """
 
 import math
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import CenterCrop, RandomCrop
 
-from vqbet_edge.training.backbone_weights import pretrained_weights
+from vqbet_edge.errors import HubError, UsageError
 from vqbet_edge.training.config import BACKBONES, NUM_CODE_LAYERS, VQBeTConfig
 from vqbet_edge.training.resizing import shrink, shrink_cameras
 
@@ -58,7 +60,8 @@ def build_backbone(config: VQBeTConfig) -> nn.Sequential:
     """A torchvision ResNet up to its last feature map, children numbered as in LeRobot.
 
     Raises:
-        UsageError, HubError: the pretrained weights are unknown, or not to be had.
+        UsageError: torchvision has no such pretrained weights for this backbone.
+        HubError: they are not in torch's cache and cannot be downloaded, or are damaged there.
     """
     norm = _group_norm if config.use_group_norm else nn.BatchNorm2d
     if config.vision_backbone == "resnet10_small":
@@ -66,8 +69,33 @@ def build_backbone(config: VQBeTConfig) -> nn.Sequential:
     resnet = torchvision.models.get_model(config.vision_backbone, weights=None, norm_layer=norm)
     if config.pretrained_backbone_weights is not None:
         weights = config.pretrained_backbone_weights
-        resnet.load_state_dict(pretrained_weights(config.vision_backbone, weights))
+        resnet.load_state_dict(_pretrained_weights(config.vision_backbone, weights))
     return nn.Sequential(*list(resnet.children())[:-2])
+
+
+def _pretrained_weights(backbone: str, name: str) -> dict[str, Tensor]:
+    """The state dict of a whole ResNet, from torch's cache or the network."""
+    known = torchvision.models.get_model_weights(backbone)
+    owner, _, short = name.rpartition(".")
+    if short not in known.__members__ or owner not in {"", known.__name__}:
+        names = ", ".join(f"{known.__name__}.{member}" for member in known.__members__)
+        raise UsageError(
+            f"--pretrained-backbone-weights {name}: torchvision has for {backbone}: {names}"
+        )
+    url = known[short].value.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    try:
+        # torchvision's own way to load them would run code from the file.
+        state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        remedy = "it is damaged: delete it" if file.exists() else f"download {url} there"
+        raise HubError(
+            f"cannot take the weights {name} from {file} ({e}); {remedy}, or train without "
+            "--pretrained-backbone-weights"
+        ) from e
+    return state
 
 
 def small_backbone(norm: Callable[[int], nn.Module]) -> nn.Sequential:
@@ -133,19 +161,12 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class Codebook(nn.Module):
-    """Code vectors of one layer and the statistics of their moving average.
+    """Code vectors of one layer and the statistics of their moving average."""
 
-    Buffers:
-        embed: (1, C, D) the code vectors.
-        embed_avg: (1, C, D) moving sum of the inputs assigned to each code.
-        cluster_size: (1, C) moving count of the inputs assigned to each code.
-        initted: (1,) 1 once the code vectors hold their first values.
-    """
-
-    embed: Tensor
-    embed_avg: Tensor
-    cluster_size: Tensor
-    initted: Tensor
+    embed: Tensor  # (1, C, D) the code vectors
+    embed_avg: Tensor  # (1, C, D) moving sum of the inputs assigned to each code
+    cluster_size: Tensor  # (1, C) moving count of the inputs assigned to each code
+    initted: Tensor  # (1,) 1 once the code vectors hold their first values
 
     def __init__(self, num_codes: int, dim: int) -> None:
         super().__init__()

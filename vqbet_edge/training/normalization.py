@@ -5,7 +5,7 @@ Sources: `Normalize` and `Unnormalize` of LeRobot up to 0.3.3, `_NormalizationMi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -40,15 +40,10 @@ STATISTICS = {
 
 @dataclass(frozen=True)
 class Epsilon:
-    """How a release of LeRobot keeps a constant feature from dividing by zero.
-
-    Attributes:
-        value: the small number.
-        always: added to every range (up to 0.3) instead of replacing a range of zero (from 0.4).
-    """
+    """How a release of LeRobot keeps a constant feature from dividing by zero."""
 
     value: float
-    always: bool
+    always: bool  # added to every range (up to 0.3) instead of replacing a range of zero (0.4+)
 
     def range(self, low: Floats, high: Floats) -> Floats:
         """The range that values are divided by."""
@@ -73,25 +68,15 @@ EPSILON = Epsilon(1e-8, always=False)
 _HARDLY, _STILL = 1e-3, 1e-6
 
 
-class Widened(NamedTuple):
-    """Statistics by which no dimension is divided by (nearly) zero."""
-
-    stats: Statistics  # for LeRobot's formula
-    still: NDArray[np.bool_]  # (dim,): never moves, and is taken to move by one of its units
-    rare: NDArray[np.bool_]  # (dim,): hidden from the quantiles; by minimum and maximum instead
-
-
 def widened(
     mode: NormalizationMode, stats: Statistics, least: Floats, most: Floats, *, still: bool
-) -> Widened:
-    """Widen what a mode would divide by, where it is (nearly) zero.
+) -> tuple[Statistics, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Widen what a mode (any but IDENTITY) would divide by, where it is (nearly) zero; all (dim,).
 
-    Args:
-        mode: any but IDENTITY.
-        stats: what it needs, (dim,) each.
-        least: of all values, (dim,).
-        most: of all values, (dim,).
-        still: whether to widen what never moves too.
+    Returns:
+        Statistics for LeRobot's formula; what never moves, and was widened by one of its units to
+        either side if `still`; what moves too rarely for its quantiles, and got its minimum and
+        maximum instead.
     """
     names = STATISTICS[mode]
     first, second = (stats[name] for name in names)
@@ -106,27 +91,24 @@ def widened(
         low = np.select([fixed, hidden], [least - 1, least], first)
         bounds = low, np.select([fixed, hidden], [most + 1, most], second)
     values = {name: value.astype(np.float32) for name, value in zip(names, bounds, strict=True)}
-    return Widened({**stats, **values}, fixed, hidden)
+    return {**stats, **values}, fixed, hidden
 
 
-def normalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
-    """Units of the robot -> units of the network."""
+def affines(
+    mode: NormalizationMode, stats: Statistics, epsilon: Epsilon, dim: int
+) -> tuple[Affine, Affine]:
+    """Units of the robot -> units of the network, and back; the statistics are (dim,)."""
+    if mode is NormalizationMode.IDENTITY:
+        return Affine.identity(dim), Affine.identity(dim)
     first, second = (stats[name] for name in STATISTICS[mode])
+    zero, one = np.zeros_like(first), np.full_like(first, 1)
     if mode is NormalizationMode.MEAN_STD:
         scale = np.float32(1) / (second + np.float32(epsilon.value))
-        return Affine(first, scale, np.zeros_like(first))
-    scale = np.float32(2) / epsilon.range(first, second)
-    return Affine(first, scale, np.full_like(first, -1))
-
-
-def unnormalizing(mode: NormalizationMode, stats: Statistics, epsilon: Epsilon) -> Affine:
-    """Units of the network -> units of the robot."""
-    first, second = (stats[name] for name in STATISTICS[mode])
-    if mode is NormalizationMode.MEAN_STD:
-        return Affine(np.zeros_like(first), second, first)
+        return Affine(first, scale, zero), Affine(zero, second, first)
+    span = epsilon.range(first, second)
     # Only from 0.4 on does the inverse use the guarded range.
-    span = second - first if epsilon.always else epsilon.range(first, second)
-    return Affine(np.full_like(first, -1), span / np.float32(2), first)
+    back = (second - first if epsilon.always else span) / np.float32(2)
+    return Affine(first, np.float32(2) / span, -one), Affine(-one, back, first)
 
 
 def required_statistics(
@@ -173,16 +155,14 @@ def still_warning(key: str, mode: NormalizationMode, stats: Statistics) -> str:
 class Scalings:
     """Per feature: robot units -> network units, and back.
 
-    Attributes:
-        forward, backward: of states, actions and cameras; of relative actions behind and before
-            their state is subtracted and added.
-        stats: what both follow from, and of vectors the range that was demonstrated.
-        advice: what to say about dimensions that hardly ever move; empty if there are none.
+    Relative actions are scaled behind the subtraction of their state, and back before its addition.
     """
 
     forward: Mapping[str, Affine]
     backward: Mapping[str, Affine]
+    # What both follow from, and of vectors the range that was demonstrated.
     stats: Mapping[str, Statistics]
+    # What to say about dimensions that hardly ever move.
     advice: tuple[str, ...] = ()
 
     @classmethod
@@ -201,30 +181,19 @@ class Scalings:
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
             kept[key] = _statistics(dataset, config, key, advice)
-            if mode is NormalizationMode.IDENTITY:
-                forward[key] = backward[key] = Affine.identity(dim)
-                continue
             stats = {name: values.reshape(-1) for name, values in kept[key].items()}
-            forward[key] = normalizing(mode, stats, EPSILON)
-            backward[key] = unnormalizing(mode, stats, EPSILON)
+            forward[key], backward[key] = affines(mode, stats, EPSILON, dim)
         return cls(forward, backward, kept, tuple(advice))
 
     def normalize(self, key: str, values: NDArray[np.generic]) -> Tensor:
         """(..., dim) in the robot's units -> float32 (..., dim) in the network's."""
         return torch.from_numpy(self.forward[key].apply(values.astype(np.float32)))
 
-    def unit(self, key: str) -> Floats:
-        """float32 (dim,): how much of the robot's unit one of the network's is."""
-        return self.backward[key].multiply
-
 
 def _statistics(
     dataset: LeRobotDataset, config: VQBeTConfig, key: str, advice: list[str]
 ) -> Statistics:
-    """What a feature is scaled by, and of vectors the range that was demonstrated.
-
-    What there is to say about it goes to `advice`.
-    """
+    """What a feature is scaled by, and of vectors their range; what to say goes to `advice`."""
     feature = {**config.input_features, **config.output_features}[key]
     mode = config.normalization_mapping[feature.type.value]
     if feature.type is FeatureType.VISUAL:
@@ -242,35 +211,27 @@ def _statistics(
     if mode is NormalizationMode.IDENTITY:
         return demonstrated
     # An action that never moves comes back as it was demonstrated, if nothing is widened.
-    result = widened(mode, found, least, most, still=key != ACTION_KEY)
+    stats, still, rare = widened(mode, found, least, most, still=key != ACTION_KEY)
     labels = dataset.features[key].names or tuple(map(str, range(len(least))))
     advice += [
         f"{key} '{labels[i]}' hardly ever moves, and {mode.value} would divide by next to nothing: "
         f"it is scaled by its minimum and maximum ({least[i]:.4g} and {most[i]:.4g}) instead"
-        for i in np.flatnonzero(result.rare).tolist()
+        for i in np.flatnonzero(rare).tolist()
     ]
     advice += [
         f"{key} '{labels[i]}' is {least[i]:.4g} in all frames: nobody has shown the policy what to "
         "do when it is something else on the robot"
-        for i in np.flatnonzero(result.still).tolist()
+        for i in np.flatnonzero(still).tolist()
     ]
-    return {**result.stats, **demonstrated}
+    return {**stats, **demonstrated}
 
 
-class _Spreads(NamedTuple):
-    """Mean distances of a data set's actions, in the robot's units."""
-
-    from_state: NDArray[np.float64]  # (A,), of action i from state i
-    by_itself: NDArray[np.float64]  # (A,), from its mean
-
-
-def _spreads(dataset: LeRobotDataset) -> _Spreads:
-    """How far actions are from the state, which has at least their width."""
+def _distances(dataset: LeRobotDataset) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(A,) each: mean distance of action i from state i and from its mean, in the robot's units."""
     actions = dataset.column(ACTION_KEY).astype(np.float64)
     states = dataset.column(STATE_KEY)[:, : actions.shape[1]]
-    return _Spreads(
-        from_state=np.abs(actions - states).mean(axis=0),
-        by_itself=np.abs(actions - actions.mean(axis=0)).mean(axis=0),
+    return np.abs(actions - states).mean(axis=0), np.abs(actions - actions.mean(axis=0)).mean(
+        axis=0
     )
 
 
@@ -278,10 +239,10 @@ def relative_advice(dataset: LeRobotDataset, config: VQBeTConfig) -> str:
     """What to say about actions that are positions near the state; empty if they are none."""
     if config.use_relative_actions or config.state_dim < config.action_dim:
         return ""
-    found = _spreads(dataset)
-    if (found.from_state > _NEAR * found.by_itself).any():
+    from_state, from_mean = _distances(dataset)
+    if (from_state > _NEAR * from_mean).any():
         return ""
-    shares = ", ".join(f"{share:.0%}" for share in found.from_state / found.by_itself)
+    shares = ", ".join(f"{share:.0%}" for share in from_state / from_mean)
     return (
         f"actions are positions near the state (at {shares} of their spread): codes then say where "
         "the robot is rather than what it does next; --use-relative-actions learns the distance "
@@ -291,12 +252,12 @@ def relative_advice(dataset: LeRobotDataset, config: VQBeTConfig) -> str:
 
 def _check_positions(dataset: LeRobotDataset, config: VQBeTConfig) -> None:
     """Raise DatasetError where a relative action is further from its state than from its mean."""
-    from_state, by_itself = _spreads(dataset)
-    for i in np.flatnonzero(config.relative_actions & (from_state > by_itself)).tolist():
+    from_state, from_mean = _distances(dataset)
+    for i in np.flatnonzero(config.relative_actions & (from_state > from_mean)).tolist():
         name = config.action_names[i] if config.action_names else str(i)
         raise DatasetError(
             f"use_relative_actions: action '{name}' differs from state {i} by "
-            f"{from_state[i]:.3g} on average and from its mean by {by_itself[i]:.3g}, so it is no "
+            f"{from_state[i]:.3g} on average and from its mean by {from_mean[i]:.3g}, so it is no "
             "position of what that state holds; name it in --relative-exclude-joints, or leave "
             "--use-relative-actions out"
         )
@@ -312,7 +273,7 @@ def chunks_of(actions: NDArray[Scalar], width: int) -> NDArray[Scalar]:
 def _relative_statistics(
     dataset: LeRobotDataset, config: VQBeTConfig, names: Sequence[str]
 ) -> Statistics:
-    """The named statistics of every frame's chunk, its state subtracted."""
+    """Of every frame's chunk, its state subtracted."""
     actions, states = dataset.column(ACTION_KEY), dataset.column(STATE_KEY)
     found: dict[str, list[Floats]] = {name: [] for name in names}
     for i, relative in enumerate(config.relative_actions):  # one at a time: chunks are W times more

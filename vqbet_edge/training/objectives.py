@@ -144,11 +144,9 @@ def _sample(logits: Tensor, temperature: float) -> Tensor:
 
 
 def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal loss ("Focal Loss for Dense Object Detection", equation 4) without class weights.
+    """Of logits (M, C) and int64 (M,), without class weights.
 
-    Args:
-        logits: (M, C).
-        target: int64 (M,).
+    "Focal Loss for Dense Object Detection", equation 4.
     """
     log_probability = F.log_softmax(logits, dim=-1).gather(-1, target[:, None])[:, 0]
     return -((1 - log_probability.exp()) ** FOCAL_GAMMA * log_probability).mean()

@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, cast
+from collections.abc import Iterable
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -16,28 +16,21 @@ from vqbet_edge.training.checkpoints import Resumed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
-from vqbet_edge.training.objectives import PolicyObjective, VqVaeObjective
+from vqbet_edge.training.objectives import (
+    PolicyLosses,
+    PolicyObjective,
+    VqVaeLosses,
+    VqVaeObjective,
+)
 from vqbet_edge.training.windows import Indices, WindowedDataset
 
-
-class Losses(Protocol):
-    """A named tuple of scalars, the total first."""
-
-    @property
-    def loss(self) -> Tensor:
-        """What is minimised."""
-
-    def _asdict(self) -> dict[str, Tensor]: ...
+Losses: TypeAlias = VqVaeLosses | PolicyLosses
 
 
 class Phase(ABC):
-    """One half of training.
+    """One half of training."""
 
-    Attributes:
-        name: in metrics and messages.
-    """
-
-    name: str
+    name: str  # in metrics and messages
     _averaged: AveragedModel | None = None
 
     def __init__(
@@ -67,11 +60,6 @@ class Phase(ABC):
     @abstractmethod
     def rate(self, step: int) -> float:
         """Factor of the learning rate at a step of the whole run."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the latest step."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def averaged(self) -> VQBeT | None:
@@ -214,21 +202,16 @@ def parameter_groups(network: VQBeT, weight_decay: float) -> list[dict[str, Any]
     """Phase 2's groups: as in LeRobot, only the GPT's biases, norms and embeddings do not decay."""
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for module, name, parameter in _owned_parameters(network):
-        kept = isinstance(module, nn.LayerNorm | nn.Embedding) or name.endswith("bias")
-        exempt = kept and name.startswith("vqbet.policy.")
-        if parameter.requires_grad:
-            (others if exempt else decaying).append(parameter)
+    for prefix, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = isinstance(module, nn.LayerNorm | nn.Embedding) or name.endswith("bias")
+            exempt = kept and f"{prefix}.".startswith("vqbet.policy.")
+            if parameter.requires_grad:
+                (others if exempt else decaying).append(parameter)
     return [
         {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-
-
-def _owned_parameters(network: VQBeT) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for prefix, module in network.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            yield module, f"{prefix}.{name}", parameter
 
 
 def _sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -26,15 +26,12 @@ def shrink(images: Tensor, size: Size) -> Tensor:
 
 
 def shrink_cameras(images: Tensor, sizes: Sequence[Size], size: Size) -> Tensor:
-    """Cut every camera's frame out of what `pack_frames` made, and shrink it.
+    """(B, K, 3, H, W) -> (B, K, 3, *size): every camera's frame cut out, and shrunk.
 
     Args:
-        images: (B, K, 3, H, W); images of that size stay as they are.
+        images: what `pack_frames` made; images of the wanted size stay as they are.
         sizes: of every camera's frame.
         size: to shrink them to.
-
-    Returns:
-        (B, K, 3, *size).
     """
     if images.shape[-2:] == size:
         return images

@@ -16,13 +16,12 @@ from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.files import check_encodable
+from vqbet_edge.training.layouts import lerobots_objections
 from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
-from vqbet_edge.training.pretrained import lerobots_objections
-from vqbet_edge.training.windows import Indices, Shuffle, WindowedDataset, current_frames
+from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
 # Windows that k-means, revival and the reports on codes look at.
@@ -31,17 +30,17 @@ SAMPLE_WINDOWS = 4096
 CODE_REPORTS = 20
 # Dead codes are revived in this share of phase 1; the rest lets the codebooks settle.
 REVIVAL_SHARE = 0.7
+_LOWER = (
+    "start a new run in another --output with a lower --optimizer-lr (phase 1: "
+    "--optimizer-vqvae-lr)"
+)
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a policy in both phases.
+    """Train a policy in both phases, and return its directory.
 
-    Args:
-        config: the run; with `resume`, goes on from its last checkpoint, bitwise as if it had
-            never stopped (on the CPU).
-
-    Returns:
-        The directory of the trained policy.
+    With `resume`, go on from the run's last checkpoint, bitwise as if it had never stopped (on the
+    CPU).
 
     Raises:
         CheckpointError: the hyperparameters contradict each other, or the checkpoint that is
@@ -52,7 +51,6 @@ def train(config: TrainConfig) -> Path:
         KeyboardInterrupt: after SIGINT (TerminatedError: SIGTERM), with a checkpoint to resume
             from.
     """
-    check_encodable(config.output)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
@@ -98,7 +96,12 @@ class _Trainer:
         self._shuffle = Shuffle(frames, config.batch_size, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
-        self._validation = _batches(current_frames(dataset, split.validation), config)
+        # Some validation batches, the same all along the run.
+        kept = np.random.default_rng(config.seed).permutation(
+            current_frames(dataset, split.validation)
+        )[: VALIDATION_BATCHES * config.batch_size]
+        firsts = range(0, len(kept), config.batch_size)
+        self._validation = [kept[first : first + config.batch_size] for first in firsts]
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []
         if config.resume:
@@ -134,16 +137,13 @@ class _Trainer:
             draw_curves(records, config.output / "curves.png")
             if advice := overfitting(records):
                 self._reporter.note(advice)
-            self._report_codes()
-
-    def _report_codes(self) -> None:
-        """The codes of the policy as it was saved, on episodes kept for validation if there are."""
-        page = CodesConfig(
-            policy=str(self.checkpoints.last / "pretrained_model"),
-            data=self._config.dataset,
-            output=self._config.output / "codes.html",
-        )
-        self._reporter.note(text(write_report(page, self._kept or None)))
+            # Of the policy as it was saved, on episodes kept for validation if there are.
+            page = CodesConfig(
+                policy=str(self.checkpoints.last / "pretrained_model"),
+                data=config.dataset,
+                output=config.output / "codes.html",
+            )
+            self._reporter.note(text(write_report(page, self._kept or None)))
 
     def _train(self, phase: Phase, end: int) -> None:
         """Go on with one phase up to step `end` of the run."""
@@ -178,11 +178,10 @@ class _Trainer:
         metrics = dict(zip(values, means.tolist(), strict=True))
         step = self._progress.step
         if not np.isfinite(metrics["loss"]):
-            raise VQBeTEdgeError(
-                f"the loss is {metrics['loss']} at step {step}; start a new run in another "
-                "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
-            )
-        self._reporter.record(step, phase.name, {**metrics, "lr": phase.learning_rate})
+            raise VQBeTEdgeError(f"the loss is {metrics['loss']} at step {step}; {_LOWER}")
+        self._reporter.record(
+            step, phase.name, {**metrics, "lr": phase.optimizer.param_groups[0]["lr"]}
+        )
         self._reporter.progress(step, phase.name, metrics)
 
     def _look_at_codes(self) -> bool:
@@ -192,7 +191,7 @@ class _Trainer:
         if step % max(1, total // CODE_REPORTS) and step != total:
             return False
         vqvae = self._network.head.vqvae_model
-        report = report_codes(vqvae, self._sample, self._scalings.unit(ACTION_KEY))
+        report = report_codes(vqvae, self._sample, self._scalings.backward[ACTION_KEY].multiply)
         self._reporter.record(step, "codes", report.metrics())
         self._progress = self._progress.seen(report.error)
         if step < REVIVAL_SHARE * total:
@@ -208,7 +207,12 @@ class _Trainer:
         return early
 
     def _save(self, phase: Phase) -> None:
-        _check_finite(self._progress.step, self._network, phase.averaged)
+        networks = filter(None, (self._network, phase.averaged))
+        tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise VQBeTEdgeError(
+                f"weights are not finite at step {self._progress.step}, and are not saved; {_LOWER}"
+            )
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             optimizer = phase.optimizer.state_dict()
@@ -234,7 +238,6 @@ def _load(network: VQBeT, resumed: Resumed, config: TrainConfig) -> None:
 
 
 def _going_on(config: TrainConfig, resumed: Resumed | None) -> str:
-    """What to say about a run that is resumed."""
     if resumed is None:
         return f"no checkpoint in {config.output} yet: beginning at step 0"
     text = f"going on from step {resumed.progress.step} ({resumed.path})"
@@ -244,19 +247,3 @@ def _going_on(config: TrainConfig, resumed: Resumed | None) -> str:
         f"{text}; the run was to have {resumed.steps} steps and now has {config.steps}: phase 2's "
         "learning rate goes on where the longer run's would be, so it may rise once"
     )
-
-
-def _check_finite(step: int, *networks: VQBeT | None) -> None:
-    tensors = [t for network in networks if network for t in network.state_dict().values()]
-    if not all(bool(t.isfinite().all()) for t in tensors):
-        raise VQBeTEdgeError(
-            f"weights are not finite at step {step}, and are not saved; start a new run in another "
-            "--output with a lower --optimizer-lr (phase 1: --optimizer-vqvae-lr)"
-        )
-
-
-def _batches(frames: Indices, config: TrainConfig) -> list[Indices]:
-    """Some validation batches, the same all along the run."""
-    shuffled = np.random.default_rng(config.seed).permutation(frames)
-    size = config.batch_size
-    return [shuffled[i : i + size] for i in range(0, len(shuffled), size)][:VALIDATION_BATCHES]

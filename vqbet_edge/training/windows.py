@@ -67,14 +67,9 @@ class WindowedDataset:
     def chunks(self, frames: Indices) -> Tensor:
         """Phase 1's data: every query's action chunk of every window; no image is touched.
 
-        A relative chunk is the distance from the state of the step that it begins with, of a
-        future query from the current step's, the newest that it can know.
-
-        Args:
-            frames: int64 (B,), the windows' current frames.
-
-        Returns:
-            (B, Q, W, A), normalised.
+        Of the windows' current frames, int64 (B,): (B, Q, W, A), normalised. A relative chunk is
+        the distance from the state of the step that it begins with, of a future query from the
+        current step's, the newest that it can know.
         """
         queries, width = self._config.num_queries, self._config.action_chunk_size
         actions = self._actions[self._around(frames, queries + width - 1).to(self._device)]
@@ -85,11 +80,7 @@ class WindowedDataset:
         return chunks - self._bases[known.to(self._device)][:, :, None]
 
     def batch(self, frames: Indices) -> Batch:
-        """Phase 2's data; the first call decodes the cameras' frames.
-
-        Args:
-            frames: int64 (B,), the windows' current frames.
-        """
+        """Phase 2's data of the same; the first call decodes the cameras' frames."""
         if self._frames is None:
             self._frames = self._load_frames()
         observed = self._around(frames, self._config.n_obs_steps)
@@ -138,11 +129,12 @@ class Shuffle:
         """int64 (batch_size,): the current frames of one step's windows."""
         wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(wanted, len(self.frames))
-        parts = [self._epoch(int(e))[places[epochs == e]] for e in np.unique(epochs)]
-        return np.concatenate(parts)
-
-    def _epoch(self, epoch: int) -> Indices:
-        return self.frames[_permutation(len(self.frames), self.seed, epoch)]
+        parts = [
+            _permutation(len(self.frames), self.seed, epoch)[places[epochs == epoch]]
+            for epoch in np.unique(epochs).tolist()
+        ]
+        found: Indices = self.frames[np.concatenate(parts)]
+        return found
 
 
 @lru_cache(maxsize=4)

@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.training.dataset.decoding import Decoder
-from vqbet_edge.training.dataset.frames import Frames, cached_frames
+from vqbet_edge.training.dataset.frames import Decoder, Frames, cached_frames
 from vqbet_edge.training.dataset.metadata import (
     DatasetFeature,
     DatasetInfo,
@@ -22,7 +21,6 @@ from vqbet_edge.training.dataset.metadata import (
     stored_statistics,
 )
 from vqbet_edge.training.dataset.table import Array, Table
-from vqbet_edge.training.files import check_encodable
 
 # What a policy reads besides the cameras; checked when a data set is opened.
 _POLICY_VECTORS = ("observation.state", "action")
@@ -35,7 +33,6 @@ _AT_ONCE = 32
 _REVISIONS = "v3.0", "v2.1"
 
 Size = tuple[int, int]  # (height, width)
-Levels = npt.NDArray[np.int64]  # (3, 256)
 
 
 class Split(NamedTuple):
@@ -74,7 +71,6 @@ class LeRobotDataset:
         self._decoder = Decoder(info, self._table)
         self._columns: dict[str, Array] = {}
         self._frames: dict[str, Frames] = {}
-        self._counted: dict[str, Levels] = {}
         for key in _POLICY_VECTORS:
             if key in info.features:
                 self.column(key)
@@ -94,8 +90,7 @@ class LeRobotDataset:
         Only what a policy needs is looked at: state, action, and the cameras.
 
         Args:
-            source: a folder, the name of a data set in LeRobot's own folder, or the id of one on
-                the Hub ("lerobot/pusht").
+            source: a folder, or the name of a data set in LeRobot's own folder or on the Hub.
             cameras: keys of the cameras; None takes all RGB ones.
             cache_dir: where to keep decoded frames between runs; None keeps them in memory.
             resize_shape: (height, width) that `frames` shrinks to; None keeps them as they are.
@@ -124,21 +119,20 @@ class LeRobotDataset:
         """
         if self._asked_for:
             return Cameras(self.image_keys, {})
-        keys = self._fitting() or self.image_keys
+        shapes = {key: self.features[key].shape for key in self.image_keys}
+        if self._resize_shape is None:
+            found = list(shapes.values())
+            common = max(found, key=found.count, default=())  # the first one's of equally many
+            keys = tuple(key for key, shape in shapes.items() if shape == common)
+        else:
+            low, narrow = self._resize_shape
+            fitting = (k for k, shape in shapes.items() if shape[0] >= low and shape[1] >= narrow)
+            keys = tuple(fitting) or self.image_keys
         others = {key: str(self.features[key]) for key in self.info.cameras if key not in keys}
         if self._resize_shape is not None:
             why = "smaller than {}x{}".format(*self._resize_shape)
             others |= {key: f"{others[key]}, {why}" for key in self.image_keys if key in others}
         return Cameras(keys, others)
-
-    def _fitting(self) -> tuple[str, ...]:
-        shapes = {key: self.features[key].shape for key in self.image_keys}
-        if self._resize_shape is None:
-            found = list(shapes.values())
-            common = max(found, key=found.count, default=())  # the first one's of equally many
-            return tuple(key for key, shape in shapes.items() if shape == common)
-        height, width = self._resize_shape
-        return tuple(k for k, shape in shapes.items() if shape[0] >= height and shape[1] >= width)
 
     @property
     def num_episodes(self) -> int:
@@ -169,7 +163,8 @@ class LeRobotDataset:
             return vector_statistics(self.column(key), names)
         found = stored_statistics(self.info, key, names) if names else {}
         if found is None:
-            found = _image_statistics(self._levels(key), names)
+            kept = [self.frames(key)] if self._resize_shape is None else self._recorded(key)
+            found = _image_statistics(kept, names)
         return {name: value.reshape(3, 1, 1) for name, value in found.items()}
 
     def column(self, key: str) -> Array:
@@ -203,31 +198,34 @@ class LeRobotDataset:
                 name += f"_{height}x{width}"
             cache = self._cache_dir and self._cache_dir / f"{name}.npy"
             shape = (self.num_frames, *size, 3)
-            self._frames[key] = cached_frames(self._parts(key), shape, cache)
+            parts = self._recorded(key)
+            if (smaller := self._resize_shape) is not None:
+                from vqbet_edge.training.resizing import shrink_frames  # noqa: PLC0415 - torch
+
+                parts = (shrink_frames(part, smaller) for part in parts)
+            self._frames[key] = cached_frames(parts, shape, cache)
         return self._frames[key]
 
     def episode(
         self, position: int, keys: Sequence[str] | None = None, steps: slice = slice(None)
     ) -> dict[str, Array]:
-        """One demonstration.
+        """One demonstration: per key (T, dim), for cameras uint8 (T, height, width, 3).
 
         Args:
             position: 0 to `num_episodes` - 1.
             keys: the features to return; None is state, action and the cameras.
             steps: which of its frames; only they are decoded.
-
-        Returns:
-            Per key (T, dim), for cameras uint8 (T, height, width, 3).
         """
         if keys is None:
             keys = [*(k for k in _POLICY_VECTORS if k in self.features), *self.image_keys]
-        rows = slice(self.bounds[position], self.bounds[position + 1])
-        return {
-            key: self._episode_frames(position, key, steps)
-            if key in self.info.cameras
-            else self.column(key)[rows][steps]
-            for key in keys
-        }
+        found: dict[str, Array] = {}
+        for key in keys:
+            if key in self.info.cameras:
+                _cameras(self.info, [key])
+                (found[key],) = self._decoder.read(position, key, steps)
+            else:
+                found[key] = self.column(key)[self._table.rows(position)][steps]
+        return found
 
     def split(self, validation_fraction: float, seed: int = 0) -> Split:
         """Split by whole episodes, at random but the same for the same seed.
@@ -240,37 +238,13 @@ class LeRobotDataset:
         order = np.random.default_rng(seed).permutation(self.num_episodes).tolist()
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
 
-    def _episode_frames(self, position: int, key: str, steps: slice) -> Frames:
-        if key in self._frames and self._resize_shape is None:
-            return self._frames[key][self.bounds[position] : self.bounds[position + 1]][steps]
-        _cameras(self.info, [key])
-        (frames,) = self._decoder.read(position, key, steps)
-        return frames
-
-    def _parts(self, key: str) -> Iterator[Frames]:
-        """All frames as `frames` keeps them."""
-        if self._resize_shape is None:
-            return self._recorded(key)
-        from vqbet_edge.training.resizing import shrink_frames  # noqa: PLC0415 - torch
-
-        return (shrink_frames(part, self._resize_shape) for part in self._recorded(key))
-
     def _recorded(self, key: str) -> Iterator[Frames]:
-        """All frames as they were recorded, a part of them at a time."""
         at_once = None if self._resize_shape is None else _AT_ONCE
         for position in range(self.num_episodes):
             yield from self._decoder.read(position, key, at_once=at_once)
 
-    def _levels(self, key: str) -> Levels:
-        """How often each level is in each channel of a camera, as it was recorded."""
-        if key not in self._counted:
-            kept = [self.frames(key)] if self._resize_shape is None else self._recorded(key)
-            self._counted[key] = _count_levels(kept)
-        return self._counted[key]
-
 
 def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]:
-    """The chosen cameras, or all RGB ones."""
     if chosen is None:
         return tuple(key for key in info.cameras if info.features[key].is_rgb)
     for key in chosen:
@@ -289,7 +263,6 @@ def _locate(source: str) -> Path:
     """The data set's folder: as named, else in LeRobot's own folder, else from the Hub."""
     here = at_hand(source)
     if here is not None:
-        check_encodable(here)
         return here
     if not is_hub_id(source):
         raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")
@@ -311,7 +284,7 @@ def at_hand(source: str) -> Path | None:
 
 
 def _lerobot_home() -> Path:
-    """Where `lerobot.utils.constants` has it, which is slow to import."""
+    """Where `lerobot.utils.constants`, which is slow to import, has it."""
     try:
         from huggingface_hub.constants import HF_HOME  # noqa: PLC0415 - not everybody has it
     except ImportError:
@@ -324,27 +297,21 @@ def vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:
     """The named statistics of values (frames, dim)."""
     # float64: a float32 sum over millions of frames loses digits.
     wide = values.astype(np.float64)
-    return {name: _statistic(wide, name).astype(np.float32) for name in names}
+    found = {
+        name: np.quantile(wide, int(name[1:]) / 100, axis=0)
+        if name.startswith("q")
+        else getattr(wide, name)(axis=0)
+        for name in names
+    }
+    return {name: value.astype(np.float32) for name, value in found.items()}
 
 
-def _statistic(values: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
-    if name.startswith("q"):
-        return np.quantile(values, int(name[1:]) / 100, axis=0)
-    found: npt.NDArray[np.float64] = getattr(values, name)(axis=0)
-    return found
-
-
-def _count_levels(parts: Iterable[Frames]) -> Levels:
-    """Of uint8 (frames, H, W, 3) each."""
-    counts = np.zeros((3, 256), np.int64)
+def _image_statistics(parts: Iterable[Frames], names: Sequence[str]) -> Stats:
+    """The named statistics of a camera's channels, in [0, 1], of uint8 (frames, H, W, 3) each."""
+    counts = np.zeros((3, 256), np.int64)  # of each level
     for frame in chain.from_iterable(parts):
         for channel in range(3):
             counts[channel] += np.bincount(frame[..., channel].reshape(-1), minlength=256)
-    return counts
-
-
-def _image_statistics(counts: Levels, names: Sequence[str]) -> Stats:
-    """The named statistics of a camera's channels, in [0, 1]."""
     levels = np.arange(256) / 255
     share = counts / counts.sum(axis=1, keepdims=True)
     seen = np.where(counts > 0, levels, np.nan)

@@ -1,7 +1,9 @@
 """Camera frames: from video files or image columns to uint8 arrays, each decoded once."""
 
+import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -12,24 +14,107 @@ import numpy as np
 import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError, DiskError
-from vqbet_edge.training.dataset.metadata import Clip
+from vqbet_edge.training.dataset.metadata import Clip, DatasetFeature, DatasetInfo
+from vqbet_edge.training.dataset.table import Array, Table
 from vqbet_edge.training.files import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
+IMAGE_ERRORS = (av.error.FFmpegError, StopIteration, IndexError, ValueError)
 # FFmpeg goes by a file's content, and a list of files, whatever its name, would make it open those.
 _VIDEO = {"format_whitelist": "mov,matroska,webm,avi"}
 _IMAGE = {"format_whitelist": "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"}
 
 
-class Videos:
-    """The video files of one data set.
+class Decoder:
+    """Decodes a data set's frames as they were recorded; keeps none."""
 
-    The one that was decoded last stays open and is read forwards without a seek as long as
-    episodes follow each other.
+    def __init__(self, info: DatasetInfo, table: Table) -> None:
+        self._info, self._table = info, table
+        self._videos = _Videos(info.fps)
 
-    Args:
-        fps: frames per second.
+    def check(self, keys: Iterable[str]) -> None:
+        """Check that all frames of some cameras are in their videos, without decoding any.
+
+        Raises:
+            DatasetError: a video is missing, corrupt, too short or of another time.
+        """
+        videos = [key for key in keys if self._is_video(key)]
+        for position, episode in enumerate(self._table.episodes):
+            for key in videos:
+                clip = self._info.clip(episode, key)
+                self._videos.check(clip, self._times(position), episode.index)
+
+    def read(
+        self, position: int, key: str, steps: slice = slice(None), at_once: int | None = None
+    ) -> Iterator[Frames]:
+        """Some frames of the episode at a position, uint8 (T, height, width, 3), in order.
+
+        T is `at_once` of all parts but the last; without it all come together.
+
+        Raises:
+            DatasetError: they are corrupt, or not of the promised shape.
+        """
+        rows = self._table.rows(position)
+        wanted = range(rows.stop - rows.start)[steps]
+        size = at_once or max(1, len(wanted))
+        parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+        slices = [slice(part.start, part.stop, part.step) for part in parts]
+        found = self._from_video if self._is_video(key) else self._from_table
+        shape, index = self._info.features[key].shape, self._table.episodes[position].index
+        for path, frames in found(position, key, slices):
+            expected = (len(frames), *shape)
+            if frames.shape != expected:
+                raise DatasetError(
+                    f"{path}: '{key}' of episode {index} decodes to {frames.shape}, "
+                    f"expected {expected}"
+                )
+            yield frames
+
+    def digest(self, key: str) -> str:
+        """Changes when any file that holds the camera's frames does."""
+        paths = set(self._table.paths)
+        if self._is_video(key):
+            paths = {self._info.clip(episode, key).path for episode in self._table.episodes}
+        facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
+        return hashlib.sha256(repr((key, facts)).encode()).hexdigest()[:32]
+
+    def _from_video(
+        self, position: int, key: str, parts: Sequence[slice]
+    ) -> Iterator[tuple[Path, Frames]]:
+        episode, seconds = self._table.episodes[position], self._times(position)
+        clip = self._info.clip(episode, key)
+        for part in parts:
+            yield clip.path, self._videos.read(clip, seconds, episode.index, part)
+
+    def _from_table(
+        self, position: int, key: str, parts: Sequence[slice]
+    ) -> Iterator[tuple[Path, Frames]]:
+        path, episode = self._table.files(position)[0], self._table.episodes[position]
+        encoded = self._table.images(position, key)
+        try:
+            for part in parts:
+                yield path, np.stack([decode_image(image) for image in encoded[part]])
+        except IMAGE_ERRORS as e:
+            raise _unreadable(path, episode.index, e) from e
+
+    def _is_video(self, key: str) -> bool:
+        return self._info.features[key].dtype == "video"
+
+    @cached_property
+    def _seconds(self) -> Array:
+        return self._table.vectors("timestamp", DatasetFeature("float32", (1,)))[:, 0]
+
+    def _times(self, position: int) -> Times:
+        seconds: Times = self._seconds[self._table.rows(position)].astype(np.float64)
+        return seconds
+
+
+class _Videos:
+    """The one that was decoded last stays open.
+
+    It is read forwards without a seek as long as episodes follow each other. Of an episode, `index`
+    is for messages, and `seconds` are its frames' times from its beginning.
     """
 
     def __init__(self, fps: float) -> None:
@@ -39,26 +124,12 @@ class Videos:
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._ahead: av.VideoFrame | None = None
 
-    def check(self, clip: Clip, seconds: Times, episode: int) -> None:
-        """Check that frames are in a video, without decoding any.
-
-        Args:
-            clip: where the episode's frames are.
-            seconds: of its frames, from the episode's beginning.
-            episode: its index, for the message.
-
-        Raises:
-            DatasetError: the video is corrupt, too short or of another time.
-        """
+    def check(self, clip: Clip, seconds: Times, index: int) -> None:
         if clip.path not in self._times:
-            self._times[clip.path] = _packet_times(clip.path, episode)
-        self._match(self._times[clip.path], clip, seconds, episode)
+            self._times[clip.path] = _packet_times(clip.path, index)
+        self._match(self._times[clip.path], clip, seconds, index)
 
-    def read(self, clip: Clip, seconds: Times, episode: int, steps: slice = slice(None)) -> Frames:
-        """Decode some of them, uint8 (T, height, width, 3).
-
-        Arguments and errors are those of `check`.
-        """
+    def read(self, clip: Clip, seconds: Times, index: int, steps: slice) -> Frames:
         number = steps.indices(len(seconds))[0]
         seconds = seconds[steps]
         found: list[float] = []
@@ -73,8 +144,8 @@ class Videos:
                 frames.append(_rgb(self._ahead))
                 self._ahead = next(self._frames, None)
         except (av.error.FFmpegError, IndexError) as e:
-            raise unreadable(clip.path, episode, e) from e
-        nearest = self._match(np.array(found), clip, seconds, episode, number)
+            raise _unreadable(clip.path, index, e) from e
+        nearest = self._match(np.array(found), clip, seconds, index, number)
         return np.stack(frames)[nearest]
 
     def _seek(self, path: Path, seconds: float) -> None:
@@ -92,7 +163,7 @@ class Videos:
         self._ahead = next(self._frames, None)
 
     def _match(
-        self, found: Times, clip: Clip, seconds: Times, episode: int, number: int = 0
+        self, found: Times, clip: Clip, seconds: Times, index: int, number: int = 0
     ) -> npt.NDArray[np.intp]:
         """Index of the frame nearest to every wanted time, at most half a frame away.
 
@@ -110,28 +181,23 @@ class Videos:
         missing = ~(off <= self._half) | (uneven & (off > self._half / 4))  # NaN is missing too
         if missing.any():
             first = int(missing.argmax())
+            time = wanted[first]
+            what = (
+                f"it ends at {found.max(initial=0):.3f} s. The file is incomplete, or the data "
+                "set's timestamps belong to another video; copy or download both again"
+                if not found.size or time > found[-1]
+                else f"timestamps and video disagree, the nearest frame is {off[first]:.3f} s away "
+                f"where frames are {2 * self._half:.3f} s apart. Correct the column 'timestamp', "
+                "or 'fps' in meta/info.json, or leave the camera out with --cameras"
+            )
             raise DatasetError(
-                f"{clip.path}: frame {number + first} of episode {episode} (at "
-                f"{wanted[first]:.3f} s) is not in the video: "
-                f"{self._apart(found, wanted[first], off[first])}"
+                f"{clip.path}: frame {number + first} of episode {index} (at {time:.3f} s) is not "
+                f"in the video: {what}"
             )
         return nearest - 1
 
-    def _apart(self, found: Times, wanted: float, off: float) -> str:
-        if not found.size or wanted > found[-1]:
-            return (
-                f"it ends at {found.max(initial=0):.3f} s. The file is incomplete, or the data "
-                "set's timestamps belong to another video; copy or download both again"
-            )
-        return (
-            f"timestamps and video disagree, the nearest frame is {off:.3f} s away where frames "
-            f"are {2 * self._half:.3f} s apart. Correct the column 'timestamp', or 'fps' in "
-            "meta/info.json, or leave the camera out with --cameras"
-        )
 
-
-def _packet_times(path: Path, episode: int) -> Times:
-    """The seconds of all frames of a video."""
+def _packet_times(path: Path, index: int) -> Times:
     try:
         with av.open(str(path), mode="r", options=_VIDEO) as container:
             stream = container.streams.video[0]
@@ -139,25 +205,17 @@ def _packet_times(path: Path, episode: int) -> Times:
             seconds: Times = np.sort(np.array(ticks, dtype=np.float64)) * _tick(stream)
             return seconds
     except (av.error.FFmpegError, IndexError) as e:
-        raise unreadable(path, episode, e) from e
+        raise _unreadable(path, index, e) from e
 
 
 def decode_image(encoded: bytes) -> Frames:
-    """A PNG or JPEG file -> uint8 (height, width, 3).
-
-    Raises:
-        FFmpegError, StopIteration, IndexError, ValueError: it is none.
-    """
+    """A PNG or JPEG file -> uint8 (height, width, 3); one of `IMAGE_ERRORS` if it is none."""
     with av.open(io.BytesIO(encoded), mode="r", options=_IMAGE) as container:
         return _rgb(next(container.decode(video=0)))
 
 
-IMAGE_ERRORS = (av.error.FFmpegError, StopIteration, IndexError, ValueError)
-
-
-def unreadable(path: Path, episode: int, error: Exception) -> DatasetError:
-    """What to say about a file of frames that cannot be decoded."""
-    return DatasetError(f"{path}: episode {episode} is corrupt ({error}); {remedy(path)}")
+def _unreadable(path: Path, index: int, error: Exception) -> DatasetError:
+    return DatasetError(f"{path}: episode {index} is corrupt ({error}); {remedy(path)}")
 
 
 def _rgb(frame: av.VideoFrame) -> Frames:
@@ -175,15 +233,15 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
     """All frames as one array.
 
     Args:
-        parts: the frames episode by episode; not touched when `path` exists.
+        parts: the frames in order; not touched when `path` exists.
         shape: (frames, height, width, 3) of the result.
         path: the .npy file to keep them in; None keeps them in memory.
 
     Raises:
-        DiskError: the cache cannot be written.
+        DiskError: the cache cannot be written, or is not what was written.
     """
     if path is None:
-        return _fill(parts, shape)
+        return _fill(iter(parts), shape)
     try:
         if not path.is_file():
             _write(parts, shape, path)
@@ -212,13 +270,12 @@ def _mapped(path: Path) -> Frames:
         raise ValueError(str(e)) from e
 
 
-def _fill(parts: Iterable[Frames], shape: tuple[int, ...]) -> Frames:
-    remaining = iter(parts)
-    first = list(islice(remaining, 1))
+def _fill(parts: Iterator[Frames], shape: tuple[int, ...]) -> Frames:
+    first = list(islice(parts, 1))
     # Not before a frame of that size was seen: meta/ may promise any.
     frames: Frames = np.empty(shape, np.uint8)
     start = 0
-    for part in chain(first, remaining):
+    for part in chain(first, parts):
         frames[start : start + len(part)] = part
         start += len(part)
     return frames

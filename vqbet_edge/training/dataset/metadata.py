@@ -40,20 +40,12 @@ _Wide = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class DatasetFeature:
-    """One column of a data set.
+    """One column of a data set."""
 
-    Attributes:
-        dtype: as info.json names it.
-        shape: without the time axis; an image's is (height, width, channels) whatever the file
-            says.
-        is_depth: whether it is a depth map.
-        names: of a vector's numbers; empty where there are none, or not one for each.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: str  # as info.json names it
+    shape: tuple[int, ...]  # of a step; (height, width, channels) whatever the file says
     is_depth: bool = False
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of a vector's numbers; empty where there is not one for each
 
     @property
     def is_image(self) -> bool:
@@ -85,38 +77,23 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """One demonstration.
+    """One demonstration."""
 
-    Attributes:
-        index: its number in the data.
-        length: frames that `meta/` promises.
-        place: what `meta/` says about its files.
-    """
-
-    index: int
-    length: int
-    place: Mapping[str, Any]
+    index: int  # its number in the data
+    length: int  # frames that `meta/` promises
+    place: Mapping[str, Any]  # what `meta/` says about its files
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The part of `meta/` that is read at once.
-
-    Attributes:
-        root: folder of the data set.
-        version: 3 or 2, the format's.
-        fps: frames per second.
-        features: by key; those that are not understood are left out.
-        episodes: in the order of their indices.
-        video_path: template of the videos' names.
-    """
+    """The part of `meta/` that is read at once."""
 
     root: Path
-    version: int
+    version: int  # 3 or 2, the format's
     fps: float
-    features: Mapping[str, DatasetFeature]
-    episodes: tuple[EpisodeInfo, ...]
-    video_path: str
+    features: Mapping[str, DatasetFeature]  # those that are not understood are left out
+    episodes: tuple[EpisodeInfo, ...]  # in the order of their indices
+    video_path: str  # template of the videos' names
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -129,19 +106,22 @@ class DatasetInfo:
         Raises:
             DatasetError: `meta/` does not say it, or the file is missing.
         """
-        place = episode.place
+        place, where, start = episode.place, self.root / "meta" / "episodes", 0.0
         names: dict[str, Any] = {"video_key": key}
         try:
             if self.version == 3:
-                chunk, file = (f"videos/{key}/{part}_index" for part in ("chunk", "file"))
-                where = self.root / "meta" / "episodes"
-                names["chunk_index"] = _whole(where, chunk, place[chunk])
-                names["file_index"] = _whole(where, file, place[file])
-                from_name = f"videos/{key}/from_timestamp"
-                start = _number(where, from_name, place[from_name])
-            else:
-                start = 0.0
-            path = _inside(self.root, self.video_path.format(**names, **place))
+                for part in ("chunk_index", "file_index"):
+                    name = f"videos/{key}/{part}"
+                    names[part] = _whole(where, name, place[name])
+                name = f"videos/{key}/from_timestamp"
+                start = _number(where, name, place[name])
+            pure = PurePosixPath(self.video_path.format(**names, **place))
+            # A data set comes from the net: what it names must not lead out of its folder.
+            if pure.is_absolute() or ".." in pure.parts:
+                raise DatasetError(
+                    f"{self.root / 'meta/info.json'} names '{pure}', which leaves the data set"
+                )
+            path = self.root / pure
         except (*_MISUSED, IndexError) as e:
             raise DatasetError(
                 f"{self.root / 'meta'} does not say where the frames of '{key}' of episode "
@@ -164,9 +144,19 @@ def read_info(root: Path) -> DatasetInfo:
     """
     path = root / "meta" / "info.json"
     raw = _read_json(path)
-    version = _version(path, raw.get("codebase_version"))
+    # As LeRobot does, a newer minor version is read and a newer major one is not.
+    match = re.fullmatch(r"v?(\d+)\.\d+(\.\d+)?", str(raw.get("codebase_version")))
+    version = int(match[1]) if match else 0
+    if version not in _VIDEO_PATHS:
+        raise DatasetError(
+            f"{path} has format {raw.get('codebase_version')}; expected one of v3.0, v2.1. "
+            "LeRobot's `lerobot.datasets` conversion scripts bring older data sets up to date"
+        )
+    features = {}
     try:
-        features = _features(raw["features"])
+        for key, spec in raw["features"].items():
+            with suppress(*_MISUSED):
+                features[key] = _feature(spec)
         fps = _number(path, "fps", raw["fps"])
         if fps <= 0:
             raise _no_number(path, "fps", raw["fps"], "more than 0")
@@ -192,25 +182,6 @@ def read_info(root: Path) -> DatasetInfo:
             f"{path} has the video_path '{template}', expected one such as {_VIDEO_PATHS[version]}"
         )
     return DatasetInfo(root, version, fps, features, tuple(episodes), template)
-
-
-def _version(path: Path, name: object) -> int:
-    # As LeRobot does, a newer minor version is read and a newer major one is not.
-    match = re.fullmatch(r"v?(\d+)\.\d+(\.\d+)?", str(name))
-    if match is None or int(match[1]) not in _VIDEO_PATHS:
-        raise DatasetError(
-            f"{path} has format {name}; expected one of v3.0, v2.1. "
-            "LeRobot's `lerobot.datasets` conversion scripts bring older data sets up to date"
-        )
-    return int(match[1])
-
-
-def _features(raw: Mapping[str, Any]) -> dict[str, DatasetFeature]:
-    found = {}
-    for key, spec in raw.items():
-        with suppress(*_MISUSED):
-            found[key] = _feature(spec)
-    return found
 
 
 def _feature(raw: Mapping[str, Any]) -> DatasetFeature:
@@ -242,17 +213,13 @@ def _vector_names(names: Any, shape: tuple[int, ...]) -> tuple[str, ...]:  # noq
 
 
 def _episode(root: Path, row: Mapping[str, Any]) -> EpisodeInfo:
-    names = "episode_index", "length"
-    index, length = (_whole(root / "meta" / "episodes", name, row[name]) for name in names)
+    where = root / "meta" / "episodes"
+    index, length = (_whole(where, name, row[name]) for name in ("episode_index", "length"))
     return EpisodeInfo(index, length, row)
 
 
 def _number(path: Path, name: str, value: Any) -> float:  # noqa: ANN401 - a file's
-    """A number that is finite, not negative and no mistake.
-
-    Raises:
-        DatasetError: says where it stands and what is there.
-    """
+    """A number that is finite, not negative and no mistake; else DatasetError says where it is."""
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, bool) and 0 <= float(value) <= _MOST:
             return float(value)
@@ -279,11 +246,8 @@ def _rows_v3(root: Path) -> Iterator[Json]:
         raise DatasetError(f"no file meta/episodes/*/*.parquet in {root}; copy the data set again")
     for path in paths:
         table = pq.ParquetFile(path)
-        wanted = [
-            name
-            for name in table.schema_arrow.names
-            if name in {"episode_index", "length"} or name.startswith("videos/")
-        ]
+        known = "episode_index", "length", "videos/"
+        wanted = [name for name in table.schema_arrow.names if name.startswith(known)]
         yield from table.read(columns=wanted).to_pylist()
 
 
@@ -295,28 +259,15 @@ def _rows_v2(root: Path, raw: Json) -> Iterator[Json]:
         raise _no_number(info, name, size, "at least 1")
     for row in _read_lines(path):
         index = _whole(path, "episode_index", row["episode_index"])
-        chunk = index // size
-        yield {"episode_index": index, "episode_chunk": chunk, "length": row["length"]}
+        yield {"episode_index": index, "episode_chunk": index // size, "length": row["length"]}
 
 
 def _episode_files(root: Path) -> list[Path]:
     return sorted((root / "meta" / "episodes").glob("*/*.parquet"))
 
 
-def _inside(root: Path, name: str) -> Path:
-    """A data set comes from the net: what it names must not lead out of its folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise DatasetError(f"{root / 'meta/info.json'} names '{name}', which leaves the data set")
-    return root / name
-
-
 def stored_statistics(info: DatasetInfo, key: str, names: Sequence[str]) -> Stats | None:
-    """A feature's statistics as `meta/` has them: those of the data set, else of its episodes.
-
-    Returns:
-        The named ones, float32 (channels,) for an image; None where they are not complete.
-    """
+    """Those of the data set in `meta/`, else of its episodes; None where they are not complete."""
     width = info.features[key].shape[-1]
     path = info.root / "meta" / "stats.json"
     whole = _read_json(path).get(key) if path.is_file() else None

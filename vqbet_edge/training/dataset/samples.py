@@ -8,6 +8,7 @@ Letters: M steps of a piece, K cameras, H and W image height and width, S state 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,44 +44,28 @@ class Piece(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a piece comes from.
+    """Where a piece comes from."""
 
-    Attributes:
-        episode: position of the episode in its source.
-        start, stop: its steps there.
-        stretch: number of the stretch that it was taken from: an episode, or a part of one. No
-            step is in two stretches.
-    """
-
-    episode: int
+    episode: int  # its position in the source
     start: int
     stop: int
-    stretch: int
+    block: int  # number of the episode, or of the part of one, that it was taken from
 
 
 class Source(ABC):
-    """Observations by episode, read when asked for.
+    """Observations by episode, read when asked for."""
 
-    Attributes:
-        name: as the user gave it.
-        lengths: steps of every episode.
-        shapes: of one value of every key.
-        fps: observations a second; None where it does not say.
-    """
+    name: str  # as the user gave it
+    lengths: Sequence[int]  # steps of every episode
+    shapes: Mapping[str, tuple[int, ...]]  # of one value of every key
+    fps: float | None = None  # observations a second, where it says
 
-    name: str
-    lengths: Sequence[int]
-    shapes: Mapping[str, tuple[int, ...]]
-    fps: float | None = None
-
-    def demonstrated(self, key: str) -> Array | None:
+    def demonstrated(self, key: str) -> Array | None:  # noqa: ARG002
         """float32 (2, dim): lowest and highest value of a vector; None where it is no data set."""
-        del key
         return None
 
-    def names(self, key: str) -> Sequence[str]:
+    def names(self, key: str) -> Sequence[str]:  # noqa: ARG002
         """Of a vector's numbers; empty where it has none."""
-        del key
         return ()
 
     @abstractmethod
@@ -89,7 +74,7 @@ class Source(ABC):
 
 
 def open_source(source: str | Path) -> Source:
-    """A folder of recordings, or a LeRobot data set.
+    """A folder that `EdgePolicy.record` wrote, or a LeRobot data set; see `LeRobotDataset.open`.
 
     Raises:
         DatasetError: it is neither, or damaged.
@@ -135,53 +120,42 @@ class _Recording(Source):
     """Files that `vqbet_edge.runtime.recording` describes; rows are read when asked for."""
 
     def __init__(self, source: str, paths: Sequence[Path]) -> None:
-        self.name = source
-        self._paths = paths
+        self.name, self._paths = source, paths
+        episodes: list[Array] = []
         try:
-            episodes = [self._episodes(path) for path in paths]
-            with safe_open(paths[0], "numpy") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            for path in paths:
+                with safe_open(path, "numpy") as file:
+                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                    if EPISODE not in shapes:
+                        raise DatasetError(
+                            f"'{path}' holds no recording of observations; record again"
+                        )
+                    episodes.append(file.get_tensor(EPISODE))
         except (SafetensorError, OSError) as error:
             raise self._unreadable(error) from error
-        # Rows of all files, counted through.
-        self._firsts = np.cumsum([0, *map(len, episodes)])
-        numbers = np.concatenate(episodes)
-        cuts = np.flatnonzero(np.diff(numbers)) + 1
-        self._bounds = [0, *cuts.tolist(), len(numbers)]
-        self.lengths = np.diff(self._bounds).tolist()
         self.shapes = {k: tuple(shape[1:]) for k, shape in shapes.items() if is_feature(k)}
+        # Rows of all files, counted through.
+        self._firsts: list[int] = np.cumsum([0, *map(len, episodes)]).tolist()
+        numbers = np.concatenate(episodes)
+        self._bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        self.lengths = np.diff(self._bounds).tolist()
 
     def read(self, place: Place, keys: Sequence[str]) -> dict[str, Array]:
         """See `Source`."""
         start, stop = (self._bounds[place.episode] + step for step in (place.start, place.stop))
-        parts = [self._rows(i, start, stop, keys) for i in self._files(start, stop)]
+        parts: list[dict[str, Array]] = []
         try:
+            for path, (first, last) in zip(self._paths, pairwise(self._firsts), strict=True):
+                if first < stop and start < last:
+                    rows = slice(max(start, first) - first, min(stop, last) - first)
+                    with safe_open(path, "numpy") as file:
+                        parts.append({key: file.get_slice(key)[rows] for key in keys})
             joined = {key: np.concatenate([part[key] for part in parts]) for key in keys}
-        except ValueError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise self._unreadable(error) from error
         if any(len(values) != stop - start for values in joined.values()):
             raise self._unreadable("observations are missing")
         return joined
-
-    def _files(self, start: int, stop: int) -> range:
-        first, last = np.searchsorted(self._firsts, [start, stop - 1], side="right").tolist()
-        return range(first - 1, last)
-
-    def _rows(self, number: int, start: int, stop: int, keys: Sequence[str]) -> dict[str, Array]:
-        first, last = self._firsts[number : number + 2].tolist()
-        rows = slice(max(start, first) - first, min(stop, last) - first)
-        try:
-            with safe_open(self._paths[number], "numpy") as file:
-                return {key: file.get_slice(key)[rows] for key in keys}
-        except (SafetensorError, OSError) as error:
-            raise self._unreadable(error) from error
-
-    def _episodes(self, path: Path) -> Array:
-        with safe_open(path, "numpy") as file:
-            if EPISODE not in file.keys():  # noqa: SIM118 - it is no mapping
-                raise DatasetError(f"'{path}' holds no recording of observations; record again")
-            numbers: Array = file.get_tensor(EPISODE)
-            return numbers
 
     def _unreadable(self, reason: object) -> DatasetError:
         return DatasetError(
@@ -191,24 +165,14 @@ class _Recording(Source):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Pieces of a source that fit a policy.
-
-    Attributes:
-        source: where they come from.
-        manifest: of the policy's bundle.
-    """
+    """Pieces of a source that fit the policy of a bundle."""
 
     source: Source
     manifest: Manifest
 
     @classmethod
     def open(cls, source: str | Path, manifest: Manifest) -> "Sampler":
-        """Open a source and check that it is this policy's.
-
-        Args:
-            source: a folder that `EdgePolicy.record` wrote, a folder in LeRobot's format, or the
-                name of such a data set; see `LeRobotDataset.open`.
-            manifest: of the policy's bundle.
+        """Open a source (see `open_source`) and check that it is this policy's.
 
         Raises:
             DatasetError: it is damaged, lacks a key, or a key has another shape.
@@ -228,29 +192,33 @@ class Sampler:
 
         None overlap, so of a small source there are fewer.
         """
-        stretches = _stretches(self.source.lengths)
+        lengths = self.source.lengths
+        # The episodes, or quarters of them when there are few; short ones if there are no others.
+        parts = 1 if len(lengths) > _FEW_EPISODES else _QUARTERS
+        least = min(PIECE_STEPS, max(1, max(lengths, default=0) // parts))
+        blocks = [
+            (episode, length * part // parts, length * (part + 1) // parts)
+            for episode, length in enumerate(lengths)
+            for part in range(parts)
+            if length // parts >= least
+        ]
         wanted = -(-steps // PIECE_STEPS)
-        count = min(wanted, len(stretches))
-        chosen = np.linspace(0, len(stretches) - 1, count).round().astype(int).tolist()
+        count = min(wanted, len(blocks))
+        chosen = np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()
         places: list[Place] = []
         for i, number in enumerate(chosen):
-            stretch = stretches[number]
-            length = stretch.stop - stretch.start
+            episode, first, last = blocks[number]
+            length = last - first
             cells = min(wanted // count + (i < wanted % count), max(1, length // PIECE_STEPS))
             for cell in range(cells):
                 free = max(0, length // cells - PIECE_STEPS)
-                start = stretch.start + length * cell // cells
+                start = first + length * cell // cells
                 start += int((free + 1) * (len(places) * _GOLDEN % 1))
-                stop = min(start + PIECE_STEPS, stretch.stop)
-                places.append(Place(stretch.episode, start, stop, i))
+                places.append(Place(episode, start, min(start + PIECE_STEPS, last), i))
         return places
 
     def read(self, place: Place) -> Piece:
-        """The observations of one place.
-
-        Raises:
-            DatasetError: they are damaged, or a state is not finite.
-        """
+        """The observations of one place; see `read_piece`."""
         return read_piece(self.source, place, self.manifest.image_keys, self.manifest.state_key)
 
 
@@ -271,49 +239,31 @@ def read_piece(source: Source, place: Place, image_keys: Sequence[str], state_ke
     return Piece(pack_frames([arrays[key] for key in image_keys]), states)
 
 
-def _stretches(lengths: Sequence[int]) -> list[Place]:
-    """The episodes, or quarters of them when there are few; short ones if there are no others."""
-    parts = 1 if len(lengths) > _FEW_EPISODES else _QUARTERS
-    longest = max(lengths, default=0) // parts
-    return [
-        Place(episode, length * part // parts, length * (part + 1) // parts, 0)
-        for episode, length in enumerate(lengths)
-        for part in range(parts)
-        if length // parts >= min(PIECE_STEPS, max(longest, 1))
-    ]
-
-
 def check_features(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a source that lacks a key, or has it in another shape.
 
     Raises:
         DatasetError: says which.
     """
+    remedy = "use the data set that the policy was trained on, or a recording of its own robot"
     missing = [key for key in expected if key not in source.shapes]
     if missing:
         raise DatasetError(
             f"the observations in '{source.name}' lack {missing}, which the policy observes; they "
-            f"have {sorted(source.shapes)}; use the data set that the policy was trained on, or a "
-            "recording of its own robot"
+            f"have {sorted(source.shapes)}; {remedy}"
         )
     for key, shape in expected.items():
         if source.shapes[key] != shape:
             raise DatasetError(
                 f"the policy observes '{key}' of shape {shape}, '{source.name}' has "
-                f"{source.shapes[key]}; use the data set that the policy was trained on, or a "
-                "recording of its own robot"
+                f"{source.shapes[key]}; {remedy}"
             )
 
 
 def random_pieces(manifest: Manifest, state_scaling: Affine, steps: int) -> Iterator[Piece]:
-    """Frames of patches and noise, and states over the range that normalisation maps to [-1, 1].
+    """So many frames of patches and noise, and states that normalisation maps to [-1, 1].
 
     Noise alone is the same to an encoder wherever it looks, and so would hide what it does wrong.
-
-    Args:
-        manifest: of the policy's bundle.
-        state_scaling: of its states.
-        steps: how many observations in all.
     """
     random = np.random.default_rng(0)
     for first in range(0, steps, PIECE_STEPS):

@@ -24,12 +24,7 @@ _NUMBER = DatasetFeature("int64", (1,))
 
 
 class Table:
-    """All frames, episode by episode.
-
-    Attributes:
-        paths: the files.
-        episodes: those that have frames.
-        bounds: int64 (episodes + 1,): episode i is frames bounds[i] to bounds[i + 1].
+    """All frames, episode by episode: episode i is frames `bounds[i]` to `bounds[i + 1]`.
 
     Raises:
         DatasetError: a file is unreadable, or an episode is not whole.

@@ -22,13 +22,9 @@ _FILE = "chunk-000/file-000.parquet"
 def write_dataset(
     root: Path, demonstrations: Sequence[Demonstration], fps: float, task: str
 ) -> None:
-    """Write demonstrations in the format that `LeRobotDataset.open` and LeRobot read.
+    """Write demonstrations, all with the same keys and shapes, into a new folder.
 
-    Args:
-        root: a new folder.
-        demonstrations: all with the same keys and shapes.
-        fps: frames per second.
-        task: what is demonstrated, in words.
+    `LeRobotDataset.open` and LeRobot read it; `task` says in words what is demonstrated.
     """
     lengths = [len(d["action"]) for d in demonstrations]
     merged = {key: np.concatenate([d[key] for d in demonstrations]) for key in demonstrations[0]}
@@ -51,21 +47,20 @@ def write_dataset(
         "length": lengths,
         "dataset_from_index": bounds[:-1],
         "dataset_to_index": bounds[1:],
-        "data/chunk_index": np.zeros(len(lengths), np.int64),
-        "data/file_index": np.zeros(len(lengths), np.int64),
-        "meta/episodes/chunk_index": np.zeros(len(lengths), np.int64),
-        "meta/episodes/file_index": np.zeros(len(lengths), np.int64),
+        **{
+            f"{folder}/{part}_index": np.zeros(len(lengths), np.int64)
+            for folder in ("data", "meta/episodes")
+            for part in ("chunk", "file")
+        },
     }
     pq.write_table(pa.table(episodes), root / "meta/episodes" / _FILE)
-    tasks = pa.table({"task_index": [0], "__index_level_0__": [task]})
     # LeRobot reads this table with pandas and expects the words in its index.
     name = "__index_level_0__"
     column = {"name": None, "field_name": name, "pandas_type": "unicode", "numpy_type": "object"}
     index = {"index_columns": [name], "columns": [column | {"metadata": None}]}
     index |= {"column_indexes": []}
-    pq.write_table(
-        tasks.replace_schema_metadata({"pandas": json.dumps(index)}), root / "meta/tasks.parquet"
-    )
+    tasks = pa.table({"task_index": [0], name: [task]}, metadata={"pandas": json.dumps(index)})
+    pq.write_table(tasks, root / "meta/tasks.parquet")
     _write_json(root / "meta/info.json", _info(merged, lengths, fps))
     _write_json(root / "meta/stats.json", {key: _stats(v) for key, v in merged.items()})
 
