@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -161,8 +160,3 @@ class Report(Struct, frozen=True):
         """What the others are compared with: LeRobot, else the first."""
         peers = [r for r in self.results if r.kind == "lerobot"]
         return next(iter([*peers, *self.results]), None)
-
-
-def encode(report: Report) -> bytes:
-    """JSON with every sample."""
-    return msgspec.json.encode(report) + b"\n"

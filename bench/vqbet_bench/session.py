@@ -100,7 +100,7 @@ class Worker:
             self._process.wait()
 
 
-class Session:
+class Policies:
     """Policies that are measured together; one that fails drops out and the others go on.
 
     Args:

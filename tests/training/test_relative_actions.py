@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from sizes import SMALL
-from vqbet_bench.whole_policy import WholePolicy
 from workshop import once
 
 from vqbet_edge import BundleError, EdgePolicy, Guards
@@ -121,14 +120,6 @@ def test_a_policy_adds_the_state_that_it_predicted_on(
             np.testing.assert_allclose(got - base, other, atol=1e-4)
             expected = actor.act({key: value[None] for key, value in seen.items()})[0]
             np.testing.assert_allclose(got, expected, atol=1e-4)
-        whole = WholePolicy(checkpoint)
-        relative.reset()
-        chunk = relative.act_chunk(observations[0])
-    window = checkpoint.config.n_obs_steps
-    image = torch.from_numpy(observations[0][IMAGE]).permute(2, 0, 1) / 255
-    state = torch.from_numpy(observations[0][STATE])
-    chunks = whole(image.expand(1, window, 1, -1, -1, -1), state.expand(1, window, -1))
-    np.testing.assert_allclose(chunk, chunks[window - 1], atol=1e-4)
 
 
 def test_what_is_trained_is_loaded_and_examined(trained: Path, pusht: Path, tmp_path: Path) -> None:
