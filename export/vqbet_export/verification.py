@@ -6,12 +6,11 @@ normalisation, window, table and fusion are proven too.
 Observations are drawn, compared and dropped one piece at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from vqbet_edge.runtime.backends import create_backend
-from vqbet_edge.runtime.backends.base import Backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.cases import ReferenceCases
@@ -23,7 +22,6 @@ from vqbet_edge.runtime.comparison import (
     centred,
 )
 from vqbet_edge.runtime.manifest import Precision, StageName, Target, VerificationSpec
-from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.proof import PolicyCheck, Proof, act_out
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset.samples import Piece
@@ -115,7 +113,7 @@ class Verifier:
         targets: Sequence[Target | None] = (None,),
     ) -> None:
         self._bundle, self._checkpoint, self._frame = bundle, checkpoint, frame
-        self._graphs = [_Graphs.load(bundle, target) for target in targets]
+        self._graphs = [_Graphs(bundle, target) for target in targets]
 
     def verify(
         self,
@@ -150,26 +148,16 @@ class Verifier:
         return not any(proof.violations for proof in proofs)
 
 
-@dataclass(frozen=True)
 class _Graphs:
     """One target's graphs, end to end and stage by stage."""
 
-    target: Target | None
-    backend: Backend
-    gpt: StageSession
-    heads: StageSession
-    decoder: StageSession
-
-    @classmethod
-    def load(cls, bundle: Bundle, target: Target | None) -> "_Graphs":
-        on_tensorrt = target == "tensorrt"
-        return cls(
-            target,
-            TensorRTGraphs(bundle) if on_tensorrt else create_backend("onnxruntime", bundle),
-            StageSession(bundle, "gpt", target),
-            StageSession(bundle, "code_heads", target),
-            StageSession(bundle, "rvq_decoder", target),
-        )
+    def __init__(self, bundle: Bundle, target: Target | None) -> None:
+        self.target, on_tensorrt = target, target == "tensorrt"
+        run = TensorRTGraphs(bundle) if on_tensorrt else create_backend("onnxruntime", bundle)
+        self.backend = run
+        self.gpt = StageSession(bundle, "gpt", target)
+        self.heads = StageSession(bundle, "code_heads", target)
+        self.decoder = StageSession(bundle, "rvq_decoder", target)
 
 
 class _Check:
@@ -187,7 +175,11 @@ class _Check:
         expected = reference.outputs
         # Both ways to the same actions, on half of the pieces each.
         self._prefetch = not self._prefetch
-        observations = _observations(self._checkpoint, piece)
+        shapes, key = self._checkpoint.image_shapes, self._checkpoint.state_key
+        observations = (
+            {**unpack_frames(frames, shapes), key: state}
+            for frames, state in zip(piece.frames, piece.states, strict=True)
+        )
         self._policy.add(observations, expected, prefetch=self._prefetch)
         feature = self._graphs.gpt.run(reference.image_tokens, reference.states)[0]
         logits, offsets = self._graphs.heads.run(expected.feature)
@@ -199,11 +191,14 @@ class _Check:
         """The figures of all pieces."""
         whole, manifest = self._policy.proof, self._bundle.manifest
         graphs = manifest.graphs(self._graphs.target or manifest.targets[0])
+        codes, decoder = code_pairs(self._checkpoint), StageComparison()
+        decode = self._checkpoint.network.head.vqvae_model.decode
+        decoder.add(self._graphs.decoder.run(codes.numpy())[0], decode(codes).numpy())
         stages = {
             # Its inputs are the observations themselves, so the whole policy ran it already.
             "vision_encoder": whole.stages["vision_encoder"],
             **{name: comparison.result for name, comparison in self._alone.items()},
-            "rvq_decoder": _verify_decoder(self._graphs.decoder, self._checkpoint),
+            "rvq_decoder": decoder.result,
         }
         return Verification(
             observations=name,
@@ -214,17 +209,3 @@ class _Check:
             whole=whole,
             target=self._graphs.target,
         )
-
-
-def _verify_decoder(decoder: StageSession, checkpoint: Checkpoint) -> StageResult:
-    codes, comparison = code_pairs(checkpoint), StageComparison()
-    decoded = decoder.run(codes.numpy())[0]
-    comparison.add(decoded, checkpoint.network.head.vqvae_model.decode(codes).numpy())
-    return comparison.result
-
-
-def _observations(checkpoint: Checkpoint, piece: Piece) -> Iterator[Observation]:
-    """What a robot would pass, one step after the other."""
-    shapes, state_key = checkpoint.image_shapes, checkpoint.state_key
-    for frames, state in zip(piece.frames, piece.states, strict=True):
-        yield {**unpack_frames(frames, shapes), state_key: state}
