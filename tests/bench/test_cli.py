@@ -27,16 +27,18 @@ def bench(*arguments: Any, cwd: Path, **environment: str) -> Any:
     )
 
 
-def test_a_bundle_beside_lerobot(tiny: Exported, cwd: Path) -> None:
-    oracle.lerobot("policies.vqbet.modeling_vqbet")
-    backends = "--backend", "onnxruntime", "tensorrt"
-    done = bench(
-        tiny.bundle, *QUICK, *backends, "--checkpoint", tiny.checkpoint, "-o", "out", cwd=cwd
-    )
+@pytest.mark.parametrize("peer", [False, pytest.param(True, marks=pytest.mark.extended)])
+def test_a_bundle_alone_and_beside_lerobot(tiny: Exported, cwd: Path, peer: bool) -> None:
+    options = ["--backend", "onnxruntime", "tensorrt", "-o", "out"]
+    if peer:
+        oracle.lerobot("policies.vqbet.modeling_vqbet")
+        options += ["--checkpoint", str(tiny.checkpoint)]
+    done = bench(tiny.bundle, *QUICK, *options, cwd=cwd)
     assert done.returncode == 0, done.stderr
     report = msgspec.json.decode((cwd / "out/result.json").read_bytes(), type=Report)
-    peer, bundle = report.results
-    assert (bundle.kind, peer.kind, report.baseline) == ("bundle", "lerobot", peer)
+    *lerobot, bundle = report.results
+    assert [result.kind for result in report.results] == ["lerobot"] * peer + ["bundle"]
+    assert report.baseline == report.results[0]
     # TensorRT is not installed here: it is named with the reason, and the others are measured.
     assert [name for name in report.failures if "tensorrt" in name]
     for result in report.results:
@@ -49,7 +51,7 @@ def test_a_bundle_beside_lerobot(tiny: Exported, cwd: Path) -> None:
     assert 0 <= bundle.memory.sibling < bundle.memory.resident / 4
     assert bundle.stage_medians()["gpt"] > 0
     assert bundle.bundle_bytes > 10_000
-    assert peer.bundle_bytes is None
+    assert all(result.bundle_bytes is None for result in lerobot)
     assert "tiny-fp32 onnxruntime" in (cwd / "out/report.md").read_text()
     assert "Step that predicts a chunk" in done.stdout
 
