@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier, Lock
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -69,33 +69,6 @@ class Paced(NamedTuple):
     missed: int
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One way of driving robots; latencies are of all robots together, in milliseconds.
-
-    Attributes:
-        bundle: as the user named it.
-        way: one `server`, whose robots share runs; one that runs each alone; or `processes`, a
-            policy in each.
-        robots: how many.
-        steps: measured ones.
-        p50, p95, p99, worst: of the time from an observation's due moment to its action.
-        late: share of the steps whose action came after the next observation was due, or never.
-        memory_mb: PSS of the server, or of all processes, in 2**20 bytes.
-    """
-
-    bundle: str
-    way: Way
-    robots: int
-    steps: int
-    p50: float
-    p95: float
-    p99: float
-    worst: float
-    late: float
-    memory_mb: float
-
-
 def measure_serving(arguments: Arguments, rate: float, progress: Callable[[str], None]) -> None:
     """Measure, print and write what `--serve` asks for.
 
@@ -107,7 +80,7 @@ def measure_serving(arguments: Arguments, rate: float, progress: Callable[[str],
         raise UsageError("--serve takes numbers of robots, 1 or more")
     if len(arguments.backend) > 1 or "tensorrt_rtx" in arguments.backend:
         raise UsageError("--serve measures one of vqbet-serve's backends")
-    results: list[Measured] = []
+    results: list[dict[str, Any]] = []
     notes: list[str] = []
     for source in arguments.bundles:
         load = Load(Bundle.open(source), rate, arguments.seconds, arguments.backend[0])
@@ -123,10 +96,11 @@ def measure_serving(arguments: Arguments, rate: float, progress: Callable[[str],
                 driven, memory = drive(load, way, robots)
                 if way == "processes":
                     per_process = memory / robots
-                results.append(summarized(Path(source).name, way, driven, 1 / rate, memory))
+                what = {"bundle": Path(source).name, "way": way, "robots": robots}
+                results.append({**what, **summarized(driven, 1 / rate), "memory_mb": memory})
     text = "\n\n".join([_table(results), *notes]) + "\n"
     numbers = {"processors": os.cpu_count(), "rate": rate, "notes": notes}
-    data = json.dumps({**numbers, "results": [asdict(each) for each in results]}, indent=1) + "\n"
+    data = json.dumps({**numbers, "results": results}, indent=1) + "\n"
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "serve.json").write_text(data)
@@ -157,15 +131,20 @@ def drive(load: Load, way: Way, robots: int) -> tuple[list[Paced], float]:
         return asyncio.run(_served(url, load, robots)), pss_mb(pid)
 
 
-def summarized(
-    bundle: str, way: Way, robots: list[Paced], period: float, memory: float
-) -> Measured:
-    """Figures of all robots together."""
+def summarized(robots: list[Paced], period: float) -> dict[str, Any]:
+    """Of all robots together, by the names in serve.json.
+
+    `p50`, `p95`, `p99` and `worst` are milliseconds from an observation's due moment to its action;
+    `late` is the share of the steps whose action came after the next observation was due, or never.
+    """
     seconds = np.concatenate([robot.seconds for robot in robots])
-    p50, p95, p99, worst = (float(1e3 * np.quantile(seconds, q)) for q in (0.5, 0.95, 0.99, 1))
     missed = sum(robot.missed for robot in robots)
-    late = float((seconds > period).sum() + missed) / (seconds.size + missed)
-    return Measured(bundle, way, len(robots), seconds.size, p50, p95, p99, worst, late, memory)
+    shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "worst": 1.0}
+    return {
+        "steps": seconds.size,
+        **{name: float(1e3 * np.quantile(seconds, q)) for name, q in shares.items()},
+        "late": float((seconds > period).sum() + missed) / (seconds.size + missed),
+    }
 
 
 def observations(manifest: Manifest, seed: int) -> Iterator[dict[str, NDArray[Any]]]:
@@ -303,13 +282,12 @@ def _alone(bundle: str, backend: Any, rate: float, steps: int, place: int) -> tu
     return found, memory
 
 
-def _table(results: list[Measured]) -> str:
-    """The results in Markdown."""
+def _table(results: list[dict[str, Any]]) -> str:
     rows = ["| bundle | robots | | p50 ms | p95 ms | p99 ms | worst ms | late | memory MiB |"]
     rows.append("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     rows += [
-        f"| {r.bundle} | {r.robots} | {r.way} | {r.p50:.1f} | {r.p95:.1f} | {r.p99:.1f} "
-        f"| {r.worst:.1f} | {r.late:.1%} | {r.memory_mb:.0f} |"
-        for r in results
+        "| {bundle} | {robots} | {way} | {p50:.1f} | {p95:.1f} | {p99:.1f} | {worst:.1f} "
+        "| {late:.1%} | {memory_mb:.0f} |".format(**each)
+        for each in results
     ]
     return "\n".join(rows)

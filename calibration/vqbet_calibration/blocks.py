@@ -45,7 +45,12 @@ class Blocks(Quantizer):
     def _quantized(
         self, model: onnx.ModelProto, found: Sequence[Layer], chosen: Mapping[str, str]
     ) -> onnx.ModelProto:
-        _check_runtime()
+        installed = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+        if installed < OLDEST_RUNTIME:
+            raise UsageError(
+                f"INT8 for CPUs needs ONNX Runtime 1.22 or newer, on the robot too; here is "
+                f"{onnxruntime.__version__}; type: pip install --upgrade onnxruntime"
+            )
         _halve_weights(model, {x.node for x in layers(model) if x.name not in chosen})
         _gemms_to_products(model, {layer.node for layer in found})
         for method in METHODS:
@@ -59,15 +64,6 @@ class Blocks(Quantizer):
             others = [node.name for node in model.graph.node if node.name not in names]
             nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config).process()
         return model
-
-
-def _check_runtime() -> None:
-    installed = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if installed < OLDEST_RUNTIME:
-        raise UsageError(
-            f"INT8 for CPUs needs ONNX Runtime 1.22 or newer, on the robot too; here is "
-            f"{onnxruntime.__version__}; type: pip install --upgrade onnxruntime"
-        )
 
 
 def _gemms_to_products(model: onnx.ModelProto, names: Collection[str]) -> None:

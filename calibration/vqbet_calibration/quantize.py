@@ -1,5 +1,6 @@
 """INT8 graphs of a policy: layers and methods chosen by what they do to the decision."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -229,25 +230,23 @@ class _Search:
 
     def _cheapest(self, harmful: Sequence[Sensitivity], goal: Goal) -> tuple[Plan, Outcome]:
         """Be more exact with the most harmful layers, as few as reach the goal."""
-        enough: dict[int, tuple[Plan, Outcome]] = {}
+        outcomes: dict[int, Outcome] = {}
+
+        def reached(count: int) -> bool:
+            self.progress(f"{self.target}: {count} of {len(harmful)} layers more exactly")
+            plan = self._plan(harmful[:count])
+            outcomes[count] = self.chain.outcome({s: self._session(s, plan[s]) for s in STAGES})
+            return goal.reached(outcomes[count])
+
         # None is tried first: mostly it does.
-        low, tried, high = 0, 0, len(harmful) - 1
-        while low <= high:
-            self.progress(f"{self.target}: {tried} of {len(harmful)} layers more exactly")
-            plan = self._plan(harmful[:tried])
-            outcome = self.chain.outcome({s: self._session(s, plan[s]) for s in STAGES})
-            if goal.reached(outcome):
-                enough[tried], high = (plan, outcome), tried - 1
-            else:
-                low = tried + 1
-            expected = _expected(harmful, tried, outcome, goal)
-            tried = expected if low <= expected <= high else (low + high) // 2
-        if not enough:
+        counts = range(len(harmful))
+        enough = 0 if reached(0) else bisect_left(counts, x=True, lo=1, key=reached)
+        if enough == len(harmful):
             raise VerificationError(
                 "no layer can be quantised within the limits; export with --fp16, or calibrate on "
                 "more observations of the robot at work"
             )
-        return enough[min(enough)]
+        return self._plan(harmful[:enough]), outcomes[enough]
 
     def _plan(self, harmful: Sequence[Sensitivity]) -> Plan:
         """The cheapest method for all layers but some, the most harmful first.
@@ -264,10 +263,3 @@ class _Search:
             else:
                 del plan[entry.stage][entry.layer]
         return plan
-
-
-def _expected(harmful: Sequence[Sensitivity], tried: int, outcome: Outcome, goal: Goal) -> int:
-    """How many layers it probably takes, if what the others do alone adds up."""
-    alone = [entry.outcome.total_variation for entry in harmful]
-    allowed = sum(alone[tried:]) * goal.total_variation / max(outcome.total_variation, 1e-12)
-    return next(k for k in range(len(alone) + 1) if sum(alone[k:]) <= allowed)

@@ -245,22 +245,15 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
 
 
 def _lerobot(_machine: Machine) -> Iterator[Finding]:
-    """Whether LeRobot, where it is installed, will find the plugin: it goes by the name."""
-    try:
-        lerobot = version("lerobot")
-    except PackageNotFoundError:
-        return
-    install = Fix(f"pip install --force-reinstall {_PLUGIN_FOLDER}", _PLUGIN_DOCS)
-    names = [str(found.metadata["Name"]) for found in distributions()]
-    spelled = [name for name in names if re.sub(r"[-_.]+", "_", name).lower() == _PLUGIN]
-    if not spelled:
-        text = f"{lerobot}, without the plugin for bundles"
-        yield Finding("LeRobot", "note", text, Fix(f"pip install {_PLUGIN_FOLDER}", _PLUGIN_DOCS))
-    elif not any(name.startswith("lerobot_policy_") for name in spelled):
-        text = f"{lerobot} skips '{spelled[0]}': its name must start with lerobot_policy_"
-        yield Finding("LeRobot", "problem", text, install)
-    else:
-        yield Finding("LeRobot", "ok", f"{lerobot}, with {_PLUGIN} {version(_PLUGIN)}")
+    """Whether LeRobot, where it is installed, will find the plugin."""
+    installed = {each.metadata["Name"]: each.version for each in distributions()}
+    if lerobot := installed.get("lerobot"):
+        # LeRobot goes by the name as its author spelled it, underscores included.
+        if _PLUGIN in installed:
+            yield Finding("LeRobot", "ok", f"{lerobot}, with {_PLUGIN} {installed[_PLUGIN]}")
+        else:
+            fix = Fix(f"pip install --force-reinstall {_PLUGIN_FOLDER}", _PLUGIN_DOCS)
+            yield Finding("LeRobot", "note", f"{lerobot}, without the plugin '{_PLUGIN}'", fix)
 
 
 def _power(machine: Machine) -> Iterator[Finding]:

@@ -119,6 +119,6 @@ def test_a_late_robot_goes_on_with_the_newest_observation(slowness: float) -> No
     if slowness > 1:
         assert paced.missed >= len(paced.seconds) / 2
     assert len(paced.seconds) + paced.missed >= 40
-    measured = serving.summarized("a.bundle", "server", [paced, paced], period, 1.0)
+    measured = serving.summarized([paced, paced], period)
     late = sum(seconds > period for seconds in paced.seconds) + paced.missed
-    assert measured.late == pytest.approx(late / (len(paced.seconds) + paced.missed))
+    assert measured["late"] == pytest.approx(late / (len(paced.seconds) + paced.missed))
