@@ -5,8 +5,6 @@ from typing import Literal
 import numpy as np
 from msgspec import Struct
 
-from vqbet_bench.samples import Summary, summarize
-
 FORMAT_VERSION: Literal[2] = 2
 # back_to_back: one call after the other; paced: at the control rate; every: one call after the
 # other, re-planning on every step.
@@ -91,10 +89,6 @@ class Result(Struct, frozen=True):
     def samples(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> list[float]:
         """All rounds' samples."""
         return [s for entry in self.rounds.get(mode, []) for s in getattr(entry, kind)]
-
-    def summary(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> Summary | None:
-        """Of all rounds' samples; None without any."""
-        return summarize(self.samples(mode, kind))
 
     def median_over_rounds(self, mode: Mode, figure: Literal["p50", "worst"]) -> float | None:
         """The median of the rounds' own figures for re-planning steps."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vqbet_bench.machine import cpu_clocks, cpu_field, gpu_clocks, unlocked, vector_units
+from vqbet_bench.machine import clocks, cpu_field, unlocked, vector_units
 from vqbet_bench.memory import peak_resident
 from vqbet_bench.power import PowerMeter, read_rails, total_rail
 
@@ -74,15 +74,13 @@ def test_clocks_that_may_move_are_named(tmp_path: Path) -> None:
     for core, (governor, low) in enumerate(lowest):
         found = {"governor": governor, "min_freq": low, "max_freq": 1_500_000}
         write(tmp_path, {f"cpu{core}/cpufreq/scaling_{k}": v for k, v in found.items()})
-    clocks = cpu_clocks(tmp_path)
-    assert clocks["cpu1"] == "schedutil, 1500 to 1500 MHz"
-    assert unlocked(clocks) == ["cpu2"]
     gpu = {"governor": "nvhost_podgov", "min_freq": 306_000_000, "max_freq": 624_750_000}
     write(tmp_path / "gpus", {f"17000000.gpu/{k}": v for k, v in gpu.items()})
     write(tmp_path / "gpus", {"15340000.vic/governor": "tegra_wmark"})
-    clocks = gpu_clocks(tmp_path / "gpus")
-    assert clocks == {"17000000.gpu": "nvhost_podgov, 306 to 625 MHz"}
-    assert unlocked(clocks) == ["17000000.gpu"]
+    found = clocks(tmp_path, tmp_path / "gpus")
+    assert found["cpu1"] == "schedutil, 1500 to 1500 MHz"
+    assert found["17000000.gpu"] == "nvhost_podgov, 306 to 625 MHz"
+    assert unlocked(found) == ["cpu2", "17000000.gpu"]
 
 
 def test_peak_memory_is_the_kernels_high_water_mark() -> None:

@@ -1,8 +1,6 @@
 """LeRobot computes the same policy, or comparing times would mean nothing."""
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -98,28 +96,3 @@ def test_a_bundle_predicts_on_every_step_when_asked(
             if not decisions or decisions[-1] is not policy._policy.last:
                 decisions.append(policy._policy.last)
         assert len(decisions) == expected
-
-
-def test_stages_are_launched_alone_where_the_backend_has_that(
-    tiny: Exported, observations: Observations
-) -> None:
-    policy = MeasuredBundle(job(tiny, "bundle", tiny.bundle, observations))
-    assert policy.stage_launches() == {}
-    window = SimpleNamespace(stage_launches=lambda: {"gpt": list})
-    with mock.patch.object(policy, "_backend", SimpleNamespace(create_window=lambda: window)):
-        assert policy.stage_launches() == {"gpt": list}
-
-
-def test_a_recorded_round_leaves_nothing(
-    tiny: Exported, observations: Observations, tmp_path: Path
-) -> None:
-    policy = MeasuredBundle(
-        replace(job(tiny, "bundle", tiny.bundle, observations), record=tmp_path)
-    )
-    policy.start(every=False)
-    with policy.recorded():
-        (folder,) = tmp_path.iterdir()
-        policy.act(policy.prepare(0))
-        assert policy._policy._recorder is not None
-    assert policy._policy._recorder is None
-    assert not folder.exists()

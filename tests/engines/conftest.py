@@ -28,9 +28,7 @@ RELEASES = {
     "10.16.0": "tensorrt-cu13-bindings==10.16.0.72",
     "11.4.0": "tensorrt-cu13-bindings==11.4.0.106",
 }
-REFUSED = {"8.6.1": "tensorrt-bindings==8.6.1"}
-# The last is C++: the parsers of TensorRT 8.
-_PREFIXES = ("create", "get", "initLib", "_ZN")
+_PREFIXES = ("create", "get", "initLib")
 
 
 @dataclass(frozen=True)
@@ -60,27 +58,11 @@ class Bindings:
         return json.loads(done.stdout)
 
 
-def _each(releases: dict[str, str]) -> list[Any]:
-    """One worker per release: two would fetch into the same folder."""
-    return [pytest.param(n, id=n, marks=pytest.mark.xdist_group(n)) for n in releases]
-
-
-@pytest.fixture(params=_each(RELEASES))
+# One worker per release: two would fetch into the same folder.
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in RELEASES])
 def release(request: pytest.FixtureRequest) -> Bindings:
-    """Bindings of a release that is supported."""
-    return _bindings(request.param)
-
-
-@pytest.fixture(params=_each(REFUSED))
-def old_release(request: pytest.FixtureRequest) -> Bindings:
-    """Bindings of a release that is refused."""
-    if sys.version_info >= (3, 12):
-        pytest.skip("TensorRT 8.6 has no bindings for Python 3.12")
-    return _bindings(request.param)
-
-
-def _bindings(name: str) -> Bindings:
-    """Fetched once and kept in the build folder."""
+    """Bindings of a release, fetched once and kept in the build folder."""
+    name = request.param
     root = ROOT / "build" / f"tensorrt-bindings-{sys.implementation.cache_tag}" / name
     root.parent.mkdir(parents=True, exist_ok=True)
     with alone(root):
@@ -88,7 +70,7 @@ def _bindings(name: str) -> Bindings:
             if shutil.which("gcc") is None or shutil.which("nm") is None:
                 impossible("gcc and nm are needed to generate TensorRT's stub libraries")
             shutil.rmtree(root, ignore_errors=True)
-            _fetch((RELEASES | REFUSED)[name], root)
+            _fetch(RELEASES[name], root)
             _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
 

@@ -137,16 +137,6 @@ def test_what_a_release_answers(release: Any, paths: list[str], tmp_path: Path) 
     assert told["types"] == ["float32", "uint8", "int64"]
 
 
-def test_tensorrt_8_is_refused(old_release: Any) -> None:
-    code = """
-from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
-try: import_tensorrt("tensorrt")
-except BackendError as error: print(json.dumps(str(error)))
-"""
-    assert "8.6.1 is too old" in old_release.run(code)
-
-
 def test_cuda_over_a_driver_in_host_memory(tmp_path: Path) -> None:
     """The real `cuda-bindings`: every call of ours, the types of its arguments, what it frees."""
     pytest.importorskip("cuda.bindings.driver")

@@ -24,7 +24,6 @@ from vqbet_edge.inspection import main as inspect
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.cameras import pack_frames, unpack_frames
 from vqbet_edge.runtime.manifest import CropSpec, Precision, encode_manifest
 from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.runtime.proof import prove
@@ -196,17 +195,6 @@ def test_the_benchmark_observes_every_camera_at_its_size(two_cameras: Trained) -
         }
         with EdgePolicy.load(bundle.path, "onnxruntime") as policy:
             policy.act(seen)
-
-
-def test_frames_are_packed_and_unpacked() -> None:
-    random = np.random.default_rng(0)
-    shapes = {"a": (4, 9, 3), "b": (6, 5, 3)}
-    images = {k: random.integers(1, 256, (2, *s), np.uint8) for k, s in shapes.items()}
-    packed = pack_frames(list(images.values()))
-    assert packed.shape == (2, 2, 6, 9, 3)
-    assert np.count_nonzero(packed) == sum(image.size for image in images.values())
-    for key, image in unpack_frames(packed, shapes).items():
-        np.testing.assert_array_equal(image, images[key])
 
 
 def test_frames_of_any_source_are_kept_shrunk(two_cameras: Trained) -> None:
