@@ -1,18 +1,24 @@
 """The quantised graphs: what TensorRT asks of them, and what they compute."""
 
+import re
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from builder_log import builder_log, layer_inputs
 from int8 import PUSHT, samples_for
 from onnx import TensorProto, helper, numpy_helper
 from vqbet_calibration.chain import Chain, encoder_feeds, gpt_feeds
 from vqbet_calibration.graphs import GraphSession, layers, parts
 from vqbet_calibration.static import Static, collect_ranges
-from vqbet_engines.builder import Job
+from vqbet_engines import worker
+from vqbet_engines.builder import GRAPH, JOB, TIMING, Job
 
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.bundle import Bundle
@@ -121,13 +127,35 @@ def test_parts_in_a_row_are_the_stage(
     assert tuple(found) == signed[stage].layers
 
 
+# What TensorRT's builder logs of the engine: every layer, its kind, and what it reads besides constants.
+LAYER = re.compile(r"Name: .*?, LayerType: ([^,]+), Inputs: \[(.*?)\](?:, Constants|, Outputs)")
+
+
+def layers_built(graph: bytes, capability: str, folder: Path) -> list[tuple[str, set[str]]]:
+    """Kind and types of every layer of an engine that is built in this process."""
+    said: list[str] = []
+
+    def create_logger(tensorrt: Any, _: Any) -> Any:
+        return real(tensorrt, lambda _level, text: said.append(text))
+
+    job = Job("tensorrt_rtx", BuildOptions(optimization_level=1), capability)
+    for name, data in ((GRAPH, graph), (JOB, msgspec.json.encode(job)), (TIMING, b"")):
+        (folder / name).write_bytes(data)
+    real = worker.create_logger
+    with mock.patch.object(worker, "create_logger", create_logger), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as the worker's `main` does
+        worker.build(folder)
+    found = filter(None, map(LAYER.match, "\n".join(said).splitlines()))
+    return [(m[1], set(re.findall(r"Datatype: (\w+)", m[2]))) for m in found]
+
+
 @pytest.mark.parametrize("capability", ["sm86", "sm120"])
 def test_convolutions_and_products_are_int8_in_the_engine(
-    for_tensorrt: dict[StageName, bytes], signed: dict[StageName, Static], capability: str
-) -> None:
+    for_tensorrt: dict[StageName, bytes], signed: dict[StageName, Static], capability: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     pytest.importorskip("tensorrt_rtx")
-    job = Job("tensorrt_rtx", BuildOptions(optimization_level=1), capability)
-    encoder, gpt = (layer_inputs(builder_log(for_tensorrt[stage], job)) for stage in QUANTIZED)
+    encoder, gpt = (layers_built(for_tensorrt[s], capability, tmp_path) for s in QUANTIZED)
     assert [types for kind, types in encoder if kind == "correlation"] == [{"Int8"}] * 21
     products = [types for kind, types in gpt if "gemm" in kind.lower()]
     assert sum("Int8" in types for types in products) >= len(signed["gpt"].layers) - 2
