@@ -62,13 +62,15 @@ def test_a_good_device_passes(
 ) -> None:
     monkeypatch.setattr(checks, "load_checkpoint", lambda _: miniature.attentive(0))
     monkeypatch.setattr(checks.loads, "__defaults__", (50,))
-    device = FakeGpu()
-    assert checks.main(str(bundle.path), "miniature", device) == 0
+    assert checks.main(str(bundle.path), "miniature", FakeGpu()) == 0
     said = capsys.readouterr().out
     assert "loads: 50 loads, 0 bytes lost" in said
     assert said.count("torch, fp32, 16 predictions") == said.count("agreement 100.00%") == 4
     assert "ILLEGAL_ADDRESS" in said
+    device = FakeGpu()  # the other one is spoiled
+    checks.policy(bundle, miniature.attentive(0), device)
     assert not any(device.driver.books.values())
+    assert device.driver.misuses == []
 
 
 def test_what_is_wrong_is_noticed(
