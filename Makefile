@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most never are.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: demo demo-training test test-all bench torture aarch64 check clean python
+.PHONY: demo demo-training test test-all torture aarch64 check clean python
 
 demo: $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" examples/pusht/demo.sh
@@ -29,10 +29,6 @@ test: $(VENV)/.reference
 # The rest: other environments (LeRobot 0.6.1, ROS 2, Ray, a browser), honest sizes, attacks, searches.
 test-all: $(VENV)/.reference
 	$(PYTEST) -m extended $(PYTEST_ARGS)
-
-# On a machine that does nothing else; bench/README.md says more.
-bench: $(VENV)/.reference
-	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 
 # The abuse cases, the soak and the guards in full: hours instead of minutes.
 torture: $(VENV)/.reference

@@ -1,187 +1,209 @@
-"""All that a GPU has to show and no other machine can, without TensorRT and without a network.
+"""The CUDA backends' own machinery on a device, without TensorRT: PyTorch computes the stages.
 
-    python bench/gpu.py tests/data/pusht outputs/gpu --minutes 45
+    python bench/gpu.py BUNDLE CHECKPOINT
 
-1. The CUDA backends' machinery on the real driver (`gpu_checks`).
-2. LeRobot's default policy trained on the data set for the time given, its curves, its score on
-   PushT, and that of its bundles in FP16 and INT8.
-3. The checks again, on the trained policy: what the GPU computes of it.
-
-Wanted: pip install -e '.[export,train,sim]' cuda-bindings; it goes on after a step that fails, and
-RESULTS/gpu.json has the outcome of all of them.
+The bundle is the checkpoint's, in FP32 or FP16. Wanted: pip install -e '.[export]' cuda-bindings.
+Every check prints a line with what it found; one that fails does not stop the others.
 """
 
-import json
+import functools
+import itertools
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-PLACES = [str(ROOT / name) for name in ("", "export", "calibration", "engines", "bench")]
-sys.path[:0] = PLACES
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vqbet_export.assembly import DTYPES, MODULES
 
-import gpu_checks  # noqa: E402
-import tyro  # noqa: E402
-
-from vqbet_edge.runtime.backends.child import module_command  # noqa: E402
-from vqbet_edge.runtime.bundle import Bundle  # noqa: E402
-from vqbet_edge.training.checkpoint import load_checkpoint  # noqa: E402
-
-_PROBES = 100, 400  # steps; their difference in time is free of the start
-_VQVAE_SHARE = 0.08  # LeRobot's 20,000 of 250,000 steps
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Check the CUDA backends on this machine's GPU, then train, evaluate and export."""
-
-    # LeRobot data set of PushT.
-    dataset: tyro.conf.Positional[str]
-    # Folder for everything that comes out; must not exist.
-    results: tyro.conf.Positional[Path]
-    # How long to train.
-    minutes: float = 45
-    # Episodes of every evaluation.
-    episodes: int = 50
-    # Streams that are opened and closed.
-    loads: int = 10_000
-    # Only the checks, on an untrained policy.
-    checks_only: bool = False
+from vqbet_edge.errors import BackendError, VerificationError
+from vqbet_edge.runtime.backends.cuda import Cuda
+from vqbet_edge.runtime.backends.cuda_backend import GRAPH_VARIABLE, CudaBackend
+from vqbet_edge.runtime.backends.cuda_execution import Execution
+from vqbet_edge.runtime.backends.cuda_stream import MAPPED_VARIABLE, Launch, Stream
+from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.runtime.cases import ReferenceCases
+from vqbet_edge.runtime.manifest import StageName
+from vqbet_edge.runtime.proof import PolicyCheck, prove
+from vqbet_edge.runtime.signatures import TensorSpec
+from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 
 
-class Report:
-    """What every step came to, on disk after each."""
+class Gpu:
+    """What runs PyTorch where a driver's streams and addresses are.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._steps = path, dict[str, dict[str, object]]()
+    Attributes:
+        cuda: the driver and its device.
+        name: PyTorch's.
+    """
 
-    def step(self, name: str, work: Callable[[], object]) -> bool:
-        """Do it; whether it succeeded."""
-        sys.stderr.write(f"== {name}\n")
-        start = time.monotonic()
+    name = "cuda"
+
+    def __init__(self) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        self.cuda = Cuda()
+
+    def view(self, address: int, tensor: TensorSpec) -> Tensor:
+        """A tensor over memory of the driver's."""
+        kind = np.dtype(tensor.dtype).str
+        described = {"shape": tensor.shape, "typestr": kind, "data": (address, False), "version": 3}
+        holder = type("Memory", (), {"__cuda_array_interface__": described})()
+        return torch.as_tensor(holder, device="cuda")
+
+    def put(self, stream: int, run: Launch) -> None:
+        """Put what `run` launches on a stream of the driver's."""
+        outside = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(outside):
+            run()
+
+    def free(self) -> int:
+        """Bytes of the device's memory that nobody uses."""
+        torch.cuda.synchronize()
+        return int(torch.cuda.mem_get_info()[0])
+
+    def use(self) -> Any:  # noqa: ANN401
+        """Use CUDA as a robot's program does between two calls; what it found, its context too."""
+        total = (torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum()
+        return total.item(), int(self.cuda.call("cuCtxGetCurrent"))
+
+    def fault(self) -> None:
+        """Launch what fails behind the call: an index out of range trips the kernel's assertion."""
+        torch.zeros(4, device="cuda")[torch.full((1,), 99, device="cuda")]
+
+
+class TorchStages(CudaBackend):
+    """A bundle's stages in PyTorch, at the addresses and on the streams of the backend.
+
+    Args:
+        bundle: whose signatures and precision hold.
+        checkpoint: the weights.
+        device: where.
+    """
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, device: Gpu) -> None:
+        self._checkpoint, self._device, self.broken = checkpoint, device, False
+        super().__init__(bundle, device.cuda)
+
+    def _load(self, bundle: Bundle) -> None:
+        stages = bundle.manifest.stages
+        self._modules: dict[StageName, nn.Module] = {
+            name: MODULES[name](self._checkpoint, DTYPES[stages[name].precision])
+            .eval()
+            .to(self._device.name)
+            for name in bundle.stages_to_load
+        }
+
+    def execution(self, stream: Stream) -> Execution:
+        """Modules over a window's own buffers."""
+        execution = Execution(self.signatures, stream)
+        for stage in self._modules:
+            run = functools.partial(self._run, stage, *self._tensors(stage, execution))
+            execution.stages[stage] = functools.partial(self._device.put, stream.handle, run)
+        return execution
+
+    def _tensors(self, stage: StageName, execution: Execution) -> tuple[list[Tensor], list[Tensor]]:
+        view, buffers = self._device.view, execution.buffers
+        inputs, outputs = self.signatures[stage]
+        return (
+            [view(buffers[tensor.name].address, tensor) for tensor in inputs],
+            [view(buffers[tensor.name].address, tensor) for tensor in outputs],
+        )
+
+    @torch.inference_mode()
+    def _run(self, stage: StageName, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if self.broken:
+            self._device.fault()
+        found = self._modules[stage](*inputs)
+        for output, value in zip(outputs, found if len(outputs) > 1 else (found,), strict=True):
+            output.copy_(value)
+
+
+def loads(device: Gpu, count: int = 10_000) -> str:
+    """Streams with memory and a graph, opened and closed: no byte is lost."""
+
+    def load() -> None:
+        stream = Stream(device.cuda)
+        with stream.active():
+            near, far = stream.buffer(1 << 16, host=True), stream.buffer(1 << 16, host=False)
+            stream.synchronize()
+            launch = stream.capture(lambda: stream.copy(far.address, near.address, 1 << 16))
+            launch()
+        stream.close()
+
+    load()
+    before = device.free()
+    for _ in range(count):
+        load()
+    lost = before - device.free()
+    if lost > count:  # less than a byte per load: other programs use the device too
+        raise VerificationError(f"{count} loads lost {lost} bytes")
+    return f"{count} loads, {lost} bytes lost"
+
+
+def policy(bundle: Bundle, checkpoint: Checkpoint, device: Gpu) -> str:
+    """The whole backend computes the policy: copied or mapped, launched or captured, two robots.
+
+    And a program's own use of CUDA is as before, and as if it were alone.
+    """
+    before, said = device.use(), []
+    for mapped, graphs in itertools.product("01", "01"):
+        os.environ.update({MAPPED_VARIABLE: mapped, GRAPH_VARIABLE: graphs})
+        backend = TorchStages(bundle, checkpoint, device)
         try:
-            outcome, failed = work(), False
-        except Exception as error:  # noqa: BLE001 - the rest is still worth its time
-            outcome, failed = f"{type(error).__name__}: {error}", True
-        seconds = round(time.monotonic() - start, 1)
-        self._steps[name] = {"failed": failed, "seconds": seconds, "outcome": outcome}
-        self._path.write_text(json.dumps(self._steps, indent=1) + "\n")
-        sys.stderr.write(f"{'FAILED: ' if failed else ''}{outcome}\n")
-        return not failed
-
-    @property
-    def failures(self) -> int:
-        """Steps that failed."""
-        return sum(bool(step["failed"]) for step in self._steps.values())
+            kept = backend.create_window()
+            proof = prove(bundle, backend)
+            if bool(kept._graphs) != (graphs == "1"):  # noqa: SLF001
+                raise VerificationError(f"{GRAPH_VARIABLE}={graphs}: {len(kept._graphs)} graphs")  # noqa: SLF001
+            if device.use() != before:
+                raise VerificationError(f"another library's work: {before}, then {device.use()}")
+        finally:
+            backend.close()
+        said.append(f"mapped {mapped}, graphs {graphs}: {proof}")
+    return "\n".join(said)
 
 
-def command(module: str, *arguments: object) -> str:
-    """One of this package's commands; what it prints on standard output."""
-    done = subprocess.run(  # noqa: S603
-        module_command(module, *map(str, arguments)),
-        stdout=subprocess.PIPE, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(PLACES)},
-    )  # fmt: skip
-    return done.stdout
+def faults(bundle: Bundle, checkpoint: Checkpoint, device: Gpu) -> str:
+    """What fails on the device is our error, again and again, and closing survives it.
+
+    The device's context is of no use afterwards: a process of its own.
+    """
+    os.environ[GRAPH_VARIABLE] = "0"
+    backend = TorchStages(bundle, checkpoint, device)
+    cases, said = ReferenceCases.of(bundle), set[str]()
+    check = PolicyCheck(bundle, backend, cases)
+    case = cases.cases[0]
+    backend.broken = True
+    for _ in range(2):
+        try:
+            check.add(cases.observations(case, bundle.manifest), case.outputs)
+        except BackendError as error:  # noqa: PERF203 - twice
+            said.add(str(error))
+        else:
+            raise VerificationError("a fault on the device went unnoticed")
+    backend.close()
+    return " / ".join(sorted(said))
 
 
-def train(output: Path, dataset: str, steps: int) -> float:
-    """Train for some steps of both phases; seconds."""
-    start = time.monotonic()
-    phase_1 = max(1, round(steps * _VQVAE_SHARE))
-    command(
-        "vqbet_edge.training.cli", "--dataset", dataset, "--output", output, "--steps", steps,
-        "--n-vqvae-training-steps", phase_1, "--save-every", max(1, steps // 4),
-    )  # fmt: skip
-    return time.monotonic() - start
-
-
-def train_for(arguments: Arguments, output: Path) -> str:
-    """As many steps as the time allows, measured on a few."""
-    few, more = (train(arguments.results / f"probe-{n}", arguments.dataset, n) for n in _PROBES)
-    rate = (_PROBES[1] - _PROBES[0]) / max(more - few, 1e-3)
-    steps = max(_PROBES[1], int(arguments.minutes * 60 * rate))
-    seconds = train(output, arguments.dataset, steps)
-    return f"{steps} steps in {seconds:.0f} s, {rate:.1f} a second; curves in {output}"
-
-
-def check_policy(kind: str, bundle: Path, checkpoint: str) -> str:
-    """One of the checks that need a policy; `faults` spoils this process's GPU."""
-    check = {"policy": gpu_checks.policy, "faults": gpu_checks.faults}[kind]
-    return check(Bundle.open(bundle), load_checkpoint(checkpoint), gpu_checks.Gpu())
-
-
-def checks(report: Report, arguments: Arguments) -> None:
-    """What needs no policy."""
-    device = gpu_checks.Gpu()
-    for name, check in gpu_checks.CHECKS.items():
-        options = {"count": arguments.loads} if name == "loads" else {}
-        report.step(f"check: {name}", partial(check, device, **options))
-
-
-def policy_checks(report: Report, bundle: Path, checkpoint: Path) -> None:
-    """What needs one, each in a process of its own."""
-    for kind in ("policy", "faults"):
-        call = [sys.executable, __file__, "--one", kind, str(bundle), str(checkpoint)]
-        report.step(f"check: {kind} in {bundle.stem}", partial(_output, call))
-
-
-def _output(call: list[str]) -> str:
-    return subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
-
-
-def export(arguments: Arguments, checkpoint: Path, precision: str) -> str:
-    """Export and verify on the data set; where to."""
-    bundle = arguments.results / f"{precision}.bundle"
-    data = ["--calibration-data", arguments.dataset] if precision == "int8" else []
-    options = [f"--{precision}", *data, "--verify-data", arguments.dataset, "-o", bundle, "--json"]
-    text = command("vqbet_export.cli", checkpoint, *options)
-    (arguments.results / f"export-{precision}.json").write_text(text)
-    return str(bundle)
-
-
-def evaluate(arguments: Arguments, name: str, policy: Path) -> str:
-    """The score on PushT."""
-    options = ["--env", "pusht", "--episodes", arguments.episodes, "--json"]
-    backend = ["--backend", "onnxruntime"] if policy.suffix == ".bundle" else []
-    text = command("vqbet_edge.training.evaluation.cli", policy, *options, *backend)
-    (arguments.results / f"eval-{name}.json").write_text(text)
-    return text
-
-
-def main() -> None:
-    """Everything."""
-    if sys.argv[1:2] == ["--one"]:
-        sys.stdout.write(check_policy(sys.argv[2], Path(sys.argv[3]), sys.argv[4]))
-        return
-    arguments = tyro.cli(Arguments)
-    arguments.results.mkdir(parents=True)
-    report, output = Report(arguments.results / "gpu.json"), arguments.results / "training"
-    checks(report, arguments)
-    if arguments.checks_only:
-        report.step("train", partial(train, output, arguments.dataset, _PROBES[0]))
-    else:
-        report.step("train", partial(train_for, arguments, output))
-    checkpoint = output / "checkpoints/last/pretrained_model"
-    if not arguments.checks_only:
-        report.step("evaluate the checkpoint", partial(evaluate, arguments, "torch", checkpoint))
-    for precision in ("fp32", "fp16", "int8"):
-        bundle = arguments.results / f"{precision}.bundle"
-        if not report.step(
-            f"export {precision}", partial(export, arguments, checkpoint, precision)
-        ):
-            continue
-        if precision != "int8":  # PyTorch has no kernels for it
-            policy_checks(report, bundle, checkpoint)
-        if precision != "fp32" and not arguments.checks_only:
-            report.step(f"evaluate {precision}", partial(evaluate, arguments, precision, bundle))
-    sys.exit(report.failures > 0)
+def main(bundle: str, checkpoint: str, device: Gpu) -> int:
+    """Every check; how many failed."""
+    policy_of = Bundle.open(bundle), load_checkpoint(checkpoint), device
+    checks = {
+        "loads": lambda: loads(device),
+        "policy": lambda: policy(*policy_of),
+        "faults": lambda: faults(*policy_of),  # last: it spoils this process's GPU
+    }
+    failed = 0
+    for name, check in checks.items():
+        try:
+            said = check()
+        except Exception as error:  # noqa: BLE001 - the others are still worth their time
+            said, failed = f"FAILED: {type(error).__name__}: {error}", failed + 1
+        sys.stdout.write(f"{name}: {said}\n")
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(*sys.argv[1:], Gpu()) > 0)

@@ -24,8 +24,6 @@ class FakeTensorRT:
         self.bundle, self.driver = bundle, driver
         #: Whether what fails returns nothing, as most of TensorRT does, or raises.
         self.raises = False
-        #: Tensor name -> the shape that engines have instead of the right one.
-        self.shapes: dict[str, tuple[int, ...]] = {}
         #: Stage -> what computes it; other stages mix their inputs up.
         self.sessions: dict[str, Any] = {}
         self.loggers: list[Any] = []
@@ -104,7 +102,7 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if self.module.fails("get_tensor_shape"):
             return (-1,)
-        return self.module.shapes.get(name, self.specs[name].shape)
+        return self.specs[name].shape
 
     def create_execution_context(self) -> "Context | None":
         return None if self.module.fails("create_execution_context") else Context(self)

@@ -43,11 +43,10 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The stand-in: its repositories, large files that were uploaded, and requests it got."""
+    """The stand-in: its repositories, and requests it got."""
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
-    large: Files = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
     def add(self, name: str, files: Files, *references: str) -> str:
@@ -105,20 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"errors": [], "warnings": []})
             case ["api", "models", owner, name, "preupload", _]:
                 self._preupload(f"{owner}/{name}", json.loads(body))
-            case [_, _, "info", "lfs", "objects", "batch"]:
-                self._batch(json.loads(body))
             case ["api", "models", owner, name, "commit", _]:
                 self._commit(f"{owner}/{name}", body)
             case _:
                 self._json({"error": f"not known here: {self.path}"}, 404)
-
-    def do_PUT(self) -> None:
-        match self._parts():
-            case ["large", digest]:
-                data = self._body()
-                assert hashlib.sha256(data).hexdigest() == digest
-                self.hub.large[digest] = data
-                self._json({})
 
     def _parts(self) -> list[str]:
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -208,37 +197,19 @@ class _Handler(BaseHTTPRequestHandler):
         # Clients before 2 say `private`.
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
         self.hub.repositories[name] = Repository(private)
-        self.hub.add(name, {".gitattributes": b"*.onnx filter=lfs\n"})
+        self.hub.add(name, {".gitattributes": b""})
         self._json(made)
 
     def _preupload(self, name: str, asked: dict[str, Any]) -> None:
+        """Every file comes in the commit itself, however large."""
         if self._found(name, "main") is not None:
-            modes = {
-                file["path"]: "lfs" if file["path"].endswith(".onnx") else "regular"
-                for file in asked["files"]
-            }
-            files = [
-                {"path": path, "uploadMode": mode, "shouldIgnore": False}
-                for path, mode in modes.items()
-            ]
-            self._json({"files": files})
-
-    def _batch(self, asked: dict[str, Any]) -> None:
-        objects = []
-        for wanted in asked["objects"]:
-            target = {"href": f"{self.hub.address}/large/{wanted['oid']}", "header": {}}
-            objects.append({**wanted, "actions": {"upload": target}})
-        self._json({"transfer": "basic", "objects": objects})
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            self._json({"files": [{"path": file["path"], **regular} for file in asked["files"]]})
 
     def _commit(self, name: str, body: bytes) -> None:
-        files: Files = {}
-        for line in body.splitlines():
-            item = json.loads(line)
-            match item["key"], item["value"]:
-                case "file", {"path": path, "content": content}:
-                    files[path] = base64.b64decode(content)
-                case "lfsFile", {"path": path, "oid": digest}:
-                    files[path] = self.hub.large[digest]
+        items = [json.loads(line) for line in body.splitlines()]
+        values = [item["value"] for item in items if item["key"] == "file"]
+        files = {value["path"]: base64.b64decode(value["content"]) for value in values}
         commit = self.hub.add(name, files)
         address = f"{self.hub.address}/{name}/commit/{commit}"
         self._json({"success": True, "commitOid": commit, "commitUrl": address})

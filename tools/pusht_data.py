@@ -1,33 +1,48 @@
-"""What the tools for PushT data sets share."""
+"""Copy a PushT data set, changed; images are stored without loss.
+
+python tools/pusht_data.py mirror SOURCE TARGET     # and its mirror image behind it
+python tools/pusht_data.py contact SOURCE TARGET    # the state as that of `pusht_contact`
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
+import tyro
+
+from vqbet_edge.cli import run
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import Demonstration, write_dataset
+from vqbet_edge.training.evaluation.pusht import contact_state, mirror_frames, mirror_points
 
 Demonstrations = Sequence[Demonstration]
 
 
-def rewrite(
-    source: str,
-    target: Path,
-    state: Sequence[str],
-    change: Callable[[Demonstrations], Demonstrations],
-) -> None:
-    """Write `target` from the data set `source`; images are stored without loss.
+def _mirror(seen: Demonstrations) -> Demonstrations:
+    """All of them as they are, then all of them mirrored."""
+    points = {STATE_KEY, ACTION_KEY}
+    return [*seen, *(
+        {k: mirror_points(v) if k in points else mirror_frames(v) for k, v in each.items()}
+        for each in seen
+    )]  # fmt: skip
 
-    Args:
-        source: a data set, see `LeRobotDataset.open`.
-        target: a new folder.
-        state: names of the numbers that the source's state has to have.
-        change: what is written instead of the source's demonstrations.
 
-    Raises:
-        DatasetError: the state has another width.
-    """
+def _contact(seen: Demonstrations) -> Demonstrations:
+    return [{**each, STATE_KEY: contact_state(each[STATE_KEY])} for each in seen]
+
+
+# Names of the numbers that the source's state has to have, and what is written instead.
+_CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Demonstrations], Demonstrations]]] = {
+    "mirror": (("x", "y"), _mirror),
+    "contact": (("x", "y", "block's x", "block's y", "angle"), _contact),
+}
+
+
+def main(change: Literal["mirror", "contact"], source: str, target: Path, /) -> None:
+    """Write `target` from the data set `source`."""
+    state, changed = _CHANGES[change]
     data = LeRobotDataset.open(source)
     width = data.column(STATE_KEY).shape[1]
     if width != len(state):
@@ -36,4 +51,8 @@ def rewrite(
         )
     keys = (*data.image_keys, STATE_KEY, ACTION_KEY)
     seen = [data.episode(position, keys) for position in range(data.num_episodes)]
-    write_dataset(target, change(seen), data.fps, "push the block onto its target")
+    write_dataset(target, changed(seen), data.fps, "push the block onto its target")
+
+
+if __name__ == "__main__":
+    run(lambda: tyro.cli(main))

@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vqbet_bench.policies import PEERS, BundleBackend, PeerName
+from vqbet_bench.policies import BundleBackend
 from vqbet_edge.runtime.backends.base import Prefetch
 
-_RATE = 30.0
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -17,8 +16,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class Arguments:
     """Measure bundles on this machine: latency, stages, deadlines, memory, energy."""
 
-    # Bundles: directories or Hub ids (user/name, user/name@revision), of one checkpoint if peers
-    # are to be compared.
+    # Bundles: directories or Hub ids (user/name, user/name@revision).
     bundles: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE ...")]
     # Backends to run every bundle on.
     backend: tuple[BundleBackend, ...] = ("auto",)
@@ -33,11 +31,9 @@ class Arguments:
     rounds: int = 5
     # A LeRobot data set (folder or Hub id) or what `policy.record` wrote; random ones without.
     dataset: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
-    # The checkpoint that the bundles were exported from, likewise; adds the peers. LeRobot's own
-    # loader reads it, and imports and runs what its processors name: trust it as a program.
+    # The checkpoint that the bundles were exported from, likewise: LeRobot is measured beside them.
+    # Its own loader imports and runs what the processors name: trust it as a program.
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
-    # Peers to compare with, given a checkpoint.
-    peers: tuple[PeerName, ...] = PEERS
     # Where LeRobot runs.
     peer_device: Literal["cpu", "cuda"] = "cpu"
     # Processors that every policy may use; all by default.
@@ -51,8 +47,3 @@ class Arguments:
     json: Flag = False
     # Folder for result.json and report.md.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-
-    @property
-    def steps_a_second(self) -> float:
-        """The rate, or what is usual."""
-        return self.rate or _RATE

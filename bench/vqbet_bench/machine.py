@@ -29,7 +29,7 @@ _MAX_LOAD = 0.1
 
 def describe_machine() -> Machine:
     """Read everything; takes one second, in which the machine should be idle."""
-    clocks = {**cpu_clocks(_CPUS), **gpu_clocks(_DEVFREQ)}
+    found = clocks(_CPUS, _DEVFREQ)
     load = psutil.cpu_percent(interval=1) / 100
     facts = {
         "board": read_text(_DEVICE_TREE_MODEL),
@@ -49,31 +49,24 @@ def describe_machine() -> Machine:
     }
     return Machine(
         facts={name: value for name, value in facts.items() if value},
-        clocks=clocks,
-        warnings=_warnings(clocks, load),
+        clocks=found,
+        warnings=_warnings(found, load),
         idle_watts=read_rails(),
     )
 
 
-def cpu_clocks(root: Path) -> dict[str, str]:
-    """Governor and range in MHz of every processor; empty where the kernel does not tell."""
-    return {
-        policy.parent.name: _range(policy, "scaling_", 1e3)
-        for policy in sorted(root.glob("cpu[0-9]*/cpufreq"))
-    }
-
-
-def gpu_clocks(root: Path) -> dict[str, str]:
-    """The same of a Jetson's GPU."""
-    devices = [p for p in sorted(root.glob("*")) if "gpu" in p.name or "gv11b" in p.name]
-    return {device.name: _range(device, "", 1e6) for device in devices}
-
-
-def _range(directory: Path, prefix: str, unit: float) -> str:
-    names = [f"{prefix}min_freq", f"{prefix}max_freq"]
-    low, high = (float(read_text(directory / name) or "nan") / unit for name in names)
-    governor = read_text(directory / f"{prefix}governor")
-    return f"{governor}, {low:.0f} to {high:.0f} MHz"
+def clocks(cpus: Path, devices: Path) -> dict[str, str]:
+    """Governor and range in MHz of every processor and of a Jetson's GPU, where told."""
+    found = {p.parent.name: (p, "scaling_", 1e3) for p in sorted(cpus.glob("cpu[0-9]*/cpufreq"))}
+    gpus = [p for p in sorted(devices.glob("*")) if "gpu" in p.name or "gv11b" in p.name]
+    found |= {gpu.name: (gpu, "", 1e6) for gpu in gpus}
+    texts = {}
+    for name, (folder, prefix, unit) in found.items():
+        files = [folder / f"{prefix}{end}_freq" for end in ("min", "max")]
+        low, high = (float(read_text(file) or "nan") / unit for file in files)
+        governor = read_text(folder / f"{prefix}governor")
+        texts[name] = f"{governor}, {low:.0f} to {high:.0f} MHz"
+    return texts
 
 
 def unlocked(clocks: dict[str, str]) -> list[str]:

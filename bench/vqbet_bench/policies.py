@@ -2,7 +2,6 @@
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,14 +15,11 @@ from numpy.typing import NDArray
 from vqbet_bench.observations import Observations
 from vqbet_edge import EdgePolicy, __version__
 from vqbet_edge.runtime.backends import BackendName, create_backend
-from vqbet_edge.runtime.backends.base import Backend, Floats, Prefetch
-from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
+from vqbet_edge.runtime.backends.base import Backend, Prefetch
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 
-PeerName = Literal["lerobot", "single-graph"]
-PEERS: tuple[PeerName, ...] = ("lerobot", "single-graph")
-PolicyKind = Literal["bundle", "lerobot", "single-graph"]
+PolicyKind = Literal["bundle", "lerobot"]
 BundleBackend = BackendName | Literal["tensorrt_rtx"]
 
 
@@ -32,11 +28,10 @@ class Job:
     """What to load.
 
     Attributes:
-        kind: a bundle or which peer.
-        path: bundle, checkpoint or ONNX file.
+        kind: a bundle, or LeRobot's policy.
+        path: bundle or checkpoint.
         observations: what it acts on.
         chunk: actions between two predictions.
-        window: observations that the policy sees.
         threads: processors that it may use.
         backend: of a bundle.
         prefetch: of a bundle; None is the backend's default.
@@ -48,7 +43,6 @@ class Job:
     path: str
     observations: Observations
     chunk: int
-    window: int
     threads: int
     backend: BundleBackend = "auto"
     prefetch: Prefetch | None = None
@@ -202,59 +196,9 @@ class LeRobot(Policy):
             return self._after(self._policy.select_action(self._before(observation)))
 
 
-class SingleGraph(Policy):
-    """What a plain export gives: one ONNX graph, every token, all frames; in ONNX Runtime.
-
-    A window of whole observations and a queue of actions around one call per chunk.
-    """
-
-    def __init__(self, job: Job) -> None:
-        onnxruntime = import_onnxruntime()
-        self._observations, self._window = job.observations, job.window
-        self.chunk, self._every = job.chunk, False
-        self._frames: deque[Floats] = deque(maxlen=self._window)
-        self._states: deque[Floats] = deque(maxlen=self._window)
-        self._queue: deque[Floats] = deque()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = job.threads
-        self._session = onnxruntime.InferenceSession(
-            Path(job.path).read_bytes(), options, providers=["CPUExecutionProvider"]
-        )
-        self.details = _versions("onnxruntime")
-
-    def start(self, *, every: bool) -> None:
-        """An empty window and queue."""
-        self._every = every
-        for kept in (self._frames, self._states, self._queue):
-            kept.clear()
-
-    def prepare(self, step: int) -> Any:
-        """float32 (K, 3, H, W) in [0, 1] and (S,) in the robot's units."""
-        kept, row = self._observations, step % len(self._observations)
-        return np.moveaxis(kept.frames[row], -1, 1).astype(np.float32) / 255, kept.states[row]
-
-    def act(self, observation: Any) -> Any:
-        """The next action; predicts from the whole window when there is none."""
-        frames, state = observation
-        repeats = 1 if self._frames else self._window
-        self._frames.extend([frames] * repeats)
-        self._states.extend([state] * repeats)
-        if self._every or not self._queue:
-            images, states = (np.stack(kept)[None] for kept in (self._frames, self._states))
-            (chunks,) = self._session.run(None, {"images": images, "states": states})
-            self._queue = deque(chunks[self._window - 1])
-        return self._queue.popleft()
-
-
 def load_policy(job: Job) -> Policy:
     """Load the policy that a job names."""
-    match job.kind:
-        case "bundle":
-            return MeasuredBundle(job)
-        case "lerobot":
-            return LeRobot(job)
-        case "single-graph":
-            return SingleGraph(job)
+    return MeasuredBundle(job) if job.kind == "bundle" else LeRobot(job)
 
 
 def _create_backend(name: BundleBackend, bundle: Bundle) -> Backend:

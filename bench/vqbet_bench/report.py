@@ -1,12 +1,12 @@
 """The tables of a result, for the terminal and as Markdown."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from vqbet_bench.power import total_rail
 from vqbet_bench.results import Mode, Report, Result
-from vqbet_bench.samples import SAMPLES_NEEDED, Summary, deadline_misses
+from vqbet_bench.samples import SAMPLES_NEEDED, summarize
 
 _NOTHING = "-"
 # Figure -> its words, None where there is none.
@@ -85,32 +85,30 @@ def warnings_of(report: Report) -> list[str]:
 
 
 def _steps(result: Result, mode: Mode, base: Result | None) -> Figures:
-    summary = result.summary(mode, "replan")
-    if summary is None:
+    samples = result.samples(mode, "replan")
+    summary = summarize(samples)
+    if not summary:
         return {}
     p50, worst = (result.median_over_rounds(mode, figure) for figure in ("p50", "worst"))
     figures = {
         **_percentiles(summary, 1e3),
         "p50": _scaled(p50, 1e3),
         "worst of a round": _scaled(worst, 1e3),
-        "worst of all": _scaled(summary.worst, 1e3),
-        "steps": str(summary.count),
+        "worst of all": _scaled(summary["worst"], 1e3),
+        "steps": str(len(samples)),
     }
-    theirs = base.summary(mode, "replan") if base else None
-    if base is None or theirs is None:
+    if base is None or not (theirs := summarize(base.samples(mode, "replan"))):
         return figures
-    p99s = theirs.percentiles.get("p99"), summary.percentiles.get("p99")
     return figures | {
         f"{base.name} / this, p50": _ratio(base.median_over_rounds(mode, "p50"), p50),
-        f"{base.name} / this, p99": _ratio(*p99s),
+        f"{base.name} / this, p99": _ratio(theirs.get("p99"), summary.get("p99")),
         f"{base.name} / this, worst": _ratio(base.median_over_rounds(mode, "worst"), worst),
     }
 
 
-def _percentiles(summary: Summary, scale: float) -> Figures:
+def _percentiles(summary: Mapping[str, float], scale: float) -> Figures:
     """Every percentile, so that rows have one order; None where samples are too few."""
-    names = [f"p{q:g}" for q in SAMPLES_NEEDED]
-    return {name: _scaled(summary.percentiles.get(name), scale) for name in names}
+    return {name: _scaled(summary.get(name), scale) for name in (f"p{q:g}" for q in SAMPLES_NEEDED)}
 
 
 def _stages(result: Result) -> Figures:
@@ -121,21 +119,22 @@ def _queued(result: Result) -> Figures:
     modes: dict[str, Mode] = {"back to back": "back_to_back", "paced": "paced"}
     figures: Figures = {}
     for words, mode in modes.items():
-        if summary := result.summary(mode, "queue"):
-            named = _percentiles(summary, 1e6) | {"worst": _scaled(summary.worst, 1e6)}
+        if summary := summarize(result.samples(mode, "queue")):
+            named = _percentiles(summary, 1e6) | {"worst": _scaled(summary["worst"], 1e6)}
             figures |= {f"{name}, {words}": value for name, value in named.items()}
     return figures
 
 
 def _responses(result: Result, period: float) -> Figures:
-    summary = result.summary("paced", "responses")
-    if summary is None:
+    samples = result.samples("paced", "responses")
+    if not samples:
         return {}
-    missed = deadline_misses(result.samples("paced", "responses"), period)
+    # An action that comes after the next tick of the control loop.
+    missed, summary = sum(sample > period for sample in samples), summarize(samples)
     return {
-        "deadlines missed": f"{missed} of {summary.count} ({missed / summary.count:.1%})",
+        "deadlines missed": f"{missed} of {len(samples)} ({missed / len(samples):.1%})",
         **_percentiles(summary, 1e3),
-        "worst": _scaled(summary.worst, 1e3),
+        "worst": _scaled(summary["worst"], 1e3),
         "energy per action": _energy(result),
     }
 

@@ -2,11 +2,8 @@
 
 from typing import Literal
 
-import msgspec
 import numpy as np
 from msgspec import Struct
-
-from vqbet_bench.samples import Summary, summarize
 
 FORMAT_VERSION: Literal[2] = 2
 # back_to_back: one call after the other; paced: at the control rate; every: one call after the
@@ -93,10 +90,6 @@ class Result(Struct, frozen=True):
         """All rounds' samples."""
         return [s for entry in self.rounds.get(mode, []) for s in getattr(entry, kind)]
 
-    def summary(self, mode: Mode, kind: Literal["replan", "queue", "responses"]) -> Summary | None:
-        """Of all rounds' samples; None without any."""
-        return summarize(self.samples(mode, kind))
-
     def median_over_rounds(self, mode: Mode, figure: Literal["p50", "worst"]) -> float | None:
         """The median of the rounds' own figures for re-planning steps."""
         reduce = np.median if figure == "p50" else np.max
@@ -161,8 +154,3 @@ class Report(Struct, frozen=True):
         """What the others are compared with: LeRobot, else the first."""
         peers = [r for r in self.results if r.kind == "lerobot"]
         return next(iter([*peers, *self.results]), None)
-
-
-def encode(report: Report) -> bytes:
-    """JSON with every sample."""
-    return msgspec.json.encode(report) + b"\n"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -18,13 +18,11 @@ from vqbet_bench.policies import Job
 from vqbet_bench.power import PowerMeter
 from vqbet_bench.results import Mode, Result, Round
 from vqbet_bench.timing import RoundPlan
-from vqbet_bench.worker import Failure, Measured, Start
+from vqbet_bench.worker import Failure, Start
 from vqbet_edge.errors import VQBeTEdgeError
 from vqbet_edge.runtime.backends.child import module_command
 
 Progress = Callable[[str], None]
-_Parameters = ParamSpec("_Parameters")
-_Answer = TypeVar("_Answer")
 
 
 class PolicyError(VQBeTEdgeError):
@@ -64,19 +62,13 @@ class Worker:
             self.close()
             raise
 
-    def ask(
-        self,
-        method: Callable[Concatenate[Measured, _Parameters], _Answer],
-        *arguments: _Parameters.args,
-        **_: _Parameters.kwargs,
-    ) -> _Answer:
+    def ask(self, method: str, *arguments: object) -> Any:
         """Call a method of `Measured` there.
 
         Raises:
             PolicyError: the policy failed.
         """
-        answer: _Answer = self._exchange((method, arguments))
-        return answer
+        return self._exchange((method, arguments))
 
     def _exchange(self, message: object) -> Any:
         try:
@@ -100,7 +92,7 @@ class Worker:
             self._process.wait()
 
 
-class Session:
+class Policies:
     """Policies that are measured together; one that fails drops out and the others go on.
 
     Args:
@@ -136,18 +128,17 @@ class Session:
         for plan in plans:
             for index in range(rounds):
                 self._progress(f"{plan.mode.replace('_', ' ')}: round {index + 1}/{rounds}")
-                for name, each in self._round(plan).items():
-                    played[name][plan.mode].append(each)
+                for name, each in self._each("play", plan).items():
+                    watts = self._meter.mean(each.began, each.ended)
+                    played[name][plan.mode].append(replace(each, watts=watts))
         self._progress("memory")
-        memories = self._each(lambda worker: worker.ask(Measured.memory))
-        stages = self._each(lambda worker: worker.ask(Measured.stages_alone))
+        memories = self._each("memory")
+        stages = self._each("stages_alone")
         return [
             Result(
                 name=name,
                 kind=self._workers[name].kind,
-                details=self._workers[name].start.details,
-                start_up=self._workers[name].start.start_up,
-                load=self._workers[name].start.load,
+                **self._workers[name].start._asdict(),
                 rounds=played[name],
                 memory=memory,
                 stages_alone=stages.get(name, {}),
@@ -156,20 +147,14 @@ class Session:
             if name not in self.failures
         ]
 
-    def _round(self, plan: RoundPlan) -> dict[str, Round]:
-        return {
-            name: replace(played, watts=self._meter.mean(played.began, played.ended))
-            for name, played in self._each(lambda w: w.ask(Measured.play, plan)).items()
-        }
-
-    def _each(self, work: Callable[[Worker], _Answer]) -> dict[str, _Answer]:
-        """Of every policy that has not failed, one after the other."""
+    def _each(self, method: str, *arguments: object) -> dict[str, Any]:
+        """Ask every policy that has not failed, one after the other."""
         answers = {}
         for name, worker in self._workers.items():
             if name in self.failures:
                 continue
             try:
-                answers[name] = work(worker)
+                answers[name] = worker.ask(method, *arguments)
             except PolicyError as error:
                 self.failures[name] = str(error)
         return answers

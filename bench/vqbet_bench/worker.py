@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
+import timeit
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -70,18 +71,12 @@ class Measured:
 
     def stages_alone(self) -> dict[str, float]:
         """Stage -> median seconds of runs of it alone; empty where `Round.stages` tells."""
-        found = {}
-        if isinstance(self._policy, MeasuredBundle):
-            for name, launch in self._policy.stage_launches().items():
-                seconds = [_seconds(launch) for _ in range(_LAUNCHES)]
-                found[name] = float(np.median(seconds))
-        return found
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.monotonic()
-    call()
-    return time.monotonic() - start
+        if not isinstance(self._policy, MeasuredBundle):
+            return {}
+        return {
+            name: float(np.median(timeit.repeat(launch, number=1, repeat=_LAUNCHES)))
+            for name, launch in self._policy.stage_launches().items()
+        }
 
 
 def main() -> None:
@@ -95,14 +90,9 @@ def main() -> None:
     try:
         measured = Measured(job, began)
         connection.send(measured.start)
-        for method, arguments in iter(lambda: _request(connection), None):
-            connection.send(method(measured, *arguments))
+        with suppress(EOFError):  # the benchmark has what it wants
+            while True:
+                method, arguments = connection.recv()
+                connection.send(getattr(measured, method)(*arguments))
     except Exception as error:  # noqa: BLE001 - whatever a library raises is a reason to report
         connection.send(Failure(f"{type(error).__name__}: {error}"[:2000]))
-
-
-def _request(connection: Connection) -> Any:
-    try:
-        return connection.recv()
-    except EOFError:  # the benchmark has what it wants
-        return None

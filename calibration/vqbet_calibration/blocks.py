@@ -7,14 +7,13 @@ them. Ours is only what the quantiser lacks: it takes products, and PyTorch expo
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from vqbet_calibration.graphs import Layer, chosen_layers, is_transposed, layers
+from vqbet_calibration.graphs import Layer, Quantizer, is_transposed, layers
 from vqbet_edge.errors import UsageError
 
 # Being imported, the quantiser makes the whole process log to stderr; and it reports every node.
@@ -34,54 +33,37 @@ OLDEST_RUNTIME = (1, 22)
 _ACCURACY_LEVEL = 4
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(Quantizer):
     """One stage, its weights quantised in blocks.
 
-    Attributes:
-        graph: float32 ONNX.
+    Raises:
+        UsageError: ONNX Runtime is too old, when it quantises.
     """
 
-    graph: bytes
-    methods: tuple[str, ...] = METHODS
+    methods = METHODS
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """See `Quantizer`."""
-        return tuple(layer.name for layer in layers(onnx.load_from_string(self.graph)))
-
-    def of_twin(self, graph: bytes) -> "Blocks":
-        """See `Quantizer`."""
-        return Blocks(graph)
-
-    def quantize(self, graph: bytes, chosen: Mapping[str, str]) -> bytes:
-        """See `Quantizer`."""
-        check_runtime()
-        model = onnx.load_from_string(graph)
-        found = chosen_layers(model, chosen)
-        if not found:
-            return graph
-        others = [layer for layer in layers(model) if layer.name not in chosen]
-        _halve_weights(model, {layer.node for layer in others})
+    def _quantized(
+        self, model: onnx.ModelProto, found: Sequence[Layer], chosen: Mapping[str, str]
+    ) -> onnx.ModelProto:
+        installed = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+        if installed < OLDEST_RUNTIME:
+            raise UsageError(
+                f"INT8 for CPUs needs ONNX Runtime 1.22 or newer, on the robot too; here is "
+                f"{onnxruntime.__version__}; type: pip install --upgrade onnxruntime"
+            )
+        _halve_weights(model, {x.node for x in layers(model) if x.name not in chosen})
         _gemms_to_products(model, {layer.node for layer in found})
         for method in METHODS:
-            _to_blocks(model, [x for x in found if chosen[x.name] == method], method)
-        data: bytes = model.SerializeToString(deterministic=True)
-        return data
-
-
-def check_runtime() -> None:
-    """Refuse an ONNX Runtime without the kernels.
-
-    Raises:
-        UsageError: it is too old.
-    """
-    installed = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if installed < OLDEST_RUNTIME:
-        raise UsageError(
-            f"INT8 for CPUs needs ONNX Runtime 1.22 or newer, on the robot too; here is "
-            f"{onnxruntime.__version__}; type: pip install --upgrade onnxruntime"
-        )
+            config = nbits.DefaultWeightOnlyQuantConfig(
+                block_size=int(method.removeprefix("blocks of ")),
+                is_symmetric=True,
+                accuracy_level=_ACCURACY_LEVEL,
+                bits=8,
+            )
+            names = {layer.node for layer in found if chosen[layer.name] == method}
+            others = [node.name for node in model.graph.node if node.name not in names]
+            nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config).process()
+        return model
 
 
 def _gemms_to_products(model: onnx.ModelProto, names: Collection[str]) -> None:
@@ -125,16 +107,3 @@ def _halve_weights(model: onnx.ModelProto, names: Collection[str]) -> None:
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def _to_blocks(model: onnx.ModelProto, found: Sequence[Layer], method: str) -> None:
-    """Quantise some products of a graph in place."""
-    names = {layer.node for layer in found}
-    config = nbits.DefaultWeightOnlyQuantConfig(
-        block_size=int(method.removeprefix("blocks of ")),
-        is_symmetric=True,
-        accuracy_level=_ACCURACY_LEVEL,
-        bits=8,
-    )
-    others = [node.name for node in model.graph.node if node.name not in names]
-    nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config).process()

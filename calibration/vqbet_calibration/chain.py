@@ -123,10 +123,11 @@ class Chain:
         if "vision_encoder" in changed:
             tokens = self._alone("vision_encoder", changed["vision_encoder"])
             cosine["vision_encoder"] = float(cosines(tokens, self._tokens).min())
-            run = self._behind_encoder(tokens, changed.get("gpt", self._gpt))
+            gpt = changed.get("gpt", self._gpt)
+            run = self._behind_gpt(gpt.run_first(self._gpt_inputs(tokens)))
         return self._compare(run, cosine)
 
-    def parts(self, stage: StageName) -> Iterator["Part"]:
+    def parts(self, stage: StageName) -> Iterator["StagePart"]:
         """The parts of a stage, from the input on, with what enters them.
 
         Only one part's inputs are in memory.
@@ -135,13 +136,13 @@ class Chain:
         sessions = [GraphSession(graph) for graph in graphs]
         inputs = self.inputs(stage)
         for i, (graph, session) in enumerate(zip(graphs, sessions, strict=True)):
-            yield Part(self, stage, graph, inputs, sessions[i + 1 :])
+            yield StagePart(self, stage, graph, inputs, sessions[i + 1 :])
             inputs = session.run_all(inputs)
 
     def behind(self, stage: StageName, outputs: Floats) -> Outcome:
         """What other outputs (T, ...) of a stage do to the policy."""
         if stage == "vision_encoder":
-            return self._compare(self._behind_encoder(outputs, self._gpt), {})
+            outputs = self._gpt.run_first(self._gpt_inputs(outputs))
         return self._compare(self._behind_gpt(outputs), {})
 
     def _alone(self, stage: StageName, session: GraphSession) -> Floats:
@@ -149,9 +150,6 @@ class Chain:
         if session not in self._outputs:
             self._outputs[session] = session.run_first(self.inputs(stage))
         return self._outputs[session]
-
-    def _behind_encoder(self, tokens: Floats, gpt: GraphSession) -> _Outputs:
-        return self._behind_gpt(gpt.run_first(self._gpt_inputs(tokens)))
 
     def _behind_gpt(self, features: Floats) -> _Outputs:
         heads = self._heads.run_all([feature[None]] for feature in features)
@@ -188,7 +186,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Part:
+class StagePart:
     """A part of a stage within its chain.
 
     Attributes:

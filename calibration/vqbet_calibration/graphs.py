@@ -1,9 +1,10 @@
 """ONNX graphs as this package sees them: what can be quantised, their parts, and running them."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,12 @@ class Layer:
     Attributes:
         name: the module's, such as `blocks.0.query`; the same in every precision.
         node: name of its node.
-        feeds_softmax: its outputs are what a softmax is taken of.
+        before_softmax: its outputs are what a softmax is taken of.
     """
 
     name: str
     node: str
-    feeds_softmax: bool
+    before_softmax: bool
 
 
 def layers(model: onnx.ModelProto) -> list[Layer]:
@@ -53,14 +54,54 @@ def layers(model: onnx.ModelProto) -> list[Layer]:
         if min(outputs, np.prod(weight.dims) // outputs) < MIN_WIDTH:
             continue
         name = weight.name if weight.name.endswith(".weight") else node.name
-        softmax = _feeds(node.output[0], "Softmax", readers)
+        softmax = _reaches_softmax(node.output[0], readers)
         found.append(Layer(name.removesuffix(".weight"), node.name, softmax))
     return found
 
 
-def chosen_layers(model: onnx.ModelProto, names: Collection[str]) -> list[Layer]:
-    """Those of some names that the graph, which may be a part of a stage's, has."""
-    return [layer for layer in layers(model) if layer.name in names]
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """One stage and one way of quantising it.
+
+    Attributes:
+        graph: float32 ONNX.
+    """
+
+    graph: bytes
+
+    @property
+    @abstractmethod
+    def methods(self) -> tuple[str, ...]:
+        """What may be done to a layer, the cheapest first, the most exact last."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that can be quantised, from the input on."""
+        return tuple(layer.name for layer in layers(onnx.load_from_string(self.graph)))
+
+    def of_twin(self, graph: bytes) -> "Quantizer":
+        """The same for another graph with the same layers, such as the float16 one."""
+        return replace(self, graph=graph)
+
+    def quantize(self, graph: bytes, chosen: Mapping[str, str]) -> bytes:
+        """Quantise the stage's graph, or a part of it.
+
+        Args:
+            graph: float32 ONNX.
+            chosen: layer -> method; the others stay in floating point.
+        """
+        model = onnx.load_from_string(graph)
+        found = [layer for layer in layers(model) if layer.name in chosen]
+        if not found:
+            return graph
+        data: bytes = self._quantized(model, found, chosen).SerializeToString(deterministic=True)
+        return data
+
+    @abstractmethod
+    def _quantized(
+        self, model: onnx.ModelProto, found: Sequence[Layer], chosen: Mapping[str, str]
+    ) -> onnx.ModelProto:
+        """The model, which may be changed, with these layers quantised."""
 
 
 def is_transposed(gemm: onnx.NodeProto) -> bool:
@@ -68,11 +109,11 @@ def is_transposed(gemm: onnx.NodeProto) -> bool:
     return any(a.name == "transB" and a.i for a in gemm.attribute)
 
 
-def _feeds(tensor: str, kind: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
-    """Whether a tensor reaches a node of a kind through nodes that do not compute."""
+def _reaches_softmax(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
+    """Through nodes that do not compute."""
     return any(
-        node.op_type == kind
-        or (node.op_type in _FORWARDING and _feeds(node.output[0], kind, readers))
+        node.op_type == "Softmax"
+        or (node.op_type in _FORWARDING and _reaches_softmax(node.output[0], readers))
         for node in readers.get(tensor, [])
     )
 

@@ -1,15 +1,17 @@
 """INT8 graphs of a policy: layers and methods chosen by what they do to the decision."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+import msgspec
 import onnx
 import onnxruntime
 
 from vqbet_calibration.blocks import Blocks
 from vqbet_calibration.chain import Chain, Outcome, encoder_feeds, gpt_feeds
-from vqbet_calibration.graphs import GraphSession, layers
+from vqbet_calibration.graphs import GraphSession, Quantizer, layers
 from vqbet_calibration.samples import Samples
 from vqbet_calibration.static import Static, collect_ranges
 from vqbet_edge.errors import VerificationError
@@ -23,31 +25,13 @@ Progress = Callable[[str], None]
 # a few small products, where eight bits save nothing and may change the codes.
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt")
 DECISION = "lm_head"
+_SLOW = (
+    "On this computer the quantised transformer takes several times as long as the one in float32: "
+    "ONNX Runtime has no fast kernel for MatMulNBits here. Measure on the robot before choosing "
+    "INT8, or upgrade ONNX Runtime on both."
+)
 # An order needs fewer observations than a limit does: of so many, the transformer sees every other.
 _RANKED_OBSERVATIONS, _RANKED_STRIDE = 64, 2
-
-
-class Quantizer(Protocol):
-    """One stage and one way of quantising it."""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that can be quantised, from the input on."""
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """What may be done to a layer, the cheapest first, the most exact last."""
-
-    def quantize(self, graph: bytes, chosen: Mapping[str, str]) -> bytes:
-        """Quantise the stage's graph, or a part of it.
-
-        Args:
-            graph: float32 ONNX.
-            chosen: layer -> method; the others stay in floating point.
-        """
-
-    def of_twin(self, graph: bytes) -> "Quantizer":
-        """The same for another graph with the same layers, such as the float16 one."""
 
 
 # Per stage, layer -> method; the others stay in floating point.
@@ -116,14 +100,11 @@ class Quantization:
         """Everything but the graphs, as plain data."""
         return {
             "target": self.target,
-            "by_method": {
-                stage: {method: asdict(outcome) for method, outcome in outcomes.items()}
-                for stage, outcomes in self.by_method.items()
-            },
-            "plan": {stage: dict(plan) for stage, plan in self.plan.items()},
+            "by_method": msgspec.to_builtins(self.by_method),
+            "plan": msgspec.to_builtins(self.plan),
             "kept": list(self.kept),
             "outcome": asdict(self.outcome),
-            "ranking": [asdict(entry) for entry in self.ranking],
+            "ranking": msgspec.to_builtins(self.ranking),
             "notes": list(self.notes),
         }
 
@@ -174,11 +155,6 @@ def _quantizers(
     return found
 
 
-def _session(graph: bytes, target: Target) -> GraphSession:
-    """A quantised graph, computed as the target does."""
-    return GraphSession(graph, optimize=target == "cpu")
-
-
 def _rankings(
     bundle: Bundle, samples: Samples, quantizers: Mapping[Target, Quantizers], progress: Progress
 ) -> dict[Target, tuple[Sensitivity, ...]]:
@@ -196,8 +172,8 @@ def _rankings(
                 quantizer = by_stage[stage]
                 for name in filter(quantizer.layers.__contains__, names):
                     graph = quantizer.quantize(part.graph, {name: quantizer.methods[0]})
-                    outcome = part.outcome(_session(graph, target))
-                    found[target].append(Sensitivity(stage, name, outcome))
+                    session = GraphSession(graph, optimize=target == "cpu")
+                    found[target].append(Sensitivity(stage, name, part.outcome(session)))
     return {t: tuple(sorted(f, key=lambda entry: -entry.outcome.damage)) for t, f in found.items()}
 
 
@@ -220,6 +196,7 @@ class _Search:
         plan, outcome = self._cheapest(harmful, goal)
         kept = [f"{e.stage}.{e.layer}" for e in harmful if e.layer not in plan[e.stage]]
         kept += [f"gpt.{name}" for name in self.quantizers["gpt"].layers if name == DECISION]
+        slow = self.target == "cpu" and not has_kernel_for_blocks(onnxruntime)
         return Quantization(
             target=self.target,
             by_method=by_method,
@@ -227,7 +204,7 @@ class _Search:
             plan=plan,
             kept=tuple(kept),
             outcome=outcome,
-            notes=self._notes(),
+            notes=(_SLOW,) if slow else (),
             quantizers=self.quantizers,
         )
 
@@ -247,30 +224,29 @@ class _Search:
     def _session(self, stage: StageName, plan: Mapping[str, str]) -> GraphSession:
         if stage not in self.sessions or self.sessions[stage][0] != plan:
             graph = self.quantizers[stage].quantize(self.bundle.graph(stage), plan)
-            self.sessions[stage] = plan, _session(graph, self.target)
+            session = GraphSession(graph, optimize=self.target == "cpu")
+            self.sessions[stage] = plan, session
         return self.sessions[stage][1]
 
     def _cheapest(self, harmful: Sequence[Sensitivity], goal: Goal) -> tuple[Plan, Outcome]:
         """Be more exact with the most harmful layers, as few as reach the goal."""
-        enough: dict[int, tuple[Plan, Outcome]] = {}
+        outcomes: dict[int, Outcome] = {}
+
+        def reached(count: int) -> bool:
+            self.progress(f"{self.target}: {count} of {len(harmful)} layers more exactly")
+            plan = self._plan(harmful[:count])
+            outcomes[count] = self.chain.outcome({s: self._session(s, plan[s]) for s in STAGES})
+            return goal.reached(outcomes[count])
+
         # None is tried first: mostly it does.
-        low, tried, high = 0, 0, len(harmful) - 1
-        while low <= high:
-            self.progress(f"{self.target}: {tried} of {len(harmful)} layers more exactly")
-            plan = self._plan(harmful[:tried])
-            outcome = self.chain.outcome({s: self._session(s, plan[s]) for s in STAGES})
-            if goal.reached(outcome):
-                enough[tried], high = (plan, outcome), tried - 1
-            else:
-                low = tried + 1
-            expected = _expected(harmful, tried, outcome, goal)
-            tried = expected if low <= expected <= high else (low + high) // 2
-        if not enough:
+        counts = range(len(harmful))
+        enough = 0 if reached(0) else bisect_left(counts, x=True, lo=1, key=reached)
+        if enough == len(harmful):
             raise VerificationError(
                 "no layer can be quantised within the limits; export with --fp16, or calibrate on "
                 "more observations of the robot at work"
             )
-        return enough[min(enough)]
+        return self._plan(harmful[:enough]), outcomes[enough]
 
     def _plan(self, harmful: Sequence[Sensitivity]) -> Plan:
         """The cheapest method for all layers but some, the most harmful first.
@@ -287,20 +263,3 @@ class _Search:
             else:
                 del plan[entry.stage][entry.layer]
         return plan
-
-    def _notes(self) -> tuple[str, ...]:
-        if self.target != "cpu" or has_kernel_for_blocks(onnxruntime):
-            return ()
-        note = (
-            "On this computer the quantised transformer takes several times as long as the one in "
-            "float32: ONNX Runtime has no fast kernel for MatMulNBits here. Measure on the robot "
-            "before choosing INT8, or upgrade ONNX Runtime on both."
-        )
-        return (note,)
-
-
-def _expected(harmful: Sequence[Sensitivity], tried: int, outcome: Outcome, goal: Goal) -> int:
-    """How many layers it probably takes, if what the others do alone adds up."""
-    alone = [entry.outcome.total_variation for entry in harmful]
-    allowed = sum(alone[tried:]) * goal.total_variation / max(outcome.total_variation, 1e-12)
-    return next(k for k in range(len(alone) + 1) if sum(alone[k:]) <= allowed)

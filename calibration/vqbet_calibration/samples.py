@@ -4,14 +4,14 @@ Random numbers are no source: ranges taken from noise clip what a camera shows.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_edge.runtime.normalization import Affine, Floats
+from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.dataset.samples import PIECE_STEPS, Piece, Place, Sampler
 
 # Of so many blocks one is for choosing, one for verifying, the others are for ranges.
@@ -107,39 +107,31 @@ def load_samples(source: str, manifest: Manifest, state_scaling: Affine, steps: 
 
 def _digest_checked(pieces: Pieces, manifest: Manifest, scaling: Affine) -> str:
     """One pass over all pieces."""
-    digest = hashlib.sha256()
-    states: list[Floats] = []
-    firsts: list[np.ndarray] = []
+    digest, states = hashlib.sha256(), [np.zeros((0, manifest.state_dim), np.float32)]
+    first: np.ndarray | None = None
     moving = np.zeros(len(manifest.image_keys), bool)
     for place, piece in zip(pieces.places, pieces, strict=True):
         digest.update(f"{place} {piece.frames.shape}".encode())
         digest.update(piece.frames.tobytes())
         digest.update(piece.states.tobytes())
         states.append(piece.states)
-        firsts = firsts or [*piece.frames[0]]
-        moving |= [bool((piece.frames[:, k] != first).any()) for k, first in enumerate(firsts)]
-    if states:
-        _check_frames(manifest, moving.tolist())
-        _check_states(manifest, scaling, np.concatenate(states))
-    return digest.hexdigest()
-
-
-def _check_frames(manifest: Manifest, moving: Sequence[bool]) -> None:
+        first = piece.frames[0] if first is None else first
+        moving |= (piece.frames != first).any(axis=(0, 2, 3, 4))
+    if first is None:
+        return digest.hexdigest()
     for key, moves in zip(manifest.image_keys, moving, strict=True):
         if not moves:
             raise DatasetError(
                 f"all frames of '{key}' are the same; is the camera covered or disconnected? "
                 "Calibrate on what the robot sees while it works"
             )
-
-
-def _check_states(manifest: Manifest, scaling: Affine, states: Floats) -> None:
-    normalized = scaling.apply(states, np.empty_like(states))
-    medians = np.median(np.abs(normalized), axis=0)
+    seen = np.concatenate(states)
+    medians = np.median(np.abs(scaling.apply(seen, np.empty_like(seen))), axis=0)
     worst = int(medians.argmax())
     if medians[worst] > _FOREIGN:
         raise DatasetError(
             f"'{manifest.state_key}' looks like another robot's: element {worst} is around "
-            f"{np.median(states[:, worst]):g}, {medians[worst]:.0f} times as far from the centre "
+            f"{np.median(seen[:, worst]):g}, {medians[worst]:.0f} times as far from the centre "
             "of the policy's training data as that data reaches; calibrate on data of this robot"
         )
+    return digest.hexdigest()

@@ -13,10 +13,10 @@ additions, and ranges of one graph for its float16 twin.
 """
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -25,10 +25,9 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_c
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from vqbet_calibration.graphs import Array, Feed, Layer, chosen_layers, layers
+from vqbet_calibration.graphs import Feed, Layer, Quantizer, layers
 from vqbet_edge.runtime.manifest import Target
 
-METHODS = ("min-max",)
 _LAYER_TYPES = ["Conv", "Gemm", "MatMul"]
 # What is quantised between quantised layers, on CPUs.
 _BETWEEN_TYPES = ["Add", "MaxPool", "Relu"]
@@ -51,7 +50,6 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
         self._feeds = iter(feeds)
 
     def get_next(self) -> Feed | None:
-        """See `CalibrationDataReader`."""
         return next(self._feeds, None)
 
 
@@ -70,42 +68,33 @@ def collect_ranges(graph: bytes, feeds: Iterable[Feed]) -> Ranges:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         path.write_bytes(graph)
-        calibrator = create_calibrator(
-            path,
-            sorted(types),
-            str(Path(folder) / "augmented.onnx"),
-            CalibrationMethod.MinMax,
-        )
+        augmented = str(Path(folder) / "augmented.onnx")
+        calibrator = create_calibrator(path, sorted(types), augmented, CalibrationMethod.MinMax)
         calibrator.collect_data(_Feeds(feeds))
         found = calibrator.compute_data()
-    return {name: _extent(*values.range_value) for name, values in found.items()}
-
-
-def _extent(lowest: Array, highest: Array) -> tuple[float, float]:
-    return float(np.ravel(lowest)[0]), float(np.ravel(highest)[0])
+    extents = {name: np.ravel(values.range_value).tolist() for name, values in found.items()}
+    return {name: (low, high) for name, (low, high) in extents.items()}
 
 
 @dataclass(frozen=True)
-class Static:
+class Static(Quantizer):
     """One stage, quantised by Q/DQ with fixed ranges.
 
     Attributes:
-        graph: float32 ONNX.
         target: whose placement.
         ranges: of the graph's tensors.
     """
 
-    graph: bytes
     target: Target
     ranges: Ranges
-    methods: tuple[str, ...] = METHODS
+    methods: ClassVar = ("min-max",)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """See `Quantizer`."""
         found = layers(onnx.load_from_string(self.graph))
         # Unsigned kernels quantise their output too, and a softmax's logits need more than 8 bits.
-        return tuple(x.name for x in found if self.target == "tensorrt" or not x.feeds_softmax)
+        return tuple(x.name for x in found if self.target == "tensorrt" or not x.before_softmax)
 
     def of_twin(self, graph: bytes) -> "Static":
         """See `Quantizer`."""
@@ -113,26 +102,24 @@ class Static:
         ranges = {names[name]: extent for name, extent in self.ranges.items() if name in names}
         return replace(self, graph=graph, ranges=ranges)
 
-    def quantize(self, graph: bytes, chosen: Mapping[str, str]) -> bytes:
-        """See `Quantizer`."""
-        model = onnx.load_from_string(graph)
-        found = chosen_layers(model, chosen)
-        if not found:
-            return graph
+    def _quantized(
+        self, model: onnx.ModelProto, found: Sequence[Layer], _chosen: Mapping[str, str]
+    ) -> onnx.ModelProto:
         if self.target == "cpu":
-            nodes = _with_between(model, found)
-            return self._quantized(model, nodes, QuantType.QUInt8)
+            return self._with_pairs(model, _with_between(model, found), QuantType.QUInt8)
         residuals = _residuals(model, found)
         nodes = {layer.node for layer in found} | residuals.keys()
-        quantized = onnx.load_from_string(self._quantized(model, nodes, QuantType.QInt8))
+        quantized = self._with_pairs(model, nodes, QuantType.QInt8)
         _free_fused_operands(quantized, residuals)
-        data: bytes = quantized.SerializeToString(deterministic=True)
-        return data
+        return quantized
 
-    def _quantized(
+    def _with_pairs(
         self, model: onnx.ModelProto, nodes: Collection[str], activations: QuantType
-    ) -> bytes:
-        dtype = _float_type(model)
+    ) -> onnx.ModelProto:
+        weights = {w.name: w.data_type for w in model.graph.initializer}
+        of_layers = {layer.node for layer in layers(model)}
+        kind = next(weights[n.input[1]] for n in model.graph.node if n.name in of_layers)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
         extents = {
             name: TensorData(lowest=np.array(low, dtype), highest=np.array(high, dtype))
             for name, (low, high) in self.ranges.items()
@@ -153,19 +140,9 @@ class Static:
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-        quantized = quantizer.model.model
+        quantized: onnx.ModelProto = quantizer.model.model
         onnx.checker.check_model(quantized)
-        data: bytes = quantized.SerializeToString(deterministic=True)
-        return data
-
-
-def _float_type(model: onnx.ModelProto) -> np.dtype[np.floating]:
-    """Of the layers' weights."""
-    node = layers(model)[0].node
-    weight = next(n.input[1] for n in model.graph.node if n.name == node)
-    kind = next(w.data_type for w in model.graph.initializer if w.name == weight)
-    dtype: np.dtype[np.floating] = onnx.helper.tensor_dtype_to_np_dtype(kind)
-    return dtype
+        return quantized
 
 
 def _corresponding(model: onnx.ModelProto, twin: onnx.ModelProto) -> dict[str, str]:

@@ -13,19 +13,22 @@ _PLACES = Path(__file__).parents[1] / "boards.toml", Path(__file__).parent / "bo
 
 
 class Board(Struct, frozen=True, forbid_unknown_fields=True):
-    """A board.
+    """A Jetson.
 
     Attributes:
-        model: what its device tree's model contains; "x86" has none.
-        memory_gb: shared by processor and GPU on a Jetson.
-        workspace_mb: MiB that TensorRT's builder may use.
+        model: what its device tree's model contains.
+        memory_gb: shared by processor and GPU.
         super_mode: whether the device tree's model says so.
     """
 
     model: str
     memory_gb: int
-    workspace_mb: int
     super_mode: bool = False
+
+    @property
+    def workspace_mb(self) -> int:
+        """MiB that TensorRT's builder may use: it shares the memory with the robot's programs."""
+        return self.memory_gb * 1024 // 16
 
 
 class JetPack(Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +38,6 @@ class JetPack(Struct, frozen=True, forbid_unknown_fields=True):
     l4t: tuple[str, ...]
     tensorrt: str
     cuda: str
-    python: str
 
     @property
     def supported(self) -> bool:
@@ -43,20 +45,18 @@ class JetPack(Struct, frozen=True, forbid_unknown_fields=True):
         return int(self.tensorrt.split(".")[0]) >= 10
 
 
-class _Profiles(Struct, frozen=True, forbid_unknown_fields=True):
+class Profiles(Struct, frozen=True, forbid_unknown_fields=True):
+    """Boards by name, and JetPack releases, oldest first."""
+
     board: dict[str, Board]
     jetpack: tuple[JetPack, ...]
 
 
 @cache
-def _profiles() -> _Profiles:
+def profiles() -> Profiles:
+    """The whole file."""
     path = next(path for path in _PLACES if path.exists())
-    return msgspec.toml.decode(path.read_bytes(), type=_Profiles)
-
-
-def board_names() -> tuple[str, ...]:
-    """Names that `load_board` takes."""
-    return tuple(sorted(_profiles().board))
+    return msgspec.toml.decode(path.read_bytes(), type=Profiles)
 
 
 def load_board(name: str) -> Board:
@@ -65,21 +65,17 @@ def load_board(name: str) -> Board:
     Raises:
         UsageError: there is no such board.
     """
-    if name not in board_names():
-        raise UsageError(f"unknown board '{name}'; use one of {', '.join(board_names())}")
-    return _profiles().board[name]
-
-
-def jetpack_releases() -> tuple[JetPack, ...]:
-    """Every JetPack release that is known, oldest first."""
-    return _profiles().jetpack
+    boards = profiles().board
+    if name not in boards:
+        raise UsageError(f"unknown board '{name}'; use one of {', '.join(sorted(boards))}")
+    return boards[name]
 
 
 def match_jetpack(l4t: str) -> JetPack | None:
     """The JetPack release that brings a version of Jetson Linux, such as "36.4.3"."""
     fitting = [
         (len(begin), release.version, release)
-        for release in jetpack_releases()
+        for release in profiles().jetpack
         for begin in release.l4t
         if f"{l4t}.".startswith(f"{begin}.")
     ]
@@ -99,7 +95,7 @@ def match_board(model: str, memory_gb: float) -> str | None:
     """The board whose model is named and whose memory is the least that holds `memory_gb`."""
     fitting = [
         (board.super_mode != ("Super" in model), board.memory_gb, name)
-        for name, board in _profiles().board.items()
+        for name, board in profiles().board.items()
         if board.model in model and board.memory_gb * 1.1 >= memory_gb
     ]
     return min(fitting)[2] if fitting else None

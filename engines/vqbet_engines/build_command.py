@@ -1,7 +1,6 @@
 """`vqbet-build`: the engines of a bundle for this device."""
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -49,14 +48,6 @@ class BuildArguments:
     json: bool = False
 
 
-def _options(arguments: BuildArguments) -> BuildOptions:
-    board = arguments.board or detect_board()
-    workspace = arguments.workspace_mb
-    if workspace is None and board is not None:
-        workspace = load_board(board).workspace_mb
-    return BuildOptions(workspace, arguments.optimization_level)
-
-
 def build(arguments: BuildArguments) -> list[EngineReport]:
     """Carry out the command.
 
@@ -66,36 +57,15 @@ def build(arguments: BuildArguments) -> list[EngineReport]:
     """
     bundle, ahead = Bundle.open(arguments.bundle), arguments.ahead_of_time
     bundle.check_target("tensorrt")
-    flavour: Flavour | None = "tensorrt_rtx" if ahead else arguments.flavour
-    tensorrt, options = import_tensorrt(flavour), _options(arguments)
+    board, workspace = arguments.board or detect_board(), arguments.workspace_mb
+    if workspace is None and board is not None:
+        workspace = load_board(board).workspace_mb
+    tensorrt = import_tensorrt("tensorrt_rtx" if ahead else arguments.flavour)
+    options = BuildOptions(workspace, arguments.optimization_level)
     builder = EngineBuilder(bundle, tensorrt, options, Console(stderr=True))
     if ahead:
         return [report for target in ahead for report in builder.build_ahead(target)]
     return builder.build_for(create_cuda(), force=arguments.force)
-
-
-def summary_table(reports: Iterable[EngineReport]) -> Table:
-    """One row per engine."""
-    table = Table("stage", "precision", "target", "TensorRT", "build s", "MiB", "engine")
-    for report in reports:
-        table.add_row(
-            report.stage,
-            report.precision,
-            report.target,
-            report.tensorrt,
-            f"{report.seconds:.1f}" if report.seconds else "was there",
-            f"{report.size / 2**20:.1f}",
-            report.path or "not kept",
-        )
-    return table
-
-
-def _print(arguments: BuildArguments, reports: list[EngineReport]) -> None:
-    if arguments.json:
-        text = msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()
-        sys.stdout.write(text + "\n")
-        return
-    Console(markup=False).print(summary_table(reports))
 
 
 def main() -> None:
@@ -105,4 +75,14 @@ def main() -> None:
 
 def _main() -> None:
     arguments = parse(BuildArguments, "vqbet-build")
-    _print(arguments, build(arguments))
+    reports = build(arguments)
+    if arguments.json:
+        text = msgspec.json.format(msgspec.json.encode(reports), indent=2).decode()
+        sys.stdout.write(text + "\n")
+        return
+    table = Table("stage", "precision", "target", "TensorRT", "build s", "MiB", "engine")
+    for r in reports:
+        seconds = f"{r.seconds:.1f}" if r.seconds else "was there"
+        size, path = f"{r.size / 2**20:.1f}", r.path or "not kept"
+        table.add_row(r.stage, r.precision, r.target, r.tensorrt, seconds, size, path)
+    Console(markup=False).print(table)

@@ -112,11 +112,8 @@ def _run(folder: Path, on_progress: Callable[[str], None]) -> None:
         raise BackendError((folder / ERROR).read_text(encoding="utf-8"))
     # A crash after the last file is TensorRT's way of saying goodbye.
     if not (folder / RESULT).exists():
-        raise _crash(code, phase, "\n".join(said))
-
-
-def _crash(code: int, phase: str, said: str) -> BackendError:
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    killed = code == -signal.SIGKILL
-    hint = "; it ran out of memory: close programs or lower --workspace-mb" if killed else ""
-    return BackendError(f"TensorRT's builder crashed ({how}) in '{phase}'{hint}\n{said}".strip())
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        killed = code == -signal.SIGKILL
+        hint = "; it ran out of memory: close programs or lower --workspace-mb" if killed else ""
+        words = "\n".join([f"TensorRT's builder crashed ({how}) in '{phase}'{hint}", *said])
+        raise BackendError(words.strip())

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
 
 from vqbet_edge.errors import BackendError, DiskError
 from vqbet_edge.runtime.backends.cuda import create_cuda
@@ -23,7 +26,35 @@ from vqbet_edge.runtime.backends.private_files import (
 )
 from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 from vqbet_engines.boards import JetPack, detect_board, match_jetpack
-from vqbet_engines.findings import Finding, Fix, State
+
+State = Literal["ok", "note", "problem"]
+
+
+class Fix(Struct, frozen=True):
+    """What to type, and the documentation that it was checked against; empty when it was not."""
+
+    command: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        return self.command if self.source else f"{self.command}  # not checked"
+
+
+class Finding(Struct, frozen=True):
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: `problem` stops the robot or the build, `note` makes it slower than it could be.
+        value: what was found.
+        fix: what to type; None when there is nothing to fix, or nothing to type for it.
+    """
+
+    name: str
+    state: State
+    value: str
+    fix: Fix | None = None
+
 
 _NEEDED_BYTES = 1 << 30  # four engines, their timing cache, and room to replace them
 _PATIENCE_S = 10  # with a command that tells about the machine
@@ -91,24 +122,20 @@ class Machine:
         return "problem" if self.l4t else "note"
 
 
-_Check = Callable[[Machine], Iterator[Finding]]
-
-
 def examine(machine: Machine) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
-    checks: tuple[_Check, ...] = (
+    checks = (
         _board, _python, _packages, _tensorrt, _access, _gpu, _onnxruntime, _lerobot,
         _power, _clocks, _cache,
     )  # fmt: skip
-    return [finding for check in checks for finding in _carried_out(check, machine)]
-
-
-def _carried_out(check: _Check, machine: Machine) -> Iterator[Finding]:
-    try:
-        yield from check(machine)
-    except _UNREADABLE as error:
-        name = check.__name__.strip("_")
-        yield Finding(name, "note", f"cannot be told: {type(error).__name__}: {error}")
+    found: list[Finding] = []
+    for check in checks:
+        try:
+            found += check(machine)
+        except _UNREADABLE as error:  # noqa: PERF203 - a handful
+            text = f"cannot be told: {type(error).__name__}: {error}"
+            found.append(Finding(check.__name__.strip("_"), "note", text))
+    return found
 
 
 def _board(machine: Machine) -> Iterator[Finding]:
@@ -218,22 +245,15 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
 
 
 def _lerobot(_machine: Machine) -> Iterator[Finding]:
-    """Whether LeRobot, where it is installed, will find the plugin: it goes by the name."""
-    try:
-        lerobot = version("lerobot")
-    except PackageNotFoundError:
-        return
-    install = Fix(f"pip install --force-reinstall {_PLUGIN_FOLDER}", _PLUGIN_DOCS)
-    names = [str(found.metadata["Name"]) for found in distributions()]
-    spelled = [name for name in names if re.sub(r"[-_.]+", "_", name).lower() == _PLUGIN]
-    if not spelled:
-        text = f"{lerobot}, without the plugin for bundles"
-        yield Finding("LeRobot", "note", text, Fix(f"pip install {_PLUGIN_FOLDER}", _PLUGIN_DOCS))
-    elif not any(name.startswith("lerobot_policy_") for name in spelled):
-        text = f"{lerobot} skips '{spelled[0]}': its name must start with lerobot_policy_"
-        yield Finding("LeRobot", "problem", text, install)
-    else:
-        yield Finding("LeRobot", "ok", f"{lerobot}, with {_PLUGIN} {version(_PLUGIN)}")
+    """Whether LeRobot, where it is installed, will find the plugin."""
+    installed = {each.metadata["Name"]: each.version for each in distributions()}
+    if lerobot := installed.get("lerobot"):
+        # LeRobot goes by the name as its author spelled it, underscores included.
+        if _PLUGIN in installed:
+            yield Finding("LeRobot", "ok", f"{lerobot}, with {_PLUGIN} {installed[_PLUGIN]}")
+        else:
+            fix = Fix(f"pip install --force-reinstall {_PLUGIN_FOLDER}", _PLUGIN_DOCS)
+            yield Finding("LeRobot", "note", f"{lerobot}, without the plugin '{_PLUGIN}'", fix)
 
 
 def _power(machine: Machine) -> Iterator[Finding]:

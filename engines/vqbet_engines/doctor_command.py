@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 import tyro
@@ -11,10 +11,12 @@ from rich.table import Table
 
 from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import BackendError, VerificationError
+from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_engines.doctor import Machine, examine
-from vqbet_engines.findings import Finding
-from vqbet_engines.proofs import prove_backends
+from vqbet_edge.runtime.proof import prove
+from vqbet_engines.doctor import Finding, Fix, Machine, examine
+
+_DOCS = "docs/engines.md"
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,44 @@ def main() -> None:
 def _main() -> None:
     arguments = parse(DoctorArguments, "vqbet-doctor")
     bundle = None if arguments.bundle is None else Bundle.open(arguments.bundle)
-    findings, proofs = examine(Machine()), [] if bundle is None else list(prove_backends(bundle))
+    findings, names = examine(Machine()), [n for n in get_args(BackendName) if n != "auto"]
+    proofs = [] if bundle is None else [_prove(name, bundle) for name in names]
     if arguments.json:
         text = msgspec.json.format(msgspec.json.encode(findings + proofs), indent=2).decode()
         sys.stdout.write(text + "\n")
     else:
-        Console(markup=False).print(_table(findings + proofs))
+        table = Table("what", "")
+        for column in ("found", "to fix it"):
+            table.add_column(column, overflow="fold")  # a command is typed whole
+        for finding in findings + proofs:
+            table.add_row(finding.name, finding.state, finding.value, str(finding.fix or ""))
+        Console(markup=False).print(table)
     if wrong := _problems(proofs):
         raise VerificationError(f"{wrong} failed; do not let it move a robot")
     if problems := _problems(findings):
         raise BackendError(f"problems with {problems}; see the commands that fix them")
 
 
-def _table(findings: list[Finding]) -> Table:
-    table = Table("what", "")
-    for column in ("found", "to fix it"):
-        table.add_column(column, overflow="fold")  # a command is typed whole
-    for finding in findings:
-        table.add_row(finding.name, finding.state, finding.value, str(finding.fix or ""))
-    return table
+def _prove(name: BackendName, bundle: Bundle) -> Finding:
+    """Act the reference cases out; closed before the next, for small boards have no memory for two.
+
+    Raises:
+        BundleError: it has no reference cases.
+    """
+    what, build = f"proof on {name}", f"vqbet-build '{bundle.path}'"
+    try:
+        backend = create_backend(name, bundle, build=False)
+        try:
+            figures = prove(bundle, backend).table()
+        finally:
+            backend.close()
+    except VerificationError as error:
+        fix = Fix(f"{build} --force", _DOCS) if name == "tensorrt" else None
+        return Finding(what, "problem", str(error), fix)
+    except BackendError as error:
+        fix = Fix(build, _DOCS) if build in str(error) else None
+        return Finding(what, "note", f"not there: {error}", fix)
+    return Finding(what, "ok", "\n".join(f"{row}: {text}" for row, text in figures))
 
 
 def _problems(findings: list[Finding]) -> str:

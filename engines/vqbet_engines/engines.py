@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from msgspec import Struct
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.text import Text
 
 from vqbet_edge.errors import VerificationError
 from vqbet_edge.runtime.backends.cuda import Cuda, Device
-from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache, EngineKey
+from vqbet_edge.runtime.backends.engine_cache import BuildOptions, EngineCache
 from vqbet_edge.runtime.backends.private_files import (
     RejectedError,
     private_user_cache,
@@ -49,18 +48,8 @@ class EngineReport(Struct, frozen=True):
     tensorrt: str
     seconds: float
     size: int
-    path: str | None
-    proof: StageResult | None
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """An engine that was found, with its path, or built."""
-
-    key: EngineKey
-    plan: bytes
-    path: Path | None
-    built: Built | None = None
+    path: str | None = None
+    proof: StageResult | None = None
 
 
 @dataclass(frozen=True)
@@ -93,21 +82,30 @@ class EngineBuilder:
             VerificationError: the engines compute something else; none is kept.
         """
         ReferenceCases.of(self.bundle)  # an error of theirs need not wait for minutes
-        timing = _TimingCache(self.tensorrt, cuda.device)
-        engines = {
-            stage: self._engine(stage, cuda.device, timing, force=force)
+        cache, device = EngineCache(), cuda.device
+        keys = {
+            stage: engine_key(self.bundle, stage, self.tensorrt, device, self.options)
             for stage in self.bundle.stages_to_load
         }
+        found = {stage: cache.find(key) for stage, key in keys.items()}
+        plans = {stage: each.plan for stage, each in found.items() if each.plan and not force}
+        built: dict[StageName, Built] = {}
+        for stage in [stage for stage in keys if stage not in plans]:
+            self._say(f"building {stage}: {found[stage].reason or 'as you asked'}")
+            built[stage] = self._build(stage, None, read_timing(self.tensorrt, device))
+            write_timing(self.tensorrt, device, built[stage].timing_cache)
         self._say("proving the engines by the bundle's reference cases")
-        plans = {stage: engine.plan for stage, engine in engines.items()}
+        plans |= {stage: each.plan for stage, each in built.items()}
         proof = prove_plans(self.bundle, self.tensorrt, cuda, plans)
         for what, figures in proof.table():
             self._say(f"{what}: {figures}")
+        paths = {stage: found[stage].path for stage in keys}
+        paths |= {s: cache.store(keys[s], new.plan, new.seconds) for s, new in built.items()}
+        seconds = dict.fromkeys(keys, 0.0) | {stage: new.seconds for stage, new in built.items()}
         return [
-            self._report(stage, cuda.device.name, len(engine.plan), _kept(engine), engine.built,
-                         proof.stages[stage])
-            for stage, engine in engines.items()
-        ]  # fmt: skip
+            self._report(stage, device.name, seconds[stage], len(plans[stage]), str(path), proof)
+            for stage, path in paths.items()
+        ]
 
     def build_ahead(self, compute_capability: str) -> Iterator[EngineReport]:
         """Build for a GPU that need not be here, and keep nothing.
@@ -117,20 +115,7 @@ class EngineBuilder:
         """
         for stage in self.bundle.stages_to_load:
             built = self._build(stage, compute_capability, b"")
-            yield self._report(stage, compute_capability, len(built.plan), None, built)
-
-    def _engine(
-        self, stage: StageName, device: Device, timing: "_TimingCache", *, force: bool
-    ) -> _Engine:
-        """From the cache, or built."""
-        key = engine_key(self.bundle, stage, self.tensorrt, device, self.options)
-        found = EngineCache().find(key)
-        if found.plan is not None and not force:
-            return _Engine(key, found.plan, found.path)
-        self._say(f"building {stage}: {found.reason or 'as you asked'}")
-        built = self._build(stage, None, timing.read())
-        timing.write(built.timing_cache)
-        return _Engine(key, built.plan, None, built)
+            yield self._report(stage, compute_capability, built.seconds, len(built.plan))
 
     def _build(self, stage: StageName, capability: str | None, timing_cache: bytes) -> Built:
         job = Job(self.tensorrt.flavour, self.options, capability)
@@ -146,24 +131,13 @@ class EngineBuilder:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _report(
-        self,
-        stage: StageName,
-        target: str,
-        size: int,
-        path: Path | None,
-        built: Built | None = None,
-        proof: StageResult | None = None,
-    ) -> EngineReport:
-        return EngineReport(
-            stage=stage,
-            precision=self.bundle.manifest.stages[stage].precision,
-            target=target,
-            tensorrt=f"{self.tensorrt.flavour} {self.tensorrt.version}",
-            seconds=0.0 if built is None else built.seconds,
-            size=size,
-            path=None if path is None else str(path),
-            proof=proof,
-        )
+        self, stage: StageName, target: str, seconds: float, size: int,
+        path: str | None = None, proof: Proof | None = None,
+    ) -> EngineReport:  # fmt: skip
+        precision = self.bundle.manifest.stages[stage].precision
+        tensorrt = f"{self.tensorrt.flavour} {self.tensorrt.version}"
+        figures = None if proof is None else proof.stages[stage]
+        return EngineReport(stage, precision, target, tensorrt, seconds, size, path, figures)
 
 
 def prove_plans(
@@ -184,29 +158,24 @@ def prove_plans(
         backend.close()
 
 
-def _kept(engine: _Engine) -> Path | None:
-    """Where it is kept, now that it is proven."""
-    if engine.built is None:
-        return engine.path
-    return EngineCache().store(engine.key, engine.plan, engine.built.seconds)
-
-
-class _TimingCache:
+def read_timing(tensorrt: TensorRT, device: Device) -> bytes:
     """What TensorRT measured on this device: makes the next build faster, is data, not code.
 
     TensorRT parses it in native code, so it is read only when nobody else can have written it.
     """
+    place = private_user_cache("timing") / _timing_name(tensorrt, device)
+    try:
+        return read_private(place, _MAX_TIMING_BYTES)
+    except RejectedError:
+        return b""  # the build takes longer and then writes a good one
 
-    def __init__(self, tensorrt: TensorRT, device: Device) -> None:
-        name = f"{tensorrt.flavour}-{tensorrt.version}-{device.name}-{device.driver}"
-        self._name = f"{name.replace('/', '-').replace(' ', '-')}.cache"
 
-    def read(self) -> bytes:
-        try:
-            return read_private(private_user_cache("timing") / self._name, _MAX_TIMING_BYTES)
-        except RejectedError:
-            return b""  # the build takes longer and then writes a good one
+def write_timing(tensorrt: TensorRT, device: Device, data: bytes) -> None:
+    """Keep it for the next build; TensorRT for RTX measures nothing."""
+    if data:
+        write_private(private_user_cache("timing") / _timing_name(tensorrt, device), data)
 
-    def write(self, data: bytes) -> None:
-        if data:
-            write_private(private_user_cache("timing") / self._name, data)
+
+def _timing_name(tensorrt: TensorRT, device: Device) -> str:
+    name = f"{tensorrt.flavour}-{tensorrt.version}-{device.name}-{device.driver}"
+    return f"{name.replace('/', '-').replace(' ', '-')}.cache"

@@ -60,8 +60,10 @@ def build(folder: Path) -> None:
     network = _parse(tensorrt, builder, logger, log, (folder / GRAPH).read_bytes())
     config = builder.create_builder_config()
     _configure(tensorrt, config, job)
-    _set_timing_cache(config, (folder / TIMING).read_bytes())
-    _add_profile(builder, config, network)
+    cache = config.create_timing_cache((folder / TIMING).read_bytes())
+    # TensorRT for RTX keeps none; a cache of another GPU is refused and a new one is started.
+    if cache is not None and not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     # The module keeps no reference to the monitor; it must outlive the build.
     monitor = config.progress_monitor = _create_monitor(tensorrt)
     plan = builder.build_serialized_network(network, config)
@@ -104,13 +106,6 @@ def _configure(trt: TensorRT, config: Any, job: Job) -> None:  # noqa: ANN401
     _set_capability(trt, config, job.compute_capability)
 
 
-def _set_timing_cache(config: Any, data: bytes) -> None:  # noqa: ANN401
-    cache = config.create_timing_cache(data)
-    # TensorRT for RTX keeps none; a cache of another GPU is refused and a new one is started.
-    if cache is not None and not config.set_timing_cache(cache, ignore_mismatch=False):
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-
-
 def _set_capability(trt: TensorRT, config: Any, name: str | None) -> None:  # noqa: ANN401
     capabilities = getattr(trt.module, "ComputeCapability", None)
     if capabilities is None:
@@ -126,17 +121,6 @@ def _set_capability(trt: TensorRT, config: Any, name: str | None) -> None:  # no
         raise BackendError(f"{trt.flavour} cannot build for {name}; use one of {', '.join(known)}")
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(capabilities, wanted), 0)
-
-
-def _add_profile(builder: Any, config: Any, network: Any) -> None:  # noqa: ANN401
-    """Give dynamic axes the size 1; the bundle's own graphs have none."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    dynamic = {t.name: tuple(max(d, 1) for d in t.shape) for t in inputs if -1 in tuple(t.shape)}
-    if dynamic:
-        profile = builder.create_optimization_profile()
-        for name, shape in dynamic.items():
-            profile.set_shape(name, shape, shape, shape)
-        config.add_optimization_profile(profile)
 
 
 def _create_monitor(trt: TensorRT) -> Any:  # noqa: ANN401

@@ -18,8 +18,6 @@ from vqbet_export.assembly import is_tabulated
 from vqbet_export.reference import Reference, action_spread, constants, run_reference
 from vqbet_export.stages import runtime_crop
 
-Frames = NDArray[np.uint8]
-
 # The window fills and moves on; so many episodes are enough for the near ties and the codebook.
 STEPS, CASES = 8, 3
 MAX_CANDIDATES = 64
@@ -29,7 +27,7 @@ MAX_FRAME_BYTES = 700_000
 class Candidate(NamedTuple):
     """The first steps of a piece, as a bundle would store them."""
 
-    frames: Frames  # (M, K, h, w, 3)
+    frames: NDArray[np.uint8]  # (M, K, h, w, 3)
     states: NDArray[np.float32]  # (M, S)
     codes: NDArray[np.int64]  # (M, 2)
     leads: NDArray[np.float64]  # (M,), see `code_leads`
@@ -41,16 +39,14 @@ class CaseChooser:
     Args:
         checkpoint: the policy.
         frame: what all cases have in common, see `frame_of`.
+
+    Attributes:
+        candidates: pieces that it may choose from.
     """
 
     def __init__(self, checkpoint: Checkpoint, frame: ReferenceCases) -> None:
         self._checkpoint, self._frame = checkpoint, frame
-        self._candidates: list[Candidate] = []
-
-    @property
-    def considered(self) -> int:
-        """How many pieces it may choose from."""
-        return len(self._candidates)
+        self.candidates: list[Candidate] = []
 
     def choose(self, moved: float, proves: Callable[[ReferenceCases], bool]) -> ReferenceCases:
         """The reference cases: near ties, then whatever adds most codes.
@@ -79,19 +75,16 @@ class CaseChooser:
 
     def consider(self, piece: Piece, reference: Reference) -> None:
         """Remember a piece if there is room; frames are kept as small as the bundle's."""
-        if len(self._candidates) < MAX_CANDIDATES:
-            geometry, rows = self._frame, slice(STEPS)
-            every = geometry.magnification
-            frames = geometry.crop.cut(piece.frames[rows])[..., ::every, ::every, :].copy()
-            outputs = reference.outputs
-            leads = code_leads(outputs.logits[rows])
-            self._candidates.append(
-                Candidate(frames, piece.states[rows], outputs.codes[rows], leads)
-            )
+        if len(self.candidates) == MAX_CANDIDATES:
+            return
+        rows, every, outputs = slice(STEPS), self._frame.magnification, reference.outputs
+        frames = self._frame.crop.cut(piece.frames[rows])[..., ::every, ::every, :].copy()
+        leads = code_leads(outputs.logits[rows])
+        self.candidates.append(Candidate(frames, piece.states[rows], outputs.codes[rows], leads))
 
     def _ranked(self, moved: float) -> Iterator[Candidate]:
         """The nearest tie that is still clear first, then whatever adds most codes."""
-        left, seen = list(self._candidates), set[tuple[int, int]]()
+        left, seen = list(self.candidates), set[tuple[int, int]]()
 
         def tie(candidate: Candidate) -> float:
             clear = candidate.leads[clear_of_ties(candidate.leads, moved)]

@@ -1,9 +1,8 @@
 """The whole way from a checkpoint to a published bundle."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from vqbet_calibration.quantize import Quantization
@@ -11,7 +10,7 @@ from vqbet_calibration.samples import Samples, load_samples
 
 from vqbet_edge.errors import NonFiniteError, UsageError, VerificationError
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
+from vqbet_edge.runtime.cases import CASES_NAME
 from vqbet_edge.runtime.lerobot_files import lerobot_files
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS
 from vqbet_edge.runtime.normalization import Affine
@@ -25,12 +24,10 @@ from vqbet_export.publishing import publish
 from vqbet_export.quantization import quantize_bundle
 from vqbet_export.reference import run_reference
 from vqbet_export.report import report_data, report_markdown
-from vqbet_export.sensitivity import CHART_NAME, sensitivity_chart
 from vqbet_export.verification import ObservationKind, Verification, Verifier, summarize
 
 
-@dataclass(frozen=True)
-class ExportResult:
+class ExportResult(NamedTuple):
     """A published bundle, its report, and what else to know about it."""
 
     path: Path
@@ -50,44 +47,37 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
 
     Raises:
         CheckpointError, DatasetError: the input does not do.
-        UsageError: the bundle exists and `force` is not set.
+        UsageError: the bundle exists and `force` is not set, or options do not go together.
         VerificationError: the graphs do not compute the policy; nothing was published.
         DiskError: the bundle cannot be written.
     """
-    _check_output(config)
-    _check_calibration(config)
+    _check(config)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(config.checkpoint)
     data = find_demonstrations(checkpoint, config)  # what does not fit is said before the work
     checkpoint = data.complete(checkpoint, config)
     draft = _draft(checkpoint, config, progress)
-    verified = _verify(draft, checkpoint, config, data.sampler, progress)
+    results, cases, kind = _verify(draft, checkpoint, config, data.sampler, progress)
     progress("writing the bundle")
-    summary = summarize(verified.results, verified.cases_kind)
+    summary = summarize(results, kind)
     manifest = msgspec.structs.replace(draft.bundle.manifest, verification=summary)
-    notes = (*data.notes, *notes_on(manifest, checkpoint, verified.results))
-    report = report_data(manifest, config.precision, verified.results, draft.quantizations, notes)
-    contents = {**draft.bundle.contents, CASES_NAME: verified.cases.encode()}
+    notes = (*data.notes, *notes_on(manifest, checkpoint, results))
+    report = report_data(manifest, config.precision, results, draft.quantizations, notes)
+    contents = {**draft.bundle.contents, CASES_NAME: cases}
     contents |= lerobot_files(manifest, checkpoint.license)
-    if draft.quantizations:
-        contents[CHART_NAME] = sensitivity_chart(report["quantization"])
     contents["report.json"] = msgspec.json.format(msgspec.json.encode(report), indent=2)
     contents["report.md"] = report_markdown(report, draft.bundle).encode()
     publish(config.output, contents, manifest)
     return ExportResult(config.output, report, notes)
 
 
-def _check_output(config: ExportConfig) -> None:
-    if not config.output.exists():
-        return
-    if not (config.output / MANIFEST_NAME).exists():
-        raise UsageError(f"'{config.output}' exists and is no bundle; choose another place with -o")
-    if not config.force:
-        raise UsageError(f"'{config.output}' exists; replace it with --force, or choose another -o")
-
-
-def _check_calibration(config: ExportConfig) -> None:
-    if config.precision == "int8" and config.calibration_data is None:
+def _check(config: ExportConfig) -> None:
+    output, int8 = config.output, config.precision == "int8"
+    if output.exists() and not (output / MANIFEST_NAME).exists():
+        raise UsageError(f"'{output}' exists and is no bundle; choose another place with -o")
+    if output.exists() and not config.force:
+        raise UsageError(f"'{output}' exists; replace it with --force, or choose another -o")
+    if int8 and config.calibration_data is None:
         raise UsageError(
             "--int8 needs observations to calibrate on: pass --calibration-data with the data set "
             "that the policy was trained on (a folder in LeRobot's format or a Hub id), or with a "
@@ -95,17 +85,26 @@ def _check_calibration(config: ExportConfig) -> None:
             "`with policy.record(folder): ...`. Random numbers would not do: they give ranges "
             "that a camera never fills"
         )
-    if config.precision != "int8" and config.calibration_data is not None:
+    if not int8 and config.calibration_data is not None:
         raise UsageError("--calibration-data is for --int8; add it, or verify with --verify-data")
+    for name in ("verify_steps", "calibration_steps"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if config.fps is not None and not 0 < config.fps < float("inf"):
+        raise UsageError(f"--fps takes observations a second, above 0; got {config.fps:g}")
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A bundle to be verified; for INT8, with how it was quantised and on what."""
+class _Draft(NamedTuple):
+    """A bundle to be verified; for INT8, with what it was quantised on and how."""
 
     bundle: Bundle
     samples: Samples | None = None
     quantizations: tuple[Quantization, ...] = ()
+
+    def noise(self, steps: int) -> Iterator[Piece]:
+        manifest = self.bundle.manifest
+        scaling = Affine.from_arrays(self.bundle.arrays, "state", manifest.state_dim)
+        return random_pieces(manifest, scaling, steps)
 
 
 def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> _Draft:
@@ -122,15 +121,8 @@ def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> 
     half = None
     if "tensorrt" in config.targets:
         half = assemble(checkpoint, config.output, "fp16", progress, ("tensorrt",))
-    found = quantize_bundle(floating, half, samples, config.targets, progress)
-    return _Draft(found.bundle, samples, found.quantizations)
-
-
-@dataclass(frozen=True)
-class _Verified:
-    results: list[Verification]
-    cases: ReferenceCases
-    cases_kind: ObservationKind
+    bundle, quantizations = quantize_bundle(floating, half, samples, config.targets, progress)
+    return _Draft(bundle, samples, quantizations)
 
 
 def _verify(
@@ -139,12 +131,11 @@ def _verify(
     config: ExportConfig,
     real: Sampler | None,
     progress: Progress,
-) -> _Verified:
+) -> tuple[list[Verification], bytes, ObservationKind]:
     """The results on all observations, and reference cases from the last that they may show."""
     # In floating point both kinds compute the same, so each is proven in its half.
     both = draft.samples is None and len(config.targets) > 1
-    first = next(_noise(draft, PIECE_STEPS))
-    frame = frame_of(checkpoint, run_reference(checkpoint, first))
+    frame = frame_of(checkpoint, run_reference(checkpoint, next(draft.noise(PIECE_STEPS))))
     verifier = Verifier(draft.bundle, checkpoint, frame, (None,) if both else config.targets)
     results: list[Verification] = []
     chooser = CaseChooser(checkpoint, frame)
@@ -167,11 +158,11 @@ def _verify(
             f"the {config.precision} graphs differ from the checkpoint, nothing was published: "
             + "; ".join(violations)
         )
-    if not chooser.considered:  # INT8 is not verified on noise
-        for piece in _noise(draft, CASES * PIECE_STEPS):
+    if not chooser.candidates:  # INT8 is not verified on noise
+        for piece in draft.noise(CASES * PIECE_STEPS):
             chooser.consider(piece, run_reference(checkpoint, piece))
     moved = max(result.policy.logit_error for result in results)
-    return _Verified(results, chooser.choose(moved, verifier.proves), shown)
+    return results, chooser.choose(moved, verifier.proves).encode(), shown
 
 
 def _observations(
@@ -179,14 +170,8 @@ def _observations(
 ) -> Iterator[tuple[str, ObservationKind, Iterator[Piece]]]:
     """What to verify on, with its name in the report and its kind; read a piece at a time."""
     if draft.samples is None:
-        yield "random", "random", _noise(draft, steps)
+        yield "random", "random", draft.noise(steps)
     else:  # noise is outside the calibrated ranges
         yield "held-out", "dataset", iter(draft.samples.verification)
     if real is not None:
         yield "real", "dataset", real.pieces(steps)
-
-
-def _noise(draft: _Draft, steps: int) -> Iterator[Piece]:
-    manifest = draft.bundle.manifest
-    scaling = Affine.from_arrays(draft.bundle.arrays, "state", manifest.state_dim)
-    return random_pieces(manifest, scaling, steps)

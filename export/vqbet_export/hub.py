@@ -1,9 +1,7 @@
 """Putting a bundle on the Hugging Face Hub, with a card that says what it is and how to run it."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -11,9 +9,44 @@ from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.hub import parse_id
 from vqbet_edge.runtime.lerobot_files import CONFIG_NAME
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, Manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME
 
 _TAGS = ["robotics", "lerobot", "vqbet_edge", "vq-bet", "onnx"]
+_CARD = """---
+{data}
+---
+
+# {title}
+
+A VQ-BeT robot policy (Behavior Generation with Latent Actions, arXiv 2403.03181), compiled by \
+vqbet_edge into ONNX graphs and verified against its checkpoint. It acts without PyTorch, in \
+{precisions}.
+
+{terms}
+
+## Run it
+
+With LeRobot; in a clone of vqbet_edge, because no package index has it:
+
+    pip install '.[cli,cpu]' ./integrations/lerobot
+    lerobot-rollout --policy.path={name} --robot.type=...
+
+With Python, without PyTorch; likewise:
+
+    pip install '.[cpu]' huggingface_hub
+
+```python
+from vqbet_edge import EdgePolicy
+
+policy = EdgePolicy.load("{name}")
+action = policy.act({{"observation.state": ..., ...}})
+```
+
+| feature | type | shape |
+|---|---|---|
+{features}
+
+{report}"""
 
 
 def check_repository(name: str) -> None:
@@ -81,59 +114,19 @@ def model_card(bundle: Bundle, name: str) -> str:
         tags=_TAGS,
         base_model=None if original is None or Path(source).exists() else original.name,
     )
-    report = bundle.contents["report.md"].decode()
-    text = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {name.partition('/')[2]}",
-        _what_it_is(manifest, config["license"]),
-        _how_to_run(name, manifest),
-        # Headings one level down: the card has one title.
-        re.sub(r"^#", "##", report, flags=re.MULTILINE),
-    ]
-    return "\n\n".join(text)
-
-
-def _what_it_is(manifest: Manifest, license_name: str | None) -> str:
-    terms = f"Licence: {license_name}." if license_name else "The checkpoint names no licence."
-    verified = manifest.verification
-    if verified is not None and verified.cases == "dataset":
+    terms = "The checkpoint names no licence."
+    if config["license"]:
+        terms = f"Licence: {config['license']}."
+    if manifest.verification is not None and manifest.verification.cases == "dataset":
         terms += " It carries some frames that its cameras saw, as reference cases."
-    return (
-        "A VQ-BeT robot policy (Behavior Generation with Latent Actions, arXiv 2403.03181), "
-        "compiled by vqbet_edge into ONNX graphs and verified against its checkpoint. It acts "
-        f"without PyTorch, in {' and '.join(manifest.precisions)}.\n\n{terms}"
+    features = {**manifest.input_features, **manifest.output_features}
+    return _CARD.format(
+        data=data.to_yaml(),
+        title=name.partition("/")[2],
+        precisions=" and ".join(manifest.precisions),
+        terms=terms,
+        name=name,
+        features="\n".join(f"| `{k}` | {f.type} | {tuple(f.shape)} |" for k, f in features.items()),
+        # Headings one level down: the card has one title.
+        report=re.sub(r"^#", "##", bundle.contents["report.md"].decode(), flags=re.MULTILINE),
     )
-
-
-def _how_to_run(name: str, manifest: Manifest) -> str:
-    return "\n".join(
-        [
-            "## Run it",
-            "",
-            "With LeRobot; in a clone of vqbet_edge, because no package index has it:",
-            "",
-            "    pip install '.[cli,cpu]' ./integrations/lerobot",
-            f"    lerobot-rollout --policy.path={name} --robot.type=...",
-            "",
-            "With Python, without PyTorch; likewise:",
-            "",
-            "    pip install '.[cpu]' huggingface_hub",
-            "",
-            "```python",
-            "from vqbet_edge import EdgePolicy",
-            "",
-            f'policy = EdgePolicy.load("{name}")',
-            'action = policy.act({"observation.state": ..., ...})',
-            "```",
-            "",
-            "| feature | type | shape |",
-            "|---|---|---|",
-            *_features(manifest),
-        ]
-    )
-
-
-def _features(manifest: Manifest) -> Iterator[str]:
-    features: dict[str, Any] = {**manifest.input_features, **manifest.output_features}
-    for key, feature in features.items():
-        yield f"| `{key}` | {feature.type} | {tuple(feature.shape)} |"

@@ -36,7 +36,11 @@ class StageSession:
         cached = for_cpu and stage == "gpt"
         inputs = (cached_gpt_signature(manifest) if cached else signature(manifest, stage)).inputs
         # The CPU's GPT can continue behind tokens that it has seen; here it never has.
-        self._rest = _nothing_seen(bundle, inputs[-1].shape) if cached else []
+        self._rest: list[Array] = []
+        if cached:
+            blocks, batch, heads, _, part = inputs[-1].shape
+            nothing = np.zeros((blocks, batch, heads, 0, part), np.float32)
+            self._rest = [bundle.arrays[TOKEN_CONSTANTS], bundle.arrays[CAUSAL_MASK], nothing]
         # With float16 scales, ONNX Runtime's optimiser computes something else than the graph.
         exact = not for_cpu and manifest.stages[stage].precision == "int8"
         graph = bundle.cpu_graph(stage) if for_cpu else bundle.graph(stage)
@@ -49,12 +53,6 @@ class StageSession:
         return [np.concatenate(parts) for parts in outputs]
 
 
-def _nothing_seen(bundle: Bundle, past: tuple[int, ...]) -> list[Array]:
-    blocks, batch, heads, _, part = past
-    nothing = np.zeros((blocks, batch, heads, 0, part), np.float32)
-    return [bundle.arrays[TOKEN_CONSTANTS], bundle.arrays[CAUSAL_MASK], nothing]
-
-
 class TensorRTGraphs(Backend):
     """The ONNX graphs for TensorRT end to end, which no CPU backend takes."""
 
@@ -65,14 +63,12 @@ class TensorRTGraphs(Backend):
         self._manifest = bundle.manifest
         self._sessions = {stage: StageSession(bundle, stage) for stage in bundle.stages_to_load}
 
-    def create_window(self) -> "TensorRTGraphsWindow":
+    def create_window(self) -> "_Window":
         """See `Backend`."""
-        return TensorRTGraphsWindow(self, self._manifest, self._sessions)
+        return _Window(self, self._manifest, self._sessions)
 
 
-class TensorRTGraphsWindow(Window):
-    """A window of `TensorRTGraphs`."""
-
+class _Window(Window):
     def __init__(
         self, backend: Backend, manifest: Manifest, sessions: Mapping[StageName, StageSession]
     ) -> None:
@@ -83,30 +79,24 @@ class TensorRTGraphsWindow(Window):
         self._latest: dict[str, Floats] = {}
 
     def advance(self) -> None:
-        """See `Window`."""
         self._window[:, :-1] = self._window[:, 1:]
 
     def encode(self, frames: Frames, row: int) -> None:
-        """See `Window`."""
         tokens = self._window[:, row] = self._sessions["vision_encoder"].run(frames[None])[0]
         self._latest["frame_tokens"] = tokens[0]
 
     def fill(self) -> None:
-        """See `Window`."""
         self._window[:, :-1] = self._window[:, -1:]
 
     def predict(self, states: Floats) -> HeadOutputs:
-        """See `Window`."""
         feature = self._sessions["gpt"].run(self._window, states[None])[0]
         logits, offsets = self._sessions["code_heads"].run(feature)
         self._latest |= {"feature": feature[0], "logits": logits[0], "offsets": offsets[0]}
         return HeadOutputs(logits[0], offsets[0])
 
     def decode(self, codes: NDArray[np.int64]) -> Floats:
-        """See `Window`."""
         decoded: Floats = self._sessions["rvq_decoder"].run(codes[None])[0][0]
         return decoded
 
     def read(self, tensor: Intermediate) -> Floats:
-        """See `Window`."""
         return self._latest[tensor]

@@ -1,8 +1,7 @@
 """INT8 graphs of a bundle, for TensorRT, for CPUs, or for both side by side."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import msgspec
 from vqbet_calibration.quantize import STAGES as QUANTIZED
@@ -21,26 +20,13 @@ from vqbet_edge.runtime.manifest import (
 from vqbet_export.assembly import CACHED_GPT_NAME
 
 
-@dataclass(frozen=True)
-class Int8:
-    """A draft of an INT8 bundle, and how it came about."""
-
-    bundle: Bundle
-    quantizations: tuple[Quantization, ...]
-
-
-class _Graph(NamedTuple):
-    data: bytes
-    precision: Precision
-
-
 def quantize_bundle(
     floating: Bundle,
     half: Bundle | None,
     samples: Samples,
     targets: Sequence[Target],
     progress: Callable[[str], None],
-) -> Int8:
+) -> tuple[Bundle, tuple[Quantization, ...]]:
     """Quantise a policy for some targets.
 
     The graphs for TensorRT are float16 with INT8 inside; those of CPUs, whose kernels compute
@@ -53,6 +39,9 @@ def quantize_bundle(
         targets: whom the bundle is for.
         progress: is told what happens next.
 
+    Returns:
+        A draft of the INT8 bundle, and how it came about.
+
     Raises:
         VerificationError: no layer can be quantised within the limits.
     """
@@ -60,10 +49,17 @@ def quantize_bundle(
     specs: dict[Target, dict[StageName, StageSpec]] = {"tensorrt": {}, "cpu": {}}
     contents = {RUNTIME_NAME: floating.contents[RUNTIME_NAME]}
     for found in quantizations:
-        for stage, graph in _graphs(found, floating, half).items():
-            file = _file(stage, found.target, targets)
-            specs[found.target][stage] = StageSpec(file, graph.precision)
-            contents[file] = graph.data
+        precision: Precision = "fp32"
+        graph = floating.cpu_graph
+        if found.target == "tensorrt" and half is not None:
+            precision, graph = "fp16", half.graph
+        for stage in STAGES:
+            file, data, quantized = f"{stage}.onnx", graph(stage), stage in QUANTIZED
+            if found.target == "cpu":
+                alone = f"{stage}.onnx" if len(targets) == 1 else f"{stage}_cpu.onnx"
+                file = CACHED_GPT_NAME if stage == "gpt" else alone
+            contents[file] = found.twin(stage, data) if quantized else data
+            specs[found.target][stage] = StageSpec(file, "int8" if quantized else precision)
     manifest = msgspec.structs.replace(
         floating.manifest,
         stages=specs["tensorrt"],
@@ -72,23 +68,4 @@ def quantize_bundle(
             source=samples.source, sha256=samples.digest, observations=samples.observations
         ),
     )
-    return Int8(replace(floating, manifest=manifest, contents=contents), quantizations)
-
-
-def _graphs(found: Quantization, floating: Bundle, half: Bundle | None) -> dict[StageName, _Graph]:
-    """All four of one target."""
-    precision: Precision
-    if found.target == "tensorrt" and half is not None:
-        precision, of = "fp16", half.graph
-    else:
-        precision, of = "fp32", floating.cpu_graph
-    graphs = {stage: _Graph(of(stage), precision) for stage in STAGES}
-    return graphs | {s: _Graph(found.twin(s, of(s)), "int8") for s in QUANTIZED}
-
-
-def _file(stage: StageName, target: Target, targets: Sequence[Target]) -> str:
-    if target == "tensorrt":
-        return f"{stage}.onnx"
-    if stage == "gpt":
-        return CACHED_GPT_NAME
-    return f"{stage}.onnx" if len(targets) == 1 else f"{stage}_cpu.onnx"
+    return replace(floating, manifest=manifest, contents=contents), quantizations

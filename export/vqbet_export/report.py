@@ -1,6 +1,6 @@
 """`report.json` and `report.md`: what was verified, on what, with which figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +9,7 @@ from vqbet_calibration.quantize import Quantization
 
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.comparison import LIMITS
-from vqbet_edge.runtime.manifest import STAGES, Manifest, Precision, StageName
-from vqbet_export.sensitivity import quantization_markdown
+from vqbet_edge.runtime.manifest import STAGES, Manifest, Precision
 from vqbet_export.verification import Verification
 
 
@@ -47,40 +46,33 @@ def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
         target = result["target"]
         graphs = "" if target is None else f", graphs for {target}"
         graph = bundle.cpu_graph if target == "cpu" else bundle.graph
-        sizes = {name: len(graph(name)) for name in STAGES}
+        sizes = {str(name): f"{len(graph(name)) / 1e6:.1f}" for name in STAGES}
         heading = f"## On {result['samples']} {result['observations']} observations{graphs}"
         lines += ["", heading, "", *_stage_table(result["stages"], sizes)]
         lines += ["", *_policy_table(result["whole"])]
     limits = {name: limit for name, limit in data["limits"].items() if limit is not None}
     lines += ["", "## Limits", "", *(f"- {k.replace('_', ' ')}: {v:g}" for k, v in limits.items())]
-    lines += quantization_markdown(data["quantization"])
+    for found in data["quantization"]:
+        lines += _quantization(found)
     lines += ["", "## Made with", "", *(f"- {k} {v}" for k, v in data["tools"].items()), ""]
     return "\n".join(lines)
 
 
-def _stage_table(
-    stages: Mapping[str, Mapping[str, float]], bytes_by_stage: Mapping[StageName, int]
-) -> list[str]:
-    return [
+def _stage_table(stages: Mapping[str, Mapping[str, float]], sizes: Mapping[str, str]) -> list[str]:
+    lines = [
         "| each graph alone | MB | largest error | relative | of what varies | gain | cosine |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        *(_stage_row(name, row, _megabytes(bytes_by_stage, name)) for name, row in stages.items()),
     ]
-
-
-def _stage_row(name: str, row: Mapping[str, float], size: str) -> str:
-    figures = row["max_error"], row["relative_error"], _of_what_varies(row)
-    errors = " | ".join(f"{figure:.2e}" for figure in figures)
-    return f"| {name} | {size} | {errors} | {row['gain']:.6f} | {row['cosine']:.7f} |"
+    for name, row in stages.items():
+        figures = row["max_error"], row["relative_error"], _of_what_varies(row)
+        errors = " | ".join(f"{figure:.2e}" for figure in figures)
+        exact = f"{row['gain']:.6f} | {row['cosine']:.7f}"
+        lines.append(f"| {name} | {sizes.get(name, '')} | {errors} | {exact} |")
+    return lines
 
 
 def _of_what_varies(row: Mapping[str, float]) -> float:
     return row["varying"] / max(row["variation"], 1e-12)
-
-
-def _megabytes(sizes: Mapping[StageName, int], name: str) -> str:
-    found = {**sizes}.get(name)  # type: ignore[call-overload]
-    return "" if found is None else f"{found / 1e6:.1f}"
 
 
 def _policy_table(whole: Mapping[str, Any]) -> list[str]:
@@ -101,3 +93,36 @@ def _policy_table(whole: Mapping[str, Any]) -> list[str]:
             for name, row in whole["stages"].items()
         ),
     ]
+
+
+def _quantization(found: Mapping[str, Any]) -> Iterator[str]:
+    """What quantising for a target cost, of `Quantization.report`."""
+    figures = "action error | total variation | code agreement"
+    total = _outcome(found["outcome"])
+    yield from ("", f"## INT8 for {found['target']}", "", f"| against float32 | {figures} |")
+    yield from ("|---|---:|---:|---:|", f"| on held-out observations | {total} |", "")
+    yield from (f"Left in floating point: {', '.join(found['kept']) or 'nothing'}.", "")
+    for stage, outcomes in found["by_method"].items():
+        for method in list(outcomes)[:-1]:  # the last one is the cheapest
+            names = [name for name, chosen in found["plan"][stage].items() if chosen == method]
+            if names:
+                yield from (f"In {stage} by {method}: {', '.join(names)}.", "")
+    for note in found["notes"]:
+        yield from (note, "")
+    yield from (f"| stage | every layer by | {figures} | cosine |", "|---|---|---:|---:|---:|---:|")
+    for stage, outcomes in found["by_method"].items():
+        for method, outcome in outcomes.items():
+            cosine = outcome["cosine"][stage]
+            yield f"| {stage} | {method} | {_outcome(outcome)} | {cosine:.5f} |"
+    yield from ("", "Each layer quantised alone, the most harmful first:", "")
+    yield from (f"| layer | {figures} |", "|---|---:|---:|---:|")
+    for entry in found["ranking"]:
+        name = f"{entry['stage']}.{entry['layer']}"
+        kept = " (kept)" if name in found["kept"] else ""
+        yield f"| {name}{kept} | {_outcome(entry['outcome'])} |"
+
+
+def _outcome(outcome: Mapping[str, float]) -> str:
+    """Of the action's range in the mean; of the codes; of the codes."""
+    error, variation = outcome["action_error"], outcome["total_variation"]
+    return f"{error:.2e} | {variation:.2e} | {outcome['code_agreement']:.2%}"

@@ -6,12 +6,11 @@ normalisation, window, table and fusion are proven too.
 Observations are drawn, compared and dropped one piece at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from vqbet_edge.runtime.backends import create_backend
-from vqbet_edge.runtime.backends.base import Backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.cases import ReferenceCases
@@ -23,7 +22,6 @@ from vqbet_edge.runtime.comparison import (
     centred,
 )
 from vqbet_edge.runtime.manifest import Precision, StageName, Target, VerificationSpec
-from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.proof import PolicyCheck, Proof, act_out
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset.samples import Piece
@@ -114,8 +112,8 @@ class Verifier:
         frame: ReferenceCases,
         targets: Sequence[Target | None] = (None,),
     ) -> None:
-        self._bundle, self._checkpoint, self._frame = bundle, checkpoint, frame
-        self._graphs = [_Graphs.load(bundle, target) for target in targets]
+        self._bundle, self._checkpoint = bundle, checkpoint
+        self._graphs = [_Graphs(bundle, checkpoint, frame, target) for target in targets]
 
     def verify(
         self,
@@ -135,14 +133,15 @@ class Verifier:
         Returns:
             One result per target.
         """
-        checks = [_Check(self._bundle, self._checkpoint, g, self._frame) for g in self._graphs]
+        for graphs in self._graphs:
+            graphs.begin()
         for piece in pieces:
             reference = run_reference(self._checkpoint, piece)
             seen(piece, reference)
-            for check in checks:
-                check.add(piece, reference)
+            for graphs in self._graphs:
+                graphs.add(piece, reference)
             del piece  # before the next one is made
-        return [check.result(name, kind) for check in checks]
+        return [graphs.result(name, kind) for graphs in self._graphs]
 
     def proves(self, cases: ReferenceCases) -> bool:
         """Whether all graphs keep the limits on reference cases."""
@@ -150,60 +149,52 @@ class Verifier:
         return not any(proof.violations for proof in proofs)
 
 
-@dataclass(frozen=True)
 class _Graphs:
-    """One target's graphs, end to end and stage by stage."""
-
-    target: Target | None
-    backend: Backend
-    gpt: StageSession
-    heads: StageSession
-    decoder: StageSession
-
-    @classmethod
-    def load(cls, bundle: Bundle, target: Target | None) -> "_Graphs":
-        on_tensorrt = target == "tensorrt"
-        return cls(
-            target,
-            TensorRTGraphs(bundle) if on_tensorrt else create_backend("onnxruntime", bundle),
-            StageSession(bundle, "gpt", target),
-            StageSession(bundle, "code_heads", target),
-            StageSession(bundle, "rvq_decoder", target),
-        )
-
-
-class _Check:
-    """One target's graphs beside the reference."""
+    """One target's graphs beside the reference, end to end and stage by stage."""
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Checkpoint, graphs: _Graphs, frame: ReferenceCases
+        self, bundle: Bundle, checkpoint: Checkpoint, frame: ReferenceCases, target: Target | None
     ) -> None:
-        self._bundle, self._checkpoint, self._graphs = bundle, checkpoint, graphs
-        self._policy, self._prefetch = PolicyCheck(bundle, graphs.backend, frame), False
+        self._bundle, self._checkpoint, self._frame = bundle, checkpoint, frame
+        self._target, on_tensorrt = target, target == "tensorrt"
+        run = TensorRTGraphs(bundle) if on_tensorrt else create_backend("onnxruntime", bundle)
+        self.backend = run
+        self._gpt = StageSession(bundle, "gpt", target)
+        self._heads = StageSession(bundle, "code_heads", target)
+        self._decoder = StageSession(bundle, "rvq_decoder", target)
+
+    def begin(self) -> None:
+        self._policy = PolicyCheck(self._bundle, self.backend, self._frame)
+        self._prefetch = False
         self._alone = {name: StageComparison() for name in ("gpt", "code logits", "code_heads")}
 
     def add(self, piece: Piece, reference: Reference) -> None:
-        """Run everything on a piece."""
         expected = reference.outputs
         # Both ways to the same actions, on half of the pieces each.
         self._prefetch = not self._prefetch
-        observations = _observations(self._checkpoint, piece)
+        shapes, key = self._checkpoint.image_shapes, self._checkpoint.state_key
+        observations = (
+            {**unpack_frames(frames, shapes), key: state}
+            for frames, state in zip(piece.frames, piece.states, strict=True)
+        )
         self._policy.add(observations, expected, prefetch=self._prefetch)
-        feature = self._graphs.gpt.run(reference.image_tokens, reference.states)[0]
-        logits, offsets = self._graphs.heads.run(expected.feature)
+        feature = self._gpt.run(reference.image_tokens, reference.states)[0]
+        logits, offsets = self._heads.run(expected.feature)
         self._alone["gpt"].add(feature, expected.feature)
         self._alone["code logits"].add(centred(logits), centred(reference.logits))
         self._alone["code_heads"].add(offsets, reference.offsets)
 
     def result(self, name: str, kind: ObservationKind) -> Verification:
-        """The figures of all pieces."""
         whole, manifest = self._policy.proof, self._bundle.manifest
-        graphs = manifest.graphs(self._graphs.target or manifest.targets[0])
+        graphs = manifest.graphs(self._target or manifest.targets[0])
+        codes, decoder = code_pairs(self._checkpoint), StageComparison()
+        decode = self._checkpoint.network.head.vqvae_model.decode
+        decoder.add(self._decoder.run(codes.numpy())[0], decode(codes).numpy())
         stages = {
             # Its inputs are the observations themselves, so the whole policy ran it already.
             "vision_encoder": whole.stages["vision_encoder"],
             **{name: comparison.result for name, comparison in self._alone.items()},
-            "rvq_decoder": _verify_decoder(self._graphs.decoder, self._checkpoint),
+            "rvq_decoder": decoder.result,
         }
         return Verification(
             observations=name,
@@ -212,19 +203,5 @@ class _Check:
             stages=stages,
             precisions={name: graphs[_GRAPHS[name]].precision for name in stages},
             whole=whole,
-            target=self._graphs.target,
+            target=self._target,
         )
-
-
-def _verify_decoder(decoder: StageSession, checkpoint: Checkpoint) -> StageResult:
-    codes, comparison = code_pairs(checkpoint), StageComparison()
-    decoded = decoder.run(codes.numpy())[0]
-    comparison.add(decoded, checkpoint.network.head.vqvae_model.decode(codes).numpy())
-    return comparison.result
-
-
-def _observations(checkpoint: Checkpoint, piece: Piece) -> Iterator[Observation]:
-    """What a robot would pass, one step after the other."""
-    shapes, state_key = checkpoint.image_shapes, checkpoint.state_key
-    for frames, state in zip(piece.frames, piece.states, strict=True):
-        yield {**unpack_frames(frames, shapes), state_key: state}

@@ -8,29 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import oracle
 import pytest
 from vqbet_bench.results import Report
 from workshop import Exported
 
-QUICK = ["--seconds", "0.01", "--rounds", "1", "--rate", "2000"]
+QUICK = ["--seconds", "0.01", "--rounds", "1", "--rate", "2000", "--threads", "1"]
 
 
-def bench(*arguments: Any, cwd: Path) -> Any:
+def bench(*arguments: Any, cwd: Path, **environment: str) -> Any:
     code = "from vqbet_bench.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
     )
 
 
-def test_a_bundle_beside_a_peer(tiny: Exported, cwd: Path) -> None:
-    done = bench(
-        tiny.bundle, *QUICK, "--checkpoint", tiny.checkpoint, "--peers", "single-graph",
-        "--backend", "onnxruntime", "tensorrt", "--threads", "1", "-o", "out", cwd=cwd,
-    )  # fmt: skip
+@pytest.mark.parametrize("peer", [False, pytest.param(True, marks=pytest.mark.extended)])
+def test_a_bundle_alone_and_beside_lerobot(tiny: Exported, cwd: Path, peer: bool) -> None:
+    options = ["--backend", "onnxruntime", "tensorrt", "-o", "out"]
+    if peer:
+        oracle.lerobot("policies.vqbet.modeling_vqbet")
+        options += ["--checkpoint", str(tiny.checkpoint)]
+    done = bench(tiny.bundle, *QUICK, *options, cwd=cwd)
     assert done.returncode == 0, done.stderr
     report = msgspec.json.decode((cwd / "out/result.json").read_bytes(), type=Report)
-    bundle, peer = sorted(report.results, key=lambda result: result.kind)
-    assert (bundle.kind, peer.kind) == ("bundle", "single-graph")
+    *lerobot, bundle = report.results
+    assert [result.kind for result in report.results] == ["lerobot"] * peer + ["bundle"]
+    assert report.baseline == report.results[0]
     # TensorRT is not installed here: it is named with the reason, and the others are measured.
     assert [name for name in report.failures if "tensorrt" in name]
     for result in report.results:
@@ -43,6 +51,7 @@ def test_a_bundle_beside_a_peer(tiny: Exported, cwd: Path) -> None:
     assert 0 <= bundle.memory.sibling < bundle.memory.resident / 4
     assert bundle.stage_medians()["gpt"] > 0
     assert bundle.bundle_bytes > 10_000
+    assert all(result.bundle_bytes is None for result in lerobot)
     assert "tiny-fp32 onnxruntime" in (cwd / "out/report.md").read_text()
     assert "Step that predicts a chunk" in done.stdout
 
@@ -55,33 +64,12 @@ def test_beside_its_own_recording_as_json_and_torch_is_never_loaded(
     blocked.mkdir()
     disk.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('no torch on a robot')\n")
-    code = "from vqbet_bench.cli import main; main()"
     path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            str(tiny.bundle),
-            *QUICK,
-            "--threads",
-            "1",
-            "--json",
-            "--record",
-            str(disk),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=cwd,
-    )
+    done = bench(tiny.bundle, *QUICK, "--json", "--record", disk, cwd=cwd, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert [result["name"] for result in report["results"]] == [
-        "tiny-fp32 auto",
-        "tiny-fp32 auto recorded",
-    ]
-    assert {mode for result in report["results"] for mode in result["rounds"]} == {"paced"}
+    results = json.loads(done.stdout)["results"]
+    assert [r["name"] for r in results] == ["tiny-fp32 auto", "tiny-fp32 auto recorded"]
+    assert {mode for result in results for mode in result["rounds"]} == {"paced"}
     assert list(disk.iterdir()) == []
 
 
@@ -95,8 +83,13 @@ def test_beside_its_own_recording_as_json_and_torch_is_never_loaded(
         (["missing.bundle", "--threads", "100000"], 2, "--threads"),
     ],
 )
-def test_mistakes_are_explained(arguments: Any, code: Any, words: Any, cwd: Path) -> None:
-    done = bench(*arguments, cwd=cwd)
-    assert done.returncode == code
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_are_explained(
+    arguments: list[str], code: int, words: str, monkeypatch: Any, capsys: Any
+) -> None:
+    from vqbet_bench.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["vqbet-bench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == code
+    assert words in capsys.readouterr().err

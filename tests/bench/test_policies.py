@@ -1,8 +1,6 @@
-"""Every peer computes the same policy, or comparing times would mean nothing."""
+"""LeRobot computes the same policy, or comparing times would mean nothing."""
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,12 +9,10 @@ import oracle
 import pytest
 import torch
 from vqbet_bench.observations import Observations, create_observations
-from vqbet_bench.policies import Job, LeRobot, MeasuredBundle, SingleGraph
-from vqbet_bench.whole_policy import export_single_graph
+from vqbet_bench.policies import Job, LeRobot, MeasuredBundle
 from workshop import Exported
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.normalization import Affine
 
@@ -36,22 +32,11 @@ def greedy(tiny: Exported, observations: Observations) -> Any:
 
 
 def job(tiny: Exported, kind: Any, path: Any, observations: Observations) -> Job:
-    policy = Bundle.open(tiny.bundle).manifest.policy
-    return Job(kind, str(path), observations, policy.action_chunk_size, policy.n_obs_steps, 1)
+    chunk = Bundle.open(tiny.bundle).manifest.policy.action_chunk_size
+    return Job(kind, str(path), observations, chunk, 1)
 
 
-def test_the_single_graph_acts_as_the_bundle(
-    tiny: Exported, observations: Observations, greedy: list[Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "single.onnx"
-    export_single_graph(str(tiny.checkpoint), str(path))
-    policy = SingleGraph(job(tiny, "single-graph", path, observations))
-    policy.start(every=False)
-    actions = [policy.act(policy.prepare(step)) for step in range(STEPS)]
-    np.testing.assert_allclose(actions, greedy, rtol=1e-4, atol=1e-2)
-
-
-def test_lerobot_gets_the_observations_that_the_bundle_gets(
+def test_lerobot_gets_what_the_bundle_gets_and_plans_when_asked(
     tiny: Exported, observations: Observations, greedy: list[Any]
 ) -> None:
     oracle.lerobot("policies.vqbet.modeling_vqbet")
@@ -65,11 +50,6 @@ def test_lerobot_gets_the_observations_that_the_bundle_gets(
     with mock.patch.object(torch, "multinomial", most_probable):
         actions = [policy.act(policy.prepare(step))[0].numpy() for step in range(STEPS)]
     np.testing.assert_allclose(actions, greedy, rtol=1e-4, atol=1e-2)
-
-
-def test_lerobot_plans_on_every_step_when_asked(tiny: Exported, observations: Observations) -> None:
-    oracle.lerobot("policies.vqbet.modeling_vqbet")
-    policy = LeRobot(job(tiny, "lerobot", tiny.checkpoint, observations))
     for every, expected in ((False, 2), (True, STEPS - 2)):
         policy.start(every=every)
         with mock.patch.object(
@@ -104,11 +84,6 @@ def test_what_a_robot_recorded_is_acted_on(
             assert np.array_equal(value, observations[int(row)][key])
 
 
-def test_a_data_set_of_another_robot_is_refused(tiny: Exported) -> None:
-    with pytest.raises(DatasetError, match=r"observes .* of shape"):
-        create_observations(Bundle.open(tiny.bundle), "tests/data/pusht")
-
-
 def test_a_bundle_predicts_on_every_step_when_asked(
     tiny: Exported, observations: Observations
 ) -> None:
@@ -121,28 +96,3 @@ def test_a_bundle_predicts_on_every_step_when_asked(
             if not decisions or decisions[-1] is not policy._policy.last:
                 decisions.append(policy._policy.last)
         assert len(decisions) == expected
-
-
-def test_stages_are_launched_alone_where_the_backend_has_that(
-    tiny: Exported, observations: Observations
-) -> None:
-    policy = MeasuredBundle(job(tiny, "bundle", tiny.bundle, observations))
-    assert policy.stage_launches() == {}
-    window = SimpleNamespace(stage_launches=lambda: {"gpt": list})
-    with mock.patch.object(policy, "_backend", SimpleNamespace(create_window=lambda: window)):
-        assert policy.stage_launches() == {"gpt": list}
-
-
-def test_a_recorded_round_leaves_nothing(
-    tiny: Exported, observations: Observations, tmp_path: Path
-) -> None:
-    policy = MeasuredBundle(
-        replace(job(tiny, "bundle", tiny.bundle, observations), record=tmp_path)
-    )
-    policy.start(every=False)
-    with policy.recorded():
-        (folder,) = tmp_path.iterdir()
-        policy.act(policy.prepare(0))
-        assert policy._policy._recorder is not None
-    assert policy._policy._recorder is None
-    assert not folder.exists()

@@ -40,24 +40,16 @@ def test_samples_are_spread(floating: Bundle) -> None:
     starts = sorted(place.start for place in places if place.episode == 0)
     assert len(starts) >= 2
     assert starts[-1] - starts[0] > 16
+    episodes = [{place.episode for place in part.places} for part in parts]
+    assert sum(map(len, episodes)) == len(set.union(*episodes))  # each has its own
+    assert samples.digest == samples_for(floating, PUSHT, 160).digest
+    assert samples.digest != samples_for(floating, PUSHT, 80).digest
     dataset = LeRobotDataset.open(PUSHT)
     for place, piece in zip(places, (p for part in parts for p in part), strict=True):
         wanted = dataset.episode(place.episode)
         rows = slice(place.start, place.start + 16)
         np.testing.assert_array_equal(piece.frames[:, 0], wanted[IMAGE][rows])
         np.testing.assert_array_equal(piece.states, wanted[STATE][rows])
-
-
-def test_every_part_has_episodes_of_its_own(floating: Bundle) -> None:
-    samples = samples_for(floating, PUSHT, 160)
-    parts = [samples.calibration, samples.held_out, samples.verification]
-    episodes = [{place.episode for place in part.places} for part in parts]
-    assert sum(map(len, episodes)) == len(set.union(*episodes)) == 4
-
-
-def test_the_digest_names_the_samples(floating: Bundle) -> None:
-    digests = [samples_for(floating, PUSHT, steps).digest for steps in (64, 64, 80)]
-    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_recording_does_as_well(
@@ -74,55 +66,35 @@ def test_a_recording_does_as_well(
         np.testing.assert_array_equal(piece.states, episode[STATE][place.start : place.start + 16])
 
 
-def test_too_few_samples(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    folder = record(tmp_path / "seen", episode[IMAGE][:40], episode[STATE][:40])
-    with pytest.raises(DatasetError, match=r"at least 64, .*record more with policy\.record"):
-        samples_for(floating, folder)
-
-
-def test_constant_frames(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    frozen = np.repeat(episode[IMAGE][:1], len(episode[IMAGE]), axis=0)
-    folder = record(tmp_path / "seen", frozen, episode[STATE])
-    with pytest.raises(DatasetError, match=f"'{IMAGE}' are the same.*covered or disconnected"):
-        samples_for(floating, folder)
-
-
-def test_nan(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    states = episode[STATE].copy()
-    states[5:, 1] = np.nan
-    folder = record(tmp_path / "seen", episode[IMAGE], states)
-    with pytest.raises(DatasetError, match="episode 0, step 5 is not finite"):
-        samples_for(floating, folder)
-
-
-@pytest.mark.parametrize("key", [IMAGE, STATE])
-def test_wrong_shapes(floating: Bundle, tmp_path: Path, episode: dict[str, Any], key: str) -> None:
-    wrong = dict(episode)
-    wrong[key] = wrong[key][:, :64] if key == IMAGE else wrong[key][:, :1]
-    folder = record(tmp_path / "seen", wrong[IMAGE], wrong[STATE])
-    with pytest.raises(DatasetError, match=f"observes '{key}' of shape .*own robot"):
-        samples_for(floating, folder)
-
-
-def test_another_robots_state(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    """The right shape, but radians where the policy was trained on pixels."""
-    foreign = episode[STATE] * 30 + 9000
-    folder = record(tmp_path / "seen", episode[IMAGE], foreign)
-    with pytest.raises(DatasetError, match="looks like another robot's: element"):
-        samples_for(floating, folder)
-
-
-def test_missing_features(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
-    folder = record(tmp_path / "seen", episode[IMAGE], episode[STATE])
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes().replace(b"observation.state", b"observation.stale"))
-    with pytest.raises(DatasetError, match=r"lack \['observation.state'\]"):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f, s: (f[:40], s[:40]), r"at least 64, .*record more with policy\.record"),
+        (lambda f, s: (np.repeat(f[:1], len(f), axis=0), s), "are the same.*covered or disconn"),
+        (lambda f, s: (f, np.where(np.arange(len(s))[:, None] < 5, s, np.nan)), "step 5 is not fin"),
+        (lambda f, s: (f[:, :64], s), rf"observes '{IMAGE}' of shape .*own robot"),
+        (lambda f, s: (f, s[:, :1]), rf"observes '{STATE}' of shape .*own robot"),
+        # The right shape, but radians where the policy was trained on pixels.
+        (lambda f, s: (f, s * 30 + 9000), "looks like another robot's: element"),
+    ],
+    ids=["few", "constant", "NaN", "frames' shape", "states' shape", "another robot's"],
+)  # fmt: skip
+def test_what_does_not_do_is_refused(
+    floating: Bundle, tmp_path: Path, episode: dict[str, Any], change: Any, reason: str
+) -> None:
+    folder = record(tmp_path / "seen", *change(episode[IMAGE], episode[STATE]))
+    with pytest.raises(DatasetError, match=reason):
         samples_for(floating, folder)
 
 
 def test_a_damaged_recording(floating: Bundle, tmp_path: Path, episode: dict[str, Any]) -> None:
     folder = record(tmp_path / "seen", episode[IMAGE], episode[STATE])
-    path = next(folder.iterdir())
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DatasetError, match=r"cannot be read.*record again"):
-        samples_for(floating, folder)
+    (path,) = folder.iterdir()
+    data = path.read_bytes()
+    for damaged, reason in (
+        (data.replace(b"observation.state", b"observation.stale"), r"lack \['observation.state'\]"),
+        (data[:-9], r"cannot be read.*record again"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DatasetError, match=reason):
+            samples_for(floating, folder)

@@ -1,18 +1,24 @@
 """The quantised graphs: what TensorRT asks of them, and what they compute."""
 
+import re
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from builder_log import builder_log, layer_inputs
 from int8 import PUSHT, samples_for
 from onnx import TensorProto, helper, numpy_helper
 from vqbet_calibration.chain import Chain, encoder_feeds, gpt_feeds
 from vqbet_calibration.graphs import GraphSession, layers, parts
 from vqbet_calibration.static import Static, collect_ranges
-from vqbet_engines.builder import Job
+from vqbet_engines import worker
+from vqbet_engines.builder import GRAPH, JOB, TIMING, Job
 
 from vqbet_edge.runtime.backends.engine_cache import BuildOptions
 from vqbet_edge.runtime.bundle import Bundle
@@ -104,76 +110,72 @@ def test_every_layer_can_be_quantised_alone(
             assert len(model.graph.output) == len(signature(floating.manifest, stage).outputs)
 
 
-def test_every_layer_is_in_one_part(floating: Bundle, signed: dict[StageName, Static]) -> None:
-    """And can be quantised there, one behind the other the parts are the stage."""
-    for stage, quantizer in signed.items():
-        found, graphs = [], parts(floating.graph(stage))
-        for graph in graphs:
-            names = [layer.name for layer in layers(onnx.load_from_string(graph))]
-            assert names
-            found += names
-            assert quantizer.quantize(graph, {names[0]: "min-max"}) != graph
-        assert tuple(found) == quantizer.layers
-
-
 @pytest.mark.parametrize("stage", QUANTIZED)
-def test_parts_in_a_row_are_the_stage(floating: Bundle, chain: Chain, stage: StageName) -> None:
+def test_parts_in_a_row_are_the_stage(
+    floating: Bundle, signed: dict[StageName, Static], chain: Chain, stage: StageName
+) -> None:
+    """Every layer is in one of them, and can be quantised there."""
     whole = GraphSession(floating.graph(stage)).run_first(chain.inputs(stage))
-    values = chain.inputs(stage)
+    values, found = chain.inputs(stage), []
     for graph in parts(floating.graph(stage)):
         values = GraphSession(graph).run_all(values)
+        names = [layer.name for layer in layers(onnx.load_from_string(graph))]
+        assert names
+        found += names
+        assert signed[stage].quantize(graph, {names[0]: "min-max"}) != graph
     np.testing.assert_allclose(np.concatenate([v[0] for v in values]), whole, atol=1e-5)
+    assert tuple(found) == signed[stage].layers
 
 
-def build(graph: bytes, capability: str) -> list[tuple[str, set[str]]]:
-    pytest.importorskip("tensorrt_rtx")
+# What TensorRT's builder logs of the engine: every layer, its kind, and what it reads besides constants.
+LAYER = re.compile(r"Name: .*?, LayerType: ([^,]+), Inputs: \[(.*?)\](?:, Constants|, Outputs)")
+
+
+def layers_built(graph: bytes, capability: str, folder: Path) -> list[tuple[str, set[str]]]:
+    """Kind and types of every layer of an engine that is built in this process."""
+    said: list[str] = []
+
+    def create_logger(tensorrt: Any, _: Any) -> Any:
+        return real(tensorrt, lambda _level, text: said.append(text))
+
     job = Job("tensorrt_rtx", BuildOptions(optimization_level=1), capability)
-    return layer_inputs(builder_log(graph, job))
+    for name, data in ((GRAPH, graph), (JOB, msgspec.json.encode(job)), (TIMING, b"")):
+        (folder / name).write_bytes(data)
+    real = worker.create_logger
+    with mock.patch.object(worker, "create_logger", create_logger), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as the worker's `main` does
+        worker.build(folder)
+    found = filter(None, map(LAYER.match, "\n".join(said).splitlines()))
+    return [(m[1], set(re.findall(r"Datatype: (\w+)", m[2]))) for m in found]
 
 
 @pytest.mark.parametrize("capability", ["sm86", "sm120"])
-def test_convolutions_are_int8_in_the_engine(
-    for_tensorrt: dict[StageName, bytes], capability: str
-) -> None:
-    found = build(for_tensorrt["vision_encoder"], capability)
-    assert [types for kind, types in found if kind == "correlation"] == [{"Int8"}] * 21
-
-
-@pytest.mark.parametrize("capability", ["sm86", "sm120"])
-def test_matrix_products_are_int8_in_the_engine(
-    for_tensorrt: dict[StageName, bytes], signed: dict[StageName, Static], capability: str
-) -> None:
-    found = build(for_tensorrt["gpt"], capability)
-    products = [types for kind, types in found if "gemm" in kind.lower()]
+def test_convolutions_and_products_are_int8_in_the_engine(
+    for_tensorrt: dict[StageName, bytes], signed: dict[StageName, Static], capability: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pytest.importorskip("tensorrt_rtx")
+    encoder, gpt = (layers_built(for_tensorrt[s], capability, tmp_path) for s in QUANTIZED)
+    assert [types for kind, types in encoder if kind == "correlation"] == [{"Int8"}] * 21
+    products = [types for kind, types in gpt if "gemm" in kind.lower()]
     assert sum("Int8" in types for types in products) >= len(signed["gpt"].layers) - 2
 
 
 @pytest.mark.parametrize("stage", QUANTIZED)
-def test_signed_graphs_compute_the_stage(
-    floating: Bundle,
-    for_tensorrt: dict[StageName, bytes],
-    chain: Chain,
-    stage: StageName,
-) -> None:
-    inputs = chain.inputs(stage)
-    wanted = GraphSession(floating.graph(stage)).run_first(inputs)
-    got = GraphSession(for_tensorrt[stage], optimize=False).run_first(inputs)
-    assert cosines(got, wanted).min() > 0.995
-
-
-@pytest.mark.parametrize("stage", QUANTIZED)
-def test_sessions_compute_signed_graphs_as_they_are_written(
-    for_tensorrt: dict[StageName, bytes], chain: Chain, stage: StageName
+def test_signed_graphs_compute_the_stage_as_they_are_written(
+    floating: Bundle, for_tensorrt: dict[StageName, bytes], chain: Chain, stage: StageName
 ) -> None:
     """ONNX Runtime's optimiser computes pairs with float16 scales wrongly."""
-    graph, (inputs, *_) = for_tensorrt[stage], chain.inputs(stage)
+    inputs, graph = chain.inputs(stage), for_tensorrt[stage]
+    wanted = GraphSession(floating.graph(stage)).run_first(inputs)
+    assert cosines(GraphSession(graph, optimize=False).run_first(inputs), wanted).min() > 0.995
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     plain = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    feed = dict(zip([value.name for value in plain.get_inputs()], inputs, strict=True))
-    wanted = plain.run(None, feed)[0]
+    feed = dict(zip([value.name for value in plain.get_inputs()], inputs[0], strict=True))
     # Between casts values keep more than float16, so some are rounded to another of the levels.
-    assert cosines(GraphSession(graph, optimize=False).run(feed)[0], wanted).min() > 0.9995
+    got, wanted = GraphSession(graph, optimize=False).run(feed)[0], plain.run(None, feed)[0]
+    assert cosines(got, wanted).min() > 0.9995
 
 
 def test_unsigned_encoder_computes_the_stage(floating: Bundle, chain: Chain) -> None:

@@ -4,35 +4,23 @@ NVIDIA publishes bindings and libraries as separate wheels. The bindings are sma
 that they need are generated here from the symbols that they leave undefined.
 """
 
-import functools
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import miniature
-import msgspec
 import pytest
-import torch
-from environments import alone, impossible
-from safetensors.numpy import save
-from vqbet_export.assembly import assemble
-from vqbet_export.publishing import publish
+from environments import ROOT, alone, impossible
 from workshop import once
 
-from vqbet_edge.runtime.bundle import DECODE_TABLE, RUNTIME_NAME, Bundle
-from vqbet_edge.runtime.manifest import VerificationSpec
-from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
-from vqbet_edge.training.layouts import Layout
-from vqbet_edge.training.network import VQBeT
+from vqbet_edge.runtime.backends.private_files import CACHE_VARIABLE
+from vqbet_edge.runtime.bundle import DECODE_TABLE, Bundle
 
 RELEASES = {
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",
@@ -40,10 +28,7 @@ RELEASES = {
     "10.16.0": "tensorrt-cu13-bindings==10.16.0.72",
     "11.4.0": "tensorrt-cu13-bindings==11.4.0.106",
 }
-REFUSED = {"8.6.1": "tensorrt-bindings==8.6.1"}
-REPOSITORY = Path(__file__).parents[2]
-# The last is C++: the parsers of TensorRT 8.
-_PREFIXES = ("create", "get", "initLib", "_ZN")
+_PREFIXES = ("create", "get", "initLib")
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Bindings:
             "import sys, json, warnings; warnings.simplefilter('ignore')\n"
             "import tensorrt_bindings; sys.modules['tensorrt'] = tensorrt_bindings\n"
         )
-        rooms = [REPOSITORY, REPOSITORY / "engines", self.root]
+        rooms = [ROOT, ROOT / "engines", self.root]
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(self.root / "stubs"),
             "PYTHONPATH": os.pathsep.join(map(str, rooms)),
@@ -73,35 +58,19 @@ class Bindings:
         return json.loads(done.stdout)
 
 
-def _each(releases: dict[str, str]) -> list[Any]:
-    """One worker per release: two would fetch into the same folder."""
-    return [pytest.param(n, id=n, marks=pytest.mark.xdist_group(n)) for n in releases]
-
-
-@pytest.fixture(params=_each(RELEASES))
+# One worker per release: two would fetch into the same folder.
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in RELEASES])
 def release(request: pytest.FixtureRequest) -> Bindings:
-    """Bindings of a release that is supported."""
-    return _bindings(request, request.param)
-
-
-@pytest.fixture(params=_each(REFUSED))
-def old_release(request: pytest.FixtureRequest) -> Bindings:
-    """Bindings of a release that is refused."""
-    if sys.version_info >= (3, 12):
-        pytest.skip("TensorRT 8.6 has no bindings for Python 3.12")
-    return _bindings(request, request.param)
-
-
-def _bindings(request: pytest.FixtureRequest, name: str) -> Bindings:
-    """Fetched once and kept in pytest's cache."""
-    python = sys.implementation.cache_tag
-    root = Path(request.config.cache.mkdir(f"tensorrt-bindings-{python}")) / name
+    """Bindings of a release, fetched once and kept in the build folder."""
+    name = request.param
+    root = ROOT / "build" / f"tensorrt-bindings-{sys.implementation.cache_tag}" / name
+    root.parent.mkdir(parents=True, exist_ok=True)
     with alone(root):
         if not (root / "stubs").exists():
             if shutil.which("gcc") is None or shutil.which("nm") is None:
                 impossible("gcc and nm are needed to generate TensorRT's stub libraries")
             shutil.rmtree(root, ignore_errors=True)
-            _fetch((RELEASES | REFUSED)[name], root)
+            _fetch(RELEASES[name], root)
             _generate_stubs(root / "tensorrt_bindings" / "tensorrt.so", root / "stubs")
     return Bindings(root)
 
@@ -138,57 +107,23 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-BundleFactory = Callable[..., Bundle]
+@pytest.fixture(scope="session")
+def bundle(shared: Path) -> Bundle:
+    """A window of three, layers that all matter, reference cases."""
+    path = shared / "engines.bundle"
+    policy = miniature.attentive(0)
+    return Bundle.open(once(path, lambda: miniature.write(path, policy, steps=16)))
 
 
 @pytest.fixture(scope="session")
-def make_bundle(shared: Path) -> BundleFactory:
-    """Bundles of untrained policies, one for every set of arguments.
-
-    `precision` is fp32 or fp16; the rest is the policy's configuration.
-    """
-
-    @functools.cache
-    def make(precision: str = "fp32", **fields: Any) -> Bundle:
-        name = hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:12]
-        path = shared / f"{name}-{precision}.bundle"
-        made = once(path, lambda: write_bundle(path, precision, small_checkpoint(**fields)))
-        return Bundle.open(made)
-
-    return make
+def untabulated(bundle: Bundle) -> Bundle:
+    """The same without the table that replaces the decoder's graph."""
+    arrays = {name: array for name, array in bundle.arrays.items() if name != DECODE_TABLE}
+    return replace(bundle, arrays=arrays)
 
 
-def small_checkpoint(**fields: Any) -> Checkpoint:
-    """An untrained policy of the default size, or of the size that the fields say."""
-    torch.manual_seed(0)
-    image, state, action = (3, 96, 96), (2,), (2,)
-    config = VQBeTConfig(
-        input_features={
-            "observation.image": Feature(FeatureType.VISUAL, image),
-            "observation.state": Feature(FeatureType.STATE, state),
-        },
-        output_features={"action": Feature(FeatureType.ACTION, action)},
-        **({"pretrained_backbone_weights": None, "use_group_norm": False} | fields),
-    )
-    network = VQBeT(config).eval().requires_grad_(False)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # folding an identity would prove nothing
-            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    return Checkpoint(network, {}, {}, Layout.V0_4, "test", "0" * 64)
-
-
-def write_bundle(path: Path, precision: Any, checkpoint: Checkpoint) -> None:
-    """As the exporter does, but unverified, and without the table that replaces the decoder."""
-    draft = assemble(checkpoint, path, precision)
-    arrays = {name: array for name, array in draft.arrays.items() if name != DECODE_TABLE}
-    contents = {**draft.contents, RUNTIME_NAME: save(arrays)}
-    verification = VerificationSpec("random", "random", 1, 0.0, 1.0, 1.0)
-    publish(path, contents, msgspec.structs.replace(draft.manifest, verification=verification))
-
-
-@pytest.fixture(scope="session")
-def mini_of_3(shared: Path) -> Path:
-    """`mini` with a window of three, and reference cases."""
-    path = shared / "mini-3.bundle"
-    return once(path, lambda: miniature.write(path, steps=16, n_obs_steps=3))
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where engines are kept."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -81,95 +81,60 @@ def paths() -> list[str]:
     return sorted(found - GUARDED)
 
 
-def test_every_attribute_resolves(release: Any, paths: list[str]) -> None:
-    code = f"""
+# What every supported release must answer; one process each, for importing takes long.
+ASKED = """
+import io, pathlib
 from operator import attrgetter
-missing = []
-for path in {json.dumps(paths)}:
-    try: attrgetter(path)(tensorrt_bindings)
-    except AttributeError: missing.append(path)
-print(json.dumps(missing))
-"""
-    assert release.run(code) == []
-
-
-def test_the_module_is_accepted(release: Any) -> None:
-    code = """
-from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
-trt = import_tensorrt("tensorrt")
-flag = 1 << int(trt.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-print(json.dumps([trt.version, flag]))
-"""
-    version, flag = release.run(code)
-    assert release.root.name in version
-    # The reason for never writing the number down.
-    assert flag == (1 if version.startswith("11.") else 2)
-
-
-def test_our_subclasses_are_taken(release: Any) -> None:
-    """Logger and progress monitor derive from the bindings' own classes."""
-    code = """
-import io, sys
-from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt
-from vqbet_engines.worker import _create_monitor
+from vqbet_edge.errors import BackendError
+from vqbet_edge.runtime.backends.base import foreign_errors
+from vqbet_edge.runtime.backends.tensorrt_module import create_logger, import_tensorrt, process_log
+from vqbet_engines import worker
+def error(call, *arguments):
+    try:
+        with foreign_errors("here"): call(*arguments)
+    except BackendError as found: return str(found)
 trt, seen, stdout = import_tensorrt("tensorrt"), [], sys.stdout
+module, missing = trt.module, []
+for path in PATHS:
+    try: attrgetter(path)(module)
+    except AttributeError: missing.append(path)
 logger = create_logger(trt, lambda *line: seen.append(line))
-logger.log(trt.module.ILogger.Severity.INTERNAL_ERROR, "text")
-monitor, sys.stdout = _create_monitor(trt), io.TextIOWrapper(io.BytesIO())
+logger.log(module.ILogger.Severity.INTERNAL_ERROR, "text")
+monitor, sys.stdout = worker._create_monitor(trt), io.TextIOWrapper(io.BytesIO())
 monitor.phase_start("Parsing", None, 2)
 go_on = monitor.step_complete("Parsing", 0)
 said, sys.stdout = sys.stdout.buffer.getvalue().decode().splitlines(), stdout
-assert isinstance(logger, trt.module.ILogger) and isinstance(monitor, trt.module.IProgressMonitor)
-print(json.dumps([seen, go_on, said[-1]]))
+print(json.dumps({
+    "version": trt.version,
+    "missing": missing,
+    "flag": 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
+    "logged": [seen, go_on, said[-1]],
+    "subclasses": [isinstance(logger, module.ILogger), isinstance(monitor, module.IProgressMonitor)],
+    "ahead of time": error(worker._set_capability, trt, None, "sm86"),
+    "factory": error(lambda: module.Runtime(process_log(trt).logger)),
+    "builder": error(worker.build, pathlib.Path(FOLDER)),
+    "types": [module.nptype(getattr(module.DataType, n)).__name__ for n in ("FLOAT", "UINT8", "INT64")],
+}))
 """
-    said = "vqbet-build: Parsing: 1 of 2"
-    assert release.run(code) == [[["INTERNAL_ERROR", "text"]], True, said]
 
 
-def test_building_ahead_of_time_is_refused(release: Any) -> None:
-    """Only TensorRT for RTX can; the bindings lack the class that says so."""
-    code = """
-from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
-from vqbet_edge.errors import BackendError
-from vqbet_engines.worker import _set_capability
-try: _set_capability(import_tensorrt("tensorrt"), None, "sm86")
-except BackendError as error: print(json.dumps(str(error)))
-"""
-    assert "pip install tensorrt-rtx" in release.run(code)
-
-
-def test_tensorrt_8_is_refused(old_release: Any) -> None:
-    code = """
-from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
-try: import_tensorrt("tensorrt")
-except BackendError as error: print(json.dumps(str(error)))
-"""
-    assert "8.6.1 is too old" in old_release.run(code)
-
-
-def test_a_factory_without_a_product_is_our_error(release: Any) -> None:
-    """Stub libraries make nothing, as a library that fails; the bindings raise, and return no None."""
-    code = """
-from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends.base import foreign_errors
-from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt, process_log
-trt = import_tensorrt("tensorrt")
-try:
-    with foreign_errors("loading"): trt.module.Runtime(process_log(trt).logger)
-except BackendError as error: print(json.dumps(str(error)))
-"""
-    assert "TypeError: pybind11::init(): factory function returned nullptr" in release.run(code)
-
-
-def test_types_have_numpys_names(release: Any) -> None:
-    """The check of an engine's I/O signature compares these names with ours."""
-    code = """
-trt = tensorrt_bindings
-types = (trt.DataType.FLOAT, trt.DataType.UINT8, trt.DataType.INT64)
-print(json.dumps([trt.nptype(dtype).__name__ for dtype in types]))
-"""
-    assert release.run(code) == ["float32", "uint8", "int64"]
+def test_what_a_release_answers(release: Any, paths: list[str], tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"flavour": "tensorrt", "options": {}}')
+    told = release.run(f"PATHS, FOLDER = {json.dumps(paths)}, {str(tmp_path)!r}\n" + ASKED)
+    assert release.root.name in told["version"]
+    assert told["missing"] == []
+    # The reason for never writing the number down.
+    assert told["flag"] == (1 if told["version"].startswith("11.") else 2)
+    # Logger and progress monitor derive from the bindings' own classes.
+    assert told["logged"] == [[["INTERNAL_ERROR", "text"]], True, "vqbet-build: Parsing: 1 of 2"]
+    assert told["subclasses"] == [True, True]
+    # Only TensorRT for RTX can; the bindings lack the class that says so.
+    assert "pip install tensorrt-rtx" in told["ahead of time"]
+    # Stub libraries make nothing, as a library that fails; the bindings raise, and return no None.
+    assert "TypeError: pybind11::init(): factory function returned nullptr" in told["factory"]
+    assert told["builder"] == "TensorRT cannot start its builder: it gave no reason"
+    # The check of an engine's I/O signature compares these names with ours.
+    assert told["types"] == ["float32", "uint8", "int64"]
 
 
 def test_cuda_over_a_driver_in_host_memory(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-from builder_log import builder_log
 from onnx import TensorProto, helper, numpy_helper
 from vqbet_engines.builder import Built, Job, build_plan
 
@@ -20,27 +19,26 @@ from vqbet_edge.runtime.backends.tensorrt_module import import_tensorrt
 pytest.importorskip("tensorrt_rtx")
 
 
-def graph(*nodes: onnx.NodeProto, shape: tuple[int | str, ...] = (1, 4)) -> bytes:
+def graph(*nodes: onnx.NodeProto) -> bytes:
     """A float32 graph from `x` to `y` with a constant `w` (4, 4)."""
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(shape)) for n in ("x", "y")]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
     weights = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
     body = helper.make_graph(list(nodes), "test", values[:1], values[1:], [weights])
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     return bytes(model.SerializeToString())
 
 
-def product(name: str = "product") -> onnx.NodeProto:
-    return helper.make_node("MatMul", ["x", "w"], ["y"], name=name)
+PRODUCT = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
 
 
-def build(data: bytes, on_progress: Any = None, **changes: Any) -> Built:
+def build(data: bytes | None = None, on_progress: Any = None, **changes: Any) -> Built:
     job = Job(**({"flavour": "tensorrt_rtx", "compute_capability": "sm86"} | changes))
-    return build_plan(data, job, on_progress=on_progress)
+    return build_plan(graph(PRODUCT) if data is None else data, job, on_progress=on_progress)
 
 
 def test_builds_with_progress() -> None:
     lines: list[str] = []
-    built = build(graph(product()), lines.append)
+    built = build(on_progress=lines.append)
     assert len(built.plan) > 1000
     assert built.version == import_tensorrt("tensorrt_rtx").version
     assert any(line.startswith("Parsing node: product [MatMul]") for line in lines)
@@ -50,52 +48,19 @@ def test_builds_with_progress() -> None:
     assert steps > 0
 
 
-def test_dynamic_axes_are_built_for_one() -> None:
-    job = Job("tensorrt_rtx", compute_capability="sm86")
-    assert "OptShape: [1,4]" in builder_log(graph(product(), shape=("batch", 4)), job)
-
-
-def test_a_parser_error_names_the_node() -> None:
+def test_what_tensorrt_refuses_names_the_node() -> None:
     node = helper.make_node("TfIdfVectorizer", ["x"], ["y"], name="odd_one", mode="TF",
                             min_gram_length=1, max_gram_length=1, max_skip_count=0,
                             ngram_counts=[0], ngram_indexes=[0])  # fmt: skip
     with pytest.raises(BackendError, match=r"cannot parse.*'odd_one' \(TfIdfVectorizer\)"):
         build(graph(node))
-
-
-def test_a_type_error_names_the_node() -> None:
-    """Strongly typed: nothing is cast that the graph does not cast."""
-    node = helper.make_node("Cast", ["x"], ["half"], name="to_half", to=TensorProto.FLOAT16)
+    # Strongly typed: nothing is cast that the graph does not cast.
+    half = helper.make_node("Cast", ["x"], ["half"], name="to_half", to=TensorProto.FLOAT16)
     mixed = helper.make_node("MatMul", ["half", "w"], ["y"], name="mixed")
     with pytest.raises(BackendError, match="mixed"):
-        build(graph(node, mixed))
-
-
-def test_bytes_that_are_no_graph() -> None:
+        build(graph(half, mixed))
     with pytest.raises(BackendError, match="cannot parse the graph"):
         build(b"not an ONNX file")
-
-
-def test_an_unknown_compute_capability_lists_the_known() -> None:
-    with pytest.raises(BackendError, match=r"cannot build for sm87; use one of .*sm86"):
-        build(graph(product()), compute_capability="sm87")
-
-
-def test_a_missing_flavour_says_how_to_install_it() -> None:
-    with pytest.raises(BackendError, match="pip install tensorrt") as caught:
-        build(graph(product()), flavour="tensorrt")
-    assert caught.value.exit_code == 6
-
-
-def test_the_last_words_of_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that dies while parsing, as TensorRT does on some graphs."""
-    (tmp_path / "tensorrt_rtx.py").write_text(
-        "import os, signal\nos.write(2, b'last words')\nos.kill(os.getpid(), signal.SIGSEGV)\n"
-    )
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    monkeypatch.setenv("PYTHONPATH", path)
-    with pytest.raises(BackendError, match=r"crashed \(SIGSEGV\) in 'its start'(.|\n)*last words"):
-        build(graph(product()))
 
 
 def test_killed_while_building() -> None:
@@ -107,22 +72,10 @@ def test_killed_while_building() -> None:
                         child.kill()
 
     with pytest.raises(BackendError, match=r"SIGKILL.* in '.*out of memory"):
-        build(graph(product()), kill)
+        build(on_progress=kill)
 
 
-def worker_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> str:
-    """The error of a worker whose TensorRT runs `code` when it is imported."""
-    (tmp_path / "tensorrt_rtx.py").write_text("import os, sys, signal\n" + code)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    with pytest.raises(BackendError) as caught:
-        build(graph(product()))
-    return str(caught.value)
-
-
-def test_a_crash_names_the_last_phase_and_the_last_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = """
+CRASH = """
 from vqbet_engines.worker import say
 say("Parsing node:\\n  odd\\u2028one")
 for line in range(100): os.write(1, b"line %d\\n" % line)
@@ -130,21 +83,31 @@ os.write(2, b"no new line, ")
 say("Building engine: 3 of 7")
 os.kill(os.getpid(), signal.SIGABRT)
 """
-    error = worker_dies(tmp_path, monkeypatch, code)
-    assert "crashed (SIGABRT) in 'Building engine: 3 of 7'" in error
-    assert "line 0\n" not in error
-    assert "line 99\nno new line," in error
 
 
 @pytest.mark.parametrize(
-    ("code", "text"),
-    [("os._exit(3)", "crashed (exit code 3) in 'its start'"),
-     ("raise MemoryError('all gone')", "MemoryError: all gone")],
+    ("code", "told"),
+    [
+        ("os.write(2, b'last words'); os.kill(os.getpid(), signal.SIGSEGV)",
+         ["crashed (SIGSEGV) in 'its start'", "last words"]),
+        ("os._exit(3)", ["crashed (exit code 3) in 'its start'"]),
+        ("raise MemoryError('all gone')", ["MemoryError: all gone"]),
+        ("os.write(1, b'noise from C'); raise ImportError('not here')", ["not here"]),
+        (CRASH, ["crashed (SIGABRT) in 'Building engine: 3 of 7'", "line 99\nno new line,"]),
+    ],
 )  # fmt: skip
-def test_an_end_without_a_word_of_tensorrts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, text: str
+def test_an_end_without_an_engine_says_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: list[str]
 ) -> None:
-    assert text in worker_dies(tmp_path, monkeypatch, code)
+    """A module that dies when it is imported, as TensorRT does on some graphs."""
+    (tmp_path / "sitecustomize.py").write_text("print('noise before')\n")
+    (tmp_path / "tensorrt_rtx.py").write_text("import os, sys, signal\n" + code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with pytest.raises(BackendError) as caught:
+        build()
+    for text in told:
+        assert text in str(caught.value)
+    assert "line 0\n" not in str(caught.value)
 
 
 def test_a_crash_at_the_very_end_loses_nothing(
@@ -157,20 +120,7 @@ def test_a_crash_at_the_very_end_loses_nothing(
         "    atexit.register(lambda: os.kill(os.getpid(), signal.SIGSEGV))\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    assert len(build(graph(product())).plan) > 1000
-
-
-def test_a_builder_that_does_not_start(release: Any, tmp_path: Path) -> None:
-    """As without a driver: the bindings raise where TensorRT's factory returns nothing."""
-    (tmp_path / "job.json").write_text('{"flavour": "tensorrt", "options": {}}')
-    code = f"""
-from pathlib import Path
-from vqbet_edge.errors import BackendError
-from vqbet_engines.worker import build
-try: build(Path({str(tmp_path)!r}))
-except BackendError as error: print(json.dumps(str(error)))
-"""
-    assert release.run(code) == "TensorRT cannot start its builder: it gave no reason"
+    assert len(build().plan) > 1000
 
 
 def test_the_monitor_never_cancels_a_build(capfdbinary: Any) -> None:
@@ -187,14 +137,3 @@ def test_the_monitor_never_cancels_a_build(capfdbinary: Any) -> None:
     monitor.phase_finish("never began")
     said = capfdbinary.readouterr().out.decode().splitlines()
     assert said[-2:] == ["vqbet-build: never began: 7 of ?", "vqbet-build: never began: ? of ?"]
-
-
-def test_standard_output_does_not_disturb_the_protocol(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text("print('noise before')\n")
-    noisy = tmp_path / "tensorrt_rtx.py"
-    noisy.write_text("import os\nos.write(1, b'noise from C')\nraise ImportError('not here')\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path[1:]]))
-    with pytest.raises(BackendError, match="not here"):
-        build(graph(product()))

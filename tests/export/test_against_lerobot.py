@@ -1,9 +1,12 @@
 """The exported bundle against LeRobot 0.4.4 itself, and its graphs in TensorRT's builder."""
 
+import json
+
 import numpy as np
 import oracle
 import pytest
-from workshop import Exported, Workshop
+from vqbet_engines.builder import Job, build_plan
+from workshop import Workshop
 
 from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime.bundle import Bundle
@@ -51,6 +54,9 @@ def test_acts_as_select_action(
         assert policy.last is not None
         change = np.abs(policy.last.code_probabilities - reference.injected.probabilities)
         assert change.max() <= probability_limit
+    for result in json.loads((exported.bundle / "report.json").read_text())["results"]:
+        assert min(stage["cosine"] for stage in result["stages"].values()) >= 0.999
+        assert 0.99 <= result["whole"]["policy"]["code_agreement"] <= 1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,35 +64,8 @@ def test_acts_as_select_action(
 def test_graphs_build_in_tensorrt(
     workshop: Workshop, case: oracle.Case, precision: Precision
 ) -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("tensorrt_rtx")
     bundle = Bundle.open(workshop.bundle(case, precision).bundle)
     for stage in STAGES:
-        plan = build_ahead_of_time(trt, bundle.graph(stage))
-        assert len(plan) > 1000, stage
-
-
-def build_ahead_of_time(trt: object, graph: bytes) -> bytes:
-    """A strongly typed engine for compute capability 8.6, built without a GPU."""
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
-    flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(flag)
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse(graph), [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    plan = builder.build_serialized_network(network, config)
-    assert plan is not None
-    return bytes(plan)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_report_keeps_the_limits_of_float16(workshop: Workshop, case: oracle.Case) -> None:
-    import json
-
-    exported: Exported = workshop.bundle(case, "fp16")
-    report = json.loads((exported.bundle / "report.json").read_text())
-    for result in report["results"]:
-        assert {stage["cosine"] >= 0.999 for stage in result["stages"].values()} == {True}
-        assert 0.99 <= result["whole"]["policy"]["code_agreement"] <= 1
+        job = Job("tensorrt_rtx", compute_capability="sm86")
+        assert len(build_plan(bundle.graph(stage), job).plan) > 1000, stage

@@ -23,7 +23,7 @@ from serve.serving import (
     vanish,
 )
 from torture import cases
-from vqbet_bench.serve_load import pss_mb
+from vqbet_bench.serving import pss_mb
 from vqbet_serve.frames import array, pack, unpack
 from vqbet_serve.keys import Keys
 from vqbet_serve.sessions import derived_seed

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from serve.serving import serving
 from two_cameras import SCENE, STATE, WRIST, Trained
-from vqbet_bench.serve_load import observations
+from vqbet_bench.serving import observations
 from vqbet_serve import RemotePolicy
 from vqbet_serve.elsewhere import Elsewhere, Graphs
 

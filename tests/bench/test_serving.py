@@ -8,25 +8,24 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from vqbet_bench import serve_load as load
 from vqbet_bench import serving
+from vqbet_bench.cli import main
 
 from vqbet_edge import VQBeTEdgeError
+from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.extras import install_command
 
 COMMAND = [sys.executable, "-c", "from vqbet_bench.cli import main; main()"]
 
 
-def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
-
-
 def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
     options = ["--serve", "2", "1", "--seconds", "0.5", "--backend", "onnxruntime"]
-    done = bench(mini, *options, "-o", tmp_path / "out")
+    command = [*COMMAND, mini, *options, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/serve.json").read_text())["results"]
     ways = [(each["robots"], each["way"]) for each in results]
@@ -61,28 +60,29 @@ def test_a_process_that_dies_is_not_waited_for(mini: Path) -> None:
 
     killer = threading.Thread(target=kill_one)
     killer.start()
+    load = serving.Load(Bundle.open(mini), 30.0, 600.0, "onnxruntime")
     with pytest.raises(VQBeTEdgeError, match=r"one of 2 processes .* fewer with --serve"):
-        load.measure(load.Load(mini, 30.0, 600.0, "onnxruntime"), "processes", 2)
+        serving.drive(load, "processes", 2)
     killer.join()
 
 
-def test_a_server_that_does_not_start(tmp_path: Path) -> None:
-    done = bench(tmp_path / "none", "--serve", "1")
-    assert done.returncode == 4
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "code", "words"),
     [
-        (["--serve", "0"], "--serve takes numbers of robots, 1 or more"),
-        (["--serve", "1", "--backend", "tensorrt_rtx"], "one of vqbet-serve's backends"),
+        (["none", "--serve", "1"], 4, "is not a bundle"),
+        (["MINI", "--serve", "0"], 2, "--serve takes numbers of robots, 1 or more"),
+        (["MINI", "--serve", "1", "--backend", "tensorrt_rtx"], 2, "one of vqbet-serve's backends"),
     ],
 )
-def test_what_cannot_be_measured(mini: Path, options: list[str], words: str) -> None:
-    done = bench(mini, *options)
-    assert done.returncode == 2
-    assert words in done.stderr
+def test_what_cannot_be_measured(
+    mini: Path, monkeypatch: Any, capsys: Any, options: list[str], code: int, words: str
+) -> None:
+    arguments = [str(mini) if option == "MINI" else option for option in options]
+    monkeypatch.setattr(sys, "argv", ["vqbet-bench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == code
+    assert words in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_what_to_type(mini: Path, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_without_the_extra_it_says_what_to_type(mini: Path, tmp_path: Path) -> N
     assert install_command("bench", "serve", "cpu") in done.stderr
 
 
-def test_processes_that_would_not_fit_are_not_started(mini: Path) -> None:
-    assert serving._too_much(mini, 64, 1e9).endswith("are available: not measured.")
-    assert serving._too_much(mini, 64, 0.0) == ""
+def test_processes_that_would_not_fit_are_not_started() -> None:
+    assert serving.too_much(64, 1e9).endswith("are available: not measured.")
+    assert serving.too_much(64, 0.0) == ""
 
 
 @pytest.mark.parametrize("slowness", [0.5, 2.5])
@@ -112,15 +112,13 @@ def test_a_late_robot_goes_on_with_the_newest_observation(slowness: float) -> No
         acted.append(step)
         await asyncio.sleep(slowness * period)
 
-    paced = asyncio.run(load.paced(act, 40, time.monotonic(), period))
+    paced = asyncio.run(serving.paced(act, 40, time.monotonic(), period))
     assert acted == sorted(set(acted))
-    assert len(paced.seconds) == sum(step >= load._WARM_STEPS for step in acted)
+    assert len(paced.seconds) == sum(step >= serving._WARM_STEPS for step in acted)
     assert min(paced.seconds) >= slowness * period
     if slowness > 1:
         assert paced.missed >= len(paced.seconds) / 2
     assert len(paced.seconds) + paced.missed >= 40
-    measured = load.Measured.of(
-        load.Load(Path("a.bundle"), 1 / period, 1.0, "auto"), "server", [paced, paced], 1.0
-    )
+    measured = serving.summarized([paced, paced], period)
     late = sum(seconds > period for seconds in paced.seconds) + paced.missed
-    assert measured.late == pytest.approx(late / (len(paced.seconds) + paced.missed))
+    assert measured["late"] == pytest.approx(late / (len(paced.seconds) + paced.missed))
