@@ -15,11 +15,15 @@ import msgspec
 from msgspec import Struct
 
 from vqbet_edge.errors import BundleError
-from vqbet_edge.runtime.manifest import FeatureSpec, Manifest, Text
+from vqbet_edge.runtime.manifest import Manifest, Text
 
 CONFIG_NAME = "config.json"
 LEROBOT_NAMES = (CONFIG_NAME, "policy_preprocessor.json", "policy_postprocessor.json")
 POLICY_TYPE: Literal["vqbet_edge"] = "vqbet_edge"
+_FOREIGN = (
+    "{} is not what its manifest makes it, and LeRobot may run what it names: get the bundle from "
+    "who exported it, or export again"
+)
 _CPU = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
 
 
@@ -49,8 +53,8 @@ def lerobot_files(manifest: Manifest, license: str | None) -> dict[str, bytes]: 
         {
             "type": POLICY_TYPE,
             "n_obs_steps": manifest.policy.n_obs_steps,
-            "input_features": _features(manifest.input_features),
-            "output_features": _features(manifest.output_features),
+            "input_features": manifest.input_features,
+            "output_features": manifest.output_features,
             "device": "cpu",
             "license": license,
         },
@@ -69,14 +73,12 @@ def check_lerobot_files(manifest: Manifest, contents: Mapping[str, bytes]) -> No
     Raises:
         BundleError: one differs.
     """
-    found = {name: contents[name] for name in LEROBOT_NAMES if name in contents}
     terms = manifest.license
-    if manifest.format_version == 2 and CONFIG_NAME in found:
-        terms = read_license(found[CONFIG_NAME])
-    expected = lerobot_files(manifest, terms)
-    for name, data in found.items():
-        if data != expected[name]:
-            raise _foreign(name)
+    if manifest.format_version == 2 and CONFIG_NAME in contents:
+        terms = read_license(contents[CONFIG_NAME])
+    for name, expected in lerobot_files(manifest, terms).items():
+        if contents.get(name, expected) != expected:
+            raise BundleError(_FOREIGN.format(name))
 
 
 def read_license(config: bytes) -> str | None:
@@ -88,18 +90,4 @@ def read_license(config: bytes) -> str | None:
     try:
         return msgspec.json.decode(config, type=_Config).license
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _foreign(CONFIG_NAME) from error
-
-
-def _foreign(name: str) -> BundleError:
-    return BundleError(
-        f"{name} is not what its manifest makes it, and LeRobot may run what it names: get the "
-        "bundle from who exported it, or export again"
-    )
-
-
-def _features(features: dict[str, FeatureSpec]) -> dict[str, Any]:
-    return {
-        key: {"type": feature.type, "shape": list(feature.shape)}
-        for key, feature in features.items()
-    }
+        raise BundleError(_FOREIGN.format(CONFIG_NAME)) from error
