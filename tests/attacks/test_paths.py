@@ -170,8 +170,13 @@ def _in_a_branch(model: onnx.ModelProto) -> onnx.TensorProto:
     return tensor
 
 
-@pytest.mark.parametrize("key", ["location", "Location"])
-@pytest.mark.parametrize("place", [_initializer, _constant, _in_a_branch])
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [
+        (_initializer, "Location"),
+        *((p, "location") for p in (_initializer, _constant, _in_a_branch)),
+    ],
+)
 def test_external_data(
     bundle: Path, place: Callable[[onnx.ModelProto], onnx.TensorProto], key: str
 ) -> None:

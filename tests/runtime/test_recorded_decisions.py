@@ -211,7 +211,7 @@ def test_the_size_limit_counts_decisions(policy: EdgePolicy, tmp_path: Path, cap
 
 
 KILLED = """
-import sys, numpy as np, miniature
+import sys, numpy as np
 from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime import recording
 recording._BLOCK_BYTES = 20_000
@@ -219,16 +219,16 @@ policy = EdgePolicy.load(sys.argv[1])
 random = np.random.default_rng(0)
 with policy.record(sys.argv[2], decisions=True):
     for step in range(100_000):
-        policy.act(miniature.observation(random))
+        image = random.integers(0, 256, (24, 24, 3), np.uint8)
+        state = random.uniform((-2, 10), (2, 50)).astype(np.float32)
+        policy.act({"observation.image": image, "observation.state": state})
         print(step, flush=True)
 """
 
 
 def test_a_kill_leaves_all_but_the_newest(mini: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(mini), str(tmp_path / "seen")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-    ) as robot:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as robot:
         assert robot.stdout is not None
         for line in robot.stdout:
             if int(line) == 200:

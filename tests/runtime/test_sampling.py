@@ -32,8 +32,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("temperature", "columns"),
-    [(0.1, None), (0.5, COLUMNS), (1.0, COLUMNS)],
-    ids=["joint", "sequential", "warm"],
+    [
+        (0.5, COLUMNS),
+        *(
+            pytest.param(t, c, marks=pytest.mark.extended)
+            for t, c in ((0.1, None), (1.0, None), (0.1, COLUMNS), (1.0, COLUMNS))
+        ),
+    ],
 )
 def test_distribution_is_the_softmax(temperature: float, columns: np.ndarray | None) -> None:
     drawing, given = sampler(temperature, columns), outputs(LOGITS)
