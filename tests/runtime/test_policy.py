@@ -6,9 +6,8 @@ from typing import Any
 
 import miniature
 import numpy as np
-import oracle
 import pytest
-from workshop import Exported
+from miniature import HIGH, LOW
 
 from vqbet_edge import (
     BackendError,
@@ -19,8 +18,6 @@ from vqbet_edge import (
     NonFiniteError,
     UsageError,
 )
-
-STATE, IMAGE = "observation.state", "observation.image"
 
 
 def counted(policy: EdgePolicy) -> list[int]:
@@ -36,17 +33,18 @@ def counted(policy: EdgePolicy) -> list[int]:
     return rows
 
 
-def load(exported: Exported, **options: Any) -> EdgePolicy:
-    return EdgePolicy.load(exported.bundle, backend="onnxruntime", **options)
+def load(mini: Path, **options: Any) -> EdgePolicy:
+    return EdgePolicy.load(mini, backend="onnxruntime", **options)
 
 
 @pytest.fixture
-def observations(tiny: Exported) -> list[dict[str, np.ndarray]]:
-    return oracle.observations(tiny.case, 24)
+def observations() -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(1)
+    return [miniature.observation(random) for _ in range(24)]
 
 
-def test_every_frame_is_encoded_once(tiny: Exported, observations: Any) -> None:
-    policy = load(tiny, prefetch="inline")
+def test_every_frame_is_encoded_once(mini: Path, observations: Any) -> None:
+    policy = load(mini, prefetch="inline")
     encoded = counted(policy)
     for observation in observations:
         policy.act(observation)
@@ -81,10 +79,10 @@ def test_frames_that_no_prediction_will_see_are_not_encoded(tmp_path: Path) -> N
 @pytest.mark.parametrize("guards", [None, Guards(deadline_s=20, on_late="raise")])
 @pytest.mark.parametrize("prefetch", ["off", "inline", "thread"])
 def test_a_dropped_queue_leaves_the_history(
-    tiny: Exported, observations: Any, prefetch: Any, guards: Any
+    mini: Path, observations: Any, prefetch: Any, guards: Any
 ) -> None:
     """The next call predicts, with what was seen before, as `act_chunk` would have."""
-    policy, other = (load(tiny, prefetch=prefetch, guards=guards) for _ in range(2))
+    policy, other = (load(mini, prefetch=prefetch, guards=guards) for _ in range(2))
     policy.drop_queue()
     for each in (policy, other):
         for observation in observations[:3]:
@@ -98,23 +96,19 @@ def test_a_dropped_queue_leaves_the_history(
     np.testing.assert_array_equal(policy.last.codes, other.last.codes)
 
 
-def test_forced_codes_are_the_decision(tiny: Exported, observations: Any) -> None:
-    policy = load(tiny)
-    chunk = policy.act_chunk(observations[0], codes=(3, 11))
+def test_forced_codes_are_the_decision(mini: Path, observations: Any) -> None:
+    policy = load(mini)
+    chunk = policy.act_chunk(observations[0], codes=(3, 5))
     assert policy.last is not None
-    assert policy.last.codes.tolist() == [3, 11]
+    assert policy.last.codes.tolist() == [3, 5]
     normalized = policy.last.decoded_chunk + policy.last.offset_chunk
-    stats = oracle.make_statistics(tiny.case)["action"]
-    low, high = stats["min"].numpy(), stats["max"].numpy()
-    np.testing.assert_allclose(chunk, (normalized + 1) / 2 * (high - low) + low, rtol=1e-5)
+    np.testing.assert_allclose(chunk, (normalized + 1) / 2 * (HIGH - LOW) + LOW, rtol=1e-5)
 
 
-@pytest.mark.parametrize("codes", [((0, 1), (2,)), "ab", (0, 16), (-1, 0), (0.5, 1)])
-def test_codes_outside_the_code_book_are_refused(
-    tiny: Exported, observations: Any, codes: Any
-) -> None:
-    policy = load(tiny)
-    with pytest.raises(UsageError, match=r"expected codes \(primary, secondary\) in 0..15"):
+@pytest.mark.parametrize("codes", [((0, 1), (2,)), "ab", (0, 8), (-1, 0), (0.5, 1)])
+def test_codes_outside_the_code_book_are_refused(mini: Path, observations: Any, codes: Any) -> None:
+    policy = load(mini)
+    with pytest.raises(UsageError, match=r"expected codes \(primary, secondary\) in 0..7"):
         policy.act_chunk(observations[0], codes=codes)
     assert policy.last is None
 
@@ -129,11 +123,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("option", "message"), WRONG)
-def test_impossible_options_are_refused(
-    tiny: Exported, option: dict[str, Any], message: str
-) -> None:
+def test_impossible_options_are_refused(mini: Path, option: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        load(tiny, **option)
+        load(mini, **option)
 
 
 def test_large_code_books_are_decoded_by_their_graph(
@@ -152,8 +144,8 @@ def test_large_code_books_are_decoded_by_their_graph(
         np.testing.assert_allclose(*chunks, rtol=1e-5)
 
 
-def test_non_finite_actions_raise_even_from_finite_parts(tiny: Exported, observations: Any) -> None:
-    policy = load(tiny)
+def test_non_finite_actions_raise_even_from_finite_parts(mini: Path, observations: Any) -> None:
+    policy = load(mini)
     affine = policy._planner._scaling.affine
     object.__setattr__(affine, "multiply", np.full_like(affine.multiply, 3e38))
     predict = policy._window.graphs.predict
@@ -170,9 +162,9 @@ def test_non_finite_actions_raise_even_from_finite_parts(tiny: Exported, observa
 
 @pytest.mark.parametrize("method", ["advance", "encode", "predict"])
 def test_a_call_that_fails_midway_asks_for_a_reset(
-    tiny: Exported, observations: Any, method: str
+    mini: Path, observations: Any, method: str
 ) -> None:
-    policy, plain = load(tiny, seed=2), load(tiny, seed=2)
+    policy, plain = load(mini, seed=2), load(mini, seed=2)
     for observation in observations[:3]:
         policy.act(observation)
     working = getattr(policy._window.graphs, method)
@@ -192,8 +184,8 @@ def test_a_call_that_fails_midway_asks_for_a_reset(
         np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
 
 
-def test_overlapping_calls_raise(tiny: Exported, observations: Any) -> None:
-    policy = load(tiny)
+def test_overlapping_calls_raise(mini: Path, observations: Any) -> None:
+    policy = load(mini)
     inside, leave = threading.Event(), threading.Event()
     predict = policy._window.graphs.predict
 
