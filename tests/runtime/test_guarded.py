@@ -192,34 +192,6 @@ def caught_up(policy: EdgePolicy) -> None:
     policy._deadline.finish(lambda: None)  # type: ignore[arg-type, return-value]
 
 
-def test_late_and_hold(mini: Path, observations: Observations) -> None:
-    """In time, a deadline changes nothing; what is late is not lost, and held until it comes."""
-    guards = deadline("hold", 20)
-    policy, plain = load(mini, guards, seed=5, replan_every=1), load(mini, seed=5, replan_every=1)
-    slow = Slow(policy)
-    policy._deadline._seconds = 0.02  # type: ignore[union-attr]
-    with slow.stuck(), pytest.raises(DeadlineError, match=r"no action within 20 s"):
-        policy.act(observations[0])  # nothing to hold yet
-    plain.act(observations[0])
-    caught_up(policy)
-    policy._deadline._seconds = 20  # type: ignore[union-attr]
-    kept = policy.act(observations[1])
-    np.testing.assert_array_equal(kept, plain.act(observations[1]))
-    policy._deadline._seconds = 0.05  # type: ignore[union-attr]
-    with slow.stuck():
-        for observation in observations[2:5]:
-            np.testing.assert_array_equal(policy.act(observation), kept)
-            plain.act(observation)
-    caught_up(policy)
-    policy._deadline._seconds = 20  # type: ignore[union-attr]
-    for observation in observations[5:12]:
-        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
-    np.testing.assert_array_equal(
-        policy.act_chunk(observations[0]), plain.act_chunk(observations[0])
-    )
-    assert policy.guard_counts.late == 4
-
-
 def test_a_backend_that_stays_away_has_failed(mini: Path, observations: Observations) -> None:
     policy = load(mini, deadline("hold", 0.5))
     size = policy.manifest.policy.action_chunk_size
