@@ -74,7 +74,6 @@ def attentive(seed: int, **fields: Any) -> Checkpoint:
     for layer in (trunk.rgb_encoder.out, trunk.rgb_feature_projector[0]):
         layer.bias.zero_()
     trunk.policy.transformer["wte"].bias.zero_()  # type: ignore[union-attr]
-    trunk.rgb_feature_projector[0].weight.mul_(10)
     return policy
 
 

@@ -53,14 +53,7 @@ def parse(
     *config: Any,  # noqa: ANN401
     default: Arguments | None = None,
 ) -> Arguments:
-    """A command's arguments, as a dataclass that describes them.
-
-    Args:
-        kind: the dataclass.
-        prog: the command's name.
-        config: markers of `tyro.conf`.
-        default: values of what is not given, instead of the dataclass's own.
-    """
+    """A command's arguments, by the dataclass that describes them and markers of `tyro.conf`."""
     import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
 
     # Without a default it is typed as perhaps None, and never is.
@@ -109,13 +102,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     raise TerminatedError
 
 
-def _forget() -> None:
-    """A forked child's signals are its own."""
+def _default_in_child() -> None:
     if signal.getsignal(signal.SIGTERM) is _terminate:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_forget)
+# A forked child's signals are its own.
+os.register_at_fork(after_in_child=_default_in_child)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -33,12 +33,8 @@ def info(**changed: object) -> Callable[[Path], object]:
 
 
 def camera(**changed: object) -> Callable[[Path], object]:
-    def change(root: Path) -> None:
-        found = json.loads((root / INFO).read_text())
-        found["features"][IMAGE] |= changed
-        (root / INFO).write_text(json.dumps(found))
-
-    return change
+    features = json.loads((PUSHT / INFO).read_text())["features"]
+    return info(features=features | {IMAGE: features[IMAGE] | changed})
 
 
 def listed(root: Path) -> None:
@@ -67,29 +63,22 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         info(video_path="{video_key.__class__}.mp4"),
         "has the video_path",
     ),
-    "an index in the template": (info(video_path="{video_key[0]}.mp4"), "has the video_path"),
     "any amount of memory": (
         info(video_path="{video_key:>999999999999}.mp4"),
         "has the video_path",
     ),
-    "a conversion in the template": (info(video_path="{video_key!r}.mp4"), "has the video_path"),
     "a way out": (info(video_path="{video_key}/../../../{video_key}.mp4"), "leaves the data set"),
-    "no frames a second": (info(fps=0), "expected a number for 'fps'"),
     "infinitely many frames a second": (info(fps=float("inf")), "expected a number for 'fps'"),
     "a chunk without end": (
         info(codebase_version="v2.1", chunks_size=float("inf")),
         "expected a number for 'chunks_size'",
     ),
     "an integer of too many digits": (huge_integer, "info.json is not JSON"),
-    "a frame of no size": (camera(shape=[0, 96, 3]), "has no camera"),
-    "a frame without end": (camera(shape=[float("inf"), 96, 3]), "has no camera"),
     "frames larger than any memory": (camera(shape=[1 << 40, 1 << 40, 3]), "has no camera"),
     "a beginning that is no number": (
         starting(float("nan")),
         "expected a number for .*from_timestamp",
     ),
-    "a beginning without end": (starting(float("inf")), "expected a number for .*from_timestamp"),
-    "a beginning beyond all clocks": (starting(1e300), "expected a number for .*from_timestamp"),
     "a list of files instead of a video": (listed, "episode 0 is corrupt"),
 }
 
@@ -113,7 +102,7 @@ def test_an_image_is_no_list_of_files(cwd: Path, text: str) -> None:
     assert not isinstance(refused.value, FileNotFoundError)
 
 
-@pytest.mark.parametrize("value", [1e300, 10**400, float("nan"), "1", None])
+@pytest.mark.parametrize("value", [10**400, float("nan"), "1"])
 def test_statistics_are_finite_whatever_stands_there(tmp_path: Path, value: object) -> None:
     root = Path(shutil.copytree(PUSHT, tmp_path / "pusht"))
     healthy = {"min": 0.0, "max": 1.0, "mean": 0.5, "std": 0.1}
@@ -128,10 +117,8 @@ def test_statistics_are_finite_whatever_stands_there(tmp_path: Path, value: obje
     "header",
     ["{'descr':'|O','fortran_order':False,'shape':(1,)}",
      "{'descr':'|u1','fortran_order':False,'shape':(-5,)}",
-     "{'descr':'|u1','fortran_order':False,'shape':(True,)}",
-     f"{{'descr':'|u1','fortran_order':False,'shape':({1 << 62},)}}",
      f"{{'descr':'|u1','fortran_order':False,'shape':({10**30},)}}",
-     "{'descr':[('a',')'],'fortran_order':False,'shape':(1,)}", "(" * 3000],
+     "(" * 3000],
 )  # fmt: skip
 def test_a_cache_of_frames_with_another_header(tmp_path: Path, header: str) -> None:
     text = header.encode() + b"\n"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 from attacks.saving import checkpoints, network, progress
-from torture import cases
+from torture import counts
 from vqbet_export.publishing import file_specs, publish
 
 from vqbet_edge.runtime.bundle import Bundle
@@ -31,7 +32,8 @@ def killed(work: Callable[[], None], seconds: float) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_an_export(mini: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", counts(3, 10, 300))
+def test_an_export(mini: Path, tmp_path: Path, count: int) -> None:
     original, target = Bundle.open(mini), tmp_path / "a.bundle"
     variants = {}
     for note in (b"old", b"new"):
@@ -49,7 +51,7 @@ def test_an_export(mini: Path, tmp_path: Path) -> None:
     taken = time.monotonic() - began
     random = np.random.default_rng(5)
     seen, replaced = set(), set()
-    for _ in range(cases(10, 300)):
+    for _ in range(count):
         killed(work, random.uniform(0, 5 * taken))  # before, while and after it writes
         seen.add(Bundle.open(target).contents["report.md"])
         replaced.add((target / "report.md").stat().st_mtime_ns)
@@ -60,7 +62,8 @@ def test_an_export(mini: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(target)) == sorted({*variants[b"old"][0], "manifest.json"})
 
 
-def test_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", counts(3, 10, 300))
+def test_a_checkpoint(tmp_path: Path, count: int) -> None:
     saved, made = checkpoints(tmp_path), network()
     saved.save(progress(1), made, None, OPTIMIZER)
     step = 1
@@ -70,7 +73,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
             saved.save(progress(following), made, None, OPTIMIZER)
 
     random = np.random.default_rng(6)
-    for _ in range(cases(10, 300)):
+    for _ in range(count):
         killed(work, random.uniform(0, 0.2))
         resumed = checkpoints(tmp_path, resume=True).start()
         assert resumed is not None

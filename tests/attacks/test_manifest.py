@@ -12,7 +12,7 @@ import miniature
 import numpy as np
 import pytest
 from attacks.manifests import mutated_bytes, mutated_values, sealed, spelled
-from torture import cases
+from torture import cases, counts
 
 from vqbet_edge import BundleError, EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.bundle import Bundle
@@ -52,21 +52,23 @@ def decoded(data: bytes) -> Manifest | None:
     return manifest
 
 
-def test_mutated_texts(manifest: bytes) -> None:
+@pytest.mark.parametrize("count", counts(300, 3_000, 50_000))
+def test_mutated_texts(manifest: bytes, count: int) -> None:
     random = np.random.default_rng(1)
-    for _ in range(cases(3_000, 50_000)):
+    for _ in range(count):
         changed = mutated_bytes(manifest, random)
         assert changed == manifest or decoded(changed) is None
         decoded(sealed(changed))
 
 
+@pytest.mark.parametrize("count", counts(300, 3_000, 50_000))
 def test_mutated_values_that_are_accepted_act_or_are_refused_later(
-    manifest: bytes, mini: Path, tmp_path: Path
+    manifest: bytes, mini: Path, tmp_path: Path, count: int
 ) -> None:
     random, value = np.random.default_rng(2), json.loads(manifest)
     bundle = Path(shutil.copytree(mini, tmp_path / "a.bundle"))
     accepted = 0
-    for _ in range(cases(3_000, 50_000)):
+    for _ in range(count):
         data = spelled(mutated_values(value, random))
         if decoded(data) is None or data == manifest:
             continue
@@ -83,41 +85,26 @@ def test_mutated_values_that_are_accepted_act_or_are_refused_later(
 
 
 NUMBER = b'"n_obs_steps": 5'
+# What takes long or deep recursion, and what other parsers accept or repair.
 CORPUS: dict[str, bytes | tuple[bytes, bytes]] = {
-    "key twice": (NUMBER, NUMBER + b",\n  " + NUMBER),
-    "key twice in a feature": (b'"type": "STATE"', b'"type": "STATE", "type": "STATE"'),
     "key twice, escaped": (NUMBER, NUMBER + b',\n  "n_obs\\u005fsteps": 5'),
-    "escaped key": (NUMBER, b'"n_obs\\u005fsteps": 5'),
     "NaN": (NUMBER, b'"n_obs_steps": NaN'),
-    "NaN as a temperature": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": NaN'),
-    "infinity": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": Infinity'),
     "number beyond float64": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": 1e999'),
     "digits without end": (NUMBER, b'"n_obs_steps": ' + b"9" * 500_000),
-    "fraction without end": (b'"bet_softmax_temperature": 0.1', b'"bet_softmax_temperature": 0.1' + b"0" * 500_000),
-    "true as a number": (NUMBER, b'"n_obs_steps": true'),
-    "text as a number": (NUMBER, b'"n_obs_steps": "1"'),
     "negative zero": (b'"top": 2', b'"top": -0'),
     "deep arrays": b"[" * 500_000,
-    "deep objects": b'{"a":' * 100_000,
     "deep value": (NUMBER, b'"n_obs_steps": ' + b"[" * 400_000 + b"]" * 400_000),
     "huge": b" " * (MAX_MANIFEST_BYTES + 1),
     "just not huge": b" " * MAX_MANIFEST_BYTES,
     "byte order mark": (b"{\n", b"\xef\xbb\xbf{\n"),
     "UTF-16": "{}".encode("utf-16"),
-    "UTF-32": "{}".encode("utf-32"),
-    "not UTF-8": (b'"miniature"', b'"mini\xffature"'),
     "overlong UTF-8": (b'"miniature"', b'"\xc0\xaf"'),
     "lone surrogate": (b'"miniature"', b'"\\ud800"'),
-    "NUL": (b'"miniature"', b'"mini\\u0000ature"'),
     "escape sequence": (b'"miniature"', b'"\\u001b[2J"'),
     "carriage returns": (b"\n", b"\r\n"),
     "comment": (b"{\n", b"{ // all is well\n"),
-    "trailing comma": (NUMBER + b",", NUMBER + b",,"),
     "two documents": (b"\n}\n", b"\n}\n{}\n"),
-    "single quotes": (NUMBER, b"'n_obs_steps': 5"),
     "empty": b"",
-    "null": b"null\n",
-    "a number": b"1\n",
     "endless shape": (b'"shape": [\n        2\n      ]', b'"shape": [' + b"9," * 400_000 + b"9]"),
     "hundred thousand keys": (b'"tools": {', b'"tools": {' + b"".join(b'"%d":"",' % n for n in range(90_000))),
 }  # fmt: skip

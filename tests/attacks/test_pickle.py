@@ -4,24 +4,22 @@
 """
 
 import io
-import json
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import oracle
 import pytest
 import torch
-from vqbet_export.publishing import file_specs
+from attacks.manifests import reseal
+from attacks.saving import checkpoints, network, progress
 from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
-from vqbet_edge.runtime.manifest import MANIFEST_NAME, encode_manifest
-from vqbet_edge.runtime.manifest_reading import decode_manifest
+from vqbet_edge.runtime.manifest import MANIFEST_NAME
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.frames import cached_frames
@@ -40,59 +38,43 @@ class Poison:
         return Path.mkdir, (self._marker,)
 
 
-def _pickle(marker: Path) -> bytes:
-    return pickle.dumps(Poison(marker))
+def _pickle(poison: Poison) -> bytes:
+    return pickle.dumps(poison)
 
 
-def _pt(marker: Path) -> bytes:
+def _pt(poison: Poison) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"weights": Poison(marker)}, buffer)
+    torch.save({"weights": poison}, buffer)
     return buffer.getvalue()
 
 
-def _npz(marker: Path) -> bytes:
+def _npy(poison: Poison) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, frames=np.array([Poison(marker)], dtype=object))
+    np.save(buffer, np.array([poison], dtype=object))
     return buffer.getvalue()
 
 
-def _npy(marker: Path) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([Poison(marker)], dtype=object))
-    return buffer.getvalue()
-
-
-KINDS: dict[str, Callable[[Path], bytes]] = {"pickle": _pickle, "pt": _pt, "npz": _npz, "npy": _npy}
+# An .npz is a zip as .pt is.
+KINDS: dict[str, Callable[[Poison], bytes]] = {"pickle": _pickle, "pt": _pt, "npy": _npy}
 
 
 @pytest.fixture(params=KINDS)
 def poison(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A poisoned file's bytes; nothing may have come of them when the test ends."""
     marker = tmp_path / "pwned"
-    yield KINDS[request.param](marker)
+    yield KINDS[request.param](Poison(marker))
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gpt_cached.onnx",
-        "code_heads.onnx",
-        "vision_encoder.onnx",
-        "runtime.safetensors",
-        MANIFEST_NAME,
-    ],
-)
-def test_in_a_bundle_with_digests_that_fit(
-    mini: Path, tmp_path: Path, poison: bytes, name: str
-) -> None:
+def test_in_a_bundle_with_digests_that_fit(mini: Path, tmp_path: Path, poison: bytes) -> None:
     bundle = Path(shutil.copytree(mini, tmp_path / "a.bundle"))
-    manifest = decode_manifest((bundle / MANIFEST_NAME).read_bytes())
-    contents = {each: (bundle / each).read_bytes() for each in manifest.files} | {name: poison}
-    contents.pop(MANIFEST_NAME, None)
-    sealed = msgspec.structs.replace(manifest, files=file_specs(contents))
-    (bundle / MANIFEST_NAME).write_bytes(encode_manifest(sealed))
-    (bundle / name).write_bytes(poison)
+    for name in ("gpt_cached.onnx", "vision_encoder.onnx", "runtime.safetensors"):
+        original = (bundle / name).read_bytes()
+        reseal(bundle, {name: poison})
+        with pytest.raises(VQBeTEdgeError):
+            EdgePolicy.load(bundle, backend="onnxruntime")
+        reseal(bundle, {name: original})
+    (bundle / MANIFEST_NAME).write_bytes(poison)
     with pytest.raises(VQBeTEdgeError):
         EdgePolicy.load(bundle, backend="onnxruntime")
 
@@ -112,7 +94,7 @@ def test_in_every_file_of_a_checkpoint(checkpoint: Path, tmp_path: Path, poison:
             load_checkpoint(str(copy))
 
 
-@pytest.mark.parametrize("suffix", ["pkl", "pickle", "pt", "pth", "bin", "ckpt", "npz", "npy"])
+@pytest.mark.parametrize("suffix", ["pkl", "pt", "bin", "npz", "npy"])
 def test_as_a_checkpoint_or_a_policy(tmp_path: Path, poison: bytes, suffix: str) -> None:
     path = tmp_path / f"policy.{suffix}"
     path.write_bytes(poison)
@@ -146,32 +128,21 @@ def test_in_the_cache_of_frames(tmp_path: Path, poison: bytes) -> None:
 
 
 def test_in_a_training_state(tmp_path: Path, poison: bytes) -> None:
-    from attacks.saving import checkpoints, network, progress
-
     whole = tmp_path / "whole"
     checkpoints(whole).save(progress(3), network(), None, {"state": {}, "param_groups": []})
     folder = whole / "checkpoints" / "last"
     assert checkpoints(whole, resume=True).start() is not None
-    tried = set()
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        read = name.startswith("training_state") or path.name in {
-            "model.safetensors",
-            "train_config.json",
-        }
-        if not read or path.is_dir():
-            continue
-        tried.add(path.name)
+    names = {"model.safetensors", "train_config.json", "optimizer.safetensors"}
+    paths = [path for path in folder.rglob("*") if path.name in names]
+    assert {path.name for path in paths} == names
+    for path in paths:
         copy = Path(shutil.copytree(whole, tmp_path / path.name, symlinks=True))
-        (copy / "checkpoints" / "last" / name).write_bytes(poison)
+        (copy / "checkpoints" / "last" / path.relative_to(folder)).write_bytes(poison)
         with pytest.raises(VQBeTEdgeError):
             checkpoints(copy, resume=True).start()
-    assert {"model.safetensors", "train_config.json", "optimizer.safetensors"} <= tried
 
 
-def test_the_suite_would_notice(tmp_path: Path, unpickled: list[str]) -> None:
+def test_the_suite_would_notice(unpickled: list[str]) -> None:
     pickle.loads(pickle.dumps(Path))  # noqa: S301 - a harmless one
     assert unpickled
     unpickled.clear()
-    assert not (tmp_path / "pwned").exists()
-    assert json.loads("[]") == []

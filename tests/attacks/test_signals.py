@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attacks.saving import checkpoints, network, progress
+from attacks.saving import PUSHT, checkpoints, network, progress
 from sizes import SMALL
 from torture import cases
 
@@ -87,7 +87,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(saved.last / "pretrained_model")
 
 
-@pytest.mark.parametrize("number", CODES)
+# Each command by one signal in every run, by the other in `make test-all`.
+INT, TERM = signal.SIGINT, signal.SIGTERM
+MORE = pytest.mark.extended
+
+
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=MORE)])
 def test_export(checkpoint: str, cwd: Path, number: signal.Signals) -> None:
     command = Terminal("vqbet_export.cli", checkpoint, *LONG)
     command.read_until("verifying")
@@ -95,6 +100,7 @@ def test_export(checkpoint: str, cwd: Path, number: signal.Signals) -> None:
     assert list(cwd.iterdir()) == []
 
 
+@pytest.mark.extended
 def test_export_at_random_moments(checkpoint: str, cwd: Path) -> None:
     random = np.random.default_rng(14)
     for case in range(cases(2, 30)):
@@ -105,18 +111,16 @@ def test_export_at_random_moments(checkpoint: str, cwd: Path) -> None:
         assert not any(path.suffix == ".bundle" for path in cwd.iterdir())
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("number", [INT, pytest.param(TERM, marks=MORE)])
 def test_train(tmp_path: Path, number: signal.Signals) -> None:
-    dataset = Path(__file__).parents[1] / "data" / "pusht"
     small = SMALL | {
         "steps": 100_000, "n_vqvae_training_steps": 99_000, "batch_size": 4, "n_obs_steps": 2,
         "log_every": 1, "vqvae_enc_hidden_dim": 32,
     }  # fmt: skip
     options = [text for key, value in small.items() for text in (f"--{key}", str(value))]
     output = tmp_path / "run"
-    command = Terminal(
-        "vqbet_edge.training.cli", "--dataset", str(dataset), "--output", str(output), *options
-    )
+    paths = "--dataset", str(PUSHT), "--output", str(output)
+    command = Terminal("vqbet_edge.training.cli", *paths, *options)
     metrics = output / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and command.process.poll() is None:
         command.read(0.05)
@@ -125,12 +129,11 @@ def test_train(tmp_path: Path, number: signal.Signals) -> None:
     assert (output / "checkpoints" / "last" / "training_state").is_dir()
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=MORE)])
 def test_eval(checkpoint: str, number: signal.Signals) -> None:
     pytest.importorskip("gym_pusht")
-    command = Terminal(
-        "vqbet_edge.training.evaluation.cli", checkpoint, "--env", "pusht", "--episodes", "100000"
-    )
+    task = "--env", "pusht", "--episodes", "100000"
+    command = Terminal("vqbet_edge.training.evaluation.cli", checkpoint, *task)
     command.read_until("pusht: ")
     command.read(1.5)
     assert command.end(number) == CODES[number], command.text
@@ -180,7 +183,6 @@ def test_a_forked_child_has_the_default_handlers() -> None:
         (OSError(28, "No space left on device"), 5),
         (FileNotFoundError(2, "No such file", "/there"), 5),
         (ConnectionRefusedError(111, "Connection refused"), 1),
-        (TimeoutError("timed out"), 1),
     ],
 )
 def test_only_a_disk_exits_as_a_disk(

@@ -1,7 +1,6 @@
 """`EdgePolicy` with its guards."""
 
 import copy
-import gc
 import logging
 import os
 import pickle
@@ -18,7 +17,7 @@ import miniature
 import numpy as np
 import pytest
 from miniature import HIGH, LOW, STATE
-from torture import cases
+from torture import cases, counts
 
 from vqbet_edge import (
     BackendError,
@@ -30,7 +29,6 @@ from vqbet_edge import (
     HistoryError,
     NonFiniteError,
     ObservationError,
-    StaleObservationError,
     UsageError,
 )
 
@@ -81,14 +79,15 @@ def test_actions_stay_within_the_training_datas_range(
     assert policy.last.clamped.any()
 
 
-def test_no_action_escapes_adversarial_observations(mini: Path) -> None:
+@pytest.mark.parametrize("count", counts(100, 500, 100_000))
+def test_no_action_escapes_adversarial_observations(mini: Path, count: int) -> None:
     limits = ((-0.5, 20.0), (0.25, 30.0))
     policy, random = (
         load(mini, Guards(action_limits=limits), replan_every=1),
         np.random.default_rng(9),
     )
     stretched(policy, 300)
-    acted, count = 0, cases(500, 100_000)
+    acted = 0
     for case in range(count):
         observation = miniature.observation(random)
         scale = np.float32(10.0 ** random.uniform(-40, 38))
@@ -108,21 +107,18 @@ def test_no_action_escapes_adversarial_observations(mini: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["logits", "offsets", "table"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(("value", "temperature"), [(np.nan, 0), (np.inf, 1.0), (-np.inf, 0)])
 def test_not_a_number_is_always_raised(
     mini: Path, observations: Observations, where: str, value: float, temperature: float
 ) -> None:
     policy = load(mini, temperature=temperature, replan_every=1)
     policy.act(observations[0])
-    predict, replan, random = (
-        policy._window.graphs.predict,
-        policy._window.graphs.replan,
-        np.random.default_rng(0),
-    )
+    graphs, random = policy._window.graphs, np.random.default_rng(0)
+    replan = graphs.replan
 
-    def spoil(outputs: Any) -> Any:
-        array = {"logits": outputs.logits, "offsets": outputs.offsets}[where]
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        outputs = replan(*arguments, **options)
+        array = getattr(outputs, where)
         array.flat[random.integers(array.size)] = value
         return outputs
 
@@ -130,53 +126,14 @@ def test_not_a_number_is_always_raised(
         assert policy._planner._table is not None
         policy._planner._table = np.full_like(policy._planner._table, value)
     else:
-        policy._window.graphs.predict = lambda states: spoil(predict(states))  # type: ignore[method-assign]
-        policy._window.graphs.replan = lambda *a, **k: spoil(replan(*a, **k))  # type: ignore[method-assign]
-    for observation in observations[:8]:
-        before = policy.last
-        with pytest.raises(NonFiniteError), np.errstate(all="ignore"):
-            policy.act(observation)
-        assert policy.last is before
-        policy.reset()
-        policy._last = before
+        graphs.replan = spoiled  # type: ignore[method-assign]
+    before = policy.last
+    with pytest.raises(NonFiniteError), np.errstate(all="ignore"):
+        policy.act(observations[1])
+    assert policy.last is before
 
 
-def test_change_from_action_to_action(mini: Path, observations: Observations) -> None:
-    policy = load(mini, Guards(max_change=(0.01, 0.5)))
-    stretched(policy, 100)
-    actions = np.array([policy.act(observation) for observation in observations])
-    steps = np.abs(np.diff(actions.astype(np.float64), axis=0))
-    assert (steps <= np.array([0.01, 0.5]) + 1e-5).all()
-    assert policy.guard_counts.slowed > 0
-    chunk = policy.act_chunk(observations[0])
-    assert (np.abs(np.diff([actions[-1], *chunk], axis=0)) <= np.array([0.01, 0.5]) + 1e-5).all()
-
-
-@pytest.mark.parametrize("call", ["act", "act_chunk"])
-def test_the_first_action_changes_from_where_the_robot_stands(
-    mini: Path, observations: Observations, call: str
-) -> None:
-    step, free = np.array([0.01, 0.5]), load(mini, seed=1)
-    for guards in (None, Guards(max_change=(0.01, 0.5))):
-        policy = load(mini, guards, seed=1)
-        # Also outside the action limits: back by a step, not at once.
-        for place in (LOW, [LOW[0], HIGH[1]], LOW - 10 * (HIGH - LOW)):
-            policy.reset(1, from_action=place)
-            free.reset(1)
-            pose = np.asarray(place, np.float32)
-            got = np.atleast_2d(getattr(policy, call)(observations[0]))
-            planned = np.atleast_2d(getattr(free, call)(observations[0]))
-            if guards is None:
-                np.testing.assert_array_equal(got, planned)
-                continue
-            np.testing.assert_allclose(got[0], np.clip(planned[0], pose - step, pose + step))
-            assert (np.abs(np.diff([pose, *got], axis=0)) <= step * (1 + 1e-4)).all()
-    policy.reset(1)
-    free.reset(1)
-    np.testing.assert_array_equal(policy.act(observations[0]), free.act(observations[0]))
-
-
-@pytest.mark.parametrize("value", [(1,), (1, 2, 3), [[1, 2]], (1, np.nan), (1, 1e39), "ab", {}])
+@pytest.mark.parametrize("value", [(1, 2, 3), [[1, 2]], (1, np.nan), (1, 1e39), "ab"])
 def test_a_place_that_cannot_be_is_refused_and_nothing_forgotten(
     mini: Path, observations: Observations, value: Any
 ) -> None:
@@ -185,36 +142,6 @@ def test_a_place_that_cannot_be_is_refused_and_nothing_forgotten(
         np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
         with pytest.raises(UsageError, match=r"expected from_action of 2 finite numbers"):
             policy.reset(7, from_action=value)
-
-
-def test_a_returned_action_is_the_callers(mini: Path, observations: Observations) -> None:
-    policy, plain = load(mini), load(mini)
-    for observation in observations[:12]:
-        action = policy.act(observation)
-        np.testing.assert_array_equal(action, plain.act(observation))
-        action[:] = 1e9
-
-
-def test_a_wrong_guard_is_told_at_loading(mini: Path) -> None:
-    with pytest.raises(UsageError, match="expected action_limits of one number or 2"):
-        load(mini, Guards(action_limits=((0, 0, 0), (1, 1, 1))))
-
-
-def test_stale_observations_leave_the_history_alone(mini: Path, observations: Observations) -> None:
-    policy, plain = load(mini), load(mini)
-    for observation in observations[:20]:
-        now = time.monotonic()
-        for stamp in (now - 0.6, now + 10, now - 1e9):
-            with pytest.raises(StaleObservationError):
-                policy.act(observations[-1], stamp)
-        got = policy.act(observation, time.monotonic())
-        np.testing.assert_array_equal(got, plain.act(observation))
-        with pytest.raises(StaleObservationError, match="after a newer one"):
-            policy.act(observation, now)
-    with pytest.raises(StaleObservationError, match="missing"):
-        policy.act_chunk(observations[0])
-    policy.reset()
-    policy.act(observations[0])
 
 
 def test_a_refused_observation_does_not_use_up_its_time(
@@ -265,69 +192,6 @@ def caught_up(policy: EdgePolicy) -> None:
     policy._deadline.finish(lambda: None)  # type: ignore[arg-type, return-value]
 
 
-def test_in_time_a_deadline_changes_nothing(mini: Path, observations: Observations) -> None:
-    policy, plain = load(mini, deadline("raise", 20), seed=5), load(mini, seed=5)
-    for observation in observations:
-        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
-    np.testing.assert_array_equal(
-        policy.act_chunk(observations[0]), plain.act_chunk(observations[0])
-    )
-    assert policy.guard_counts.late == 0
-
-
-def test_late_and_raise(mini: Path, observations: Observations) -> None:
-    policy, plain = load(mini, deadline("raise"), seed=5), load(mini, seed=5)
-    slow = Slow(policy)
-    with slow.stuck(), pytest.raises(DeadlineError, match=r"no action within 0\.02 s"):
-        policy.act(observations[0])
-    plain.act(observations[0])
-    caught_up(policy)
-    # The observation was not lost, and the chunk goes on where it would be.
-    policy._deadline._seconds = 20  # type: ignore[union-attr]
-    for observation in observations[1:20]:
-        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
-    assert policy.guard_counts.late == 1
-
-
-def test_late_and_hold(mini: Path, observations: Observations) -> None:
-    guards = deadline("hold", 0.05)
-    policy, plain = load(mini, guards, seed=5, replan_every=1), load(mini, seed=5, replan_every=1)
-    slow = Slow(policy)
-    with slow.stuck(), pytest.raises(DeadlineError):
-        policy.act(observations[0])  # nothing to hold yet
-    plain.act(observations[0])
-    caught_up(policy)
-    policy._deadline._seconds = 20  # type: ignore[union-attr]
-    held = policy.act(observations[1])
-    np.testing.assert_array_equal(held, plain.act(observations[1]))
-    policy._deadline._seconds = 0.05  # type: ignore[union-attr]
-    kept = held.copy()
-    held[:] = 1e9  # the caller's array is not what is held
-    with slow.stuck():
-        for observation in observations[2:5]:
-            np.testing.assert_array_equal(policy.act(observation), kept)
-            plain.act(observation)
-    caught_up(policy)
-    policy._deadline._seconds = 20  # type: ignore[union-attr]
-    for observation in observations[5:12]:
-        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
-    assert policy.guard_counts.late == 4
-
-
-def test_late_and_continue(mini: Path, observations: Observations) -> None:
-    policy, chunks = load(mini, deadline("continue"), replan_every=2), load(mini)
-    slow = Slow(policy)
-    policy._deadline._seconds = 20  # type: ignore[union-attr]
-    chunk = chunks.act_chunk(observations[0])
-    got = [policy.act(observation) for observation in observations[:2]]
-    policy._deadline._seconds = 0.05  # type: ignore[union-attr]
-    with slow.stuck():
-        got += [policy.act(observation) for observation in observations[2:5]]
-        np.testing.assert_array_equal(got, chunk)
-        with pytest.raises(DeadlineError):
-            policy.act(observations[5])
-
-
 def test_a_backend_that_stays_away_has_failed(mini: Path, observations: Observations) -> None:
     policy = load(mini, deadline("hold", 0.5))
     size = policy.manifest.policy.action_chunk_size
@@ -370,21 +234,19 @@ def test_a_late_failure_is_not_lost(mini: Path, observations: Observations) -> N
 def test_use_after_fork_is_told(mini: Path, observations: Observations) -> None:
     policy = load(mini)
     policy.act(observations[0])
-    for _ in range(cases(10, 200)):
+    for _ in range(cases(3, 200)):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            texts = []
             for call in (lambda: policy.act(observations[1]), policy.reset):
                 try:
                     call()
                 except ForkError as error:  # noqa: PERF203 - two calls
-                    texts.append(str(error))
-            os.write(writing, "\n".join(texts).encode())
+                    os.write(writing, f"{error}\n".encode())
             os._exit(0)
         os.close(writing)
-        with open(reading, "rb") as file:  # noqa: PTH123 - opened by descriptor
-            told = file.read().decode().splitlines()
+        with open(reading) as file:  # noqa: PTH123 - opened by descriptor
+            told = file.read().splitlines()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert len(told) == 2
         assert all("load the policy in the new process" in text for text in told)
@@ -419,7 +281,7 @@ def test_eight_siblings_act_as_alone(
     mini: Path, observations: Observations, guards: Guards | None
 ) -> None:
     """Bitwise, all at once on the same weights, each in a thread of its own."""
-    steps = cases(40, 1000)
+    steps = cases(20, 1000)
 
     def acted(policy: EdgePolicy, seed: int) -> list[np.ndarray]:
         return [policy.act(observations[(step + 7 * seed) % 60]) for step in range(steps)]
@@ -441,39 +303,17 @@ def test_eight_siblings_act_as_alone(
         np.testing.assert_array_equal(found[seed], alone[seed])
 
 
-def test_a_sibling_has_a_life_of_its_own(mini: Path, observations: Observations) -> None:
-    policy, plain = load(mini, seed=1), load(mini, seed=1)
-    sibling = policy.sibling(seed=2)
-    for step, observation in enumerate(observations[:20]):
-        np.testing.assert_array_equal(policy.act(observation), plain.act(observation))
-        if step % 3 == 0:
-            sibling.act(observations[-1 - step])
-        if step == 11:
-            sibling.reset()
-        if step == 12:
-            with pytest.raises(ObservationError):
-                sibling.act({})
-    assert sibling.last is not policy.last
-    before = sibling.guard_counts
-    del policy
-    gc.collect()
-    sibling.act(observations[0])
-    assert sibling.guard_counts == before
-
-
 def test_a_sibling_has_the_same_options(mini: Path, observations: Observations) -> None:
     options: dict[str, Any] = {"temperature": 0, "replan_every": 2, "prefetch": "off"}
     limits = Guards(action_limits=((-0.5, 20.0), (0.25, 30.0)))
     sibling = load(mini, limits, seed=3, **options).sibling()
     plain = load(mini, limits, seed=0, **options)
-    stretched(sibling, 300)
-    stretched(plain, 300)
+    for each in (sibling, plain):
+        stretched(each, 300)
     for observation in observations[:10]:
         np.testing.assert_array_equal(sibling.act(observation), plain.act(observation))
     assert sibling.guard_counts == plain.guard_counts
     assert sibling.guard_counts.clamped > 0
-    with pytest.raises(UsageError, match="expected a seed of 0 or more"):
-        plain.sibling(seed=-1)
 
 
 def test_a_closed_policy_says_so_and_its_siblings_act(
@@ -492,33 +332,32 @@ def test_a_closed_policy_says_so_and_its_siblings_act(
     sibling.close()
 
 
-@pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("copying", [pickle.dumps, copy.deepcopy])
 def test_a_policy_is_not_copied(mini: Path, copying: Any) -> None:
     with pytest.raises(UsageError, match=r"EdgePolicy.load there, or sibling\(\)"):
         copying(load(mini))
 
 
+@pytest.mark.extended
 def test_overlapping_calls_raise_or_are_right(mini: Path, observations: Observations) -> None:
     policy, plain = load(mini, temperature=0), load(mini, temperature=0)
-    observation = observations[0]
     # One observation over and over: whoever gets through, the n-th call has one right answer.
     calls = cases(60, 2000)
-    expected = {plain.act(observation).tobytes() for _ in range(calls * 8)}
-    answers: list[bytes] = []
-    refused = []
+    expected = {plain.act(observations[0]).tobytes() for _ in range(calls * 8)}
+    answers: list[bytes | None] = []
 
     def work() -> None:
         for _ in range(calls):
             try:
-                answers.append(policy.act(observation).tobytes())
+                answers.append(policy.act(observations[0]).tobytes())
             except ConcurrentUseError:  # noqa: PERF203 - is what we count
-                refused.append(1)
+                answers.append(None)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(answers) + len(refused) == calls * 8
-    assert answers
-    assert set(answers) <= expected
+    assert len(answers) == calls * 8
+    assert set(answers) - {None} <= expected
+    assert any(answers)

@@ -13,7 +13,7 @@ from vqbet_edge.runtime.backends import huge_pages
 
 # In a process of its own: nobody else's memory is counted. NumPy asks for huge pages by itself.
 MOVING = """
-import json, re, sys
+import json, mmap, re
 from vqbet_edge.runtime.backends.huge_pages import on_huge_pages
 
 with on_huge_pages():  # what the first time loads is not the blocks' memory
@@ -23,19 +23,21 @@ def kilobytes(field):
     with open("/proc/self/smaps_rollup") as file:
         return int(re.search(field + r":\\s+(\\d+)", file.read())[1])
 
-def fill(blocks, count):
-    for number in range(count):
-        blocks.append(bytearray([number % 251]) * (1 << 20))
+def small_pages():
+    # Nothing but who is tested moves them, whatever the system's setting is.
+    block = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_NOHUGEPAGE)
+    block.write(bytes(range(256)) * (len(block) // 256))
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
-fields, old, new = ("AnonHugePages", "Anonymous"), [], []
-fill(old, 32)
-before = [kilobytes(field) for field in fields]
+old = small_pages()
 with on_huge_pages():
-    filled = fill(new, 32)
-    allocated = kilobytes("Anonymous")
-after = [kilobytes(field) for field in fields]
-same = all(set(block) == {number % 251} for number, block in enumerate(new))
-print(json.dumps({"huge": after[0] - before[0], "more": after[1] - allocated, "same": same}))
+    new = small_pages()
+    before = kilobytes("AnonHugePages"), kilobytes("Anonymous")
+after = kilobytes("AnonHugePages"), kilobytes("Anonymous")
+same = all(block[:] == bytes(range(256)) * (len(block) // 256) for block in (old, new))
+print(json.dumps({"huge": after[0] - before[0], "more": after[1] - before[1], "same": same}))
 """
 
 

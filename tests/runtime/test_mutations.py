@@ -1,11 +1,13 @@
 """No bundle that computes another policy proves itself right, whatever its precision."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import miniature
 import numpy as np
 import pytest
+import torch
 from miniature import IMAGE
 from mutations import mutations
 from workshop import once
@@ -15,14 +17,18 @@ from vqbet_edge.errors import BackendError, BundleError, NonFiniteError, UsageEr
 from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import ReferenceCases
-from vqbet_edge.runtime.manifest import Precision
+from vqbet_edge.runtime.manifest import Precision, encode_manifest
+from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.runtime.proof import act_out
+from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.dataset.samples import patches
+from vqbet_edge.training.network import VQBeT
 
 CAMERAS = IMAGE, f"{IMAGE}.wrist"
+PUSHT = Path(__file__).parents[2] / "examples" / "pusht"
 
 
-def made(shared: Path, precision: Precision, seed: int) -> Bundle:
+def tiny(shared: Path, precision: Precision, seed: int) -> Bundle:
     """A policy of two cameras whose every layer matters."""
     path = shared / f"mutations-{precision}-{seed}.bundle"
 
@@ -41,7 +47,7 @@ def made(shared: Path, precision: Precision, seed: int) -> Bundle:
 
 def record(shared: Path) -> None:
     """What INT8 is calibrated on."""
-    bundle, random = made(shared, "fp32", 1), np.random.default_rng(0)
+    bundle, random = tiny(shared, "fp32", 1), np.random.default_rng(0)
     policy = EdgePolicy.load(bundle.path, "onnxruntime", prefetch="off")
     with policy, policy.record(shared / "mutations-seen"):
         for _ in range(8):
@@ -52,9 +58,32 @@ def record(shared: Path) -> None:
                 policy.act(seen)
 
 
+def trained(shared: Path, precision: Precision) -> Bundle:
+    """The example's policy."""
+    path, frames = shared / f"mutations-trained-{precision}.bundle", PUSHT / "frames"
+    policy = load_checkpoint(str(PUSHT / "checkpoint"))
+    calibration = frames if precision == "int8" else None
+    make = lambda: miniature.write(path, policy, 96, precision, calibration)  # noqa: E731
+    return Bundle.open(once(path, make))
+
+
+def untrained(shared: Path) -> Bundle:
+    """Another of the example's sizes; what crosses between graphs is float32 in any precision."""
+    path = shared / "mutations-untrained.bundle"
+
+    def make() -> None:
+        policy = load_checkpoint(str(PUSHT / "checkpoint"))
+        torch.manual_seed(0)
+        network = VQBeT(policy.config).eval().requires_grad_(False)
+        miniature.write(path, replace(policy, network=network))
+
+    return Bundle.open(once(path, make))
+
+
 def refused(bundle: Bundle, cases: ReferenceCases) -> bool:
-    """By its figures, or because nothing can act on it."""
+    """By its figures, or because its manifest contradicts itself or nothing can act on it."""
     try:
+        decode_manifest(encode_manifest(bundle.manifest))
         backend = create_backend("onnxruntime", bundle)
         try:
             return bool(act_out(bundle, backend, cases).violations)
@@ -64,11 +93,23 @@ def refused(bundle: Bundle, cases: ReferenceCases) -> bool:
         return True
 
 
-@pytest.mark.parametrize("precision", get_args(Precision))
-def test_each_is_refused(shared: Path, precision: Precision) -> None:
-    bundle = made(shared, precision, 1)
-    cases = ReferenceCases.of(bundle)
+def check(bundle: Bundle, other: Bundle, cases: ReferenceCases) -> None:
     assert not refused(bundle, cases)
-    tried = [(name, refused(b, cases)) for name, b in mutations(bundle, made(shared, precision, 2))]
+    tried = [(name, refused(mutated, cases)) for name, mutated in mutations(bundle, other)]
     assert len(tried) > 90
     assert [name for name, found in tried if not found] == []
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_each_is_refused(shared: Path, precision: Precision) -> None:
+    bundle = tiny(shared, precision, 1)
+    check(bundle, tiny(shared, precision, 2), ReferenceCases.of(bundle))
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_each_is_refused_at_honest_sizes(shared: Path, precision: Precision) -> None:
+    """A trained policy's, on one of its three cases: a robot acts out all."""
+    bundle = trained(shared, precision)
+    cases = ReferenceCases.of(bundle)
+    check(bundle, untrained(shared), replace(cases, cases=cases.cases[:1]))

@@ -1,20 +1,20 @@
 """Work done while the robot moves: the same actions, sooner."""
 
 import gc
-import subprocess
-import sys
 import threading
-import time
+from pathlib import Path
 from typing import Any
 
+import miniature
 import numpy as np
 import oracle
 import pytest
-from workshop import Exported, Workshop
+from workshop import Exported
 
-from vqbet_edge import BackendError, EdgePolicy, HistoryError, UsageError
+from vqbet_edge import BackendError, EdgePolicy, HistoryError
+from vqbet_edge.runtime.backends.base import Prefetch
 
-MODES = ("thread", "inline", "off")
+MODES: tuple[Prefetch, ...] = ("thread", "inline", "off")
 
 
 def load(exported: Exported, prefetch: Any, **options: Any) -> EdgePolicy:
@@ -42,33 +42,26 @@ def prefilled(policy: EdgePolicy) -> list[bool]:
 
 
 @pytest.mark.parametrize("replan_every", [1, 2, 5])
-@pytest.mark.parametrize("prefetch", ["thread", "inline"])
 def test_actions_are_the_same_to_rounding(
-    tiny: Exported, observations: Any, prefetch: str, replan_every: int
+    tiny: Exported, observations: Any, replan_every: int
 ) -> None:
-    plain = load(tiny, "off", replan_every=replan_every)
-    policy = load(tiny, prefetch, replan_every=replan_every)
+    policies = [load(tiny, mode, replan_every=replan_every) for mode in MODES]
     for observation in observations:
-        np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
-        assert policy.last is not None
-        assert plain.last is not None
-        np.testing.assert_array_equal(policy.last.codes, plain.last.codes)
+        threaded, inline, plain = (policy.act(observation) for policy in policies)
+        np.testing.assert_allclose(threaded, plain, rtol=2e-6)
+        np.testing.assert_allclose(inline, plain, rtol=2e-6)
+        assert len({tuple(policy.last.codes) for policy in policies if policy.last}) == 1
 
 
-@pytest.mark.parametrize(("cameras", "window"), [(1, 1), (2, 3)])
-def test_other_shapes(workshop: Workshop, cameras: int, window: int) -> None:
-    case = oracle.small(
-        f"prefetch_{cameras}_{window}",
-        image=(40, 48),
-        crop_shape=(36, 40),
-        n_obs_steps=window,
-        **({"cameras": cameras} if cameras > 1 else {}),
-    )
-    policies = [load(workshop.bundle(case), mode) for mode in MODES]
-    for observation in oracle.observations(case, 12):
-        actions = [policy.act(observation) for policy in policies]
-        np.testing.assert_allclose(actions[0], actions[2], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(actions[1], actions[2], rtol=1e-5, atol=1e-5)
+def test_a_window_of_one_observation(tmp_path: Path) -> None:
+    path = miniature.write(tmp_path / "one.bundle", n_obs_steps=1)
+    policies = [EdgePolicy.load(path, "onnxruntime", prefetch=mode) for mode in MODES]
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        observation = miniature.observation(random)
+        threaded, inline, plain = (policy.act(observation) for policy in policies)
+        np.testing.assert_allclose(threaded, plain, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(inline, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_the_past_is_computed_ahead(tiny: Exported, observations: Any) -> None:
@@ -90,34 +83,22 @@ def test_a_chunk_asked_for_out_of_turn_does_without(tiny: Exported, observations
     assert found[0] is False
 
 
-def test_calls_faster_than_the_encoder(tiny: Exported, observations: Any) -> None:
-    policy, plain = load(tiny, "thread"), load(tiny, "off")
-    encode = policy._window.graphs.encode
-
-    def slow(frames: Any, row: int) -> None:
-        time.sleep(0.02)
-        encode(frames, row)
-
-    policy._window.graphs.encode = slow  # type: ignore[method-assign]
-    for observation in observations:
-        np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
-
-
+# A job that ends its thread, or is said to, would leave the next prediction waiting.
+@pytest.mark.parametrize("kind", [BackendError, SystemExit, KeyboardInterrupt])
 def test_failed_prefetching_is_raised_and_asks_for_a_reset(
-    tiny: Exported, observations: Any
+    tiny: Exported, observations: Any, kind: type[BaseException]
 ) -> None:
     policy, plain = load(tiny, "thread"), load(tiny, "off")
     policy.act(observations[0])
     encode = policy._window.graphs.encode
 
     def failing(*_: Any) -> None:
-        raise BackendError("the accelerator fell off")
+        raise kind("the accelerator fell off")
 
     policy._window.graphs.encode = failing  # type: ignore[method-assign]
     policy.act(observations[1])
-    while policy._prefetching.running():
-        time.sleep(0.01)
-    with pytest.raises(BackendError, match="fell off"):
+    assert not policy._prefetching.running(60)
+    with pytest.raises(kind, match="fell off"):
         policy.act(observations[2])
     policy._window.graphs.encode = encode  # type: ignore[method-assign]
     with pytest.raises(HistoryError, match=r"call reset\(\)"):
@@ -128,66 +109,13 @@ def test_failed_prefetching_is_raised_and_asks_for_a_reset(
         np.testing.assert_allclose(policy.act(observation), plain.act(observation), rtol=2e-6)
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, BackendError])
-def test_whatever_prefetching_raises_reaches_the_caller(
-    tiny: Exported, observations: Any, kind: type[BaseException]
-) -> None:
-    """A job that ends its thread, or is said to, would leave the next prediction waiting."""
-    policy = load(tiny, "thread")
-    policy.act(observations[0])
-
-    def failing(*_: Any) -> None:
-        raise kind("the driver gave up")
-
-    policy._window.graphs.encode = failing  # type: ignore[method-assign]
-    policy.act(observations[1])
-    with pytest.raises(kind, match="gave up"):
-        policy.act_chunk(observations[2])
-    assert policy._worker.submit(lambda: 7).result() == 7
-
-
-def test_an_unknown_mode_is_refused(tiny: Exported) -> None:
-    with pytest.raises(UsageError, match="expected prefetch to be one of"):
-        load(tiny, "later")
-
-
 def test_the_thread_ends_with_the_policy(tiny: Exported, observations: Any) -> None:
-    def count() -> int:
-        return sum(thread.name == "vqbet-prefetch" for thread in threading.enumerate())
-
-    gc.collect()  # policies of other tests, which an exception may still hold
-    before = count()
+    before = set(threading.enumerate())
     policy = load(tiny, "thread")
     for observation in observations[:3]:
         policy.act(observation)
-    assert count() == before + 1
+    (thread,) = (t for t in set(threading.enumerate()) - before if t.name == "vqbet-prefetch")
     del policy
-    # The last job may still hold it for a moment.
-    for _ in range(1000):
-        if count() == before:
-            break
-        time.sleep(0.01)
-    assert count() == before
-
-
-def test_python_ends_while_prefetching_runs(tiny: Exported) -> None:
-    program = """
-import sys, threading, time, numpy as np
-from vqbet_edge import EdgePolicy
-policy = EdgePolicy.load(sys.argv[1], "onnxruntime", prefetch="thread")
-observation = {"observation.image": np.zeros((40, 48, 3), np.uint8),
-               "observation.state": np.ones(2, np.float32)}
-policy.act(observation)
-encode, runs = policy._window.graphs.encode, threading.Event()
-policy._window.graphs.encode = lambda *_: (runs.set(), time.sleep(0.2), encode(*_))
-policy.act(observation)
-assert runs.wait(60)
-print("last line")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tiny.bundle)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "last line\n"
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()

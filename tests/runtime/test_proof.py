@@ -1,6 +1,5 @@
 """A bundle proves itself where it runs, and notices what is wrong there."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import miniature
-import msgspec
 import numpy as np
 import onnx
 import pytest
+from mutations import with_graph
 from onnx import numpy_helper
 from safetensors.numpy import load, save
 from workshop import once
@@ -21,7 +20,7 @@ from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.backends.cpu import CpuWindow
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CASES_NAME, ReferenceCases
-from vqbet_edge.runtime.manifest import Precision, StageName
+from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.runtime.proof import Proof, act_out, prove
 
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads")
@@ -30,32 +29,22 @@ STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads")
 @pytest.fixture(scope="module")
 def bundle(shared: Path) -> Bundle:
     path = shared / "proof-a.bundle"
-    return Bundle.open(once(path, lambda: miniature.write(path, miniature.attentive(1), steps=64)))
 
+    def make() -> None:
+        policy = miniature.attentive(1)
+        # So that frames matter as after training; INT8 could not be calibrated on such a network.
+        policy.network.vqbet.rgb_feature_projector[0].weight.mul_(10)
+        miniature.write(path, policy, steps=64)
 
-@pytest.fixture(scope="module")
-def other(shared: Path) -> Bundle:
-    """The same sizes, other weights."""
-    path = shared / "proof-b.bundle"
-    return Bundle.open(once(path, lambda: miniature.write(path, miniature.attentive(2))))
+    return Bundle.open(once(path, make))
 
 
 def proven(bundle: Bundle) -> Proof:
     return prove(bundle, create_backend("onnxruntime", bundle))
 
 
-def file_of(bundle: Bundle, stage: StageName) -> str:
-    return (bundle.manifest.cpu_stages.get(stage) or bundle.manifest.stages[stage]).file
-
-
 def with_file(bundle: Bundle, name: str, data: bytes) -> Bundle:
     return replace(bundle, contents={**bundle.contents, name: data})
-
-
-def weights(bundle: Bundle, stage: StageName) -> list[str]:
-    return [
-        tensor.name for tensor in onnx.load_from_string(bundle.cpu_graph(stage)).graph.initializer
-    ]
 
 
 def with_weight(
@@ -65,16 +54,7 @@ def with_weight(
     tensor = model.graph.initializer[index]
     values = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
-    return with_file(bundle, file_of(bundle, stage), model.SerializeToString())
-
-
-def as_if(bundle: Bundle, precision: Precision) -> Bundle:
-    """The same graphs, to be judged by the limits of another precision."""
-    stages = {
-        name: msgspec.structs.replace(stage, precision=precision)
-        for name, stage in bundle.manifest.stages.items()
-    }
-    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, stages=stages))
+    return with_graph(bundle, stage, model.SerializeToString())
 
 
 def test_what_was_exported_is_proven_with_room_to_spare(bundle: Bundle) -> None:
@@ -84,56 +64,13 @@ def test_what_was_exported_is_proven_with_room_to_spare(bundle: Bundle) -> None:
     assert max(result.relative_error for result in proof.stages.values()) < 2e-5
     assert proof.policy.largest_action < 2e-5
     assert proof.policy.code_agreement == 1
+    # The cases show more codes than pieces would by chance, each from an empty history.
+    cases = ReferenceCases.of(bundle).cases
+    assert [len(case.states) for case in cases] == [8] * 3
+    codes = np.concatenate([case.outputs.codes for case in cases])
+    assert len({(layer, code) for pair in codes.tolist() for layer, code in enumerate(pair)}) > 4
     for word in ("onnxruntime", "vision_encoder", "cosine 1.0000000", "agreement 100.00%"):
         assert word in str(proof)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_swapped_stage_is_caught(bundle: Bundle, other: Bundle, stage: StageName) -> None:
-    swapped = with_file(bundle, file_of(bundle, stage), other.cpu_graph(stage))
-    with pytest.raises(VerificationError, match=stage) as caught:
-        proven(swapped)
-    assert caught.value.exit_code == 3
-
-
-def test_a_swapped_table_is_caught(bundle: Bundle, other: Bundle) -> None:
-    with pytest.raises(VerificationError, match="rvq_decoder"):
-        proven(replace(bundle, arrays=other.arrays))
-
-
-def test_one_percent_of_any_layer_is_caught(bundle: Bundle) -> None:
-    missed, count = [], 0
-    for stage in STAGES:
-        for index, tensor in enumerate(
-            onnx.load_from_string(bundle.cpu_graph(stage)).graph.initializer
-        ):
-            # Shapes; and what is too small to be a layer's, such as biases before a softmax, which
-            # change nothing.
-            if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < 16:
-                continue
-            count += 1
-            changed = with_weight(bundle, stage, index, lambda weight: weight * 1.01)
-            if not act_out(
-                changed, create_backend("onnxruntime", changed), ReferenceCases.of(bundle)
-            ).violations:
-                missed.append(f"{stage}: {tensor.name}")
-    assert count > 20
-    assert missed == []
-
-
-@pytest.mark.parametrize("change", [{"top": 1}, {"left": 3}])
-def test_a_wrong_crop_is_caught(bundle: Bundle, change: dict[str, int]) -> None:
-    crop = msgspec.structs.replace(bundle.manifest.crop, **change)
-    manifest = msgspec.structs.replace(bundle.manifest, crop=crop)
-    with pytest.raises(VerificationError, match="vision_encoder: relative error"):
-        proven(replace(bundle, manifest=manifest))
-
-
-def test_bgr_for_rgb_is_caught(bundle: Bundle) -> None:
-    """The encoder's first convolution sees the channels the other way round."""
-    first = weights(bundle, "vision_encoder").index("backbone.0.weight")
-    with pytest.raises(VerificationError, match="vision_encoder: relative error"):
-        proven(with_weight(bundle, "vision_encoder", first, lambda weight: weight[:, ::-1]))
 
 
 @pytest.mark.parametrize("method", ["advance", "prefill", "predict", "fill"])
@@ -157,65 +94,30 @@ def test_a_window_that_is_off_by_one_is_caught(
         proven(bundle)
 
 
-def test_wrong_states_are_caught(bundle: Bundle) -> None:
-    arrays = {**bundle.arrays, "state.multiply": bundle.arrays["state.multiply"] * np.float32(1.01)}
-    with pytest.raises(VerificationError, match="state scaling: relative error"):
-        proven(replace(bundle, arrays=arrays))
-
-
 def test_overflow_is_caught(bundle: Bundle) -> None:
     with pytest.raises(VerificationError, match="not finite"):
         proven(with_weight(bundle, "code_heads", 0, lambda weight: weight * np.inf))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_exchanged_rows_of_any_layer_are_caught(bundle: Bundle, precision: Precision) -> None:
-    """By cosines alone too, which a layer that is one percent larger does not move enough."""
-    coarse = as_if(bundle, precision)
+@pytest.mark.extended
+def test_one_percent_of_any_layer_is_caught(bundle: Bundle) -> None:
+    """The catalogue of mutations changes all layers of a graph at once."""
     missed, count = [], 0
     for stage in STAGES:
         for index, tensor in enumerate(
             onnx.load_from_string(bundle.cpu_graph(stage)).graph.initializer
         ):
-            if len(tensor.dims) < 2 or np.prod(tensor.dims) < 16:  # no layer's
+            # Shapes; and what is too small to be a layer's, such as biases before a softmax, which
+            # change nothing.
+            if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < 16:
                 continue
             count += 1
-            changed = with_weight(coarse, stage, index, lambda weight: np.roll(weight, 1, axis=0))
-            if not act_out(
-                changed, create_backend("onnxruntime", changed), ReferenceCases.of(bundle)
-            ).violations:
+            changed = with_weight(bundle, stage, index, lambda weight: weight * 1.01)
+            backend = create_backend("onnxruntime", changed)
+            if not act_out(changed, backend, ReferenceCases.of(bundle)).violations:
                 missed.append(f"{stage}: {tensor.name}")
     assert count > 20
     assert missed == []
-
-
-@pytest.mark.parametrize("fault", ["stage", "crop", "channels", "scales"])
-def test_float16_and_int8_catch_what_is_wrong_beyond_rounding(
-    bundle: Bundle, other: Bundle, fault: str
-) -> None:
-    """The same faults, judged by the widest limits: those of INT8."""
-    coarse = as_if(bundle, "int8")
-    assert proven(coarse).precision == "int8"
-    match fault:
-        case "stage":
-            coarse = with_file(coarse, file_of(coarse, "gpt"), other.cpu_graph("gpt"))
-        case "crop":
-            crop = msgspec.structs.replace(coarse.manifest.crop, top=0, left=0)
-            manifest = msgspec.structs.replace(coarse.manifest, crop=crop)
-            coarse = replace(coarse, manifest=manifest)
-        case "channels":
-            first = weights(coarse, "vision_encoder").index("backbone.0.weight")
-            coarse = with_weight(coarse, "vision_encoder", first, lambda w: w[:, ::-1])
-        case "scales":  # as ONNX Runtime's optimiser does with float16 scales
-            random = np.random.default_rng(0)
-            coarse = with_weight(
-                coarse,
-                "vision_encoder",
-                weights(coarse, "vision_encoder").index("project.weight"),
-                lambda w: w * random.uniform(0.5, 1.5, (len(w), 1)),
-            )
-    with pytest.raises(VerificationError, match="cosine"):
-        proven(coarse)
 
 
 def test_near_ties_do_not_decide(bundle: Bundle) -> None:
@@ -231,23 +133,11 @@ def test_near_ties_do_not_decide(bundle: Bundle) -> None:
     assert any("code logits" in line for line in proof.violations)
 
 
-def test_the_cases_span_the_codes(bundle: Bundle) -> None:
-    """More than any other choice of as many pieces would by chance, and from an empty history."""
-    cases = ReferenceCases.of(bundle).cases
-    assert [len(case.states) for case in cases] == [8] * 3
-    codes = np.concatenate([case.outputs.codes for case in cases])
-    assert len({(layer, code) for pair in codes.tolist() for layer, code in enumerate(pair)}) > 4
-
-
-@pytest.mark.parametrize(("size", "magnification"), [((96, 96), 1), ((480, 640), 6)])
-def test_the_file_stays_small_whatever_the_camera(
-    tmp_path: Path, size: tuple[int, int], magnification: int
-) -> None:
-    path = miniature.write(tmp_path / "a.bundle", steps=48, size=size, crop_shape=None)
+def test_the_file_stays_small_whatever_the_camera(tmp_path: Path) -> None:
+    path = miniature.write(tmp_path / "a.bundle", steps=48, size=(480, 640), crop_shape=None)
     bundle = Bundle.open(path)
     assert len(bundle.contents[CASES_NAME]) < 1_000_000
-    cases = ReferenceCases.of(bundle)
-    assert cases.magnification == magnification
+    assert ReferenceCases.of(bundle).magnification == 6
     assert not proven(bundle).violations
 
 
@@ -267,9 +157,7 @@ def damaged(bundle: Bundle) -> Callable[..., Bundle]:
     [
         ("lengths", lambda x: x * 0),
         ("lengths", lambda x: x * (1 << 62)),
-        ("lengths", lambda x: x[:0]),
         ("geometry", lambda x: x - 5),
-        ("geometry", lambda x: x * 1000),
         # The whole frame would have to be so large.
         ("geometry", lambda x: [*x[:4], 1 << 40]),
         ("frames", lambda x: x[:, :, :5]),
@@ -300,20 +188,6 @@ def test_load_proves_before_it_hands_out_a_policy(
     monkeypatch.setattr(CpuWindow, "fill", lambda _: None)
     with pytest.raises(VerificationError, match="does not compute the policy"):
         EdgePolicy.load(bundle.path, "onnxruntime", prove=True)
-
-
-def test_torch_is_not_needed(bundle: Bundle) -> None:
-    script = """
-import sys
-for name in ("torch", "onnx", "rich", "tyro", "pyarrow"):
-    sys.modules[name] = None
-from vqbet_edge import EdgePolicy
-EdgePolicy.load(sys.argv[1], "onnxruntime", prove=True)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(bundle.path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_shows_the_figures(

@@ -23,6 +23,12 @@ ROOT = Path(__file__).parents[2]
 FROZEN = Path(__file__).with_name("frozen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+COMMANDS = {
+    "vqbet-bench": "bench", "vqbet-build": "cli", "vqbet-codes": "train", "vqbet-doctor": "cli",
+    "vqbet-eval": "train", "vqbet-export": "export", "vqbet-inspect": "cli",
+    "vqbet-serve": "serve", "vqbet-train": "train", "vqbet-view": "view",
+}  # fmt: skip
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
 # Neither is on any package index.
 OURS = {"vqbet-edge", "vqbet_edge", "lerobot_policy_vqbet_edge"}
 # Beyond what an extra names.
@@ -125,3 +131,23 @@ def test_the_hubs_client_has_the_commands() -> None:
         code = "import sys; from huggingface_hub.cli.hf import main; sys.argv = {}; main()"
         code = code.format([*command.split(), "--help"])
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_whose_libraries_are_missing_say_what_to_install(command: str) -> None:
+    code = "import sys; sys.modules.update(tyro=None, rich=None)\nfrom {} import {} as main; main()"
+    module, _, function = PROJECT["scripts"][command].partition(":")
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(module, function), "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert re.search(r"this command needs '(tyro|rich)'", done.stderr)
+    assert extras.install_command(COMMANDS[command]) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

@@ -70,7 +70,9 @@ def test_python_names() -> None:
     from vqbet_edge.runtime.guards import GuardCounts
 
     def described(kind: type) -> dict[str, list[str] | None]:
-        members = {name: member for name, member in vars(kind).items() if name[0] != "_"}
+        ours = [base for base in reversed(kind.__mro__) if base.__module__.startswith("vqbet")]
+        found = {name: member for base in ours for name, member in vars(base).items()}
+        members = {name: member for name, member in found.items() if name[0] != "_"}
         functions = {name: getattr(member, "__func__", member) for name, member in members.items()}
         return {
             name: list(inspect.signature(member).parameters) if callable(member) else None

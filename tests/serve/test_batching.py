@@ -15,7 +15,7 @@ from vqbet_serve.sessions import derived_seed
 
 from vqbet_edge import BackendError, EdgePolicy, UsageError
 from vqbet_edge.runtime.backends import create_backend
-from vqbet_edge.runtime.backends.base import Backend, Part
+from vqbet_edge.runtime.backends.base import Backend, GptRun
 from vqbet_edge.runtime.bundle import Bundle
 
 # Of the action's range: what float32 rounds.
@@ -145,12 +145,12 @@ def test_a_shared_run_that_fails_is_run_by_each(
 class Fake:
     """A backend with windows that only count."""
 
-    shared_parts, most_together = get_args(Part), 4
+    shared_parts, most_together = get_args(GptRun), 4
 
     def __init__(self) -> None:
         self.windows: list[Any] = [None]
         self.together: list[int] = []
-        self.gather: Any = None
+        self.run_shared: Any = None
 
     def create_window(self) -> Any:
         return FakeWindow()
@@ -188,7 +188,7 @@ def gathered(fake: Fake, windows: list[Any], wait_s: float) -> list[str]:
         with gatherer.step():
             barrier.wait(SECONDS)
             try:
-                fake.gather(windows[number], "newest")
+                fake.run_shared(windows[number], "newest")
             except BackendError as error:
                 errors[number] = str(error)
 
@@ -198,7 +198,7 @@ def gathered(fake: Fake, windows: list[Any], wait_s: float) -> list[str]:
     for thread in threads:
         thread.join(SECONDS)
     gatherer.close()
-    assert fake.gather is None
+    assert fake.run_shared is None
     return errors
 
 
@@ -220,7 +220,7 @@ def test_a_robot_waits_for_nobody_who_does_not_act() -> None:
     fake.windows += [window, FakeWindow(), FakeWindow()]
     gatherer = Gatherer(fake, 1000.0, lambda _: None)  # type: ignore[arg-type]
     with gatherer.step():
-        fake.gather(window, "newest")
+        fake.run_shared(window, "newest")
     gatherer.close()
     assert window.alone == 1
 
@@ -229,7 +229,7 @@ def test_who_waits_when_the_server_stops_is_run() -> None:
     fake, window = Fake(), FakeWindow()
     fake.windows += [window, FakeWindow()]
     gatherer = Gatherer(fake, 1000.0, lambda _: None)  # type: ignore[arg-type]
-    thread = threading.Thread(target=fake.gather, args=(window, "prefill"))
+    thread = threading.Thread(target=fake.run_shared, args=(window, "prefill"))
     thread.start()
     end = time.monotonic() + SECONDS
     while not gatherer._waiting["prefill"] and time.monotonic() < end:
@@ -247,4 +247,4 @@ def test_how_long_to_wait_is_limited(policy: EdgePolicy, backend: Backend) -> No
         ):
             pass
     with serving(policy, backend, batch_wait_s=0.0):
-        assert backend.gather is None
+        assert backend.run_shared is None

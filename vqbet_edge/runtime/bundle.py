@@ -36,8 +36,6 @@ SECONDARY_COLUMNS = "secondary_columns"
 TOKEN_CONSTANTS, CAUSAL_MASK = "token_constants", "causal_mask"
 # A graph with external data must spell this key somewhere; protobuf stores strings verbatim.
 _EXTERNAL_DATA_KEY = b"location"
-# ONNX Runtime recognises its own format by these bytes, and checks it less than it checks ONNX.
-_ORT_FORMAT = slice(4, 8), b"ORTM"
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,7 @@ class Bundle:
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], revision: str | None = None) -> "Bundle":
-        """Read and verify a bundle.
-
-        Args:
-            source: its directory, or a repository's id, as `hub.local_bundle` takes it.
-            revision: likewise.
+        """Read and verify a bundle, named as for `hub.local_bundle`.
 
         Raises:
             BundleError: it is no bundle, or a file differs from what the manifest says.
@@ -93,7 +87,10 @@ class Bundle:
         Raises:
             BundleError: the runtime's arrays are not float32 safetensors.
         """
-        arrays: Mapping[str, NDArray[np.float32]] = _runtime_arrays(contents[RUNTIME_NAME])
+        arrays: Mapping[str, NDArray[np.float32]]
+        arrays = load_arrays(RUNTIME_NAME, contents[RUNTIME_NAME])
+        if any(array.dtype != np.float32 for array in arrays.values()):
+            raise BundleError(f"{RUNTIME_NAME} has arrays that are not float32; export again")
         if manifest.format_version == 2:
             arrays = format2.with_ranges(arrays, manifest)
         return cls(path, manifest, contents, arrays)
@@ -125,11 +122,7 @@ class Bundle:
         return self.contents[self.manifest.graphs("cpu")[stage].file]
 
     def demonstrated(self, name: str, dim: int) -> NDArray[np.float32] | None:
-        """float32 (2, dim): lowest and highest demonstrated value; None where nobody knew.
-
-        Args:
-            name: `ACTION_RANGE` or `STATE_RANGE`.
-            dim: the feature's width.
+        """float32 (2, dim): lowest and highest of `ACTION_RANGE` or `STATE_RANGE`, None: unknown.
 
         Raises:
             BundleError: it has another shape, is not finite, or its lowest is above its highest.
@@ -157,11 +150,7 @@ class Bundle:
 
 
 def load_arrays(name: str, data: bytes) -> dict[str, NDArray[Any]]:
-    """Arrays of a safetensors file of a bundle.
-
-    Raises:
-        BundleError: it is damaged; `name` is in the message.
-    """
+    """Arrays of a bundle's safetensors file, or a BundleError with its name."""
     try:
         arrays: dict[str, NDArray[Any]] = load(data)
     except Exception as error:  # its own class, and what NumPy makes of an impossible shape
@@ -169,18 +158,11 @@ def load_arrays(name: str, data: bytes) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _runtime_arrays(data: bytes) -> dict[str, NDArray[np.float32]]:
-    arrays = load_arrays(RUNTIME_NAME, data)
-    if any(array.dtype != np.float32 for array in arrays.values()):
-        raise BundleError(f"{RUNTIME_NAME} has arrays that are not float32; export again")
-    return arrays
-
-
 def _check_graph(name: str, graph: bytes) -> None:
     if _EXTERNAL_DATA_KEY in graph:
         raise BundleError(f"{name} refers to external data, which is never loaded; export again")
-    place, mark = _ORT_FORMAT
-    if graph[place] == mark:
+    # ONNX Runtime recognises its own format by these bytes, and checks it less than it checks ONNX.
+    if graph[4:8] == b"ORTM":
         raise BundleError(f"{name} has ONNX Runtime's own format, expected ONNX; export again")
 
 

@@ -12,7 +12,8 @@ logits, W actions per chunk, A action width.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,16 +103,11 @@ class ReferenceCases:
             raise _misfit("some values are not finite and")
         if bundle.manifest.format_version == 2:
             arrays = format2.with_judgements(arrays, bundle.manifest)
-        return cls._decode(arrays, bundle.manifest)
-
-    @classmethod
-    def _decode(
-        cls, arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest
-    ) -> "ReferenceCases":
-        _check_arrays(arrays, manifest)
+        _check_arrays(arrays, bundle.manifest)
         *crop, magnification = arrays["geometry"].tolist()
         starts = np.cumsum(arrays["lengths"])[:-1].tolist()
-        parts = {name: np.split(arrays[name], starts) for name in _shapes(manifest)}
+        names = (*Case._fields, *PolicyOutputs._fields)
+        parts = {name: np.split(arrays[name], starts) for name in names if name != "outputs"}
         cases = [
             Case(
                 frames=frames,
@@ -119,21 +115,21 @@ class ReferenceCases:
                 outputs=PolicyOutputs(*(parts[name][i] for name in PolicyOutputs._fields)),
                 clear=parts["clear"][i] != 0,
             )
-            for i, frames in enumerate(np.split(arrays["frames"], starts))
+            for i, frames in enumerate(parts["frames"])
         ]
         return cls(
             CropSpec(*crop),
             magnification,
             float(arrays["temperature"][0]),
             arrays["spread"].astype(np.float32),
-            arrays["decoded_prints"].astype(np.float32),
-            {name: arrays[name].astype(np.float32) for name in CONSTANTS if name in arrays},
+            arrays["decoded_prints"],
+            {name: arrays[name] for name in CONSTANTS if name in arrays},
             tuple(cases),
         )
 
     def encode(self) -> bytes:
         """The file."""
-        columns: dict[str, Sequence[NDArray[np.generic]]] = {
+        columns: dict[str, Sequence[NDArray[Any]]] = {
             "frames": [case.frames for case in self.cases],
             "states": [case.states for case in self.cases],
             "clear": [case.clear.astype(np.uint8) for case in self.cases],
@@ -170,74 +166,66 @@ def prints(values: NDArray[np.floating], axes: int) -> Floats:
     Whatever changes there changes it, and the file holds all codes instead of the probable ones.
     """
     kept, size = values.shape[: values.ndim - axes], math.prod(values.shape[values.ndim - axes :])
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size)
+    signs = _signs(size)
     flat = values.reshape(*kept, size).astype(np.float64)
     found: Floats = (flat @ signs / np.sqrt(size)).astype(np.float32)
     return found
 
 
-def _shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of one step of every array but the frames."""
-    policy, cameras = manifest.policy, len(manifest.image_keys)
-    chunk = policy.action_chunk_size, manifest.action_dim
-    return {
-        "states": ("float32", (manifest.state_dim,)),
-        "frame_tokens": ("float32", (cameras, policy.gpt_hidden_dim)),
-        "feature": ("float32", (policy.gpt_output_dim,)),
-        "logits": ("float32", (2, policy.vqvae_n_embed)),
-        "codes": ("int64", (2,)),
-        "decoded_chunk": ("float32", chunk),
-        "offset_chunk": ("float32", chunk),
-        "actions": ("float32", chunk),
-        "scaled_states": ("float32", (manifest.state_dim,)),
-        "offset_prints": ("float32", (2, policy.vqvae_n_embed)),
-        "logit_prints": ("float32", (manifest.secondary_rows,)),
-        "clear": ("uint8", ()),
-    }
+@cache
+def _signs(size: int) -> NDArray[np.float64]:
+    return np.random.default_rng(0).choice([-1.0, 1.0], size)
 
 
-def _check_arrays(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest) -> None:
+def _check_arrays(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
     """Raise BundleError unless they are what the policy's sizes ask for."""
-    steps = dict(_shapes(manifest))
-    geometry, lengths = arrays.get("geometry"), arrays.get("lengths")
-    if not (_fits(geometry, "int64", (5,)) and _fits(lengths, "int64", (None,))):
-        raise _misfit("geometry or lengths")
-    assert geometry is not None and lengths is not None  # noqa: S101, PT018 - for the type checker
-    top, left, height, width, magnification = (int(value) for value in geometry.tolist())
+    check = partial(_checked, arrays)
+    # Python's integers do not overflow.
+    top, left, height, width, magnification = check("geometry", "int64", 5).tolist()
     rows, columns, _ = manifest.frame_shape
     inside = 0 <= top <= rows - height and 0 <= left <= columns - width
     if not (inside and min(height, width, magnification) > 0) or magnification > max(height, width):
         raise _misfit("geometry")
-    values: list[int] = lengths.tolist()  # Python's integers do not overflow
-    total = sum(values)
-    if not (values and min(values) > 0 and total <= MAX_STEPS):
+    lengths: list[int] = check("lengths", "int64", None).tolist()
+    steps = sum(lengths)
+    if not (lengths and min(lengths) > 0 and steps <= MAX_STEPS):
         raise _misfit("lengths")
+    policy, cameras, state = manifest.policy, len(manifest.image_keys), manifest.state_dim
+    chunk, size = (policy.action_chunk_size, manifest.action_dim), policy.vqvae_n_embed
     stored = -(-height // magnification), -(-width // magnification)
-    steps["frames"] = ("uint8", (len(manifest.image_keys), *stored, 3))
-    for name, (dtype, shape) in steps.items():
-        if not _fits(arrays.get(name), dtype, (total, *shape)):
-            raise _misfit(name)
-    for name, shape in {"temperature": (1,), "spread": (manifest.action_dim,)}.items():
-        array = arrays.get(name)
-        if (
-            array is None
-            or array.shape != shape
-            or array.dtype.kind != "f"
-            or not array.astype(float).min() >= 0
-        ):
-            raise _misfit(name)
-    size = manifest.policy.vqvae_n_embed
-    if not any(_fits(arrays.get("decoded_prints"), "float32", (n, n)) for n in (0, size)):
+    check("frames", "uint8", steps, cameras, *stored, 3)
+    check("states", "float32", steps, state)
+    check("frame_tokens", "float32", steps, cameras, policy.gpt_hidden_dim)
+    check("feature", "float32", steps, policy.gpt_output_dim)
+    check("logits", "float32", steps, 2, size)
+    codes = check("codes", "int64", steps, 2)
+    for name in ("decoded_chunk", "offset_chunk", "actions"):
+        check(name, "float32", steps, *chunk)
+    check("scaled_states", "float32", steps, state)
+    check("offset_prints", "float32", steps, 2, size)
+    check("logit_prints", "float32", steps, manifest.secondary_rows)
+    check("clear", "uint8", steps)
+    check("temperature", "float64", 1)
+    check("spread", "float32", manifest.action_dim)
+    prints_of_pairs = check("decoded_prints", "float32", None, None)
+    if prints_of_pairs.shape not in {(0, 0), (size, size)}:
         raise _misfit("decoded_prints")
-    codes = arrays["codes"]
-    if codes.min() < 0 or codes.max() >= manifest.policy.vqvae_n_embed:
+    if codes.min() < 0 or codes.max() >= size:
         raise _misfit("codes")
+    for name in ("temperature", "spread"):
+        if arrays[name].min() < 0:
+            raise _misfit(name)
 
 
-def _fits(array: NDArray[np.generic] | None, dtype: str, shape: tuple[int | None, ...]) -> bool:
-    if array is None or array.dtype != dtype or array.ndim != len(shape):
-        return False
-    return all(want is None or have == want for have, want in zip(array.shape, shape, strict=True))
+def _checked(
+    arrays: Mapping[str, NDArray[Any]], name: str, dtype: str, *shape: int | None
+) -> NDArray[Any]:
+    array = arrays.get(name, np.zeros(0))
+    if array.dtype != dtype or array.ndim != len(shape):
+        raise _misfit(name)
+    if any(want not in {None, have} for have, want in zip(array.shape, shape, strict=True)):
+        raise _misfit(name)
+    return array
 
 
 def _misfit(what: str) -> BundleError:

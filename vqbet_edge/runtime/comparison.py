@@ -164,37 +164,37 @@ class StageComparison:
     def add(self, outputs: NDArray[np.floating], reference: NDArray[np.floating]) -> None:
         """Compare (M, ...) with the reference of the same shape."""
         got, wanted = outputs.astype(np.float64), reference.astype(np.float64)
-        errors = np.abs(got - wanted)
-        self._error = np.maximum(self._error, errors.max())
+        errors = got - wanted
+        self._error = np.maximum(self._error, np.abs(errors).max())
         self._largest = np.maximum(self._largest, np.abs(wanted).max())
         self._cosine = np.minimum(self._cosine, cosines(got, wanted).min())
         self._errors += (errors**2).sum()
         self._squares += (wanted**2).sum()
         self._products += (got * wanted).sum()
         self._observations += len(got)
-        self._error_sum = self._error_sum + (got - wanted).sum(axis=0)
+        self._error_sum = self._error_sum + errors.sum(axis=0)
         self._sum = self._sum + wanted.sum(axis=0)
 
     @property
     def result(self) -> StageResult:
         """The figures so far."""
         size = max(self._squares, 1e-24)
+
+        def varying(squares: np.float64, sums: Doubles | float) -> float:
+            left = squares - (np.asarray(sums) ** 2).sum() / max(self._observations, 1)
+            # A difference of sums may round to below zero.
+            return float(np.sqrt(np.maximum(left, 0) / size))
+
         return StageResult(
             max_error=float(self._error),
             relative_error=float(np.sqrt(self._errors / size)),
-            varying=self._varying(self._errors, self._error_sum, size),
-            variation=self._varying(self._squares, self._sum, size),
+            varying=varying(self._errors, self._error_sum),
+            variation=varying(self._squares, self._sum),
             # Where the reference is zero, any factor fits.
             gain=float(self._products / size) if self._squares else 1.0,
             peak=float(self._error / max(self._largest, 1e-12)),
             cosine=float(self._cosine),
         )
-
-    def _varying(self, squares: np.float64, sums: Doubles | float, size: float) -> float:
-        """Norm of what is left when the mean over observations is taken off, of the whole."""
-        left = squares - (np.asarray(sums) ** 2).sum() / max(self._observations, 1)
-        # A difference of sums may round to below zero.
-        return float(np.sqrt(np.maximum(left, 0) / size))
 
 
 @dataclass(frozen=True)
@@ -244,12 +244,10 @@ class PolicyComparison:
 
     def __init__(self, spread: Floats, temperature: float) -> None:
         self._spread, self._temperature = np.maximum(spread, 1e-12).astype(np.float64), temperature
-        self._errors: list[Doubles] = []
         self._error = np.float64(0)
-        self._variations: list[float] = []
-        self._leads: list[float] = []
-        self._moves: list[float] = []
-        self._agree: list[bool] = []
+        self._errors: list[Doubles] = []
+        # Per decision: variation, the codes' lead, what logits moved by, whether codes agree.
+        self._figures: list[tuple[float, ...]] = []
         self._marked: list[bool] = []
 
     def add(
@@ -276,10 +274,10 @@ class PolicyComparison:
         got, reference = centred(logits), centred(wanted)
         blunt = np.maximum(self._temperature, _BLUNTEST * reference.std(axis=-1, keepdims=True))
         changes = softmax(got / blunt) - softmax(reference / blunt)
-        self._variations.append(float(np.abs(changes).sum(axis=-1).mean()) / 2)
-        self._leads.append(float(code_leads(wanted)))
-        self._moves.append(float(np.abs(got - reference).max()))
-        self._agree.append(bool((got.argmax(axis=-1) == reference.argmax(axis=-1)).all()))
+        variation = float(np.abs(changes).sum(axis=-1).mean()) / 2
+        agree = (got.argmax(axis=-1) == reference.argmax(axis=-1)).all()
+        moved = np.abs(got - reference).max()
+        self._figures.append((variation, float(code_leads(wanted)), float(moved), float(agree)))
         if clear is not None:
             self._marked.append(clear)
 
@@ -292,16 +290,16 @@ class PolicyComparison:
     def result(self) -> PolicyResult:
         """The figures so far."""
         errors = np.concatenate([values.reshape(-1) for values in self._errors])
-        moved = float(np.quantile(self._moves, _NEARLY_ALL))
-        clear = np.array(self._marked or clear_of_ties(np.array(self._leads), moved))
-        agreeing = np.array(self._agree)[clear]
+        variations, leads, moves, agree = np.array(self._figures).T
+        moved = float(np.quantile(moves, _NEARLY_ALL))
+        clear = np.array(self._marked or clear_of_ties(leads, moved))
         return PolicyResult(
             action_error=float(self._error),
             action=float(np.quantile(errors, 0.99)),
             largest_action=float(errors.max()),
-            total_variation=float(np.mean(self._variations)),
-            largest_variation=float(np.max(self._variations)),
-            code_agreement=float(agreeing.mean()) if len(agreeing) else 1.0,
+            total_variation=float(variations.mean()),
+            largest_variation=float(variations.max()),
+            code_agreement=float(agree[clear].mean()) if clear.any() else 1.0,
             clear=float(clear.mean()),
             logit_error=moved,
         )
@@ -344,11 +342,10 @@ def code_leads(logits: NDArray[np.floating]) -> Doubles:
     Args:
         logits: (..., 2, C), of both layers.
     """
+    if logits.shape[-1] == 1:  # nothing leads and nothing follows
+        return np.full(logits.shape[:-2], np.inf)
     ordered = np.sort(logits.astype(np.float64), axis=-1)
-    # Of one code alone, nothing leads and nothing follows.
-    several = ordered.shape[-1] > 1
-    leads = ordered[..., -1] - ordered[..., -2] if several else ordered[..., 0] + np.inf
-    found: Doubles = leads.min(axis=-1)
+    found: Doubles = (ordered[..., -1] - ordered[..., -2]).min(axis=-1)
     return found
 
 

@@ -6,35 +6,13 @@ The one place that knows the format. A manifest of it becomes one of today's tha
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 from numpy.typing import NDArray
 
-from vqbet_edge.runtime.manifest import (
-    ACTION_RANGE,
-    STATE_RANGE,
-    UNSEALED,
-    CalibrationSpec,
-    CropSpec,
-    FeatureSpec,
-    FileName,
-    FileSpec,
-    Manifest,
-    PolicySpec,
-    Positive,
-    Sha256,
-    Shape,
-    SourceSpec,
-    StageName,
-    StageSpec,
-    Strict,
-    Text,
-    VerificationSpec,
-    encode_manifest,
-)
+from vqbet_edge.runtime.manifest import ACTION_RANGE, STATE_RANGE, Manifest, seal
 from vqbet_edge.runtime.normalization import Affine
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -43,77 +21,32 @@ ACTION_LIMITS = "action.limits"
 _LEAST_SPREAD = 0.05
 
 
-class _Feature(Strict, frozen=True):
-    type: Literal["VISUAL", "STATE", "ACTION"]
-    shape: Shape
-
-
-class _Policy(Strict, frozen=True, omit_defaults=True):
-    n_obs_steps: Positive
-    action_chunk_size: Positive
-    vqvae_n_embed: Positive
-    gpt_hidden_dim: Positive
-    gpt_output_dim: Positive
-    gpt_n_layer: Positive
-    gpt_n_head: Positive
-    bet_softmax_temperature: Annotated[float, Meta(gt=0)]
-    sequentially_select: bool
-    relative_actions: tuple[bool, ...] = ()
-
-
-class _Verification(Strict, frozen=True):
-    observations: Literal["random", "dataset"]
-    samples: Positive
-    max_action_error: Annotated[float, Meta(ge=0)]
-    code_agreement: Annotated[float, Meta(ge=0, le=1)]
-    min_cosine: Annotated[float, Meta(ge=-1, le=1)]
-
-
-class _Manifest(Strict, frozen=True):
-    format_version: Literal[2]
-    policy: _Policy
-    input_features: dict[Text, _Feature]
-    output_features: dict[Text, _Feature]
-    crop: CropSpec
-    stages: dict[StageName, StageSpec]
-    cpu_stages: dict[StageName, StageSpec]
-    files: dict[FileName, FileSpec]
-    verification: _Verification | None
-    calibration: CalibrationSpec | None
-    source: SourceSpec
-    tools: dict[Text, Text]
-    manifest_sha256: Sha256 = UNSEALED
-
-
-class Decoded(NamedTuple):
-    """A manifest as today's, and the one text that format 2 has for it."""
-
-    manifest: Manifest
-    text: bytes
-
-
-def decode(data: bytes) -> Decoded:
-    """A manifest of format 2.
+def decode(data: bytes) -> tuple[Manifest, bytes]:
+    """A manifest as today's, and the one text that format 2 has for it.
 
     Raises:
         msgspec.DecodeError: it is none.
     """
-    old = msgspec.json.decode(data, type=_Manifest)
-    cameras = sum(feature.type == "VISUAL" for feature in old.input_features.values())
-    policy = PolicySpec(**msgspec.structs.asdict(old.policy), tokens_per_step=cameras + 2)
-    verified = old.verification
-    parts = msgspec.structs.asdict(old) | {
-        "policy": policy,
-        "verification": verified
-        and VerificationSpec(**msgspec.structs.asdict(verified), cases=verified.observations),
-        "input_features": _features(old.input_features),
-        "output_features": _features(old.output_features),
-    }
-    return Decoded(Manifest(**parts, fps=None, license=None), encode_manifest(old))
+    found: dict[str, dict[str, Any]] = msgspec.json.decode(data, type=dict[str, Any])
+    try:
+        cameras = sum(f.get("type") == "VISUAL" for f in found["input_features"].values())
+        found["policy"]["tokens_per_step"] = cameras + 2
+        if (verified := found["verification"]) is not None:
+            verified["cases"] = verified["observations"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise msgspec.ValidationError(f"its structure is another ({error!r})") from error
+    manifest = msgspec.convert({**found, "fps": None, "license": None}, Manifest)
 
+    def spelled(digest: str) -> bytes:
+        # What the format has not is left out, so that a text which has it differs.
+        text: dict[str, Any] = msgspec.to_builtins(manifest) | {"manifest_sha256": digest}
+        for part, key in (("policy", "tokens_per_step"), ("policy", "action_kinds"),
+                          ("verification", "cases")):  # fmt: skip
+            (text[part] or {}).pop(key, None)
+        del text["fps"], text["license"]
+        return msgspec.json.format(msgspec.json.encode(text), indent=2) + b"\n"
 
-def _features(features: Mapping[str, _Feature]) -> dict[str, FeatureSpec]:
-    return {key: FeatureSpec(feature.type, feature.shape) for key, feature in features.items()}
+    return manifest, seal(spelled)
 
 
 def with_ranges(arrays: Arrays, manifest: Manifest) -> Arrays:

@@ -55,9 +55,8 @@ def local_bundle(source: str | os.PathLike[str], revision: str | None = None) ->
     for `Bundle.open`.
 
     Args:
-        source: a directory, or a repository's id such as "user/pusht-edge" or
-            "user/pusht-edge@v2".
-        revision: of the repository, if the id names none: a branch, tag or commit; None is its
+        source: a directory, or a repository's id such as "user/edge" or "user/edge@v2".
+        revision: of the repository, if the id names none: a branch, tag or commit; None is the
             main branch.
 
     Raises:
@@ -73,18 +72,24 @@ def local_bundle(source: str | os.PathLike[str], revision: str | None = None) ->
             )
         return path
     try:
-        return _download_bundle(name, revision)
+        snapshot = download(name, patterns=[MANIFEST_NAME], revision=revision)
+        manifest = snapshot / MANIFEST_NAME
+        if not manifest.is_file():
+            raise BundleError(
+                f"'{name}' on the Hub holds no {MANIFEST_NAME}, so it is no bundle; make one with: "
+                f"vqbet-export {name}"
+            )
+        with manifest.open("rb") as file:
+            files = decode_manifest(file.read(MAX_MANIFEST_BYTES + 1)).files
+        # The snapshot's name is its commit, so that all files are of one.
+        plain, patterns = name.partition("@")[0], [MANIFEST_NAME, *files]
+        return download(plain, patterns=patterns, revision=snapshot.name)
     except HubError as error:
         raise BundleError(str(error)) from error
 
 
 def pinned(source: str, folder: Path) -> str:
-    """What names the same bundle on other machines and later.
-
-    Args:
-        source: as the user named it.
-        folder: where `local_bundle` found it.
-    """
+    """What names the same bundle on other machines and later: it was found in `folder`."""
     if os.path.lexists(source):
         return str(folder.resolve())
     return f"{source.partition('@')[0]}@{folder.name}"  # a snapshot's name is its commit
@@ -97,7 +102,7 @@ def download(
     revision: str | None = None,
     cache: Path | None = None,
 ) -> Path:
-    """A repository's folder in the client's cache, downloaded if it is not there.
+    """A repository's folder in the client's cache, or another, downloaded if it is not there.
 
     Args:
         source: the repository's id.
@@ -131,21 +136,6 @@ def download(
             "name, the network and, if it is private, type: hf auth login"
         ) from error
     return Path(found)
-
-
-def _download_bundle(source: str, revision: str | None) -> Path:
-    snapshot = download(source, patterns=[MANIFEST_NAME], revision=revision)
-    manifest = snapshot / MANIFEST_NAME
-    if not manifest.is_file():
-        raise BundleError(
-            f"'{source}' on the Hub holds no {MANIFEST_NAME}, so it is no bundle; make one with: "
-            f"vqbet-export {source}"
-        )
-    with manifest.open("rb") as file:
-        files = decode_manifest(file.read(MAX_MANIFEST_BYTES + 1)).files
-    # The snapshot's name is its commit, so that all files are of one.
-    name = source.partition("@")[0]
-    return download(name, patterns=[MANIFEST_NAME, *files], revision=snapshot.name)
 
 
 def stored(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """`manifest.json`: what a bundle holds. Every field is explained in docs/bundle.md."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, get_args
 
 import msgspec
@@ -83,7 +83,7 @@ class CropSpec(Strict, frozen=True):
 
     @property
     def columns(self) -> slice:
-        """Of a frame (..., H, W, C)."""
+        """Likewise."""
         return slice(self.left, self.left + self.width)
 
     def cut(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -173,11 +173,9 @@ class Manifest(Strict, frozen=True):
 
     def graphs(self, target: Target) -> Mapping[StageName, StageSpec]:
         """The four graphs of a target; none if the bundle is not for it."""
-        match target:
-            case "tensorrt":
-                return self.stages
-            case "cpu":
-                return {**self.stages, **self.cpu_stages} if self.cpu_stages else {}
+        if target == "tensorrt":
+            return self.stages
+        return {**self.stages, **self.cpu_stages} if self.cpu_stages else {}
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -239,12 +237,16 @@ class Manifest(Strict, frozen=True):
         return self.output_features["action"].shape[0]
 
 
-def encode_manifest(manifest: Struct) -> bytes:
+def encode_manifest(manifest: Manifest) -> bytes:
     """The one canonical text of a manifest: indented JSON, fields in their order, sealed."""
-    digest = hashlib.sha256(_spelled(manifest, UNSEALED)).hexdigest()
-    return _spelled(manifest, digest)
+
+    def spelled(digest: str) -> bytes:
+        text = msgspec.json.encode(msgspec.structs.replace(manifest, manifest_sha256=digest))
+        return msgspec.json.format(text, indent=2) + b"\n"
+
+    return seal(spelled)
 
 
-def _spelled(manifest: Struct, digest: str) -> bytes:
-    manifest = msgspec.structs.replace(manifest, manifest_sha256=digest)
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+def seal(spelled: Callable[[str], bytes]) -> bytes:
+    """A manifest's text with its own digest: of the text with zeros in the digest's place."""
+    return spelled(hashlib.sha256(spelled(UNSEALED)).hexdigest())

@@ -13,7 +13,6 @@ from vqbet_edge.runtime.manifest import (
     TARGETS,
     CropSpec,
     Manifest,
-    PolicySpec,
     encode_manifest,
 )
 
@@ -65,78 +64,62 @@ def decode_manifest(data: bytes) -> Manifest:
 
 def _check_consistency(manifest: Manifest) -> None:
     for target in manifest.targets or TARGETS:
-        missing = [name for name in STAGES if name not in manifest.graphs(target)]
-        if missing:
-            raise BundleError(
-                f"{MANIFEST_NAME} lacks the stages {missing} for {target}; export again"
-            )
-    if manifest.cpu_stages and "gpt" not in manifest.cpu_stages:
-        raise BundleError(f"{MANIFEST_NAME} lacks the CPU's gpt; export again")
-    graphs = [*manifest.stages.values(), *manifest.cpu_stages.values()]
-    needed = {"runtime.safetensors", *(stage.file for stage in graphs)}
-    if not needed <= manifest.files.keys():
-        raise BundleError(
-            f"{MANIFEST_NAME} names no digest for {sorted(needed - manifest.files.keys())}; "
-            "export again"
-        )
-    if manifest.verification is None:
-        raise BundleError("the bundle was never verified against its checkpoint; export again")
-    _check_features(manifest)
-    _check_policy(manifest.policy)
-
-
-def _check_features(manifest: Manifest) -> None:
-    inputs = list(manifest.input_features.values())
-    further = [key for key, f in manifest.input_features.items() if f.type in ("ENV", "ACTION")]
-    if further:
-        raise BundleError(
-            f"{MANIFEST_NAME}: the policy observes {further} besides cameras and a state, which "
-            "this version of vqbet_edge does not; install a newer one on the robot"
-        )
-    images = {feature.shape for feature in inputs if feature.type == "VISUAL"}
-    states = [feature.shape for feature in inputs if feature.type == "STATE"]
-    actions = [feature.shape for feature in manifest.output_features.values()]
-    if not images or any(len(shape) != 3 or shape[0] != 3 for shape in images):
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected cameras of shape (3, H, W), got {sorted(images)}"
-        )
-    if [len(shape) for shape in (*states, *actions)] != [1, 1] or "action" not in (
-        manifest.output_features
-    ):
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected one state and one 'action' of shape (dim,), "
-            f"got {states} and {actions}"
-        )
-    relative = manifest.policy.relative_actions
-    if relative and not len(relative) == manifest.action_dim <= manifest.state_dim:
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected relative_actions for {manifest.action_dim} actions and at "
-            f"least as many states, got {len(relative)} and {manifest.state_dim}; export again"
-        )
-    kinds, tokens = manifest.policy.action_kinds, len(manifest.image_keys) + 2
-    if kinds and len(kinds) != manifest.action_dim:
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected action_kinds for {manifest.action_dim} actions, got "
-            f"{len(kinds)}; export again"
-        )
-    if manifest.policy.tokens_per_step != tokens:
-        raise BundleError(
-            f"{MANIFEST_NAME}: expected {tokens} tokens_per_step (cameras, state, query), got "
-            f"{manifest.policy.tokens_per_step}; install a newer vqbet_edge on the robot"
-        )
+        absent = [name for name in STAGES if name not in manifest.graphs(target)]
+        _refuse_if(absent, f"lacks the stages {absent} for {target}; export again")
+    cpu_stages, policy = manifest.cpu_stages, manifest.policy
+    _refuse_if(cpu_stages and "gpt" not in cpu_stages, "lacks the CPU's gpt; export again")
+    graphs = *manifest.stages.values(), *cpu_stages.values()
+    needed = {"runtime.safetensors", *(stage.file for stage in graphs)} - manifest.files.keys()
+    _refuse_if(needed, f"names no digest for {sorted(needed)}; export again")
+    unverified = manifest.verification is None
+    _refuse_if(unverified, "was never verified against its checkpoint; export again")
+    inputs = manifest.input_features
+    further = [key for key, f in inputs.items() if f.type in {"ENV", "ACTION"}]
+    _refuse_if(
+        further,
+        f"the policy observes {further} besides cameras and a state, which this version of "
+        "vqbet_edge does not; install a newer one on the robot",
+    )
+    images = {feature.shape for feature in inputs.values() if feature.type == "VISUAL"}
+    _refuse_if(
+        not images or any(len(shape) != 3 or shape[0] != 3 for shape in images),
+        f"expected cameras of shape (3, H, W), got {sorted(images)}",
+    )
+    states = [feature.shape for feature in inputs.values() if feature.type == "STATE"]
+    actions = {name: feature.shape for name, feature in manifest.output_features.items()}
+    widths = [len(shape) for shape in (*states, *actions.values())]
+    _refuse_if(
+        widths != [1, 1] or "action" not in actions,
+        f"expected one state and one 'action' of shape (dim,), got {states} and {actions}",
+    )
+    relative, kinds, dim = policy.relative_actions, policy.action_kinds, manifest.action_dim
+    _refuse_if(
+        relative and not len(relative) == dim <= manifest.state_dim,
+        f"expected relative_actions for {dim} actions and at least as many states, got "
+        f"{len(relative)} and {manifest.state_dim}; export again",
+    )
+    _refuse_if(
+        kinds and len(kinds) != dim,
+        f"expected action_kinds for {dim} actions, got {len(kinds)}; export again",
+    )
+    tokens = len(manifest.image_keys) + 2
+    _refuse_if(
+        policy.tokens_per_step != tokens,
+        f"expected {tokens} tokens_per_step (cameras, state, query), got "
+        f"{policy.tokens_per_step}; install a newer vqbet_edge on the robot",
+    )
     crop, (height, width, _) = manifest.crop, manifest.frame_shape
-    if crop.top + crop.height > height or crop.left + crop.width > width:
-        raise BundleError(f"{MANIFEST_NAME}: the crop {crop} leaves the image {height}x{width}")
-    if len(images) > 1 and crop != CropSpec(0, 0, height, width):
-        raise BundleError(
-            f"{MANIFEST_NAME}: cameras of several sizes {sorted(images)} are not cropped before "
-            f"the encoder, expected a crop of {height}x{width} from 0, 0, got {crop}"
-        )
+    outside = crop.top + crop.height > height or crop.left + crop.width > width
+    _refuse_if(outside, f"the crop {crop} leaves the image {height}x{width}")
+    _refuse_if(
+        len(images) > 1 and crop != CropSpec(0, 0, height, width),
+        f"cameras of several sizes {sorted(images)} are not cropped before the encoder, expected "
+        f"a crop of {height}x{width} from 0, 0, got {crop}",
+    )
+    hidden, heads = policy.gpt_hidden_dim, policy.gpt_n_head
+    _refuse_if(hidden % heads, f"gpt_hidden_dim {hidden} is no multiple of gpt_n_head {heads}")
 
 
-def _check_policy(policy: PolicySpec) -> None:
-    if policy.gpt_hidden_dim % policy.gpt_n_head:
-        raise BundleError(
-            f"{MANIFEST_NAME}: gpt_hidden_dim {policy.gpt_hidden_dim} is no multiple of gpt_n_head "
-            f"{policy.gpt_n_head}; export again"
-        )
+def _refuse_if(wrong: object, what: str) -> None:
+    if wrong:
+        raise BundleError(f"{MANIFEST_NAME}: {what}")

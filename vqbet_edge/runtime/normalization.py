@@ -29,12 +29,11 @@ class Affine:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Floats], key: str, dim: int) -> "Affine":
         """Take `<key>.subtract`, `.multiply` and `.add` of width `dim` from a bundle's arrays."""
-        terms = [arrays.get(f"{key}.{term}") for term in ("subtract", "multiply", "add")]
-        for term in terms:
-            if term is None or term.shape != (dim,) or not np.isfinite(term).all():
-                raise BundleError(f"the bundle's scaling of '{key}' is not finite (3 x {dim})")
-        subtract, multiply, add = terms
-        return cls(subtract, multiply, add)  # type: ignore[arg-type]
+        names = ("subtract", "multiply", "add")
+        terms = [arrays.get(f"{key}.{name}", np.zeros(0, np.float32)) for name in names]
+        if any(term.shape != (dim,) or not np.isfinite(term).all() for term in terms):
+            raise BundleError(f"the bundle's scaling of '{key}' is not finite (3 x {dim})")
+        return cls(*terms)
 
     @classmethod
     def identity(cls, dim: int) -> "Affine":
@@ -75,14 +74,7 @@ class ActionScaling:
     def of(
         cls, affine: Affine, state: Affine, relative: Sequence[bool], limits: Floats | None
     ) -> "ActionScaling":
-        """From the scaling of actions, that of states, and which actions are distances.
-
-        Args:
-            affine: network units -> the robot's.
-            state: the robot's units -> the network's.
-            relative: (A,), or empty where none is.
-            limits: (2, A), as in the class.
-        """
+        """From a `state` scaling, robot -> network, and which actions are distances (A,) or ()."""
         dim = len(affine.add)
         mask = np.array(relative or [False] * dim)
         if not mask.any():
@@ -94,10 +86,7 @@ class ActionScaling:
     def apply(self, chunks: Floats, states: Floats, out: Floats | None = None) -> Floats:
         """Scale chunks (..., W, A) that were predicted on states (..., S), both normalised.
 
-        Args:
-            chunks: decoded chunks plus offsets.
-            states: those of the current step.
-            out: may be `chunks` itself; None makes a new array.
+        Into `out`, which may be `chunks` itself; None makes a new array.
         """
         out = self.affine.apply(chunks, out)
         if self.base is not None:

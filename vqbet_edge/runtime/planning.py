@@ -16,12 +16,7 @@ from vqbet_edge.runtime.window import ObservationWindow
 class Planner:
     """Predicts chunks (paper, section 3.3: decoded code pair plus the codes' offsets).
 
-    Args:
-        window: the observations, and the graphs.
-        sampler: draws the code pair.
-        table: float32 (C, C, W, A), the decoded chunk of every code pair; None decodes by graph.
-        scaling: network units -> the robot's.
-        actions: clamps what was planned.
+    `table` is float32 (C, C, W, A), the decoded chunk of every code pair; None decodes by graph.
     """
 
     def __init__(
@@ -39,11 +34,7 @@ class Planner:
     def plan(
         self, forced: Codes | None = None, draws: NDArray[np.float64] | None = None
     ) -> Decision:
-        """Predict from the window as it is.
-
-        Args:
-            forced: int64 (2,), the code pair to take instead of drawing one.
-            draws: see `CodeSampler.choose`.
+        """Predict from the window as it is; for the arguments see `CodeSampler.choose`.
 
         Raises:
             NonFiniteError: the network produced NaN or infinity.
@@ -52,12 +43,15 @@ class Planner:
         choice = self.sampler.choose(outputs, forced, draws)
         primary, secondary = choice.codes
         offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
-        decoded = self._decode(choice.codes)
+        graphs = self._window.graphs
+        decoded = (
+            graphs.decode(choice.codes) if self._table is None else self._table[primary, secondary]
+        )
         chunk: Floats = decoded + offsets
         self._scaling.apply(chunk, self._window.newest_state, chunk)
         if not (np.isfinite(outputs.offsets).all() and np.isfinite(chunk).all()):
             raise NonFiniteError("the predicted actions are not finite; none is executed")
-        clamped = self._actions.planned(chunk)
+        clamped = self._actions.clamp(chunk)
         return Decision(
             step=self._window.newest_step,
             codes=choice.codes,
@@ -67,15 +61,8 @@ class Planner:
             offset_chunk=offsets,
             action_chunk=chunk,
             clamped=clamped,
-            seconds=dict(self._window.graphs.seconds),
+            seconds=dict(graphs.seconds),
         )
-
-    def _decode(self, codes: Codes) -> Floats:
-        """A code pair (2,) -> a chunk (W, A), normalised."""
-        if self._table is None:
-            return self._window.graphs.decode(codes)
-        chunk: Floats = self._table[codes[0], codes[1]]
-        return chunk
 
 
 def secondary_columns(bundle: Bundle) -> Floats | None:
@@ -99,11 +86,7 @@ def decode_table(bundle: Bundle) -> Floats | None:
 
 
 def action_scaling(bundle: Bundle) -> ActionScaling:
-    """What turns the network's chunks into the robot's actions.
-
-    Raises:
-        BundleError: it is not whole.
-    """
+    """What turns the network's chunks into the robot's actions; may raise BundleError."""
     manifest, arrays = bundle.manifest, bundle.arrays
     action = Affine.from_arrays(arrays, "action", manifest.action_dim)
     state = Affine.from_arrays(arrays, "state", manifest.state_dim)

@@ -2,8 +2,8 @@
 
 The export proves graphs against PyTorch on the desk; another processor, another ONNX Runtime or
 TensorRT's choice of kernels is another computation. So a bundle carries reference cases. They are
-acted out on the backend through `EdgePolicy` itself, with the reference's codes forced, so that
-crop, normalisation, window and decode table are proven too.
+acted out on the backend as `EdgePolicy` acts, with the reference's codes forced, so that crop,
+normalisation, window and decode table are proven too.
 """
 
 import math
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqbet_edge.errors import NonFiniteError, VerificationError
-from vqbet_edge.runtime.backends.base import Backend, Prefetch, Window
+from vqbet_edge.runtime.acting import ActingPolicy
+from vqbet_edge.runtime.backends.base import Backend, Prefetch
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cases import CONSTANTS, PolicyOutputs, ReferenceCases, prints
 from vqbet_edge.runtime.comparison import (
@@ -34,7 +35,6 @@ from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.observation import Observation
 from vqbet_edge.runtime.planning import action_scaling, decode_table, secondary_columns
-from vqbet_edge.runtime.policy import EdgePolicy
 from vqbet_edge.runtime.sampling import secondary_row
 
 # What is compared, and how many graphs' rounding is in it.
@@ -104,11 +104,7 @@ class Proof:
 
 
 def prove(bundle: Bundle, backend: Backend) -> Proof:
-    """Act the bundle's reference cases out on a backend; takes a second.
-
-    Args:
-        bundle: as opened, with all its files.
-        backend: with the bundle's graphs; other windows of it may be in use.
+    """Act the reference cases of a bundle with all its files out on a backend; takes a second.
 
     Raises:
         BundleError: the bundle has no reference cases.
@@ -148,22 +144,18 @@ def act_out(bundle: Bundle, backend: Backend, cases: ReferenceCases) -> Proof:
 class PolicyCheck:
     """Acts on a backend with the reference's codes forced, and compares everything on the way.
 
-    Args:
-        bundle: need not have been verified yet.
-        backend: with the bundle's graphs.
-        reference: temperature, spread and prints; its cases need not be there yet.
+    The bundle need not have been verified yet, the reference need not have its cases yet.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, reference: ReferenceCases) -> None:
-        manifest = bundle.manifest
         self._bundle, self._backend, self._reference = bundle, backend, reference
-        self._actor = _Actor(bundle, backend, backend.default_prefetch)
-        plain = self._actor if not self._actor.prefills else _Actor(bundle, backend, "off")
-        self._plain_actor = plain
+        self._actor = self._plain_actor = _Actor(bundle, backend, backend.default_prefetch)
+        if self._actor.graphs.can_prefill:  # else both ways are one
+            self._plain_actor = _Actor(bundle, backend, "off")
         self._whole = PolicyComparison(reference.spread, reference.temperature)
         self._stages = {name: StageComparison() for name in (*_BEHIND, *_EXACT)}
         self._codes = {"offsets": CodeComparison(), "secondary logits": CodeComparison()}
-        self._state = Affine.from_arrays(bundle.arrays, "state", manifest.state_dim)
+        self._state = Affine.from_arrays(bundle.arrays, "state", bundle.manifest.state_dim)
         self._columns = secondary_columns(bundle)
         self._action, self._scaling = action_scaling(bundle), np.float64(0)
         table = decode_table(bundle)
@@ -178,34 +170,29 @@ class PolicyCheck:
         *,
         prefetch: bool = True,
     ) -> None:
-        """Act through one episode.
+        """Act through one episode of M observations.
 
         Args:
-            observations: M of them.
+            observations: the robot's.
             expected: what the reference computes for them.
             clear: (M,), which of its codes rounding cannot exchange; None decides by what all
                 logits move.
             prefetch: work ahead as on a robot that has the time; else as on one that has not,
                 which runs other graphs.
-
-        Raises:
-            NonFiniteError: a stage overflows.
         """
         actor = self._actor if prefetch else self._plain_actor
-        actor.policy.reset()
+        actor.reset()
         for step, observation in enumerate(observations):
             wanted = PolicyOutputs(*(values[step] for values in expected))
-            chunk = actor.policy.act_chunk(observation, codes=wanted.codes)
+            chunk = actor.act_chunk(observation, codes=wanted.codes)
+            logits = self._compare_graphs(actor, wanted)
             marked = None if clear is None else bool(clear[step])
-            self._whole.add(
-                chunk, wanted.actions, self._compare_graphs(actor, wanted), wanted.logits,
-                clear=marked,
-            )  # fmt: skip
+            self._whole.add(chunk, wanted.actions, logits, wanted.logits, clear=marked)
             self._compare_scalings(observation, wanted)
 
     def _compare_graphs(self, actor: "_Actor", wanted: PolicyOutputs) -> Floats:
         """Every graph's output; returns the logits (2, C) of both layers."""
-        decision, read = actor.policy.last, actor.window.read
+        decision, read = actor.last, actor.graphs.read
         assert decision is not None  # noqa: S101 - a chunk was just predicted
         rows, offsets = read("logits"), read("offsets")
         logits = np.stack([rows[0], secondary_row(rows, int(wanted.codes[0]), self._columns)])
@@ -220,10 +207,10 @@ class PolicyCheck:
         return logits
 
     def _compare_scalings(self, observation: Observation, wanted: PolicyOutputs) -> None:
-        manifest = self._bundle.manifest
-        scaled = self._state.apply(observation[manifest.state_key].astype(np.float32))
         if not np.isfinite(wanted.scaled_states).all():
             return
+        state = observation[self._bundle.manifest.state_key]
+        scaled = self._state.apply(state.astype(np.float32))
         self._compare("state scaling", scaled, wanted.scaled_states)
         chunk = wanted.decoded_chunk + wanted.offset_chunk
         errors = action_errors(self._action.apply(chunk, wanted.scaled_states), wanted.actions)
@@ -237,21 +224,15 @@ class PolicyCheck:
         """Free the windows, unless one is the backend's last: the backend stays open."""
         for actor in (self._actor, self._plain_actor):
             if len(self._backend.windows) > 1:
-                actor.policy.close()
-
-    @property
-    def steps(self) -> int:
-        """Predictions so far."""
-        return self._whole.steps
+                actor.close()
 
     @property
     def proof(self) -> Proof:
         """The figures so far."""
-        manifest = self._bundle.manifest
         return Proof(
             backend=self._backend.name,
-            precision=manifest.precision,
-            steps=self.steps,
+            precision=self._bundle.manifest.precision,
+            steps=self._whole.steps,
             stages={name: found.result for name, found in self._stages.items()},
             codes={name: found.result for name, found in self._codes.items()},
             scaling=float(self._scaling),
@@ -260,36 +241,14 @@ class PolicyCheck:
         )
 
 
-class _Actor:
-    """A policy and the window that it acts on."""
+class _Actor(ActingPolicy):
+    """A policy whose graphs can be read."""
 
     def __init__(self, bundle: Bundle, backend: Backend, prefetch: Prefetch) -> None:
-        tap = _Tap(backend)
         # Forced codes may leave the limits, and the reference has none; nor for made-up states.
         guards = Guards(action_limits=None, state_limits=(-math.inf, math.inf))
-        self.policy = EdgePolicy(bundle, tap, prefetch=prefetch, guards=guards)
-        self.window = tap.window
-
-    @property
-    def prefills(self) -> bool:
-        """Whether acting with and without working ahead are two ways."""
-        return self.window.can_prefill
-
-
-class _Tap(Backend):
-    """A backend that keeps hold of the window that it hands out."""
-
-    name = "tap"
-    window: Window
-
-    def __init__(self, backend: Backend) -> None:
-        super().__init__()
-        self._backend = backend
-
-    def create_window(self) -> Window:
-        """See `Backend`."""
-        self.window = self._backend.create_window()
-        return self.window
+        super().__init__(bundle, backend, prefetch=prefetch, guards=guards)
+        self.graphs = self._window.graphs
 
 
 def _differing(bundle: Bundle, reference: ReferenceCases) -> Iterator[str]:
@@ -300,11 +259,10 @@ def _differing(bundle: Bundle, reference: ReferenceCases) -> Iterator[str]:
     if bundle.manifest.format_version == 2:
         return
     for name in CONSTANTS:
-        if not _same(bundle.arrays.get(name), reference.constants.get(name)):
+        own, wanted = bundle.arrays.get(name), reference.constants.get(name)
+        if own is None or wanted is None:
+            same = own is wanted
+        else:
+            same = own.shape == wanted.shape and np.allclose(own, wanted, rtol=1e-5, atol=1e-6)
+        if not same:
             yield f"{name}: not what the reference has"
-
-
-def _same(first: Floats | None, second: Floats | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return first.shape == second.shape and np.allclose(first, second, rtol=1e-5, atol=1e-6)

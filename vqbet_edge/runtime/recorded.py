@@ -13,30 +13,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.runtime.recording_format import (
-    ACTION,
-    DECISION,
-    DECISION_EPISODE,
-    DECISION_STEP,
-    EPISODE,
-    FILE_PATTERN,
-    FORMAT_VERSION,
-    METADATA,
-    OUTCOME,
-    SECONDS,
-    STAGE_SECONDS,
-    STEP,
-    TIME,
-    Array,
-    Outcome,
-    PolicyInfo,
-    RecordingInfo,
-    unpack_decision,
-)
+from vqbet_edge.runtime import recording_format as fmt
+from vqbet_edge.runtime.recording_format import Array, Outcome, PolicyInfo, RecordingInfo
 from vqbet_edge.runtime.sampling import Decision
 
-_CHUNKS = ("decoded", "offset", "action")
-_ROWS = (EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME)
+_WITHOUT = (
+    "holds observations without decisions; record with "
+    "`with policy.record(folder, decisions=True): ...`"
+)
 
 
 class _Versioned(msgspec.Struct):
@@ -70,7 +54,6 @@ class RecordedEpisode:
     _first: int
 
     def __len__(self) -> int:
-        """How many rows it has."""
         return len(self.steps)
 
     def frame(self, key: str, row: int) -> NDArray[np.uint8]:
@@ -109,15 +92,15 @@ class Recording:
             DatasetError: it holds no recording, one without decisions, or a damaged one.
         """
         self.folder = Path(folder)
-        self._paths = sorted(self.folder.glob(FILE_PATTERN))
+        self._paths = sorted(self.folder.glob(fmt.FILE_PATTERN))
         if not self._paths:
             raise DatasetError(
-                f"'{folder}' holds no recording: expected files {FILE_PATTERN}; record one with "
-                "`with policy.record(folder, decisions=True): ...`"
+                f"'{folder}' holds no recording: expected files {fmt.FILE_PATTERN}; record "
+                "one with `with policy.record(folder, decisions=True): ...`"
             )
         try:
             parts = [self._read(path) for path in self._paths]
-            self._firsts = np.cumsum([0, *(len(part[EPISODE]) for part in parts)])
+            self._firsts = np.cumsum([0, *(len(part[fmt.EPISODE]) for part in parts)])
             self.episodes = list(self._episodes(parts))
         except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
             raise self._unreadable(error) from error
@@ -142,8 +125,8 @@ class Recording:
 
     def _read(self, path: Path) -> dict[str, Array]:
         with safe_open(path, "numpy") as file:
-            self.info = _info(path, (file.metadata() or {}).get(METADATA))
-            keys = [k for k in file.keys() if k in _ROWS or k.startswith(DECISION)]  # noqa: SIM118
+            self.info = _info(path, (file.metadata() or {}).get(fmt.METADATA))
+            keys = [k for k in file.keys() if k in fmt.OWN or k.startswith(fmt.DECISION)]  # noqa: SIM118
             arrays = {key: file.get_tensor(key) for key in (*keys, self.info.state_key)}
         wrong = _misfit(arrays, self.info)
         if wrong is not None:
@@ -152,22 +135,27 @@ class Recording:
 
     def _episodes(self, parts: Sequence[Mapping[str, Array]]) -> Iterator[RecordedEpisode]:
         state = self.info.state_key
-        rows = {key: np.concatenate([part[key] for part in parts]) for key in (*_ROWS, state)}
-        numbers, steps = rows[EPISODE], rows[STEP]
+        rows = {key: np.concatenate([part[key] for part in parts]) for key in (*fmt.OWN, state)}
+        numbers, steps = rows[fmt.EPISODE], rows[fmt.STEP]
         # A file that was lost leaves a gap that no number shows.
         cuts = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(steps) != 1)) + 1
-        made = dict(_decisions(parts))
+        made = {
+            (episode, decision.step): decision
+            for part in parts
+            for row, episode in enumerate(part.get(fmt.DECISION_EPISODE, np.zeros(0)).tolist())
+            for decision in (fmt.unpack_decision(part, row),)
+        }
         for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True):
             part = slice(first, last)
             at = [(int(numbers[first]), step) for step in steps[part].tolist()]
             yield RecordedEpisode(
                 number=int(numbers[first]),
                 steps=steps[part],
-                times=rows[TIME][part],
+                times=rows[fmt.TIME][part],
                 states=rows[state][part],
-                actions=rows[ACTION][part],
-                seconds=rows[SECONDS][part],
-                outcomes=rows[OUTCOME][part],
+                actions=rows[fmt.ACTION][part],
+                seconds=rows[fmt.SECONDS][part],
+                outcomes=rows[fmt.OUTCOME][part],
                 decisions={row: made[place] for row, place in enumerate(at) if place in made},
                 _recording=self,
                 _first=first,
@@ -182,60 +170,37 @@ class Recording:
 
 def _misfit(arrays: Mapping[str, Array], info: RecordingInfo) -> str | None:
     """The first key whose type, shape or values no recorder writes; a missing one is a KeyError."""
-    rows, width = arrays[ACTION].shape
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        EPISODE: ("int64", (rows,)),
-        STEP: ("int64", (rows,)),
-        TIME: ("int64", (rows,)),
-        ACTION: ("float32", (rows, width)),
-        SECONDS: ("float64", (rows,)),
-        OUTCOME: ("uint8", (rows,)),
-        info.state_key: ("float32", (rows, *arrays[info.state_key].shape[1:2])),
-    }
-    codes = 0
-    if DECISION_EPISODE in arrays:
-        made, _, codes = arrays[f"{DECISION}code_probabilities"].shape
-        chunk = made, arrays[f"{DECISION}action_chunk"].shape[1], width
-        shapes |= {
-            DECISION_EPISODE: ("int64", (made,)),
-            DECISION_STEP: ("int64", (made,)),
-            f"{DECISION}codes": ("int64", (made, 2)),
-            f"{DECISION}code_probabilities": ("float64", (made, 2, codes)),
-            f"{DECISION}draws": ("float64", (made, 2)),
-            f"{DECISION}clamped": ("bool", chunk),
-            **{f"{DECISION}{name}_chunk": ("float32", chunk) for name in _CHUNKS},
-            **{k: ("float64", (made,)) for k in arrays if k.startswith(STAGE_SECONDS)},
-        }
-    for key, (dtype, shape) in shapes.items():
-        if arrays[key].dtype != dtype or arrays[key].shape != shape:
-            return f"'{key}'"
+    rows, width = arrays[fmt.ACTION].shape
+    state_dim, codes = arrays[info.state_key].shape[-1], 0
+    expected = [(rows, fmt.row_columns(info.state_key, state_dim, width))]
+    if fmt.DECISION_EPISODE in arrays:
+        made, _, codes = arrays[f"{fmt.DECISION}code_probabilities"].shape
+        chunk = arrays[f"{fmt.DECISION}action_chunk"].shape[1], width
+        seconds = {k: ("float64", ()) for k in arrays if k.startswith(fmt.STAGE_SECONDS)}
+        expected.append((made, {**fmt.decision_columns(codes, chunk), **seconds}))
+    for count, columns in expected:
+        for key, (dtype, shape) in columns.items():
+            if arrays[key].dtype != dtype or arrays[key].shape != (count, *shape):
+                return f"'{key}'"
     limits = None if info.policy is None else info.policy.action_limits
     if limits is not None and {len(limit) for limit in limits} != {width}:
         return "the number of action limits"
     # MCAP has 32 bits for a step.
-    steps = dict.fromkeys((STEP, DECISION_STEP), 1 << 32)
-    ranges = {f"{DECISION}codes": codes, OUTCOME: len(Outcome), TIME: 1 << 63, **steps}
+    steps = dict.fromkeys((fmt.STEP, fmt.DECISION_STEP), 1 << 32)
+    ranges = {f"{fmt.DECISION}codes": codes, fmt.OUTCOME: len(Outcome), fmt.TIME: 1 << 63, **steps}
     for key, end in ranges.items():
         if key in arrays and not ((arrays[key] >= 0) & (arrays[key] < end)).all():
             return f"a value of '{key}'"
-    return next((f"a value of '{key}'" for key in shapes if not _possible(key, arrays[key])), None)
+    impossible = (key for key, values in arrays.items() if not _possible(key, values))
+    return next((f"a value of '{key}'" for key in impossible), None)
 
 
 def _possible(key: str, values: Array) -> bool:
     """Whether every number is finite, or NaN where that says that there was none."""
     if values.dtype.kind != "f":
         return True
-    may_lack = key in {ACTION, SECONDS} or key.startswith(STAGE_SECONDS)
+    may_lack = key in {fmt.ACTION, fmt.SECONDS} or key.startswith(fmt.STAGE_SECONDS)
     return bool((np.isfinite(values) | (may_lack & np.isnan(values))).all())
-
-
-def _decisions(
-    parts: Sequence[Mapping[str, Array]],
-) -> Iterator[tuple[tuple[int, int], Decision]]:
-    for part in parts:
-        for row, episode in enumerate(part.get(DECISION_EPISODE, np.zeros(0)).tolist()):
-            decision = unpack_decision(part, row)
-            yield (episode, decision.step), decision
 
 
 def _info(path: Path, text: str | None) -> RecordingInfo:
@@ -243,9 +208,9 @@ def _info(path: Path, text: str | None) -> RecordingInfo:
         raise DatasetError(f"'{path}' {_WITHOUT}")
     try:
         version = msgspec.json.decode(text, type=_Versioned).format_version
-        if version != FORMAT_VERSION:
+        if version != fmt.FORMAT_VERSION:
             raise DatasetError(
-                f"'{path}' has format {version}, expected {FORMAT_VERSION}; read it with the "
+                f"'{path}' has format {version}, expected {fmt.FORMAT_VERSION}; read it with the "
                 "version of vqbet_edge that recorded it"
             )
         info = msgspec.json.decode(text, type=RecordingInfo)
@@ -254,9 +219,3 @@ def _info(path: Path, text: str | None) -> RecordingInfo:
     if info.policy is None:
         raise DatasetError(f"'{path}' {_WITHOUT}")
     return info
-
-
-_WITHOUT = (
-    "holds observations without decisions; record with "
-    "`with policy.record(folder, decisions=True): ...`"
-)

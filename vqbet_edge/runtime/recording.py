@@ -15,31 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from vqbet_edge.errors import DiskError, UsageError
+from vqbet_edge.runtime import recording_format as fmt
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_edge.runtime.recording_format import (
-    ACTION,
-    EPISODE,
-    FILE_PATTERN,
-    FORMAT_VERSION,
-    OUTCOME,
-    SECONDS,
-    STEP,
-    TIME,
-    Array,
-    Columns,
-    Outcome,
-    PolicyInfo,
-    RecordingInfo,
-    decision_bytes,
-    is_feature,
-    pack_decisions,
-    row_columns,
-)
+from vqbet_edge.runtime.recording_format import Array, Outcome, PolicyInfo, RecordingInfo
 from vqbet_edge.runtime.sampling import Decision
 from vqbet_edge.runtime.worker import Backlog, Worker
 
@@ -55,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 class _Block:
     """Rows that will be one file; its memory is used again for a later file."""
 
-    def __init__(self, columns: Columns, rows: int) -> None:
+    def __init__(self, columns: fmt.Columns, rows: int) -> None:
         self._arrays = {
             key: np.empty((rows, *shape), dtype) for key, (dtype, shape) in columns.items()
         }
@@ -88,7 +72,7 @@ class _Block:
     def contents(self) -> dict[str, Array]:
         """What the file holds."""
         rows = {key: column[: self.rows] for key, column in self._arrays.items()}
-        return rows | pack_decisions(self.decisions)
+        return rows | fmt.pack_decisions(self.decisions)
 
 
 class Recorder:
@@ -100,15 +84,8 @@ class Recorder:
     A disk that fails ends the recording, not the robot's work. Both are logged when they happen,
     and `close` reports them.
 
-    Args:
-        manifest: of the policy's bundle.
-        folder: where to; made if it is not there.
-        max_bytes: nothing is recorded beyond it.
-        policy: whose decisions are recorded too; None for observations alone.
-        step: observations that the current episode has had already.
-
-    Attributes:
-        folder: as given.
+    `policy` says whose decisions are recorded too, None for observations alone; `step` how many
+    observations the current episode has had already.
 
     Raises:
         UsageError: the folder holds a recording, the limit is below one row, or a feature has a
@@ -125,19 +102,37 @@ class Recorder:
         step: int = 0,
     ) -> None:
         self._manifest, self.folder = manifest, folder
-        columns = row_columns(manifest, decisions=policy is not None)
-        self._row_bytes = _row_bytes(columns)
-        self._decision_bytes = 0 if policy is None else decision_bytes(manifest)
-        self._bytes_left = max_bytes
+        columns = dict(fmt.row_columns(manifest.state_key, manifest.state_dim, manifest.action_dim))
+        columns |= {key: ("uint8", shape) for key, shape in manifest.image_shapes.items()}
+        self._decision_bytes = 0
+        if policy is None:
+            for key in (fmt.TIME, fmt.ACTION, fmt.SECONDS, fmt.OUTCOME):
+                del columns[key]
+        else:
+            sizes = manifest.policy
+            chunk = sizes.action_chunk_size, manifest.action_dim
+            # And four stages' seconds.
+            self._decision_bytes = 32 + _row_bytes(fmt.decision_columns(sizes.vqvae_n_embed, chunk))
+        self._row_bytes, self._bytes_left = _row_bytes(columns), max_bytes
         if not self._has_room():
             raise UsageError(
                 f"one observation has {self._row_bytes + self._decision_bytes} bytes, more than "
                 f"the limit of {max_bytes}"
             )
-        _check_keys(manifest)
-        _claim(folder)
-        features = manifest.image_keys, manifest.state_key
-        self._metadata = RecordingInfo(FORMAT_VERSION, *features, policy).metadata()
+        features = *manifest.image_keys, manifest.state_key
+        if taken := [key for key in features if not fmt.is_feature(key)]:
+            raise UsageError(
+                f"the policy's features {taken} have names that a recording needs for itself; "
+                "rename them in the data set and train again"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.glob(fmt.FILE_PATTERN)):
+                raise UsageError(f"'{folder}' holds a recording already; choose another folder")
+        except OSError as error:
+            raise DiskError(f"cannot record to '{folder}': {error.strerror}") from error
+        info = RecordingInfo(fmt.FORMAT_VERSION, manifest.image_keys, manifest.state_key, policy)
+        self._metadata = {fmt.METADATA: msgspec.json.encode(info).decode()}
         self._with_decisions = policy is not None
         rows = max(1, min(_BLOCK_BYTES, max_bytes) // self._row_bytes)
         self._free = [_Block(columns, rows) for _ in range(_BLOCKS)]
@@ -171,10 +166,10 @@ class Recorder:
         manifest = self._manifest
         row = {key: np.asarray(observation[key]) for key in manifest.image_keys}
         row[manifest.state_key] = np.asarray(observation[manifest.state_key]).reshape(-1)
-        own: dict[str, Any] = {EPISODE: self._episode, STEP: step}
+        own: dict[str, Any] = {fmt.EPISODE: self._episode, fmt.STEP: step}
         if self._with_decisions:
-            own[TIME] = self._epoch + time.monotonic_ns()
-            own |= {ACTION: np.nan, SECONDS: np.nan, OUTCOME: Outcome.RAISED}
+            own[fmt.TIME] = self._epoch + time.monotonic_ns()
+            own |= {fmt.ACTION: np.nan, fmt.SECONDS: np.nan, fmt.OUTCOME: Outcome.RAISED}
         block.append(row | own, now)
         self._bytes_left -= self._row_bytes
 
@@ -184,16 +179,10 @@ class Recorder:
             self._decided.append(decision)
 
     def acted(self, action: NDArray[np.float32], seconds: float, outcome: Outcome) -> None:
-        """What came of the newest observation, and of decisions since the last call.
-
-        Args:
-            action: (A,), as handed out.
-            seconds: that the caller waited.
-            outcome: whose action it is.
-        """
+        """The action (A,) for the newest observation, as handed out after so many seconds."""
         if self._with_decisions:
             if self._block is not None and self._kept:
-                self._block.amend({ACTION: action, SECONDS: seconds, OUTCOME: outcome})
+                self._block.amend({fmt.ACTION: action, fmt.SECONDS: seconds, fmt.OUTCOME: outcome})
             self._take_decisions()
         # Now, so that it is written while the robot moves, not while the next call computes.
         if self._block is not None and self._block.ended(time.monotonic()):
@@ -249,30 +238,25 @@ class Recorder:
 
     def _open_block(self) -> _Block | None:
         """The block that is being filled; None while the disk is too slow to have one free."""
-        if self._block is None:
-            if self._free:
-                self._block = self._free.pop()
-            else:
-                self._lose()
+        if self._block is None and self._free:
+            self._block = self._free.pop()
+        elif self._block is None:
+            if not self._lost:
+                _LOG.warning(
+                    "the disk is too slow for the recording in '%s': observations are left out",
+                    self.folder,
+                )
+            self._lost, self._gap = self._lost + 1, True
         return self._block
 
     def _has_room(self) -> bool:
         return self._bytes_left >= self._row_bytes + self._decision_bytes
 
-    def _lose(self) -> None:
-        if not self._lost:
-            _LOG.warning(
-                "the disk is too slow for the recording in '%s': observations are left out",
-                self.folder,
-            )
-        self._lost += 1
-        self._gap = True
-
     def _hand_over(self) -> None:
         """Let the current block be written."""
         block, self._block = self._block, None
         if block is not None and (block.rows or block.decisions):
-            path = self.folder / FILE_PATTERN.replace("*", f"{self._files:06}")
+            path = self.folder / fmt.FILE_PATTERN.replace("*", f"{self._files:06}")
             self._files += 1
             self._writing.check()
             self._writing.add(self._writer.submit(lambda: self._write(path, block)))
@@ -302,26 +286,8 @@ def _write_file(path: Path, arrays: Mapping[str, Array], metadata: dict[str, str
         os.fsync(file.fileno())
 
 
-def _row_bytes(columns: Columns) -> int:
+def _row_bytes(columns: fmt.Columns) -> int:
     return sum(np.dtype(dtype).itemsize * math.prod(s) for dtype, s in columns.values())
-
-
-def _check_keys(manifest: Manifest) -> None:
-    taken = [k for k in (*manifest.image_keys, manifest.state_key) if not is_feature(k)]
-    if taken:
-        raise UsageError(
-            f"the policy's features {taken} have names that a recording needs for itself; rename "
-            "them in the data set and train again"
-        )
-
-
-def _claim(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.glob(FILE_PATTERN)):
-            raise UsageError(f"'{folder}' holds a recording already; choose another folder")
-    except OSError as error:
-        raise DiskError(f"cannot record to '{folder}': {error.strerror}") from error
 
 
 def _frame(image: Array) -> Array:

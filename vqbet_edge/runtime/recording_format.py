@@ -26,39 +26,28 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Annotated, Any, Literal
 
-import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from vqbet_edge.runtime.manifest import Manifest, Positive, Precision, Sha256, Text
+from vqbet_edge.runtime.manifest import Positive, Precision, Sha256, Text
 from vqbet_edge.runtime.sampling import Decision
 
 FORMAT_VERSION: Literal[2] = 2
 FILE_PATTERN = "observations_*.safetensors"
 METADATA = "recording"
-EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME = (
-    "episode",
-    "step",
-    "time",
-    "action",
-    "seconds",
-    "outcome",
+#: A recording's own columns, beside those of features.
+OWN = EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME = (
+    *("episode", "step", "time", "action", "seconds", "outcome"),
 )
 DECISION = "decision."
 DECISION_EPISODE, DECISION_STEP = f"{DECISION}{EPISODE}", f"{DECISION}{STEP}"
 STAGE_SECONDS = f"{DECISION}{SECONDS}."
 #: Fields of `Decision` that are arrays.
 DECISION_ARRAYS = (
-    "codes",
-    "code_probabilities",
-    "draws",
-    "decoded_chunk",
-    "offset_chunk",
-    "action_chunk",
+    *("codes", "code_probabilities", "draws", "decoded_chunk", "offset_chunk", "action_chunk"),
     "clamped",
 )
-_NANOSECONDS = 1_000_000_000
 
 Array = NDArray[Any]
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -114,41 +103,38 @@ class RecordingInfo(Struct, frozen=True):
     state_key: Text
     policy: PolicyInfo | None = None
 
-    def metadata(self) -> dict[str, str]:
-        """For the safetensors file."""
-        return {METADATA: msgspec.json.encode(self).decode()}
 
-
-def row_columns(manifest: Manifest, *, decisions: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key -> dtype and shape of one row."""
-    columns: dict[str, tuple[str, tuple[int, ...]]] = {
+def row_columns(state_key: str, state_dim: int, action_dim: int) -> Columns:
+    """Key -> dtype and shape of one row with decisions, but for frames."""
+    return {
         EPISODE: ("int64", ()),
         STEP: ("int64", ()),
-        **{key: ("uint8", shape) for key, shape in manifest.image_shapes.items()},
-        manifest.state_key: ("float32", (manifest.state_dim,)),
+        state_key: ("float32", (state_dim,)),
+        TIME: ("int64", ()),
+        ACTION: ("float32", (action_dim,)),
+        SECONDS: ("float64", ()),
+        OUTCOME: ("uint8", ()),
     }
-    if decisions:
-        columns |= {
-            TIME: ("int64", ()),
-            ACTION: ("float32", (manifest.action_dim,)),
-            SECONDS: ("float64", ()),
-            OUTCOME: ("uint8", ()),
-        }
-    return columns
 
 
-def decision_bytes(manifest: Manifest) -> int:
-    """Bytes of one decision, roughly: stages' seconds are few."""
-    policy = manifest.policy
-    chunk = policy.action_chunk_size * manifest.action_dim
-    return 16 * policy.vqvae_n_embed + 13 * chunk + 128
+def decision_columns(codes: int, chunk: tuple[int, int]) -> Columns:
+    """Key -> dtype and shape of one decision, but for stages' seconds; `chunk` is (W, A)."""
+    chunks = dict.fromkeys(("decoded_chunk", "offset_chunk", "action_chunk"), ("float32", chunk))
+    columns: Columns = {
+        EPISODE: ("int64", ()),
+        STEP: ("int64", ()),
+        "codes": ("int64", (2,)),
+        "code_probabilities": ("float64", (2, codes)),
+        "draws": ("float64", (2,)),
+        "clamped": ("bool", chunk),
+        **chunks,
+    }
+    return {DECISION + name: column for name, column in columns.items()}
 
 
 def is_feature(key: str) -> bool:
     """Whether a key is one of an observation's, not one of the recording's own."""
-    return key not in {EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME} and not key.startswith(
-        DECISION
-    )
+    return key not in OWN and not key.startswith(DECISION)
 
 
 def pack_decisions(decisions: Sequence[tuple[int, Decision]]) -> dict[str, Array]:

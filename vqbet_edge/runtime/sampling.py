@@ -94,10 +94,7 @@ class CodeSampler:
     ) -> Choice:
         """Draw a code pair, or take the `forced` one (2,).
 
-        Args:
-            outputs: of the code heads.
-            forced: the code pair to take.
-            draws: (2,), random numbers of an earlier choice, instead of the sequence's next.
+        `draws` (2,) are random numbers of an earlier choice, instead of the sequence's next.
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
@@ -107,16 +104,11 @@ class CodeSampler:
         uniforms = self._random.random(2) if draws is None else draws
         # Both layers before the first code: neither is chosen from a bad prediction.
         logits = _finite(outputs.logits).astype(np.float64)
-        primary_logits = logits[0]
-        first = softmax(primary_logits, self._temperature)
-        primary = (
-            self._draw(primary_logits, first, uniforms[0]) if forced is None else int(forced[0])
-        )
-        secondary_logits = secondary_row(logits, primary, self._columns)
-        second = softmax(_finite(secondary_logits), self._temperature)
-        secondary = (
-            self._draw(secondary_logits, second, uniforms[1]) if forced is None else int(forced[1])
-        )
+        first = softmax(logits[0], self._temperature)
+        primary = int(self._draw(logits[0], first, uniforms[0]) if forced is None else forced[0])
+        row = _finite(secondary_row(logits, primary, self._columns))
+        second = softmax(row, self._temperature)
+        secondary = self._draw(row, second, uniforms[1]) if forced is None else forced[1]
         codes = np.array([primary, secondary], np.int64)
         return Choice(codes, np.stack([first, second]), uniforms)
 
@@ -130,13 +122,7 @@ class CodeSampler:
 
 
 def secondary_row(logits: NDArray[Scalar], primary: int, columns: Floats | None) -> NDArray[Scalar]:
-    """The secondary logits (C,) given the primary code.
-
-    Args:
-        logits: (1 + R, C), as the code heads give them.
-        primary: the code.
-        columns: see `CodeSampler`.
-    """
+    """Of logits (1 + R, C): the secondary ones (C,) given the primary code; see `CodeSampler`."""
     row: NDArray[Scalar] = logits[1 + primary if len(logits) > 2 else 1]
     if columns is not None:
         row = row + columns[primary]

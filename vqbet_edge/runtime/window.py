@@ -14,12 +14,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 def sliding_windows(rows: NDArray[Scalar], length: int) -> NDArray[Scalar]:
     """The window behind every observation of an episode; the first observation fills the window.
 
-    Args:
-        rows: (M, ...), one row per observation.
-        length: observations in a window.
-
-    Returns:
-        (M, length, ...), oldest row first: a read-only view.
+    Rows (M, ...), one per observation -> (M, length, ...), oldest first: a read-only view.
     """
     padded = np.concatenate([np.repeat(rows[:1], length - 1, axis=0), rows])
     return np.moveaxis(np.lib.stride_tricks.sliding_window_view(padded, length, axis=0), -1, 1)
@@ -41,10 +36,7 @@ class ObservationWindow:
     Observations are checked and written into a slot first and appended later, possibly by another
     thread: `next_slot` is for the thread that acts, everything else for one thread at a time.
 
-    Args:
-        manifest: of the bundle.
-        graphs: runs the graphs and keeps what they made of the window.
-        waiting: observations that may wait to be appended at the same time.
+    `waiting` observations may wait to be appended at the same time.
     """
 
     def __init__(self, manifest: Manifest, graphs: Window, waiting: int) -> None:

@@ -57,13 +57,9 @@ _Jobs: TypeAlias = "SimpleQueue[Job[Any] | None]"
 
 
 class Worker:
-    """Runs jobs one after the other on a thread, which starts with the first job.
+    """Runs jobs one after the other on a thread, which starts with the first and ends with this.
 
-    The thread ends with this object, or with Python.
-
-    Args:
-        name: the thread's.
-        finish: Python waits a moment at its end for the jobs, which may be in compiled code.
+    With `finish`, Python waits a moment at its end for the jobs, which may be in compiled code.
     """
 
     def __init__(self, name: str, *, finish: bool) -> None:
@@ -74,18 +70,15 @@ class Worker:
     def submit(self, work: Callable[[], Result]) -> Job[Result]:
         """Run `work` after all that was submitted before."""
         if not self._started:
-            self._start()
+            threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True).start()
+            # At Python's end, jobs may be submitted still.
+            weakref.finalize(self, self._jobs.put, None).atexit = False
+            self._started = True
         job = Job(work)
         if self._finish:
             ending.RUNNING.add(job)
         self._jobs.put(job)
         return job
-
-    def _start(self) -> None:
-        threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True).start()
-        # At Python's end, jobs may be submitted still.
-        weakref.finalize(self, self._jobs.put, None).atexit = False
-        self._started = True
 
 
 class Backlog(Generic[Result]):

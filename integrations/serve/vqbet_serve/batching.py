@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from vqbet_edge.runtime.backends.base import Backend, Part, Window
+from vqbet_edge.runtime.backends.base import Backend, GptRun, Window
 
 _LOG = logging.getLogger(__name__)
 # A backend that does not come back is not waited for longer.
@@ -22,7 +22,7 @@ class _Waiting(NamedTuple):
     since: float
     done: "Future[None]"
 
-    def run_alone(self, part: Part) -> None:
+    def run_alone(self, part: GptRun) -> None:
         try:
             self.window.run_alone(part)
         except BaseException as error:  # noqa: BLE001 - raised where the robot waits
@@ -47,7 +47,7 @@ class Gatherer:
     def __init__(self, backend: Backend, wait_s: float, count: Callable[[int], None]) -> None:
         self._backend, self._wait_s, self._count = backend, wait_s, count
         self._changed = threading.Condition()
-        self._waiting: dict[Part, list[_Waiting]] = {part: [] for part in backend.shared_parts}
+        self._waiting: dict[GptRun, list[_Waiting]] = {part: [] for part in backend.shared_parts}
         self._acting = 0
         self._closed = False
         self._warm_up()
@@ -57,11 +57,11 @@ class Gatherer:
         ]
         for thread in self._threads:
             thread.start()
-        backend.gather = self._gather
+        backend.run_shared = self._gather
 
     def close(self) -> None:
         """From now on every robot runs by itself."""
-        self._backend.gather = None
+        self._backend.run_shared = None
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -92,8 +92,8 @@ class Gatherer:
         # The policy that robots' are made of has a window too.
         return len(self._backend.windows) - 1
 
-    def _gather(self, window: Window, part: Part) -> None:
-        """Run a part for a window, by whichever thread; see `Backend.gather`."""
+    def _gather(self, window: Window, part: GptRun) -> None:
+        """Run a part for a window, by whichever thread; see `Backend.run_shared`."""
         waiting = _Waiting(window, time.monotonic(), Future())
         with self._changed:
             handed_over = self._robots() > 1 and not self._closed
@@ -105,11 +105,11 @@ class Gatherer:
         else:
             window.run_alone(part)
 
-    def _work(self, part: Part) -> None:
+    def _work(self, part: GptRun) -> None:
         while group := self._next_group(part):
             self._run(part, group)
 
-    def _next_group(self, part: Part) -> list[_Waiting]:
+    def _next_group(self, part: GptRun) -> list[_Waiting]:
         """Those who wait, and come while they do; none when there will be no more."""
         waiting = self._waiting[part]
         with self._changed:
@@ -121,11 +121,11 @@ class Gatherer:
             del waiting[: len(group)]
             return group
 
-    def _all_here(self, part: Part) -> bool:
+    def _all_here(self, part: GptRun) -> bool:
         coming = self._robots() if part == "prefill" else self._acting
         return self._closed or len(self._waiting[part]) >= min(coming, self._backend.most_together)
 
-    def _run(self, part: Part, group: list[_Waiting]) -> None:
+    def _run(self, part: GptRun, group: list[_Waiting]) -> None:
         if len(group) == 1 or not self._run_together(part, group):
             for each in group:
                 each.run_alone(part)
@@ -133,7 +133,7 @@ class Gatherer:
         for each in group:
             each.done.set_result(None)
 
-    def _run_together(self, part: Part, group: list[_Waiting]) -> bool:
+    def _run_together(self, part: GptRun, group: list[_Waiting]) -> bool:
         """Whether it worked; whose fault it was otherwise shows when each runs alone."""
         try:
             self._backend.run_together(part, [each.window for each in group])

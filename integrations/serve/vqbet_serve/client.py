@@ -141,8 +141,8 @@ class RemotePolicy:
             action = self._take()
             assert action is not None  # noqa: S101 - for the type checker
             self._unanswered = 0
-            self._actions.planned(action)
-            self._handed = self._actions.handed_out(action)
+            self._actions.clamp(action)
+            self._handed = self._actions.limit_change(action)
             return self._handed.copy()
 
     def reset(self, seed: int | None = None, *, from_action: ArrayLike | None = None) -> None:

@@ -19,12 +19,8 @@ def create_backend(name: BackendName, bundle: Bundle, *, build: bool = True) -> 
 
     `auto` takes TensorRT where its engines have been built, else ONNX Runtime's CUDA provider,
     else ONNX Runtime on the CPU. It says which it took, and at level INFO why not the better
-    ones. `tensorrt` builds engines that are missing, and is the backend or an error.
-
-    Args:
-        name: which.
-        bundle: the verified bundle.
-        build: without, engines that are missing are an error.
+    ones. `tensorrt` builds engines that are missing, unless `build` is false, and is the backend
+    or an error.
 
     Raises:
         UsageError: the name is unknown.
@@ -41,16 +37,15 @@ def _fastest(bundle: Bundle) -> Backend:
     for name in _FASTEST_FIRST:
         try:
             backend = _load(name, bundle, build=False)
-        except VQBeTEdgeError as error:  # noqa: PERF203 - two at most
+            break
+        except VQBeTEdgeError as error:
             reasons.append(f"not {name}: {error}")
             _LOG.info(reasons[-1])
-        else:
-            _say_once(backend.name)
-            return backend
-    try:
-        backend = _load("onnxruntime", bundle, build=False)
-    except BackendError as error:
-        raise BackendError("; ".join([str(error), *reasons])) from error
+    else:
+        try:
+            backend = _load("onnxruntime", bundle, build=False)
+        except BackendError as error:
+            raise BackendError("; ".join([str(error), *reasons])) from error
     _say_once(backend.name)
     return backend
 

@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 Prefetch: TypeAlias = Literal["thread", "inline", "off"]
 # Runs of the transformer: over a whole window, over all but the newest observation ahead of time,
 # over the newest one behind that.
-Part: TypeAlias = Literal["window", "prefill", "newest"]
+GptRun: TypeAlias = Literal["window", "prefill", "newest"]
 # What graphs put out, by its name in the I/O signatures.
 Intermediate: TypeAlias = Literal["frame_tokens", "feature", "logits", "offsets"]
 
@@ -74,7 +74,7 @@ class Backend(_Closable, ABC):
     #: When work is done that the next prediction will need, unless the user says otherwise.
     default_prefetch: ClassVar[Prefetch] = "inline"
     #: What windows can share a run of; nothing where they cannot, or gain nothing.
-    shared_parts: tuple[Part, ...] = ()
+    shared_parts: tuple[GptRun, ...] = ()
     #: Windows that one `run_together` takes.
     most_together: int = 1
 
@@ -83,13 +83,13 @@ class Backend(_Closable, ABC):
         self.windows: WeakSet[Window] = WeakSet()
         #: Runs one of `shared_parts` for a window, by `run_together` or the window's `run_alone`:
         #: set by whoever drives several robots. None runs it alone.
-        self.gather: Callable[[Window, Part], None] | None = None
+        self.run_shared: Callable[[Window, GptRun], None] | None = None
 
     @abstractmethod
     def create_window(self) -> "Window":
         """One robot's window: buffers and history, no weights."""
 
-    def run_together(self, part: Part, windows: Sequence["Window"]) -> None:
+    def run_together(self, part: GptRun, windows: Sequence["Window"]) -> None:
         """Run a part for 2 to `most_together` windows at once; it is the next that each needs.
 
         What a window gets depends on the others by rounding only. One call per part at a time.
@@ -97,7 +97,7 @@ class Backend(_Closable, ABC):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close the windows, then the backend."""
+        """See the class."""
         for window in list(self.windows):
             window.close()
         super().close()
@@ -108,9 +108,6 @@ class Window(_Closable, ABC):
 
     Row 0 of the window is the oldest observation, row N - 1 the newest. A window is used, and
     closed, by one thread at a time.
-
-    Args:
-        backend: whose graphs they are.
     """
 
     #: Whether `prefill` is there and pays.
@@ -153,12 +150,9 @@ class Window(_Closable, ABC):
         """A code pair (2,) -> an action chunk (W, A), normalised."""
 
     def replan(self, frames: Frames, states: Floats, *, prefilled: bool) -> HeadOutputs:
-        """Encode the newest frames and predict: the critical path, in one launch where possible.
+        """Encode the newest frames (K, H, W, 3) and predict, in one launch where possible.
 
-        Args:
-            frames: (K, H, W, 3).
-            states: (N, S), normalised.
-            prefilled: `prefill` was called just before the window's latest `advance`.
+        `prefilled`: `prefill` was called just before the window's latest `advance`.
         """
         del prefilled
         self.encode(frames, len(states) - 1)
@@ -172,27 +166,22 @@ class Window(_Closable, ABC):
         raise NotImplementedError
 
     def load(self, tokens: Floats) -> None:
-        """Take encoded frames (N, K, D) as the whole window, of a robot that keeps them elsewhere.
-
-        Raises:
-            BackendError: this backend's windows are nowhere else.
-        """
+        """Take encoded frames (N, K, D) as the window of a robot that keeps them elsewhere."""
         del tokens
         raise BackendError(
             f"the backend '{self._backend.name}' keeps windows on its device; where they are "
             "elsewhere, take --backend onnxruntime"
         )
 
-    def run_alone(self, part: Part) -> None:
-        """Run a part for this window; see `Backend.gather`."""
+    def run_alone(self, part: GptRun) -> None:
+        """Run a part for this window; see `Backend.run_shared`."""
         raise NotImplementedError
 
     def read(self, tensor: Intermediate) -> Floats:
-        """What the latest prediction's graphs put out, for a proof: not fast.
+        """A copy of what the latest prediction's graphs put out, for a proof: not fast.
 
-        Returns:
-            A copy: `frame_tokens` of the newest observation (K, D), the `feature` (F,), `logits`
-            (1 + R, C) or `offsets` (2, C, W, A).
+        `frame_tokens` of the newest observation (K, D), the `feature` (F,), `logits` (1 + R, C) or
+        `offsets` (2, C, W, A).
         """
         raise NotImplementedError
 

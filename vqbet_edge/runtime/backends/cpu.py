@@ -11,23 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vqbet_edge.runtime.backends import cpu_batches
 from vqbet_edge.runtime.backends.base import (
     Backend,
     Floats,
     Frames,
+    GptRun,
     HeadOutputs,
     Intermediate,
-    Part,
     Window,
 )
-from vqbet_edge.runtime.backends.cpu_batches import (
-    MOST_TOGETHER,
-    Arrays,
-    Batches,
-    Bound,
-    Graph,
-    Run,
-)
+from vqbet_edge.runtime.backends.cpu_batches import Arrays, Batches, Bound, Graph, Run
 from vqbet_edge.runtime.backends.huge_pages import on_huge_pages
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS, Bundle
 from vqbet_edge.runtime.manifest import Manifest, StageName
@@ -51,24 +45,20 @@ class CpuBackend(Backend):
                 stage: self._load(stage, bundle.cpu_graph(stage)) for stage in bundle.stages_to_load
             }
         if self.graphs["gpt"].free_batch:
-            self.most_together = MOST_TOGETHER
+            self.most_together = cpu_batches.MOST_TOGETHER
             several = self.manifest.policy.n_obs_steps > 1
             self.shared_parts = ("window", "prefill", "newest") if several else ("window",)
-        self._batches: dict[Part, Batches] = {}
+        self._batches: dict[GptRun, Batches] = {}
 
     @abstractmethod
     def _load(self, stage: StageName, data: bytes) -> Graph:
-        """Hand a graph to the library.
-
-        Raises:
-            BackendError: the library refuses it.
-        """
+        """Hand a graph to the library, which may refuse it with a BackendError."""
 
     def create_window(self) -> "CpuWindow":
         """Arrays of a window, and the graphs tied to them."""
         return CpuWindow(self)
 
-    def run_together(self, part: Part, windows: Sequence[Window]) -> None:
+    def run_together(self, part: GptRun, windows: Sequence[Window]) -> None:
         """See `Backend`; the first call of a part makes its arrays."""
         parts = [window.parts[part] for window in windows if isinstance(window, CpuWindow)]
         if part not in self._batches:
@@ -96,25 +86,7 @@ class CpuWindow(Window):
 
     def __init__(self, backend: CpuBackend) -> None:
         super().__init__(backend)
-        self._create_arrays(backend)
-        self._runs: dict[str, Run] = {}
-        #: What the GPT reads and writes in the runs that windows can share.
-        self.parts: dict[Part, Bound] = {}
-        for stage, graph in backend.graphs.items():
-            if stage == "gpt":
-                self._bind_gpt(graph, backend)
-            else:
-                inputs, outputs = signature(backend.manifest, stage)
-                self._runs[stage] = graph.bind(
-                    {tensor.name: self._arrays[tensor.name] for tensor in inputs},
-                    {tensor.name: self._arrays[tensor.name] for tensor in outputs},
-                )
-        # Libraries compile and allocate in the first run of every shape; not while the robot moves.
-        for run in self._runs.values():
-            run()
-
-    def _create_arrays(self, backend: CpuBackend) -> None:
-        """One array per tensor name: what leaves one graph and enters the next is shared."""
+        # One array per tensor name: what leaves one graph and enters the next is shared.
         signatures = [signature(backend.manifest, stage) for stage in backend.graphs]
         tensors = [tensor for each in signatures for tensor in each.tensors]
         self._arrays = {t.name: np.zeros(t.shape, t.dtype) for t in tensors}
@@ -127,6 +99,21 @@ class CpuWindow(Window):
         self._known_tokens: Floats = np.zeros_like(self._window[:, 1:])
         self._known_states: Floats = np.zeros_like(self._states[:, 1:])
         self._outputs = HeadOutputs(self._arrays["logits"][0], self._arrays["offsets"][0])
+        self._runs: dict[str, Run] = {}
+        #: What the GPT reads and writes in the runs that windows can share.
+        self.parts: dict[GptRun, Bound] = {}
+        for stage, graph in backend.graphs.items():
+            if stage == "gpt":
+                self._bind_gpt(graph, backend)
+            else:
+                inputs, outputs = signature(backend.manifest, stage)
+                self._runs[stage] = graph.bind(
+                    {tensor.name: self._arrays[tensor.name] for tensor in inputs},
+                    {tensor.name: self._arrays[tensor.name] for tensor in outputs},
+                )
+        # Libraries compile and allocate in the first run of every shape; not while the robot moves.
+        for run in self._runs.values():
+            run()
 
     def _bind_gpt(self, graph: Graph, backend: CpuBackend) -> None:
         window, per_step = self._window.shape[1], self._window.shape[2] + 2
@@ -206,7 +193,7 @@ class CpuWindow(Window):
         """Encoded frames (N, K, D), as the whole window."""
         self._window[0] = tokens
 
-    def run_alone(self, part: Part) -> None:
+    def run_alone(self, part: GptRun) -> None:
         """See `Window`."""
         self._runs[part]()
 
@@ -215,10 +202,10 @@ class CpuWindow(Window):
         self._runs[stage]()
         self.seconds[stage] = time.perf_counter() - start
 
-    def _run_part(self, part: Part, report_as: str) -> None:
-        start, gather = time.perf_counter(), self._backend.gather
-        if gather is None:
+    def _run_part(self, part: GptRun, report_as: str) -> None:
+        start, run_shared = time.perf_counter(), self._backend.run_shared
+        if run_shared is None:
             self.run_alone(part)
         else:
-            gather(self, part)
+            run_shared(self, part)
         self.seconds[report_as] = time.perf_counter() - start

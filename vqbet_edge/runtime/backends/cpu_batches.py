@@ -51,7 +51,12 @@ class Batches:
     def __init__(self, graph: Graph, like: Bound) -> None:
         self._arrays: dict[int, Bound] = {}
         self._runs: dict[int, Run] = {}
-        memory = {name: _memory(name, array) for each in like for name, array in each.items()}
+        # Of the largest batch, which the smaller ones use too.
+        memory = {
+            name: np.zeros(MOST_TOGETHER * array.size, array.dtype)
+            for each in like
+            for name, array in each.items()
+        }
         for batch in range(2, MOST_TOGETHER + 1):
             inputs, outputs = (
                 {name: _batched(name, array, memory[name], batch) for name, array in each.items()}
@@ -75,16 +80,11 @@ class Batches:
                 np.copyto(_row(name, window.outputs[name], 0), _row(name, array, row))
 
 
-def _memory(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Of the largest batch, which the smaller ones use too."""
-    return array if name in _CONSTANT else np.zeros(MOST_TOGETHER * array.size, array.dtype)
-
-
 def _batched(name: str, like: NDArray[Any], memory: NDArray[Any], batch: int) -> NDArray[Any]:
     if name in _CONSTANT:
         return like
-    axis = _batch_axis(name)
-    shape = (*like.shape[:axis], batch, *like.shape[axis + 1 :])
+    shape = list(like.shape)
+    shape[_batch_axis(name)] = batch
     return memory[: batch * like.size].reshape(shape)
 
 

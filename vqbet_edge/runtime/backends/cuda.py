@@ -21,41 +21,24 @@ def switch(variable: str, default: bool) -> bool:
     Raises:
         BackendError: it has another value.
     """
-    match os.environ.get(variable, ""):
-        case "":
-            return default
-        case "0":
-            return False
-        case "1":
-            return True
-        case other:
-            raise BackendError(f"expected {variable} to be 0 or 1, got '{other}'")
+    value = os.environ.get(variable) or str(int(default))
+    if value not in {"0", "1"}:
+        raise BackendError(f"expected {variable} to be 0 or 1, got '{value}'")
+    return value == "1"
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU.
-
-    Attributes:
-        name: as the driver reports it.
-        compute_capability: such as "8.7".
-        driver: CUDA version of the driver, and the kernel module's where it tells.
-        integrated: whether GPU and processor share their memory.
-    """
+    """A GPU: the driver's CUDA version has the kernel module's beside it where it tells."""
 
     name: str
     compute_capability: str
     driver: str
-    integrated: bool
+    integrated: bool  # GPU and processor share their memory
 
 
 class Cuda:
-    """The driver and its device 0.
-
-    To describe the device opens no context, so another process may have all of its memory.
-
-    Args:
-        driver: the module; None imports `cuda-bindings`.
+    """The driver and its device 0; to describe it opens no context.
 
     Raises:
         BackendError: the bindings, the driver or the GPU is missing.
@@ -105,11 +88,7 @@ class Cuda:
 
 
 def create_cuda() -> Cuda:
-    """Device 0, described and not opened.
-
-    Raises:
-        BackendError: the bindings, the driver or the GPU is missing.
-    """
+    """Device 0, described and not opened; see `Cuda`."""
     return Cuda()
 
 

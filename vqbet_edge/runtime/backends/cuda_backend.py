@@ -38,12 +38,7 @@ _LOADING = threading.RLock()
 
 
 class CudaBackend(Backend):
-    """Stages on the GPU; subclasses load them and say where a window runs.
-
-    Args:
-        bundle: the verified bundle.
-        cuda: the device.
-    """
+    """Stages on the GPU; subclasses load them and say where a window runs."""
 
     def __init__(self, bundle: Bundle, cuda: Cuda) -> None:
         super().__init__()
@@ -81,13 +76,9 @@ class CudaBackend(Backend):
 
 
 class CudaWindow(Window):
-    """A robot's history on the GPU.
+    """A robot's history on the GPU, in memory of the stream that is closed with it.
 
     `encode` returns while the GPU still works; what fails there is raised by the next prediction.
-
-    Args:
-        backend: whose stages run.
-        stream: owns the window's memory, and is closed with it.
     """
 
     def __init__(self, backend: CudaBackend, stream: Stream) -> None:
@@ -262,7 +253,7 @@ class CudaWindow(Window):
         stream.download(buffers["decoded"])
 
     def _row(self, row: int) -> int:
-        """Address of a row of the history."""
+        """Its address."""
         return self._history + row * self._row_size
 
     def _free(self) -> None:

@@ -23,12 +23,7 @@ _HISTORY_TENSORS = ("frame_tokens", "image_tokens")
 
 
 class Execution:
-    """The stages over one set of buffers, on one stream: one run at a time.
-
-    Args:
-        expected: inputs and outputs of every stage.
-        stream: where they run.
-    """
+    """The stages over one set of buffers, on one stream: one run at a time."""
 
     def __init__(self, expected: Mapping[StageName, Signature], stream: Stream) -> None:
         self.stream, self._lock = stream, threading.Lock()
@@ -93,12 +88,9 @@ class Execution:
 
 
 def check_signature(what: str, have: Tensors, expected: Signature) -> None:
-    """Compare a graph's or an engine's own tensors with ours, before they are bound.
+    """Raise BackendError unless a graph's or an engine's own tensors are ours, before binding.
 
     With others it would read and write past our buffers.
-
-    Raises:
-        BackendError: they differ.
     """
     need = {tensor.name: (tensor.dtype, tensor.shape) for tensor in expected.tensors}
     if have != need:

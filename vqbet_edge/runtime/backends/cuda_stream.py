@@ -31,10 +31,8 @@ _CAPTURING = threading.Lock()
 class Buffer:
     """A tensor's memory, zeroed, at one address for as long as its stream is open.
 
-    Attributes:
-        address: for the GPU.
-        host: uint8 (bytes,), page-locked; None for a tensor that stays on the GPU.
-        mapped: `address` is `host` itself, so nothing is copied.
+    `host` is uint8 (bytes,), page-locked; None for a tensor that stays on the GPU. `mapped`: the
+    address is `host` itself, so nothing is copied.
     """
 
     address: int
@@ -56,7 +54,12 @@ class Stream:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self._call = cuda, cuda.call
         blocking = switch(BLOCK_VARIABLE, default=False)
-        _choose_waiting(cuda, blocking)
+        # Whether waits spin or sleep is the context's to say, and said before it is there.
+        _, active = self._call("cuDevicePrimaryCtxGetState", cuda.ordinal)
+        if not active:  # else it is another library's, and the event's own flag has to do
+            waits = cuda.driver.CUctx_flags
+            kind = waits.CU_CTX_SCHED_BLOCKING_SYNC if blocking else waits.CU_CTX_SCHED_SPIN
+            self._call("cuDevicePrimaryCtxSetFlags", cuda.ordinal, int(kind))
         self._context = self._call("cuDevicePrimaryCtxRetain", cuda.ordinal)
         self._created = ExitStack()
         self._finalizer = weakref.finalize(self, _free, cuda, self._context, self._created)
@@ -64,26 +67,23 @@ class Stream:
         self._finalizer.atexit = False
         try:
             with self.active():
-                self._open(blocking)
+                flags, events = cuda.driver.CUstream_flags, cuda.driver.CUevent_flags
+                self._stream = self._create(
+                    "cuStreamDestroy", "cuStreamCreate", int(flags.CU_STREAM_NON_BLOCKING)
+                )
+                kind = int(events.CU_EVENT_DISABLE_TIMING)
+                kind |= int(events.CU_EVENT_BLOCKING_SYNC) if blocking else 0
+                self._event = self._create("cuEventDestroy", "cuEventCreate", kind)
+            # What is created later is freed after a last wait and before the stream.
+            content = ExitStack()
+            self._created.callback(content.close)
+            self._created.callback(cuda.release, "cuStreamSynchronize", self._stream)
+            self._created = content
         except BaseException:
             self.close()
             raise
         #: As TensorRT and ONNX Runtime take it.
         self.handle = int(self._stream)
-
-    def _open(self, blocking: bool) -> None:
-        flags, events = self._cuda.driver.CUstream_flags, self._cuda.driver.CUevent_flags
-        self._stream = self._create(
-            "cuStreamDestroy", "cuStreamCreate", int(flags.CU_STREAM_NON_BLOCKING)
-        )
-        kind = int(events.CU_EVENT_DISABLE_TIMING)
-        kind |= int(events.CU_EVENT_BLOCKING_SYNC) if blocking else 0
-        self._event = self._create("cuEventDestroy", "cuEventCreate", kind)
-        # What is created later is freed after a last wait and before the stream.
-        content = ExitStack()
-        self._created.callback(content.close)
-        self._created.callback(self._cuda.release, "cuStreamSynchronize", self._stream)
-        self._created = content
 
     def close(self) -> None:
         """Wait for the stream and free everything; nothing when it is closed."""
@@ -166,7 +166,10 @@ class Stream:
             try:
                 enqueue()
             except BaseException:
-                self._abandon_capture()
+                # It takes the stream out of its capture even when it fails, as after most errors.
+                status, graph = self._cuda.driver.cuStreamEndCapture(self._stream)
+                if not status:
+                    self._cuda.release("cuGraphDestroy", graph)
                 raise
             graph = self._call("cuStreamEndCapture", self._stream)
         try:
@@ -174,21 +177,6 @@ class Stream:
         finally:
             self._cuda.release("cuGraphDestroy", graph)
         return functools.partial(self._call, "cuGraphLaunch", executable, self._stream)
-
-    def _abandon_capture(self) -> None:
-        # It takes the stream out of its capture even when it fails, as after most errors it does.
-        status, graph = self._cuda.driver.cuStreamEndCapture(self._stream)
-        if not status:
-            self._cuda.release("cuGraphDestroy", graph)
-
-
-def _choose_waiting(cuda: Cuda, blocking: bool) -> None:
-    """Whether waits spin or sleep is the context's to say, and said before it is there."""
-    _, active = cuda.call("cuDevicePrimaryCtxGetState", cuda.ordinal)
-    if not active:  # else it is another library's, and the event's own flag has to do
-        flags = cuda.driver.CUctx_flags
-        kind = flags.CU_CTX_SCHED_BLOCKING_SYNC if blocking else flags.CU_CTX_SCHED_SPIN
-        cuda.call("cuDevicePrimaryCtxSetFlags", cuda.ordinal, int(kind))
 
 
 def _free(cuda: Cuda, context: Any, created: ExitStack) -> None:  # noqa: ANN401

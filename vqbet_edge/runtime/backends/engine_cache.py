@@ -33,12 +33,7 @@ _MAX_PLAN_BYTES = 1 << 33
 
 
 class BuildOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """How an engine is built.
-
-    Attributes:
-        workspace_mb: scratch memory that the builder may use, in MiB; None leaves it to TensorRT.
-        optimization_level: 0 (fast build) to 5 (fast engine).
-    """
+    """How an engine is built: scratch memory in MiB, None leaves it to TensorRT; level 0 to 5."""
 
     workspace_mb: int | None = None
     optimization_level: int = 3
@@ -47,15 +42,7 @@ class BuildOptions(Struct, frozen=True, forbid_unknown_fields=True):
 class EngineKey(Struct, frozen=True, forbid_unknown_fields=True):
     """What an engine was built from and for; two engines with one key are interchangeable.
 
-    Attributes:
-        stage: the bundle's stage.
-        graph_sha256: of the ONNX file.
-        flavour: `tensorrt` or `tensorrt_rtx`.
-        tensorrt: its version.
-        gpu: the GPU's name.
-        compute_capability: such as "8.7".
-        driver: CUDA driver and kernel module.
-        options: how it is built; None matches every way.
+    `driver` is that of CUDA and the kernel module; `options` None matches every way of building.
     """
 
     stage: StageName
@@ -74,20 +61,18 @@ class EngineKey(Struct, frozen=True, forbid_unknown_fields=True):
         return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
     @property
+    def folder(self) -> str:
+        """Within the cache."""
+        return f"engines/{self.device}"
+
+    @property
     def file_stem(self) -> str:
         """File name without extension."""
         return f"{self.stage}-{self.graph_sha256[:16]}"
 
 
 class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands beside a plan.
-
-    Attributes:
-        key: what it was built from and for, `options` included.
-        plan_sha256: of the plan.
-        size: of the plan, bytes.
-        build_seconds: parsing and building.
-    """
+    """What stands beside a plan: its whole key, digest and bytes, and what building it took."""
 
     key: EngineKey
     plan_sha256: str
@@ -109,8 +94,7 @@ class EngineCache:
 
     def find(self, key: EngineKey) -> Lookup:
         """Look an engine up; never raises for what is wrong with an engine."""
-        folder = _folder(key)
-        record = user_cache() / folder / f"{key.file_stem}.json"
+        record = user_cache() / key.folder / f"{key.file_stem}.json"
         try:
             plan = _load(record, key)
         except RejectedError as error:
@@ -118,17 +102,10 @@ class EngineCache:
         return Lookup(plan, record.with_suffix(".plan"), "")
 
     def store(self, key: EngineKey, plan: bytes, build_seconds: float) -> Path:
-        """Keep an engine that was just built here.
-
-        Returns:
-            The plan's path.
-
-        Raises:
-            DiskError: the cache cannot be written, or others may write there.
-        """
+        """Keep an engine that was just built here, or raise DiskError; returns the plan's path."""
         record = EngineRecord(key, hashlib.sha256(plan).hexdigest(), len(plan), build_seconds)
         text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
-        folder = private_user_cache(_folder(key))
+        folder = private_user_cache(key.folder)
         sweep(folder)
         write_private(folder / f"{key.file_stem}.plan", plan)
         # The record names the plan's digest, so dying between the two leaves a pair that is
@@ -137,16 +114,8 @@ class EngineCache:
         return folder / f"{key.file_stem}.plan"
 
 
-def _folder(key: EngineKey) -> str:
-    return f"engines/{key.device}"
-
-
 def _load(path: Path, key: EngineKey) -> bytes:
-    """The plan of a record, after every check.
-
-    Raises:
-        RejectedError: with the reason.
-    """
+    """The plan of a record, after every check; otherwise a RejectedError with the reason."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -159,15 +128,11 @@ def _load(path: Path, key: EngineKey) -> bytes:
         record = msgspec.json.decode(read_private(path, _MAX_RECORD_BYTES), type=EngineRecord)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RejectedError(f"the engine's record is damaged ({error})") from error
-    _check_key(record.key, key)
+    for name in key.__struct_fields__:
+        have, need = getattr(record.key, name), getattr(key, name)
+        if have != need and not (name == "options" and need is None):
+            raise RejectedError(f"it was built for {name} {have}, needed is {need}")
     plan = read_private(path.with_suffix(".plan"), min(record.size, _MAX_PLAN_BYTES))
     if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
         raise RejectedError("the engine is truncated or altered")
     return plan
-
-
-def _check_key(built: EngineKey, wanted: EngineKey) -> None:
-    for name in wanted.__struct_fields__:
-        have, need = getattr(built, name), getattr(wanted, name)
-        if have != need and not (name == "options" and need is None):
-            raise RejectedError(f"it was built for {name} {have}, needed is {need}")

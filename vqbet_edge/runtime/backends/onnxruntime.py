@@ -1,5 +1,6 @@
 """ONNX Runtime on the CPU: the backend that runs anywhere."""
 
+import contextlib
 import functools
 import logging
 from types import ModuleType
@@ -41,27 +42,21 @@ def import_onnxruntime() -> ModuleType:
 
 def _broken(error: Exception) -> BackendError:
     """Installed, but it does not load: another wheel beside it would not help."""
-    found = ", ".join(
-        f"{name} {version}"
-        for name in ("onnxruntime", "onnxruntime-gpu", "numpy")
-        if (version := _installed_version(name))
-    )
+    from importlib import metadata  # noqa: PLC0415 - slow to load
+
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
     numpy_is_too_new = "NumPy 1.x" in str(error) or "numpy.core.multiarray" in str(error)
     fix = (
         "it was built for NumPy 1: pip install 'numpy<2'"
         if numpy_is_too_new
         else "reinstall the same package that is there, in the same environment"
     )
-    return BackendError(f"ONNX Runtime is installed but cannot be loaded ({found}): {error}; {fix}")
-
-
-def _installed_version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow to load
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return BackendError(
+        f"ONNX Runtime is installed but cannot be loaded ({', '.join(found)}): {error}; {fix}"
+    )
 
 
 class _Session:

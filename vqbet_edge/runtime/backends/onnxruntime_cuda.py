@@ -26,10 +26,6 @@ class OnnxRuntimeCudaBackend(CudaBackend):
     ONNX Runtime captures a graph per session itself, for the stream and the addresses of the first
     runs. So all windows run there, one at a time, and only their histories are their own.
 
-    Args:
-        bundle: the verified bundle.
-        cuda: the device; None takes device 0.
-
     Raises:
         BackendError: ONNX Runtime lacks its CUDA provider, the CUDA bindings or the GPU is missing,
             or the bundle is INT8.

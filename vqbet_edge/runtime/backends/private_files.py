@@ -54,7 +54,9 @@ def private_user_cache(folder: str = "") -> Path:
     path = user_cache() / folder
     try:
         for each in (user_cache(), path):  # nothing is created where others may write
-            _create_folders(each)
+            for missing in reversed([p for p in (each, *each.parents) if not p.exists()]):
+                # Not `parents=True`: a umask of 002, Ubuntu's, would let the group write to them.
+                missing.mkdir(_FOLDER_MODE, exist_ok=True)
             check_folder(each)
         reason = "" if os.access(path, os.W_OK) else "this user may not write there"
     except OSError as error:
@@ -69,19 +71,8 @@ def private_user_cache(folder: str = "") -> Path:
     return path
 
 
-def _create_folders(path: Path) -> None:
-    for folder in reversed((path, *path.parents)):
-        if not folder.exists():
-            # Not `parents=True`: a umask of 002, Ubuntu's, would let the group write to them.
-            folder.mkdir(_FOLDER_MODE, exist_ok=True)
-
-
 def check_folder(folder: Path) -> None:
-    """Refuse a folder to which, or to a folder above which, others may write.
-
-    Raises:
-        RejectedError: with the folder at fault.
-    """
+    """Refuse, with a RejectedError, a folder if others may write there or to one above it."""
     try:
         real = folder.resolve(strict=True)  # a link is as good as where it leads
         check_owner(real, real.stat())
@@ -92,16 +83,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_owner(path: Path, status: os.stat_result, *, above: bool = False) -> None:
-    """Refuse what others own or may write.
+    """Refuse, with a RejectedError, a file or folder that others own or may write.
 
-    Args:
-        path: a file or folder.
-        status: its status.
-        above: it is a folder above the one in question. In such a one, like /tmp, others may write
-            if they may not rename what is not theirs.
-
-    Raises:
-        RejectedError: with the reason.
+    In a folder `above` the one in question, like /tmp, others may write if they may not rename
+    what is not theirs.
     """
     trusted = {_ROOT, os.geteuid()}
     if status.st_uid not in trusted:
@@ -116,11 +101,9 @@ def check_owner(path: Path, status: os.stat_result, *, above: bool = False) -> N
 
 
 def read_private(path: Path, limit: int) -> bytes:
-    """Contents of a regular file that only root or this user may write.
+    """Contents of a regular file of at most `limit` bytes that only root or this user may write.
 
-    Args:
-        path: the file, in a folder that `check_folder` accepts; a link is not followed.
-        limit: the most bytes that it may have.
+    It stands in a folder that `check_folder` accepts; a link is not followed.
 
     Raises:
         RejectedError: it is missing or another kind of file, owner, mode or size.

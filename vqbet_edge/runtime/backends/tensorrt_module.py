@@ -20,7 +20,6 @@ FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 # Graphs are of opset 20 and strongly typed; TensorRT for RTX has versions of its own.
 _OLDEST = 10
 _LOG = logging.getLogger(__name__)
-_SEVERE = ("ERROR", "INTERNAL_ERROR")
 _INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack ('sudo apt install python3-libnvinfer'), "
     "elsewhere: pip install tensorrt",
@@ -30,13 +29,7 @@ _INSTALL = {
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported TensorRT.
-
-    Attributes:
-        module: `tensorrt` or `tensorrt_rtx`.
-        flavour: the module's name.
-        version: as the module reports it.
-    """
+    """An imported TensorRT, the module's name and the version that it reports."""
 
     module: Any
     flavour: Flavour
@@ -44,10 +37,7 @@ class TensorRT:
 
 
 def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
-    """Import TensorRT.
-
-    Args:
-        flavour: which one; None takes `tensorrt` where it is installed, else `tensorrt_rtx`.
+    """Import this flavour; None takes `tensorrt` where it is installed, else `tensorrt_rtx`.
 
     Raises:
         BackendError: it is not installed, cannot be loaded, or is too old.
@@ -61,19 +51,16 @@ def import_tensorrt(flavour: Flavour | None = None) -> TensorRT:
         except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
             reasons.append(f"{name}: {error} ({_INSTALL[name]})")
             continue
-        return _checked(TensorRT(module, name, str(module.__version__)))
+        version = str(module.__version__)
+        major = version.partition(".")[0]
+        if name == "tensorrt" and (not major.isdigit() or int(major) < _OLDEST):
+            raise BackendError(
+                f"TensorRT {version} is too old: the graphs are of ONNX opset 20, which it does "
+                f"not know; expected {_OLDEST}.3 or newer: with JetPack 5 or 6.0, flash "
+                "JetPack 6.1 or newer"
+            )
+        return TensorRT(module, name, version)
     raise BackendError("TensorRT cannot be imported; " + "; ".join(reasons))
-
-
-def _checked(tensorrt: TensorRT) -> TensorRT:
-    major = tensorrt.version.split(".")[0]
-    if tensorrt.flavour == "tensorrt" and (not major.isdigit() or int(major) < _OLDEST):
-        raise BackendError(
-            f"TensorRT {tensorrt.version} is too old: the graphs are of ONNX opset 20, which it "
-            f"does not know; expected {_OLDEST}.3 or newer: with JetPack 5 or 6.0, flash "
-            "JetPack 6.1 or newer"
-        )
-    return tensorrt
 
 
 class ProcessLog:
@@ -88,7 +75,7 @@ class ProcessLog:
         self.logger = create_logger(tensorrt, self._take)
 
     def _take(self, severity: str, message: str) -> None:
-        severe = severity in _SEVERE
+        severe = severity in {"ERROR", "INTERNAL_ERROR"}
         if severe:
             self._errors.append(message.strip())
         _LOG.log(logging.ERROR if severe else logging.DEBUG, "%s", message)
@@ -105,15 +92,10 @@ def process_log(tensorrt: TensorRT) -> ProcessLog:
 
 
 def create_logger(tensorrt: TensorRT, sink: Callable[[str, str], None]) -> Any:  # noqa: ANN401
-    """A logger for builder, parser and runtime.
+    """An `ILogger` for builder, parser and runtime.
 
-    Args:
-        tensorrt: the module to log for.
-        sink: called with severity (VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR) and message,
-            from TensorRT's threads too.
-
-    Returns:
-        An `ILogger`.
+    `sink` is called with severity (VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR) and message,
+    from TensorRT's threads too.
     """
     base: Any = tensorrt.module.ILogger
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import DeadlineError
+from vqbet_edge.errors import DeadlineError, NonFiniteError
 from vqbet_edge.runtime.guards.config import Guards
-from vqbet_edge.runtime.guards.limits import ActionLimits, Floats, action_limits, change_limit
+from vqbet_edge.runtime.guards.limits import Floats, action_limits, change_limit
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,69 +36,74 @@ class Step(NamedTuple):
     chunk: Floats  # (W, A)
     position: int
 
-    @property
-    def action(self) -> Floats:
-        """(A,)."""
-        action: Floats = self.chunk[self.position]
-        return action
-
 
 class ActionGuard:
     """Clamps planned actions, limits their change, and knows what stands for a late one.
 
-    It counts all three, and warns of the first clamp.
-
     Args: those of `action_limits`.
 
     Attributes:
+        limits: what planned actions are clamped to; None where they are not.
         clamped, slowed, late: see `GuardCounts`.
     """
 
     def __init__(self, guards: Guards, data: Floats | None, dim: int) -> None:
-        self._limits = action_limits(guards, data, dim)
-        self._change = change_limit(guards, dim)
+        self.limits = action_limits(guards, data, dim)
+        self._most_change = change_limit(guards, dim)
         self._guards = guards
-        # What was handed out last in this episode, as planned and as it went to the robot.
+        # What was handed out last in this episode, as planned and as it went to the robot; what
+        # the next action follows, which before the first may be where the robot stands.
         self._step: Step | None = None
         self._held: Floats | None = None
+        self._before: Floats | None = None
         self.clamped = self.slowed = self.late = 0
-
-    @property
-    def limits(self) -> ActionLimits | None:
-        """What planned actions are clamped to; None where they are not."""
-        return self._limits
 
     def clear(self, before: Floats | None = None) -> None:
         """A new episode begins, where `before` (A,) moved the robot; None where not known."""
         self._step = self._held = None
-        if self._change is not None:
-            self._change.clear(before)
+        self._before = before
 
-    def planned(self, actions: Floats) -> NDArray[np.bool_]:
-        """Clamp actions (..., A) in place; says which values were outside."""
-        if self._limits is None:
+    def clamp(self, actions: Floats) -> NDArray[np.bool_]:
+        """Clamp planned actions (..., A) in place; says which values were outside.
+
+        Raises:
+            NonFiniteError: one is NaN, which no clamp changes.
+        """
+        if self.limits is None:
             return np.zeros(actions.shape, bool)
-        before = actions.copy()
-        outside = self._limits.clamp(actions)
+        low, high = self.limits
+        # Written so that NaN counts as outside.
+        outside = ~((actions >= low) & (actions <= high))
         rows = outside.any(axis=-1)
         if rows.any():
+            if np.isnan(actions).any():
+                raise NonFiniteError("an action is not a number; none is executed")
             if not self.clamped:
-                _warn(before[rows][0], self._limits)
+                _LOG.warning(
+                    "an action %s left the limits %s to %s and was clamped; further ones are "
+                    "counted in `policy.guard_counts.clamped`",
+                    *(np.array2string(x, precision=4) for x in (actions[rows][0], low, high)),
+                )
             self.clamped += int(rows.sum())
+            np.clip(actions, low, high, out=actions)
         return outside
 
-    def handed_out(self, action: Floats) -> Floats:
-        """The action (A,) as it goes to the robot: the caller's own array."""
+    def limit_change(self, action: Floats) -> Floats:
+        """The action (A,) as it goes to the robot, near the one before: the caller's own array."""
         own: Floats = action.copy()
-        if self._change is not None:
-            self.slowed += self._change.apply(own)
+        if self._most_change is not None:
+            if self._before is not None:
+                low, high = self._before - self._most_change, self._before + self._most_change
+                np.clip(own, low, high, out=own)
+                self.slowed += bool((own != action).any())
+            self._before = own.copy()
         self._held = own.copy()
         return own
 
     def hand_out(self, step: Step) -> Floats:
-        """The same, of a step of a chunk."""
+        """The action of a step of a chunk, likewise."""
         self._step = step
-        return self.handed_out(step.action)
+        return self.limit_change(step.chunk[step.position])
 
     def leave_chunk(self) -> None:
         """What was handed out last is the chunk's last action."""
@@ -132,11 +137,3 @@ class ActionGuard:
     def upcoming(self) -> Floats | None:
         """See `EdgePolicy.upcoming`."""
         return None if self._step is None else self._step.chunk[self._step.position :].copy()
-
-
-def _warn(action: Floats, limits: ActionLimits) -> None:
-    _LOG.warning(
-        "an action %s left the limits %s to %s and was clamped; further ones are counted in "
-        "`policy.guard_counts.clamped`",
-        *(np.array2string(values, precision=4) for values in (action, limits.low, limits.high)),
-    )

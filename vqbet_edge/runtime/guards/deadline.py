@@ -28,7 +28,7 @@ class Deadline(Generic[Result]):
         """Look at the jobs that were late.
 
         Raises:
-            DeadlineError: too many still ran, now or at an earlier call; only `forget` helps then.
+            DeadlineError: too many still ran, now or at an earlier call; only `clear` helps then.
             Exception: what one of them failed with.
         """
         self._late.check()
@@ -60,7 +60,7 @@ class Deadline(Generic[Result]):
         """Whether a job that was late still runs."""
         return self._late.running()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Forget the jobs that were late; none runs any more."""
         self._late.clear()
         self._failed = False

@@ -1,13 +1,13 @@
-"""Limits on actions and on their change from step to step."""
+"""Limits on actions and on their change from step to step, checked and as float32."""
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqbet_edge.errors import NonFiniteError, UsageError
+from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.guards.config import Guards, PerDimension
 
 Floats = NDArray[np.float32]
@@ -15,83 +15,40 @@ Floats = NDArray[np.float32]
 _LOG = logging.getLogger(__name__)
 
 
-class ActionLimits:
-    """Clamps actions to a range.
+class ActionLimits(NamedTuple):
+    """Lowest and highest action, float32 (A,) each; the range includes both."""
 
-    Attributes:
-        low, high: float32 (A,); the range includes both.
-    """
-
-    def __init__(self, low: Floats, high: Floats) -> None:
-        self.low, self.high = low, high
-
-    def clamp(self, actions: Floats) -> NDArray[np.bool_]:
-        """Clamp actions (..., A) in place; says which values were outside.
-
-        Raises:
-            NonFiniteError: one is NaN, which no clamp changes.
-        """
-        # Written so that NaN counts as outside.
-        outside = ~((actions >= self.low) & (actions <= self.high))
-        np.clip(actions, self.low, self.high, out=actions)
-        if np.isnan(actions).any():
-            raise NonFiniteError("an action is not a number; none is executed")
-        return outside
-
-
-class ChangeLimit:
-    """Keeps every action within `step` (A,) of the one before."""
-
-    def __init__(self, step: Floats) -> None:
-        self._step = step
-        self._before: Floats | None = None
-
-    def clear(self, before: Floats | None = None) -> None:
-        """The next action follows `before` (A,); None: it follows none."""
-        self._before = before
-
-    def apply(self, action: Floats) -> bool:
-        """Limit an action (A,) or (B, A) in place; says whether it was changed."""
-        changed = False
-        if self._before is not None:
-            near = np.clip(action, self._before - self._step, self._before + self._step)
-            changed = bool((near != action).any())
-            action[...] = near
-        self._before = action.copy()
-        return changed
+    low: Floats
+    high: Floats
 
 
 def action_limits(guards: Guards, data: Floats | None, dim: int) -> ActionLimits | None:
     """The limits that the guards ask for; None where there are none.
 
-    Args:
-        guards: what they ask for.
-        data: (2, A), the training data's lowest and highest actions; None where not known.
-        dim: width of an action.
+    `data` is (2, A), the training data's lowest and highest actions; None where not known.
 
     Raises:
         UsageError: they do not fit actions of `dim` values.
     """
-    match guards.action_limits:
-        case None:
+    if guards.action_limits == "data":
+        if data is None:
             return None
-        case "data":
-            return _data_limits(data, guards.margin)
-        case given:
-            return ActionLimits(*given_range("action_limits", given, dim, "in"))
+        low, high = data
+        slack = np.float32(guards.margin) * (high - low)
+        return ActionLimits(low - slack, high + slack)
+    if guards.action_limits is None:
+        return None
+    return ActionLimits(*given_range("action_limits", guards.action_limits, dim, "in"))
 
 
-def tell_of_limits(guards: Guards, data: Floats | None, *, inferred: bool) -> None:
+def tell_of_limits(guards: Guards, limits: ActionLimits | None, *, inferred: bool) -> None:
     """Log what a user would not expect of `action_limits="data"`.
 
-    Args:
-        guards: what they ask for.
-        data: as for `action_limits`.
-        inferred: from how actions are scaled, which is the same for quantiles.
+    `inferred`: from how actions are scaled, which is the same for quantiles.
     """
     if guards.action_limits != "data":
         return
-    if data is None:
+    if limits is None:
         _LOG.warning(
             "the bundle does not know the range of the actions that it was trained on: no action "
             "is clamped; pass Guards(action_limits=(lowest, highest)) in the robot's units, or "
@@ -105,8 +62,8 @@ def tell_of_limits(guards: Guards, data: Floats | None, *, inferred: bool) -> No
         )
 
 
-def change_limit(guards: Guards, dim: int) -> ChangeLimit | None:
-    """The limit that the guards ask for; None where there is none.
+def change_limit(guards: Guards, dim: int) -> Floats | None:
+    """float32 (A,): the most that an action may differ from the one before; None: anything.
 
     Raises:
         UsageError: it does not fit actions of `dim` values.
@@ -116,27 +73,15 @@ def change_limit(guards: Guards, dim: int) -> ChangeLimit | None:
     step = _per_dimension("max_change", guards.max_change, dim)
     if not (step >= 0).all():
         raise UsageError(f"expected max_change of 0 or more, got {guards.max_change}")
-    return ChangeLimit(_rounded(step, "down"))
-
-
-def _data_limits(data: Floats | None, margin: float) -> ActionLimits | None:
-    if data is None:
-        return None
-    low, high = data
-    slack = np.float32(margin) * (high - low)
-    return ActionLimits(low - slack, high + slack)
+    return _rounded(step, "down")
 
 
 def given_range(
     name: str, given: object, dim: int, way: Literal["in", "out"]
 ) -> tuple[Floats, Floats]:
-    """The range (lowest, highest) that a caller gives, as float32 (dim,) each.
+    """The range (lowest, highest) that a caller gives as `name`, as float32 (dim,) each.
 
-    Args:
-        name: what it is called.
-        given: a pair of numbers, or of one number per dimension.
-        dim: how many there are.
-        way: where what float32 cannot hold is rounded to: into the range or out of it.
+    What float32 cannot hold is rounded into the range or out of it.
 
     Raises:
         UsageError: it is no range of that width.
@@ -164,6 +109,6 @@ def _rounded(values: NDArray[np.float64], way: Literal["up", "down"]) -> Floats:
     """To float32, never beyond the given value."""
     near = values.astype(np.float32)
     beyond = near < values if way == "up" else near > values
-    inwards = np.nextafter(near, np.float32(np.inf if way == "up" else -np.inf))
-    result: Floats = np.where(beyond, inwards, near)
+    towards = np.float32(np.inf if way == "up" else -np.inf)
+    result: Floats = np.where(beyond, np.nextafter(near, towards), near)
     return result

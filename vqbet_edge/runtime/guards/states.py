@@ -1,7 +1,7 @@
 """States that are far from everything that was demonstrated: degrees for radians, another order."""
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,35 +16,32 @@ _ROUNDING = np.float32(1e-5)
 _LOG = logging.getLogger(__name__)
 
 
-class _Limits(NamedTuple):
-    """Which states are not far, float32 (S,) each, and the range that messages name."""
-
-    low: Floats
-    high: Floats
-    named: tuple[Floats, Floats]
-
-
 class StateGuard:
-    """Warns of the first far state of an episode, or refuses every one; counts them.
+    """Warns of the first far state of an episode, or refuses every one; counts them in `far`.
 
-    Args:
-        guards: what is asked for.
-        data: (2, S), the lowest and highest demonstrated state; None where not known.
-        key: the state's, for messages.
-        dim: S.
-
-    Attributes:
-        far: states that were far, so far.
+    `data` is (2, S), the lowest and highest demonstrated state; None where not known.
 
     Raises:
         UsageError: the limits do not fit, or the data's are asked for and not known.
     """
 
     def __init__(self, guards: Guards, data: Floats | None, key: str, dim: int) -> None:
-        self._key, self._refuses = key, guards.state_limits is not None
-        self._limits = _limits(guards, data, dim)
-        self._told = False
-        self.far = 0
+        asked, self._key = guards.state_limits, key
+        self._refuses, self._told, self.far = asked is not None, False, 0
+        # Which states are not far, and the range that messages name.
+        self._limits: tuple[Floats, Floats] | None = None
+        if asked is not None and asked != "data":
+            self._limits = self._named = given_range("state_limits", asked, dim, "out")
+        elif data is not None:
+            low, high = self._named = data[0], data[1]
+            # Honest robots leave the range a little; other units leave it by far.
+            slack = np.maximum(high - low, _ROUNDING * np.maximum(1, np.abs(high)))
+            self._limits = low - slack, high + slack
+        elif asked == "data":
+            raise UsageError(
+                "state_limits='data': the bundle does not know the range of the states that it "
+                "was trained on; pass Guards(state_limits=(lowest, highest))"
+            )
 
     def clear(self) -> None:
         """A new episode begins."""
@@ -56,16 +53,15 @@ class StateGuard:
         Raises:
             ObservationError: it is far, and such states are refused.
         """
-        limits = self._limits
-        if limits is None:
+        if self._limits is None:
             return
-        outside = (state < limits.low) | (state > limits.high)
+        outside = (state < self._limits[0]) | (state > self._limits[1])
         if outside.any():
-            self._found(state.reshape(-1), int(np.flatnonzero(outside)[0]), limits)
+            self._found(state.reshape(-1), int(np.flatnonzero(outside)[0]))
 
-    def _found(self, state: NDArray[Any], place: int, limits: _Limits) -> None:
+    def _found(self, state: NDArray[Any], place: int) -> None:
         self.far += 1
-        low, high = (values[place] for values in limits.named)
+        low, high = (values[place] for values in self._named)
         what = f"'{self._key}'[{place}]: expected {low:.6g} to {high:.6g}, got {state[place]:.6g}"
         if self._refuses:
             raise ObservationError(
@@ -80,22 +76,3 @@ class StateGuard:
                 "Guards(state_limits='data') refuses them",
                 what,
             )
-
-
-def _limits(guards: Guards, data: Floats | None, dim: int) -> _Limits | None:
-    match guards.state_limits:
-        case None | "data" if data is not None:
-            low, high = data
-            # Honest robots leave the range a little; other units leave it by far.
-            slack = np.maximum(high - low, _ROUNDING * np.maximum(1, np.abs(high)))
-            return _Limits(low - slack, high + slack, (low, high))
-        case None:
-            return None
-        case "data":
-            raise UsageError(
-                "state_limits='data': the bundle does not know the range of the states that it "
-                "was trained on; pass Guards(state_limits=(lowest, highest))"
-            )
-        case given:
-            pair = given_range("state_limits", given, dim, "out")
-            return _Limits(*pair, pair)
