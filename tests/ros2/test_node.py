@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from ros_environment import NODE_TESTS, ROOT, Ros, prepare
 from torture import FULL
-from vqbet_export.exporter import ExportConfig, export
 
-pytestmark = pytest.mark.xdist_group("ros2")
+pytestmark = [pytest.mark.xdist_group("ros2"), pytest.mark.extended]
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +16,7 @@ def ros() -> Ros:
     return prepare()
 
 
-@pytest.fixture(scope="module")
-def pusht(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained policy that travels with the repository."""
-    bundle = tmp_path_factory.mktemp("pusht") / "pusht.bundle"
-    export(ExportConfig(str(ROOT / "examples" / "pusht" / "checkpoint"), bundle, verify_steps=8))
-    return bundle
-
-
-def run(ros: Ros, mini: Path, pusht: Path, *tests: str) -> None:
+def run(ros: Ros, mini: Path, *tests: str) -> None:
     """The outcome of the inner tests."""
     command = [
         str(ros.python), "-m", "pytest", "-q", "-rs", "--noconftest", "-c", "/dev/null",
@@ -34,7 +25,6 @@ def run(ros: Ros, mini: Path, pusht: Path, *tests: str) -> None:
     ]  # fmt: skip
     environment = ros.environment(
         VQBET_EDGE_TEST_BUNDLE=str(mini),
-        VQBET_EDGE_TEST_PUSHT=str(pusht),
         VQBET_EDGE_TORTURE="1" if FULL else "",
     )
     done = subprocess.run(
@@ -46,16 +36,16 @@ def run(ros: Ros, mini: Path, pusht: Path, *tests: str) -> None:
 
 
 @pytest.mark.parametrize("test", sorted(path.name for path in NODE_TESTS.glob("test_*.py")))
-def test_node(ros: Ros, mini: Path, pusht: Path, test: str) -> None:
-    run(ros, mini, pusht, test)
+def test_node(ros: Ros, mini: Path, test: str) -> None:
+    run(ros, mini, test)
 
 
 @pytest.mark.skipif(not FULL, reason="two more environments; VQBET_EDGE_TORTURE=1 tries them")
 @pytest.mark.parametrize(("version", "numpy"), [("3.10", "==1.26.4"), ("3.12", ">=2")])
-def test_other_pythons(mini: Path, pusht: Path, version: str, numpy: str) -> None:
+def test_other_pythons(mini: Path, version: str, numpy: str) -> None:
     """Humble has Python 3.10 and NumPy 1, Jazzy 3.12."""
     tests = (path.name for path in NODE_TESTS.glob("test_*.py"))
-    run(prepare(version, numpy), mini, pusht, *tests)
+    run(prepare(version, numpy), mini, *tests)
 
 
 def test_the_package_is_installed_as_ament_expects(ros: Ros, tmp_path: Path) -> None:

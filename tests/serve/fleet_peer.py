@@ -26,11 +26,10 @@ KILL_AT, ROLL_OUT_AT = 12, 25
 def observations(seed: int, count: int) -> list[dict[str, np.ndarray]]:
     """What the miniature policy may see."""
     random = np.random.default_rng(seed)
-    low, high = np.array([-2.0, 10.0]), np.array([2.0, 50.0])
     return [
         {
             "observation.image": random.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
-            "observation.state": random.uniform(low, high).astype(np.float32),
+            "observation.state": random.uniform([-2, 10], [2, 50]).astype(np.float32),
         }
         for _ in range(count)
     ]
@@ -155,7 +154,7 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
 
     def arguments(bundle: Path) -> ray_app.Arguments:
         small = {"replica_cpus": 0.5, "ingress_cpus": 0.5, "idle_s": SECONDS}
-        return ray_app.Arguments(bundle, port=port, api_key_file=key, **small)
+        return ray_app.Arguments(bundle=str(bundle), port=port, api_key_file=key, **small)
 
     names = [ray_app.roll_out(arguments(first))]
     with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=SECONDS) as ready:

@@ -3,16 +3,23 @@
 import logging
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vqbet_edge import EdgePolicy, UsageError
+from vqbet_edge_ros.anchor import Anchor
+from vqbet_edge_ros.control import Controller, Step
+from vqbet_edge_ros.diagnostics import Statistics
 from vqbet_edge_ros.images import decode_compressed, decode_image
-from vqbet_edge_ros.inputs import Input
-from vqbet_edge_ros.joints import Joints
+from vqbet_edge_ros.inputs import Input, Inputs
+from vqbet_edge_ros.joints import Joints, Values
+from vqbet_edge_ros.outputs import Output
 from vqbet_edge_ros.parameters import Parameters, WhenStopped
+from vqbet_edge_ros.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 COMPRESSED = "/compressed"
@@ -45,6 +52,58 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         policy.close()
         raise
     return policy
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Everything between messages and commands.
+
+    Attributes:
+        rate: of the control loop, in steps per second.
+        topics: feature of the policy -> its topic; `inputs` joins them.
+        joints: of commands.
+    """
+
+    rate: float
+    topics: dict[str, Input]
+    inputs: Inputs
+    joints: Joints
+    statistics: Statistics
+    watchdog: Watchdog
+    controller: Controller
+
+
+def assemble(
+    parameters: Parameters,
+    policy: EdgePolicy,
+    publish: Callable[[Values], None],
+    acknowledged: Callable[[], bool],
+    sent: Callable[[Step], None],
+) -> Assembly:
+    """Put it together; `publish` and `acknowledged` as of `Output`, `sent` as of `Controller`.
+
+    Raises:
+        UsageError: the parameters do not fit the policy.
+    """
+    topics, given = make_inputs(parameters, policy), parameters.command
+    stopped = when_stopped(parameters, policy)
+    positions = stopped == "hold"
+    joints = command_joints(parameters, policy, positions=positions)
+    watchdog = Watchdog(
+        Output(joints, given.type, stopped, publish, acknowledged),
+        len(joints.names),
+        timeout=parameters.timeout,
+        resume_within=parameters.resume_within,
+        teleop_timeout=parameters.teleop.timeout,
+        teleop_resumes=parameters.teleop.after == "resume",
+    )
+    limited = bool(parameters.guards.max_change)
+    state = state_joints(parameters, policy)
+    anchor = Anchor(state, joints, positions=positions, limited=limited)
+    inputs, statistics = Inputs(topics, parameters.max_skew, parameters.max_repeats), Statistics()
+    controller = Controller(policy, inputs, watchdog, statistics, anchor, sent)
+    rate = control_rate(parameters, policy)
+    return Assembly(rate, topics, inputs, joints, statistics, watchdog, controller)
 
 
 def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
@@ -139,24 +198,6 @@ def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: boo
     return Joints(names, given.units or state.units, scale, offset)
 
 
-def camera_topics(parameters: Parameters, policy: EdgePolicy) -> dict[str, str]:
-    """Feature of the policy -> topic; one camera needs no key.
-
-    Raises:
-        UsageError: they do not fit.
-    """
-    keys, topics = parameters.cameras.keys, parameters.cameras.topics
-    wanted = policy.manifest.image_keys
-    if not keys and len(wanted) == 1:
-        keys = wanted
-    if sorted(keys) != sorted(wanted) or len(topics) != len(keys) or len(set(topics)) < len(topics):
-        raise UsageError(
-            f"expected cameras.keys of {list(wanted)} and one topic for each in cameras.topics, "
-            f"got {list(keys)} and {list(topics)}"
-        )
-    return {key: topics[keys.index(key)] for key in wanted}
-
-
 def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
     """Feature of the policy -> its topic.
 
@@ -164,8 +205,17 @@ def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
         UsageError: the parameters do not fit the policy.
     """
     manifest = policy.manifest
+    keys, topics = parameters.cameras.keys, parameters.cameras.topics
+    wanted = manifest.image_keys
+    if not keys and len(wanted) == 1:  # one camera needs no key
+        keys = wanted
+    if sorted(keys) != sorted(wanted) or len(topics) != len(keys) or len(set(topics)) < len(topics):
+        raise UsageError(
+            f"expected cameras.keys of {list(wanted)} and one topic for each in cameras.topics, "
+            f"got {list(keys)} and {list(topics)}"
+        )
     inputs: dict[str, Input] = {}
-    for key, topic in camera_topics(parameters, policy).items():
+    for key, topic in zip(keys, topics, strict=True):
         decode: Any = decode_image
         if topic.endswith(COMPRESSED):
             _check_pillow(topic)

@@ -36,11 +36,7 @@ _GRACE_S, _LOOK_S = 1.0, 0.02
 # A robot whose link died comes back before the old connection is known to be dead.
 _TAKEN_OVER = "a newer connection has taken over this session_id; give every robot an id of its own"
 # What the websocket library refuses by itself.
-_BROKEN: dict[int, str] = {
-    CloseCode.PROTOCOL_ERROR: "ProtocolError",
-    CloseCode.INVALID_DATA: "InvalidData",
-    CloseCode.MESSAGE_TOO_BIG: "MessageTooBig",
-}
+_BROKEN: dict[int, str] = {1002: "ProtocolError", 1007: "InvalidData", 1009: "MessageTooBig"}
 # Their texts are about a request. Those of others, and of classes that are made of them, may hold
 # paths, addresses and tracebacks.
 _TOLD = {
@@ -165,12 +161,6 @@ class Conversation:
         """Until the client leaves or errs, or `end` is called."""
         self._shared.conversations.add(self)
         try:
-            await self._run()
-        finally:
-            self._shared.conversations.discard(self)
-
-    async def _run(self) -> None:
-        try:
             await self._converse()
         except ConnectionClosed as closed:
             if closed.sent is not None and closed.sent.code in _BROKEN:
@@ -181,6 +171,8 @@ class Conversation:
         else:
             await self._close_sessions()
             await self._connection.close(CloseCode.GOING_AWAY, "the server stops")
+        finally:
+            self._shared.conversations.discard(self)
 
     def end(self, reason: UsageError | None = None) -> None:
         """End sessions and connection as soon as no request is being answered.
@@ -256,7 +248,10 @@ class Conversation:
             async for fragment in self._connection.recv_streaming():
                 if isinstance(fragment, str):
                     raise UsageError("expected binary frames, got text")
-                late = late or self._limit_time()
+                if late is None:
+                    loop, seconds = asyncio.get_running_loop(), self._shared.idle_s
+                    reason = UsageError(f"no whole request within {seconds:g} s")
+                    late = loop.call_later(seconds, self.end, reason)
                 fragments.append(fragment)
                 if len(fragments) > _MOST_FRAGMENTS:
                     raise UsageError(f"expected a request in {_MOST_FRAGMENTS} fragments at most")
@@ -264,12 +259,6 @@ class Conversation:
             if late is not None:
                 late.cancel()
         return b"".join(fragments)
-
-    def _limit_time(self) -> asyncio.TimerHandle:
-        """A request that has begun must become whole."""
-        seconds = self._shared.idle_s
-        reason = UsageError(f"no whole request within {seconds:g} s")
-        return asyncio.get_running_loop().call_later(seconds, self.end, reason)
 
     async def _answer(self, request: Message) -> bytes | str:
         began = time.monotonic()
