@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -35,40 +36,25 @@ def observations(seed: int, count: int) -> list[dict[str, np.ndarray]]:
     ]
 
 
-class Robot(threading.Thread):
-    """Acts an episode, resets, and acts another; all of them step by step together."""
+def act(number: int, url: str, headers: dict[str, str], steps: Any) -> list[list[float]]:
+    """A robot's episode, a reset, and another episode; all robots step by step together."""
+    from vqbet_serve.frames import array, pack, unpack
+    from websockets.sync.client import connect
 
-    def __init__(self, number: int, url: str, headers: dict[str, str], steps: Any) -> None:
-        super().__init__()
-        self.number, self.url, self.headers, self.steps = number, url, headers, steps
-        self.actions: list[list[float]] = []
-        self.error = ""
-
-    def run(self) -> None:
-        try:
-            self._run()
-        except Exception as error:  # noqa: BLE001 - told
-            self.error = repr(error)
-            self.steps.abort()
-
-    def _run(self) -> None:
-        from vqbet_serve.frames import array, pack, unpack
-        from websockets.sync.client import connect
-
-        options: dict[str, Any] = {"compression": None, "proxy": None}
-        with connect(self.url, additional_headers=self.headers, **options) as client:
-            client.recv(SECONDS)
-            name = {"session_id": f"robot {self.number}"}
-            for episode in range(2):
-                for seen in observations(self.number + 100 * episode, STEPS):
-                    self.steps.wait(SECONDS)
-                    client.send(pack({**seen, **name}))
-                    answer = client.recv(SECONDS)
-                    assert isinstance(answer, bytes), answer
-                    self.actions.append(array("a", unpack(answer)["actions"])[0].tolist())
-                self.steps.wait(SECONDS)
-                client.send(pack({"endpoint": "reset", **name}))
-                assert client.recv(SECONDS) == "reset successful"
+    actions, name = [], {"session_id": f"robot {number}"}
+    with connect(url, additional_headers=headers, compression=None, proxy=None) as client:
+        client.recv(SECONDS)
+        for episode in range(2):
+            for seen in observations(number + 100 * episode, STEPS):
+                steps.wait(SECONDS)
+                client.send(pack({**seen, **name}))
+                answer = client.recv(SECONDS)
+                assert isinstance(answer, bytes), answer
+                actions.append(array("a", unpack(answer)["actions"])[0].tolist())
+            steps.wait(SECONDS)
+            client.send(pack({"endpoint": "reset", **name}))
+            assert client.recv(SECONDS) == "reset successful"
+    return actions
 
 
 def replicas(marker: str, name: str) -> list[int]:
@@ -176,7 +162,7 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         if step == ROLL_OUT_AT:
             lose_one()
             names.append(ray_app.roll_out(arguments(second)))
-            time.sleep(3 * ray_app._LOOK_S)
+            time.sleep(3 * ray_app._LOOK_S)  # connections have looked
         step += 1
 
     def kill() -> None:
@@ -190,20 +176,16 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         kill()
         until(lambda: applications()["policy-1"] != "RUNNING")
 
-    step = 0
-    steps = threading.Barrier(ROBOTS, between)
-    robots = [Robot(number, url, headers, steps) for number in range(ROBOTS)]
-    for robot in robots:
-        robot.start()
-    for robot in robots:
-        robot.join()
+    step, steps = 0, threading.Barrier(ROBOTS, between)
+    with ThreadPoolExecutor(ROBOTS) as pool:
+        acting = [pool.submit(act, number, url, headers, steps) for number in range(ROBOTS)]
+        actions = [each.result() for each in acting]
     return {
         "names": names,
         "applications": applications(),
         "killed": len(killed),
         "refused": refused,
-        "errors": [robot.error for robot in robots],
-        "actions": [robot.actions for robot in robots],
+        "actions": actions,
     }
 
 

@@ -15,8 +15,7 @@ Values = NDArray[np.float64]
 class Joints:
     """Joints in the policy's order: policy = scale * ros + offset.
 
-    With the units `degrees` the policy was trained on degrees and ROS has radians; scale and offset
-    come after that.
+    With the units `degrees`, ROS's radians are turned into degrees first.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """From parameters to a policy that has acted once, and to what reads its inputs."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -107,11 +108,7 @@ def assemble(
 
 
 def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
-    """Steps per second: as given, else those of the demonstrations.
-
-    Raises:
-        UsageError: neither is known.
-    """
+    """Steps per second: as given, else those of the demonstrations."""
     fps = policy.fps
     rate = parameters.rate or fps
     if rate is None:
@@ -138,11 +135,7 @@ def _warm(policy: EdgePolicy) -> None:
 
 
 def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
-    """The joints of the policy's state.
-
-    Raises:
-        UsageError: they do not fit.
-    """
+    """The joints of the policy's state."""
     state, dim = parameters.state, policy.manifest.state_dim
     if len(state.joints) != dim:
         raise UsageError(f"expected {dim} joints in state.joints, got {list(state.joints)}")
@@ -150,11 +143,7 @@ def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
 
 
 def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
-    """What is sent while the policy is stopped; `hold` says that commands are positions.
-
-    Raises:
-        UsageError: it has to be chosen, or does not go with what the bundle says of its actions.
-    """
+    """What is sent while the policy is stopped; `hold` says that commands are positions."""
     given, kinds = parameters.command, set(policy.manifest.policy.action_kinds)
     positions = bool(kinds) and kinds <= _POSITIONS
     if given.when_stopped is None and (positions or (given.type != "array" and not kinds & _MOVES)):
@@ -170,15 +159,10 @@ def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
 
 
 def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: bool) -> Joints:
-    """The joints of commands: names, units, scale and offset are the state's where not given.
+    """The joints of commands.
 
-    Args:
-        parameters: which are given.
-        policy: which commands them.
-        positions: whether commands are positions.
-
-    Raises:
-        UsageError: they do not fit, or what is not given need not be the state's.
+    Units, scale and offset are the state's where not given, of positions of the state's joints; of
+    other commands, those that the state has must be given.
     """
     given, state, dim = parameters.command, parameters.state, policy.manifest.action_dim
     names = given.joints or state.joints
@@ -199,11 +183,7 @@ def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: boo
 
 
 def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
-    """Feature of the policy -> its topic.
-
-    Raises:
-        UsageError: the parameters do not fit the policy.
-    """
+    """Feature of the policy -> its topic."""
     manifest = policy.manifest
     keys, topics = parameters.cameras.keys, parameters.cameras.topics
     wanted = manifest.image_keys
@@ -218,19 +198,11 @@ def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
     for key, topic in zip(keys, topics, strict=True):
         decode: Any = decode_image
         if topic.endswith(COMPRESSED):
-            _check_pillow(topic)
+            if importlib.util.find_spec("PIL") is None:
+                raise UsageError(f"'{topic}' takes Pillow to decode: sudo apt install python3-pil")
             decode = decode_compressed
         shape = manifest.image_shapes[key]
         inputs[key] = Input(topic, partial(decode, shape=shape), parameters.max_age)
     joints = state_joints(parameters, policy)
     inputs[manifest.state_key] = Input(parameters.state.topic, joints.read, parameters.max_age)
     return inputs
-
-
-def _check_pillow(topic: str) -> None:
-    try:
-        import PIL.Image  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise UsageError(
-            f"'{topic}' takes Pillow to decode ({error}): sudo apt install python3-pil"
-        ) from error

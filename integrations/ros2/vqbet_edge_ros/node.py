@@ -48,11 +48,9 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
         """Load, check, prove, subscribe."""
         try:
             self._resources = Resources(self, self._read_parameters())
-        except VQBeTEdgeError as error:
-            self.get_logger().error(f"cannot be configured: {error}")
-            return TransitionCallbackReturn.FAILURE
         except Exception as error:  # noqa: BLE001 - rclpy would swallow it
-            self.get_logger().error(f"cannot be configured: {error}\n{traceback.format_exc()}")
+            traced = "" if isinstance(error, VQBeTEdgeError) else f"\n{traceback.format_exc()}"
+            self.get_logger().error(f"cannot be configured: {error}{traced}")
             return TransitionCallbackReturn.FAILURE
         return TransitionCallbackReturn.SUCCESS
 

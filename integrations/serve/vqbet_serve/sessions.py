@@ -132,7 +132,7 @@ class Sessions:
             self._names.remove(name)
 
     def start(self, name: str | None) -> int:
-        """Where a session's random sequence starts: with an id, at a number derived from it."""
+        """Where the random sequence of a session starts."""
         return self._seed if name is None else derived_seed(self._seed, name)
 
 

@@ -110,7 +110,6 @@ class Simulator:
         self.node = rclpy.create_node("simulator")
         self.commands: list[Any] = []
         self.diagnostics: list[Any] = []
-        self.heard: dict[str, list[Any]] = {}
         self._clients: dict[str, Any] = {}
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)

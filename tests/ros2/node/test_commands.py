@@ -76,11 +76,20 @@ def test_commands_are_bitwise_those_of_the_policy_in_process(robot: Robot) -> No
     assert (told["manifest_sha256"], told["backend"]) == (digest, "onnxruntime")
 
 
-@pytest.mark.parametrize("robot", [{"max_skew": 5.0, "command.type": "joint_state"}], indirect=True)
-def test_joint_states_and_messages_without_stamps(robot: Robot) -> None:
-    """Then the time of arrival counts."""
-    [observation] = observations(1)
-    sent = robot.simulator.answer(lambda: robot.simulator.show(observation, 0))
+PNG = {
+    "cameras.topics": ["/camera/compressed"], "command.type": "joint_state", "max_skew": 5.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("robot", [PNG], indirect=True)
+def test_compressed_images_and_joint_states_without_stamps(robot: Robot) -> None:
+    """The same frame, and so the same command; the time of arrival counts."""
+    simulator, [observation] = robot.simulator, observations(1)
+    out = io.BytesIO()
+    PIL.Image.fromarray(observation[IMAGE]).save(out, "PNG")
+    image = CompressedImage(format="png", data=array.array("B", out.getvalue()))
+    joints = joint_message(observation[STATE])
+    sent = simulator.answer(lambda: simulator.publish(image, joints, 0))
     assert list(sent.name) == ["x", "y"]
     assert [list(sent.position)] == expected([observation])
     assert sent.header.stamp.sec
@@ -101,21 +110,6 @@ def test_trajectories(robot: Robot) -> None:
     assert times == [20_000_000 * (step + 1) for step in range(len(chunk))]
     assert list(sent.joint_names) == ["x", "y"]
     assert (sent.header.stamp.sec, sent.header.stamp.nanosec) == (0, 0)
-
-
-PNG = {"cameras.topics": ["/camera/compressed"]}
-
-
-@pytest.mark.parametrize("robot", [PNG], indirect=True)
-def test_compressed_images(robot: Robot) -> None:
-    """The same frame, and so the same command."""
-    simulator, [observation] = robot.simulator, observations(1)
-    out = io.BytesIO()
-    PIL.Image.fromarray(observation[IMAGE]).save(out, "PNG")
-    image = CompressedImage(format="png", data=array.array("B", out.getvalue()))
-    joints = joint_message(observation[STATE])
-    sent = simulator.answer(lambda: simulator.publish(image, joints))
-    assert [list(sent.data)] == expected([observation])
 
 
 SIMULATED: dict[str, Any] = {

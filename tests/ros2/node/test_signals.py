@@ -53,16 +53,6 @@ def test_velocities_end_with_zeros(robot: Robot) -> None:
     assert list(simulator.commands[-1].data) == [0, 0]
 
 
-@pytest.mark.parametrize("robot", [{"command.when_stopped": "hold"}], indirect=True)
-def test_positions_end_with_the_last_one(robot: Robot) -> None:
-    simulator = robot.simulator
-    command = list(simulator.act(observations(1)[0]).data)
-    before = len(simulator.commands)
-    assert robot.process.end() == 0, robot.process.text()
-    wait(lambda: len(simulator.commands) > before)
-    assert list(simulator.commands[-1].data) == command
-
-
 BROKEN = """
 from vqbet_edge import EdgePolicy, NonFiniteError
 act, calls = EdgePolicy.act, []
