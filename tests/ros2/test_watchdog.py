@@ -35,6 +35,11 @@ class Robot:
         sent, self.sent = self.sent, []
         return sent
 
+    def expect(self, mode: Mode, sent: list[list[list[float]]]) -> None:
+        """Who may move it, and what was sent since the last look."""
+        assert self.dog.mode is mode
+        assert self.took() == sent
+
     def admitted(self, now: float) -> Ticket:
         """There is an observation, and the policy may act on it."""
         ticket = self.dog.admit(now)
@@ -92,9 +97,8 @@ def test_a_command_that_was_under_way_when_the_robot_was_stopped_is_not_sent() -
 def test_a_stale_observation_stops_at_once(when_stopped: str, sent: Any) -> None:
     robot = running(when_stopped=when_stopped)
     robot.dog.refuse(STALE, 10.03)
-    assert robot.dog.mode is Mode.STOPPED
+    robot.expect(Mode.STOPPED, sent)
     assert robot.dog.reason == STALE.reason
-    assert robot.took() == sent
     robot.dog.watch(10.06)
     assert robot.took() == sent
 
@@ -102,13 +106,11 @@ def test_a_stale_observation_stops_at_once(when_stopped: str, sent: Any) -> None
 def test_a_step_without_anything_new_is_left_out_and_many_stop() -> None:
     robot = running()
     robot.dog.refuse(REPEATED, 10.1)
-    assert robot.dog.mode is Mode.RUNNING
-    assert robot.took() == []
+    robot.expect(Mode.RUNNING, [])
     assert robot.step(10.15)
     robot.took()
     robot.dog.refuse(REPEATED, 10.36)
-    assert robot.dog.mode is Mode.STOPPED
-    assert robot.took() == [[[1, 2]]]
+    robot.expect(Mode.STOPPED, [[[1, 2]]])
 
 
 def test_a_late_policy_is_stopped_and_what_it_says_then_is_not_sent() -> None:
@@ -117,9 +119,8 @@ def test_a_late_policy_is_stopped_and_what_it_says_then_is_not_sent() -> None:
     robot.dog.watch(10.2)
     assert robot.took() == []
     robot.dog.watch(10.21)
-    assert robot.dog.mode is Mode.STOPPED
+    robot.expect(Mode.STOPPED, [[[1, 2]]])
     assert "the policy is late" in robot.dog.reason
-    assert robot.took() == [[[1, 2]]]
     assert not robot.command(ticket, 10.22, np.array([5, 6], np.float32))
     assert robot.took() == []
 
@@ -194,8 +195,7 @@ def test_who_armed_the_policy_meant_it_then_and_not_an_hour_later(how: str, watc
     if watched:
         robot.dog.watch(11.1)
     assert not robot.step(3610.0)
-    assert robot.dog.mode is Mode.WAITING
-    assert robot.took() == [[[0, 0]]]
+    robot.expect(Mode.WAITING, [[[0, 0]]])
     robot.dog.enable(False, 3610.0)
     robot.dog.watch(3610.0)
     robot.dog.close("deactivated")
@@ -220,8 +220,7 @@ CONFLICT = Refusal("conflict", "another node sends commands")
 def test_nobody_is_fought_over_the_robot(when_stopped: str, sent: Any) -> None:
     robot = running(when_stopped=when_stopped)
     robot.dog.refuse(CONFLICT, 10.03)
-    assert robot.dog.mode is Mode.WAITING
-    assert robot.took() == sent
+    robot.expect(Mode.WAITING, sent)
     robot.dog.watch(10.06)
     robot.dog.close("deactivated")
     robot.dog.open(10.0)
@@ -350,8 +349,7 @@ def test_an_operator_may_move_a_robot_that_is_stopped_and_it_stays_stopped(resum
     robot.took()
     robot.dog.teleoperate(np.array([7.0, 8.0]), 20.0)
     robot.dog.watch(21.0)
-    assert robot.took() == [[[7, 8]], [[7, 8]]]
-    assert robot.dog.mode is Mode.WAITING
+    robot.expect(Mode.WAITING, [[[7, 8]], [[7, 8]]])
     robot.dog.enable(True, 22.0)
     robot.dog.teleoperate(np.array([7.0, 8.0]), 22.0)
     # What is said while an operator moves the robot says nothing about when he has done.
@@ -366,8 +364,7 @@ def test_an_operators_nonsense_is_refused(values: list[float]) -> None:
     robot = running()
     with pytest.raises(ObservationError, match="2 finite numbers"):
         robot.dog.teleoperate(np.array(values), 10.04)
-    assert robot.dog.mode is Mode.RUNNING
-    assert robot.took() == []
+    robot.expect(Mode.RUNNING, [])
 
 
 def test_a_trajectory_is_sent_once_per_chunk_and_cut_short_when_stopped() -> None:
