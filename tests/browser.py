@@ -1,6 +1,5 @@
 """A headless Chromium, driven over its DevTools protocol, to see pages as people do."""
 
-import base64
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environments import impossible
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 TIMEOUT = 60
@@ -53,14 +53,6 @@ class Tab:
         options = {"expression": expression, "returnByValue": True, "awaitPromise": True}
         return self.call("Runtime.evaluate", **options)["result"].get("value")
 
-    def picture(self, path: Path, top: int = 0, height: int | None = None) -> None:
-        """A PNG of the page from `top` on, of all the rest if there is no height."""
-        whole = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": top, "width": whole["width"], "scale": 1}
-        clip["height"] = height or whole["height"] - top
-        shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
     def _receive(self) -> dict[str, Any]:
         message: dict[str, Any] = json.loads(self._connection.recv(TIMEOUT))
         params = message.get("params", {})
@@ -83,10 +75,7 @@ def chromium() -> Iterator[Tab]:
     websockets = pytest.importorskip("websockets.sync.client")
     binary = next((found for found in map(shutil.which, NAMES) if found), None)
     if binary is None:
-        reason = "there is no Chromium here: apt-get install chromium-headless-shell"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        impossible("there is no Chromium here: apt-get install chromium-headless-shell")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = ["--headless", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
         options += ["--hide-scrollbars", f"--user-data-dir={profile}"]

@@ -8,7 +8,6 @@ and PYTHONPATH=.:integrations/ros2; on a robot, source ROS first. Nothing else m
 """
 
 import argparse
-import array
 import json
 import signal
 import ssl  # noqa: F401 - before rclpy
@@ -26,13 +25,13 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import SingleThreadedExecutor
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
+from vqbet_edge_ros import messages
 
 from vqbet_edge.runtime.bundle import Bundle
-from vqbet_edge.runtime.cameras import unpack_frames
 from vqbet_edge.runtime.manifest import Manifest
 
 JOINT_HZ = 100.0
-PERCENTILES = (50.0, 95.0, 99.0, 99.9, 100.0)
+PERCENTILES = {"p50": 50.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 
 
 class Simulator:
@@ -44,24 +43,28 @@ class Simulator:
         self.statuses: list[dict[str, str]] = []
         self.node.create_subscription(Float64MultiArray, "/commands", self._command, 10)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._status, 10)
-        random = np.random.default_rng(0)
-        area = random.integers(
-            0, 256, (8, len(manifest.image_keys), *manifest.frame_shape), np.uint8
-        )
-        shapes = manifest.image_shapes
-        self._frames = [list(map(_image, unpack_frames(f, shapes).values())) for f in area]
-        self._joints = [f"j{number}" for number in range(manifest.state_dim)]
-        cameras = [self.node.create_publisher(Image, topic, 1) for topic in camera_topics(manifest)]
+        random, shapes = np.random.default_rng(0), manifest.image_shapes.values()
+        stamp = self.node.get_clock().now().to_msg()
+        frames = [
+            [messages.image(random.integers(0, 256, shape, np.uint8), stamp) for shape in shapes]
+            for _ in range(8)
+        ]
+        names = [f"j{number}" for number in range(manifest.state_dim)]
+        states = [
+            [JointState(name=names, position=[np.sin(number / 50)] * len(names))]
+            for number in range(315)
+        ]
+        cameras = [
+            self.node.create_publisher(Image, f"/camera_{number}", 1)
+            for number in range(len(frames[0]))
+        ]
         state = self.node.create_publisher(JointState, "/joints", 1)
         self._ended = threading.Event()
         self._threads = [
-            threading.Thread(target=self._publish, args=(rate, self._frame, cameras)),
-            threading.Thread(target=self._publish, args=(JOINT_HZ, self._state, [state])),
+            threading.Thread(target=self._publish, args=(rate, frames, cameras)),
+            threading.Thread(target=self._publish, args=(JOINT_HZ, states, [state])),
             threading.Thread(target=self._spin),
         ]
-
-    def start(self) -> None:
-        """Begin."""
         for thread in self._threads:
             thread.start()
 
@@ -76,21 +79,13 @@ class Simulator:
         self.arrived.append(time.monotonic())
 
     def _status(self, message: Any) -> None:
-        status = message.status[0]
-        values = {each.key: each.value for each in status.values}
-        self.statuses.append(values | {"": status.message})
+        self.statuses.append({each.key: each.value for each in message.status[0].values})
 
-    def _frame(self, number: int) -> list[Any]:
-        return self._frames[number % len(self._frames)]
-
-    def _state(self, number: int) -> list[Any]:
-        return [JointState(name=self._joints, position=[np.sin(number / 50)] * len(self._joints))]
-
-    def _publish(self, rate: float, make: Any, publishers: list[Any]) -> None:
+    def _publish(self, rate: float, cycle: list[list[Any]], publishers: list[Any]) -> None:
         due, number = time.monotonic(), 0
         while not self._ended.wait(max(0.0, due - time.monotonic())):
             stamp = self.node.get_clock().now().to_msg()
-            for message, publisher in zip(make(number), publishers, strict=True):
+            for message, publisher in zip(cycle[number % len(cycle)], publishers, strict=True):
                 message.header.stamp = stamp
                 publisher.publish(message)
             due, number = due + 1 / rate, number + 1
@@ -102,57 +97,26 @@ class Simulator:
             executor.spin_once(timeout_sec=0.1)
 
 
-def camera_topics(manifest: Manifest) -> list[str]:
-    """One for each camera."""
-    return [f"/camera_{number}" for number in range(len(manifest.image_keys))]
-
-
-def node_parameters(bundle: str, manifest: Manifest, rate: float) -> dict[str, Any]:
-    """Of the node."""
-    return {
-        "bundle": bundle,
-        "rate": rate,
-        "autostart": True,
-        "cameras.keys": list(manifest.image_keys),
-        "cameras.topics": camera_topics(manifest),
-        "state.topic": "/joints",
-        "state.joints": [f"j{number}" for number in range(manifest.state_dim)],
-        "command.joints": [f"a{number}" for number in range(manifest.action_dim)],
-        "command.topic": "/commands",
-        "command.when_stopped": "hold",
-    }
-
-
 def report(simulator: Simulator, rate: float) -> str:
     """The figures, as Markdown."""
     arrived = np.array(simulator.arrived)
     count, seconds = len(arrived), arrived[-1] - arrived[0]
-    names = [f"p{each:g}" for each in PERCENTILES[:-1]] + ["max"]
-    figures = np.percentile(np.diff(arrived) * 1e3, PERCENTILES)
+    figures = np.percentile(np.diff(arrived) * 1e3, [*PERCENTILES.values()])
     lines = [
         f"{count} commands in {seconds:.1f} s at {rate:g} Hz (a period of {1e3 / rate:.2f} ms)",
         "",
-        "| ms | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(names),
+        "| ms | " + " | ".join(PERCENTILES) + " |",
+        "|---|" + "---|" * len(PERCENTILES),
         "| between commands, at the receiver | " + " | ".join(f"{f:.2f}" for f in figures) + " |",
     ]
     for name, what in {"act_ms": "`act`", "age_ms": "oldest part of the observation"}.items():
-        row = [_worst(simulator, f"{name}_{each}") for each in ("p50", "p95", "p99")]
-        row += ["", _worst(simulator, f"{name}_max")]
+        row = []
+        for each in PERCENTILES:
+            found = [float(s[key]) for s in simulator.statuses if (key := f"{name}_{each}") in s]
+            row.append(f"{max(found):.2f}" if found else "")
         lines.append(f"| {what}, worst 300 steps | " + " | ".join(row) + " |")
-    last = simulator.statuses[-1]
-    counts = {name: value for name, value in last.items() if name and "_ms_" not in name}
+    counts = {name: v for name, v in simulator.statuses[-1].items() if "_ms_" not in name}
     return "\n".join([*lines, "", f"counts: {counts}"])
-
-
-def _worst(simulator: Simulator, name: str) -> str:
-    return f"{max(float(each[name]) for each in simulator.statuses if name in each):.2f}"
-
-
-def _image(frame: np.ndarray) -> Any:
-    height, width, _ = frame.shape
-    data = array.array("B", frame.tobytes())
-    return Image(height=height, width=width, encoding="rgb8", step=3 * width, data=data)
 
 
 def main() -> None:
@@ -164,15 +128,25 @@ def main() -> None:
     given = parser.parse_args()
     bundle = Bundle.open(given.bundle)
     manifest = bundle.manifest
+    parameters = {
+        "bundle": str(bundle.path.resolve()),
+        "rate": given.rate,
+        "autostart": True,
+        "cameras.keys": list(manifest.image_keys),
+        "cameras.topics": [f"/camera_{number}" for number in range(len(manifest.image_keys))],
+        "state.topic": "/joints",
+        "state.joints": [f"j{number}" for number in range(manifest.state_dim)],
+        "command.joints": [f"a{number}" for number in range(manifest.action_dim)],
+        "command.topic": "/commands",
+        "command.when_stopped": "hold",
+    }
     rclpy.init()
-    simulator = Simulator(manifest, given.rate)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "parameters.yaml"
-        parameters = node_parameters(str(bundle.path.resolve()), manifest, given.rate)
         file.write_text(json.dumps({"/**": {"ros__parameters": parameters}}))
         command = [sys.executable, "-m", "vqbet_edge_ros", "--ros-args", "--params-file", str(file)]
         node = subprocess.Popen(command)  # noqa: S603
-        simulator.start()
+        simulator = Simulator(manifest, given.rate)
         try:
             while not simulator.arrived and node.poll() is None:
                 time.sleep(0.1)

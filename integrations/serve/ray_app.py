@@ -15,8 +15,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import ray
 import tyro
@@ -27,13 +26,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.datastructures import Headers
 from vqbet_serve.asgi import AsgiConnection
+from vqbet_serve.cli import Options
 from vqbet_serve.conversation import Conversation, Shared
-from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
-from vqbet_serve.keys import UNNAMED, Keys
+from vqbet_serve.keys import UNNAMED
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.metrics import CONTENT_TYPE, Metrics
 from vqbet_serve.readiness import Readiness, ReferenceStep
-from vqbet_serve.server import ServeConfig
+from vqbet_serve.remote_graphs import GraphRunner, RemoteBackend, Reply, Request
 from vqbet_serve.sessions import Sessions
 
 from vqbet_edge import BackendError, EdgePolicy, UsageError, VQBeTEdgeError, cli
@@ -44,8 +43,8 @@ from vqbet_edge.runtime.hub import pinned
 ROBOTS, POLICY = "robots", "policy-"
 # A robot whose step takes longer has stopped long before.
 _PATIENCE_S, _PAUSE_S = 10.0, 0.05
-# How soon connections notice a new bundle, and how long starting everything may take.
-_LOOK_S, _STARTING_S = 1.0, 300.0
+# How soon connections notice a new bundle.
+_LOOK_S = 1.0
 _LOG = logging.getLogger("ray.serve")
 _app = FastAPI(openapi_url=None)
 
@@ -56,8 +55,8 @@ class Policy:
 
     def __init__(self, bundle: str, backend: BackendName, wait_s: float) -> None:
         opened = Bundle.open(bundle)
-        self._bundle, self._graphs = bundle, Graphs(opened, backend)
-        here = EdgePolicy(opened, Elsewhere(opened.manifest, self._graphs.answer))
+        self._bundle, self._graphs = bundle, GraphRunner(opened, backend)
+        here = EdgePolicy(opened, RemoteBackend(opened.manifest, self._graphs.answer))
         self._readiness = Readiness(ReferenceStep(here, opened))
         self._answer.set_max_batch_size(self._graphs.most)
         self._answer.set_batch_wait_timeout_s(wait_s)
@@ -105,7 +104,7 @@ class _Version:
         """Ask an application which bundle it has."""
         handle = serve.get_app_handle(f"{POLICY}{number}")
         bundle = Bundle.open(handle.bundle.remote().result(timeout_s=_PATIENCE_S))
-        backend = Elsewhere(bundle.manifest, lambda request: _ask(handle, request))
+        backend = RemoteBackend(bundle.manifest, lambda request: _ask(handle, request))
         policy = EdgePolicy(bundle, backend)
         readiness = Readiness(ReferenceStep(policy, bundle))
         return cls(number, policy, PolicyMetadata.of(bundle.manifest), readiness)
@@ -136,21 +135,17 @@ def own_error(error: RayTaskError) -> VQBeTEdgeError:
 
 
 # Serve makes a copy of the class below where it stands: all that it uses comes before it.
-def _policies() -> dict[int, bool]:
-    """Every policy's number, the newest last, and whether any of its replicas runs.
+def _policies() -> tuple[list[int], list[int]]:
+    """Every policy's number, the newest last, and of those that run.
 
-    Its application's status does not tell: while a lost replica starts anew it is not `RUNNING`.
+    An application's status does not tell: while a lost replica starts anew it is not `RUNNING`.
     """
     found = {
         int(number): any(each.replica_states.get("RUNNING") for each in app.deployments.values())
         for name, app in serve.status().applications.items()
         if name.startswith(POLICY) and (number := name.removeprefix(POLICY)).isdigit()
     }
-    return dict(sorted(found.items()))
-
-
-def _running(policies: dict[int, bool]) -> list[int]:
-    return [number for number, runs in policies.items() if runs]
+    return sorted(found), sorted(number for number, runs in found.items() if runs)
 
 
 def _misfit(now: PolicyMetadata, then: PolicyMetadata) -> str:
@@ -170,7 +165,7 @@ class Robots:
         config = self._config = arguments.config()
         pool = ThreadPoolExecutor(config.max_robots, "vqbet-robots")
         # Serve refuses to wait on the thread that it makes replicas on.
-        self._version = pool.submit(lambda: _Version.of(_running(_policies())[-1])).result()
+        self._version = pool.submit(lambda: _Version.of(_policies()[1][-1])).result()
         fps = self._version.metadata.fps
         self._metrics = Metrics(None if fps is None else 1 / fps)
         self._sessions = Sessions(self._version.policy, config.seed, config.max_robots)
@@ -189,10 +184,10 @@ class Robots:
 
     def _look(self) -> None:
         # Never an older one, also when all of the newest one's replicas are lost.
-        newer = [number for number in _running(_policies()) if number > self._version.number]
-        if not newer:
+        _, running = _policies()
+        if max(running, default=0) <= self._version.number:
             return
-        newest = _Version.of(newer[-1])
+        newest = _Version.of(running[-1])
         if misfit := _misfit(self._version.metadata, newest.metadata):
             _LOG.error("%s%d is not taken: %s", POLICY, newest.number, misfit)
             return
@@ -229,10 +224,7 @@ class Robots:
             return
         await websocket.accept()
         connection = AsgiConnection(websocket, self._version.metadata.largest_frame)
-
-        def admitted() -> bool:
-            return self._robot(websocket.headers) == robot
-
+        admitted = lambda: self._robot(websocket.headers) == robot  # noqa: E731
         await Conversation(connection, self._shared, str(robot), admitted).run()
 
     def _robot(self, headers: Headers) -> str | None:
@@ -252,45 +244,21 @@ class Robots:
         return "TooManyConnections" if is_full and not self._shared.let_one_go() else ""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Drive a fleet with a bundle, or roll out another one."""
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Options):
+    """Drive a fleet with a bundle, or roll out another one, where address and port stay.
 
-    # The bundle: a directory that is the same on every node, or a Hub id (user/name,
-    # user/name@revision).
-    bundle: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+    `max_robots` is per ingress replica.
+    """
+
     # Processes with the weights, and processes with connections.
     replicas: int = 2
     ingress_replicas: int = 1
     # Processors that Ray reserves for each of them.
     replica_cpus: float = 1.0
     ingress_cpus: float = 0.5
-    # Address to listen on; any but loopback needs a key. Taken when the fleet starts.
-    host: str = "127.0.0.1"
-    port: int = 8000
-    # File with the keys that clients must send, the same on every node: KEY or NAME KEY a line.
-    api_key_file: Path | None = None
-    # Robots at the same time, per ingress replica.
     max_robots: int = 64
-    # Seconds without a request after which a robot's place may be given to another one.
-    idle_s: float = 30.0
-    # Start of the random sequence of robots without a session_id.
-    seed: int = 0
-    # Milliseconds that a request waits for others.
-    batch_wait_ms: float = 2.0
-    # Who runs the graphs.
     backend: BackendName = "onnxruntime"
-
-    def config(self) -> ServeConfig:
-        """For the connections; the key is read where it is needed."""
-        return ServeConfig(
-            host=self.host,
-            port=self.port,
-            keys=None if self.api_key_file is None else Keys.read(self.api_key_file),
-            seed=self.seed,
-            max_robots=self.max_robots,
-            idle_s=self.idle_s,
-        )
 
 
 def roll_out(arguments: Arguments) -> str:
@@ -305,8 +273,7 @@ def roll_out(arguments: Arguments) -> str:
     bundle = Bundle.open(arguments.bundle)
     metadata = PolicyMetadata.of(bundle.manifest)
     serve.start(http_options={"host": config.host, "port": config.port})
-    before = _policies()
-    running = _running(before)
+    before, running = _policies()
     if running and (misfit := _misfit(_Version.of(running[-1]).metadata, metadata)):
         raise UsageError(f"'{arguments.bundle}' does not fit the fleet's robots: {misfit}")
     name = f"{POLICY}{max(before, default=0) + 1}"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import oracle
 import pytest
-import torch
 from environments import ROOT, find_python, with_the_reference
 from peers import PUSHT, Peer, Robot
 from vqbet_export.exporter import ExportConfig, export
@@ -16,29 +15,24 @@ PLUGIN = ROOT / "integrations" / "lerobot"
 sys.path.append(str(PLUGIN))
 
 
-def attentive(policy: object) -> None:
-    """Let an untrained policy look at what it sees: its codes change along an episode."""
-    for name, weight in policy.named_parameters():  # type: ignore[attr-defined]
-        if ".attn." in name and name.endswith("weight"):
-            weight.data.mul_(12)
-
-
 @pytest.fixture(scope="session")
 def robot(shared: Path) -> Robot:
     """PushT's sizes, small, untrained."""
     root = shared / "robot"
     made = Robot(root / "checkpoint", root / "pusht-fp32.bundle")
-    once(root, lambda: make_robot(made))
+
+    def make() -> None:
+        policy = oracle.make_policy(PUSHT)
+        # So that an untrained policy looks at what it sees: its codes change along an episode.
+        for name, weight in policy.named_parameters():
+            if ".attn." in name and name.endswith("weight"):
+                weight.data.mul_(12)
+        policy.config.license = "mit"
+        oracle.save_checkpoint(policy, PUSHT, made.checkpoint)
+        export(ExportConfig(str(made.checkpoint), made.bundle, verify_steps=8))
+
+    once(root, make)
     return made
-
-
-def make_robot(robot: Robot) -> None:
-    policy = oracle.make_policy(PUSHT)
-    with torch.no_grad():
-        attentive(policy)
-    policy.config.license = "mit"
-    oracle.save_checkpoint(policy, PUSHT, robot.checkpoint)
-    export(ExportConfig(str(robot.checkpoint), robot.bundle, verify_steps=8))
 
 
 @pytest.fixture(scope="session")

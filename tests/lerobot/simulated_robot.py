@@ -38,35 +38,24 @@ class PushtSim(Robot):
         size = self.config.camera_size
         return {**dict.fromkeys(JOINTS, float), "top": (size, size, 3)}
 
-    @cached_property
-    def action_features(self) -> dict[str, Any]:
-        return dict.fromkeys(JOINTS, float)
-
-    @property
-    def is_connected(self) -> bool:
-        return self._env is not None
-
-    @property
-    def is_calibrated(self) -> bool:
-        return True
+    action_features = dict.fromkeys(JOINTS, float)
+    is_connected = property(lambda self: self._env is not None)
+    is_calibrated = True
 
     def calibrate(self) -> None:
         pass
 
-    def configure(self) -> None:
-        pass
+    configure = calibrate
 
     def connect(self, calibrate: bool = True) -> None:  # noqa: ARG002
-        size = self.config.camera_size
-        sizes = {"observation_width": size, "observation_height": size}
+        sizes = dict.fromkeys(("observation_width", "observation_height"), self.config.camera_size)
         self._env = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", **sizes)
         self._now = self._env.reset(seed=1003)[0]
 
     def get_observation(self) -> dict[str, Any]:
         position = self._now["agent_pos"].astype(np.float32)
         self._latest = self._now["pixels"], position
-        joints = dict(zip(JOINTS, map(float, position), strict=True))
-        return {**joints, "top": self._now["pixels"]}
+        return {**dict(zip(JOINTS, map(float, position), strict=True)), "top": self._now["pixels"]}
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
         target = np.array([action[joint] for joint in JOINTS], np.float32)

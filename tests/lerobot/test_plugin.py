@@ -26,6 +26,8 @@ from lerobot_policy_vqbet_edge import (  # noqa: E402
     make_vqbet_edge_pre_post_processors,
 )
 
+IMAGE, STATE = "observation.image", "observation.state"
+
 
 def load(bundle: Path, *flags: str) -> Any:
     config = PreTrainedConfig.from_pretrained(bundle, cli_overrides=list(flags))
@@ -38,58 +40,38 @@ def batches(steps: int, rows: int) -> list[dict[str, torch.Tensor]]:
     seen = [oracle.observations(oracle.small("row", seed=row), steps) for row in range(rows)]
     found = []
     for step in range(steps):
-        images = np.stack([row[step]["observation.image"] for row in seen])
-        found.append(
-            {
-                "observation.image": torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,
-                "observation.state": torch.from_numpy(
-                    np.stack([row[step]["observation.state"] for row in seen])
-                ),
-                "task": "push",  # type: ignore[dict-item] # LeRobot passes it along
-            }
-        )
-    return found
+        images, states = (np.stack([row[step][key] for row in seen]) for key in (IMAGE, STATE))
+        planar = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        # LeRobot passes the task along.
+        found.append({IMAGE: planar, STATE: torch.from_numpy(states), "task": "push"})
+    return found  # type: ignore[return-value]
 
 
 def row(batch: dict[str, torch.Tensor], index: int) -> dict[str, Any]:
-    keys = ("observation.image", "observation.state")
-    return {key: batch[key][index].numpy() for key in keys}
+    return {key: batch[key][index].numpy() for key in (IMAGE, STATE)}
 
 
 def test_every_row_is_a_policy_of_its_own(robot: Robot) -> None:
     """Bitwise what a policy loaded alone with the seed of the row does, batch after batch."""
-    policy = load(robot.bundle, "--seed=7", "--replan_every=2")
-    alone = [EdgePolicy.load(robot.bundle, seed=7 + r, replan_every=2) for r in range(3)]
+    policy = load(robot.bundle, "--seed=7", "--replan_every=3")
+    alone = [EdgePolicy.load(robot.bundle, seed=7 + r, replan_every=3) for r in range(3)]
     for rows in (3, 2):
         policy.reset()
         for single in alone:
             single.reset()
-        for batch in batches(6, rows):
+        for step, batch in enumerate(batches(6, rows)):
+            if step == 4:  # LeRobot after 0.6.1 asks for it where the task changes
+                policy.drop_queued_actions()
+                for single in alone:
+                    single.drop_queue()
             actions = policy.select_action(batch)
             assert actions.dtype == torch.float32
             expected = [alone[r].act(row(batch, r)) for r in range(rows)]
             np.testing.assert_array_equal(actions.numpy(), np.stack(expected))
+        chunks = policy.predict_action_chunk(batch).numpy()
+        for number, chunk in enumerate(chunks):
+            np.testing.assert_array_equal(chunk, alone[number].act_chunk(row(batch, number)))
         assert len(policy.rows) == rows
-
-
-def test_predicts_chunks(robot: Robot) -> None:
-    policy, alone = load(robot.bundle), EdgePolicy.load(robot.bundle)
-    for batch in batches(3, 1):
-        chunk = policy.predict_action_chunk(batch)
-        np.testing.assert_array_equal(chunk.numpy()[0], alone.act_chunk(row(batch, 0)))
-
-
-def test_every_row_drops_its_queue(robot: Robot) -> None:
-    """LeRobot after 0.6.1 asks for it where the task changes; histories stay."""
-    policy = load(robot.bundle)
-    alone = [EdgePolicy.load(robot.bundle, seed=r) for r in range(2)]
-    for step, batch in enumerate(batches(6, 2)):
-        if step == 2:
-            policy.drop_queued_actions()
-            for single in alone:
-                single.drop_queue()
-        expected = [single.act(row(batch, r)) for r, single in enumerate(alone)]
-        np.testing.assert_array_equal(policy.select_action(batch).numpy(), np.stack(expected))
 
 
 def test_a_batch_of_another_size_takes_a_reset(robot: Robot) -> None:
@@ -105,8 +87,8 @@ def test_a_batch_of_another_size_takes_a_reset(robot: Robot) -> None:
 def test_a_row_that_fails_stops_all_rows_until_reset(robot: Robot) -> None:
     policy = load(robot.bundle)
     (batch,) = batches(1, 2)
-    broken = {**batch, "observation.state": batch["observation.state"].clone()}
-    broken["observation.state"][1, 0] = torch.nan
+    broken = {**batch, STATE: batch[STATE].clone()}
+    broken[STATE][1, 0] = torch.nan
     with pytest.raises(ObservationError, match="expected finite values"):
         policy.select_action(broken)
     with pytest.raises(HistoryError, match=r"some rows of the batch had acted; call reset\(\)"):
@@ -115,54 +97,37 @@ def test_a_row_that_fails_stops_all_rows_until_reset(robot: Robot) -> None:
     policy.select_action(batch)
 
 
-def test_one_row_that_fails_goes_on(robot: Robot) -> None:
-    policy = load(robot.bundle)
-    (batch,) = batches(1, 1)
-    with pytest.raises(ObservationError):
-        policy.select_action({**batch, "observation.image": batch["observation.image"] + 1})
-    policy.select_action(batch)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        ({"observation.image": torch.zeros(1, 3, 480, 640)}, "height and width to 96 and 96"),
-        ({"observation.image": torch.zeros(3, 96, 96)}, "expected a batch of"),
-        ({"observation.state": torch.zeros(1, 6)}, r"expected a batch of \(2,\), got \(1, 6\)"),
-        ({"observation.state": torch.zeros(2, 2)}, "expected one batch size, got"),
-        ({"observation.image": None}, "name the robot's camera as in training, or rename it"),
+        ({IMAGE: torch.full((1, 3, 96, 96), 2.0)}, ObservationError, "expected values"),
+        ({IMAGE: torch.zeros(1, 3, 480, 640)}, ObservationError, "height and width to 96 and 96"),
+        ({IMAGE: torch.zeros(3, 96, 96)}, ObservationError, "expected a batch of"),
+        ({STATE: torch.zeros(1, 6)}, ObservationError, r"a batch of \(2,\), got \(1, 6\)"),
+        ({STATE: torch.zeros(2, 2)}, ObservationError, "expected one batch size, got"),
+        ({IMAGE: None}, ObservationError, "name the robot's camera as in training, or rename it"),
+        ({STATE: torch.zeros(1, 2, device="meta")}, UsageError, "a tensor on the CPU, got meta"),
     ],
 )
 def test_an_observation_that_does_not_fit(
-    robot: Robot, change: dict[str, Any], message: str
+    robot: Robot, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    """One row goes on afterwards."""
     policy = load(robot.bundle)
     (batch,) = batches(1, 1)
-    with pytest.raises(ObservationError, match=message):
+    with pytest.raises(error, match=message):
         policy.select_action({**batch, **change})
     policy.select_action(batch)
 
 
-def test_tensors_stay_on_the_cpu(robot: Robot) -> None:
-    (batch,) = batches(1, 1)
-    elsewhere = {**batch, "observation.state": batch["observation.state"].to("meta")}
-    with pytest.raises(UsageError, match="expected a tensor on the CPU, got meta"):
-        load(robot.bundle).select_action(elsewhere)
-
-
 def test_options_are_flags(robot: Robot) -> None:
     flags = ["--backend=onnxruntime", "--seed=3", "--temperature=0.5", "--prefetch=off"]
-    guards = '--guards={"action_limits": [-1, 1], "max_change": 5}'
-    config = load(robot.bundle, *flags, guards).config
+    policy = load(robot.bundle, *flags, '--guards={"action_limits": [0, 1], "max_change": 5}')
+    config = policy.config
     assert (config.backend, config.seed, config.temperature) == ("onnxruntime", 3, 0.5)
     assert (config.prefetch, config.replan_every) == ("off", None)
-    assert config.guards == Guards(action_limits=(-1, 1), max_change=5)
-
-
-def test_guards_hold(robot: Robot) -> None:
-    policy = load(robot.bundle, '--guards={"action_limits": [0, 1]}')
-    (batch,) = batches(1, 1)
-    action = policy.select_action(batch)
+    assert config.guards == Guards(action_limits=(0, 1), max_change=5)
+    action = policy.select_action(*batches(1, 1))
     assert 0 <= action.min() <= action.max() <= 1
 
 
@@ -174,9 +139,7 @@ def test_guards_hold(robot: Robot) -> None:
         ('--guards={"max_change": "fast"}', r"Expected `float \| array"),
         ('--guards={"deadline_s": 0.1}', "deadline_s and on_late belong together"),
         ("--backend=cuda", "unknown backend 'cuda'"),
-        ("--temperature=-1", "expected a temperature of 0"),
         ("--replan_every=99", "expected replan_every in 1..5"),
-        ("--prefetch=always", "expected prefetch to be one of"),
         ("--device=cuda", "expected --policy.device=cpu, got cuda"),
         ("--use_amp=true", "--policy.use_amp has no effect"),
     ],
@@ -218,26 +181,22 @@ def test_a_checkpoint_is_no_bundle(robot: Robot) -> None:
 
 
 def test_files_that_are_missing_or_edited(robot: Robot, tmp_path: Path) -> None:
-    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
-        lacking = shutil.copytree(robot.bundle, tmp_path / f"lacks-{name}")
-        (lacking / name).unlink()
-        with pytest.raises(Exception, match=rf"{name}.*copy the whole bundle again"):
-            load(lacking)
-    for name in ("policy_preprocessor.json", "config.json", "vision_encoder.onnx"):
-        edited = shutil.copytree(robot.bundle, tmp_path / f"edited-{name}")
-        data = bytearray((edited / name).read_bytes())
-        data[data.index(b"n") if name.endswith("json") else 100] ^= 1
-        config = PreTrainedConfig.from_pretrained(robot.bundle)
-        (edited / name).write_bytes(data)
-        with pytest.raises(BundleError, match=f"'{name}' is not the file that was exported"):
-            VqbetEdgePolicy.from_pretrained(edited, config=config)
+    bundle, name = shutil.copytree(robot.bundle, tmp_path / "copy"), "policy_preprocessor.json"
+    config = PreTrainedConfig.from_pretrained(bundle)
+    data = (bundle / name).read_bytes()
+    (bundle / name).unlink()
+    with pytest.raises(Exception, match=rf"{name}.*copy the whole bundle again"):
+        load(bundle)
+    (bundle / name).write_bytes(data.replace(b"n", b"m", 1))
+    with pytest.raises(BundleError, match=f"'{name}' is not the file that was exported"):
+        VqbetEdgePolicy.from_pretrained(bundle, config=config)
 
 
 def test_the_files_are_those_that_the_plugin_would_write(robot: Robot, tmp_path: Path) -> None:
     """Whichever way LeRobot makes the processors, they are the same and normalise nothing."""
     config = PreTrainedConfig.from_pretrained(robot.bundle)
     assert isinstance(config, VqbetEdgeConfig)
-    assert config.license == "mit"
+    assert (config.license, config.n_obs_steps) == ("mit", PUSHT.fields.get("n_obs_steps", 5))
     for pipeline in make_vqbet_edge_pre_post_processors(config):
         pipeline.save_pretrained(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -248,24 +207,15 @@ def test_the_files_are_those_that_the_plugin_would_write(robot: Robot, tmp_path:
     before, after = make_pre_post_processors(config)
     (batch,) = batches(1, 2)
     seen = before(dict(batch))
-    for key in ("observation.image", "observation.state"):
+    for key in (IMAGE, STATE):
         assert torch.equal(seen[key], batch[key])
     actions = torch.tensor([[300.0, -5.0]])
     assert torch.equal(after(actions), actions)
 
 
+@pytest.mark.extended
 def test_lerobot_discovers_the_distribution(installed: Path) -> None:
     (described,) = installed.glob("lerobot_policy_vqbet_edge-*.dist-info")
     metadata = Distribution.at(described).metadata
     assert metadata["Name"].startswith("lerobot_policy_")
     assert metadata.get_all("Requires-Dist") == ["lerobot>=0.4.4", "vqbet-edge[cpu]"]
-    assert sorted(path.name for path in (installed / "lerobot_policy_vqbet_edge").glob("*.py")) == [
-        "__init__.py",
-        "configuration_vqbet_edge.py",
-        "modeling_vqbet_edge.py",
-        "processor_vqbet_edge.py",
-    ]
-
-
-def test_sizes_of_the_policy(robot: Robot) -> None:
-    assert load(robot.bundle).config.n_obs_steps == PUSHT.fields.get("n_obs_steps", 5)

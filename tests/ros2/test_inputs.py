@@ -24,15 +24,10 @@ SHAPE = (4, 6, 3)
 
 
 def image(frame: np.ndarray, encoding: str, padding: int = 0) -> SimpleNamespace:
-    rows = frame.reshape(frame.shape[0], -1)
-    padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
-    return SimpleNamespace(
-        height=frame.shape[0],
-        width=frame.shape[1],
-        encoding=encoding,
-        step=padded.shape[1],
-        data=padded.tobytes(),
-    )
+    height, width = frame.shape[:2]
+    rows = np.pad(frame.reshape(height, -1), ((0, 0), (0, padding)), constant_values=77)
+    return SimpleNamespace(height=height, width=width, encoding=encoding, step=rows.shape[1],
+                           data=rows.tobytes())  # fmt: skip
 
 
 @pytest.fixture
@@ -43,8 +38,7 @@ def frame() -> np.ndarray:
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8"])
 def test_colours_arrive_as_red_green_blue(frame: np.ndarray, encoding: str, padding: int) -> None:
-    order = [0, 1, 2] if encoding.startswith("rgb") else [2, 1, 0]
-    sent = frame[..., order]
+    sent = frame if encoding.startswith("rgb") else frame[..., ::-1]
     if "a" in encoding:
         sent = np.concatenate([sent, np.full((*SHAPE[:2], 1), 9, np.uint8)], axis=-1)
     decoded = decode_image(image(sent, encoding, padding), SHAPE)
@@ -78,10 +72,10 @@ def yuv(encoding: str, luma: np.ndarray, u: int, v: int) -> np.ndarray:
             return np.concatenate([luma, half if encoding.lower() == "nv12" else half ^ u ^ v])
 
 
-@pytest.mark.parametrize("padding", [0, 6])
-@pytest.mark.parametrize("colour", [(128, 128), (90, 240), (240, 110), (54, 34)])
+@pytest.mark.parametrize("colour", [(128, 128), (90, 240), (240, 110)])
 @pytest.mark.parametrize(
-    "encoding", ["YUYV", "yuyv", "yuv422_yuy2", "uyvy", "UYVY", "yuv422", "NV12", "nv12", "nv21"]
+    ("encoding", "padding"),
+    [("YUYV", 0), ("yuv422_yuy2", 6), ("uyvy", 6), ("yuv422", 0), ("NV12", 6), ("nv21", 0)],
 )
 def test_webcams_colours_are_those_that_ffmpeg_sees(
     encoding: str, colour: tuple[int, int], padding: int
@@ -110,17 +104,12 @@ def test_yuv_says_what_it_needs(frame: np.ndarray, monkeypatch: pytest.MonkeyPat
     ("changed", "said"),
     [
         ({"encoding": "16UC1"}, "16UC1"),
-        ({"encoding": "8UC3"}, "8UC3"),
         ({"encoding": "mono16"}, "mono16"),
-        ({"encoding": "rgb16"}, "rgb16"),
         ({"encoding": "nv12"}, "6 rows of 6 bytes"),
-        ({"encoding": ""}, "encoding"),
         ({"height": 5}, "6x4"),
         ({"width": 7}, "7x4"),
         ({"step": 17}, "step of 17"),
-        ({"step": 0}, "step of 0"),
         ({"data": b"\0" * 71}, "71 bytes"),
-        ({"data": b""}, "0 bytes"),
         ({"step": 19}, "step of 19"),
     ],
 )
@@ -136,32 +125,30 @@ def compressed(frame: np.ndarray, kind: str) -> SimpleNamespace:
 
 
 def test_compressed_images(frame: np.ndarray) -> None:
-    np.testing.assert_array_equal(decode_compressed(compressed(frame, "PNG"), SHAPE), frame)
-    grey = np.full(SHAPE, 90, np.uint8)
-    np.testing.assert_array_equal(decode_compressed(compressed(grey, "JPEG"), SHAPE), grey)
-    only = decode_compressed(compressed(frame[..., 0], "PNG"), SHAPE)
-    np.testing.assert_array_equal(only, np.repeat(frame[..., :1], 3, axis=-1))
+    grey, only = np.full(SHAPE, 90, np.uint8), np.repeat(frame[..., :1], 3, axis=-1)
     alpha = np.random.default_rng(1).integers(0, 256, (*SHAPE[:2], 1), np.uint8)
-    clear = compressed(np.concatenate([frame, alpha], axis=-1), "PNG")
-    np.testing.assert_array_equal(decode_compressed(clear, SHAPE), frame)
-    grey_too = compressed(np.concatenate([frame[..., :1], alpha], axis=-1), "PNG")
-    np.testing.assert_array_equal(decode_compressed(grey_too, SHAPE), only)
+    for sent, kind, expected in [
+        (frame, "PNG", frame),
+        (grey, "JPEG", grey),
+        (frame[..., 0], "PNG", only),
+        (np.concatenate([frame, alpha], axis=-1), "PNG", frame),
+        (np.concatenate([frame[..., :1], alpha], axis=-1), "PNG", only),
+    ]:
+        np.testing.assert_array_equal(decode_compressed(compressed(sent, kind), SHAPE), expected)
 
 
-@pytest.mark.parametrize("kind", ["cut", "noise", "bmp", "size", "deep", "deep colours"])
-def test_damaged_compressed_images_are_refused(frame: np.ndarray, kind: str) -> None:
-    whole = compressed(frame, "PNG")
-    _, deep = cv2.imencode(".png", np.full(SHAPE, 4000, np.uint16))
-    messages = {
-        "cut": SimpleNamespace(format="png", data=whole.data[:-30]),
-        "noise": SimpleNamespace(format="jpeg", data=b"\xff\xd8" + bytes(range(200))),
-        "bmp": compressed(frame, "BMP"),
-        "size": compressed(np.zeros((4, 5, 3), np.uint8), "PNG"),
-        "deep": compressed(np.zeros((4, 6), np.uint16), "PNG"),
-        "deep colours": SimpleNamespace(format="png", data=deep.tobytes()),
-    }
-    with pytest.raises(ObservationError):
-        decode_compressed(messages[kind], SHAPE)
+def test_damaged_compressed_images_are_refused(frame: np.ndarray) -> None:
+    whole, (_, deep) = compressed(frame, "PNG"), cv2.imencode(".png", np.full(SHAPE, 4000, "<u2"))
+    for message in (
+        SimpleNamespace(format="png", data=whole.data[:-30]),
+        SimpleNamespace(format="jpeg", data=b"\xff\xd8" + bytes(range(200))),
+        compressed(frame, "BMP"),
+        compressed(np.zeros((4, 5, 3), np.uint8), "PNG"),
+        compressed(np.zeros((4, 6), np.uint16), "PNG"),
+        SimpleNamespace(format="png", data=deep.tobytes()),
+    ):
+        with pytest.raises(ObservationError):
+            decode_compressed(message, SHAPE)
 
 
 def state(**positions: float) -> SimpleNamespace:
@@ -179,23 +166,14 @@ def test_joints_are_found_by_name(order: list[str]) -> None:
     ("message", "said"),
     [
         (state(a=1.0), "without \\['b'\\]"),
-        (state(a=1.0, b=float("nan")), "finite"),
         (state(a=1.0, b=float("inf")), "finite"),
         (SimpleNamespace(name=["a", "b", "a"], position=[1.0, 2.0, 3.0]), "more than once"),
         (SimpleNamespace(name=["a", "b"], position=[1.0]), "2 positions, got 1"),
-        (SimpleNamespace(name=[], position=[]), "without"),
     ],
 )
 def test_wrong_joints_are_refused(message: SimpleNamespace, said: str) -> None:
     with pytest.raises(ObservationError, match=said):
         Joints(("a", "b")).read(message)
-
-
-def test_units_go_there_and_back() -> None:
-    joints = Joints(("a", "b"), "degrees", (1.0, -2.0), (0.0, 90.0))
-    read = joints.read(state(b=np.pi / 2, a=np.pi))
-    np.testing.assert_allclose(read, [180, -90])
-    np.testing.assert_allclose(joints.to_ros(np.array([read, read])), [[np.pi, np.pi / 2]] * 2)
 
 
 def test_values_without_units_are_the_same_bits() -> None:
@@ -223,13 +201,9 @@ def test_stamps_on_the_monotonic_clock() -> None:
     clock = StampClock(0.1)
     assert clock.place(WALL - SECOND // 4, WALL, NOW) == pytest.approx(NOW - 0.25, abs=1e-9)
     assert clock.place(WALL + SECOND // 20, WALL, NOW) == NOW
-
-
-def test_a_stamp_an_hour_ahead_is_refused_and_one_an_hour_back_is_old() -> None:
-    clock = StampClock(0.1)
+    assert clock.place(WALL - 3600 * SECOND, WALL, NOW) == pytest.approx(NOW - 3600)
     with pytest.raises(StaleObservationError, match=r"3600\.000 s in the future"):
         clock.place(WALL + 3600 * SECOND, WALL, NOW)
-    assert clock.place(WALL - 3600 * SECOND, WALL, NOW) == pytest.approx(NOW - 3600)
 
 
 @given(
@@ -272,28 +246,29 @@ def make(
     return camera, joints, Inputs({"image": camera, "state": joints}, max_skew, max_repeats)
 
 
-def cause(found: Observed | Refusal) -> str:
+def refused(found: Observed | Refusal, why: str, said: str = "") -> None:
     assert isinstance(found, Refusal), found
-    return found.cause
+    assert found.cause == why
+    assert said in found.reason
+    assert found.stops == (why in {"missing", "stale", "conflict"})
 
 
 def test_the_newest_of_each_is_an_observation_once() -> None:
     camera, joints, inputs = make()
-    assert cause(inputs.observe(1.0)) == "missing"
+    refused(inputs.observe(1.0), "missing")
     camera.offer("first", 1.0, 1.0)
-    assert cause(inputs.observe(1.0)) == "missing"
+    refused(inputs.observe(1.0), "missing", "'/joints'")
     joints.offer(state(a=3.0), 1.01, 1.01)
     camera.offer("second", 1.02, 1.02)
     found = inputs.observe(1.05)
     assert isinstance(found, Observed)
-    assert found.values["image"] == "second"
-    assert found.values["state"] == [3.0]
-    assert (found.time, found.oldest) == (1.02, 1.01)
-    assert cause(inputs.observe(1.06)) == "repeated"
+    assert (found.values["image"], found.values["state"]) == ("second", [3.0])
+    assert (found.newest, found.oldest) == (1.02, 1.01)
+    refused(inputs.observe(1.06), "repeated")
     joints.offer(state(a=4.0), 1.06, 1.06)
     assert isinstance(inputs.observe(1.07), Observed)
     inputs.clear()
-    assert cause(inputs.observe(1.07)) == "missing"
+    refused(inputs.observe(1.07), "missing")
 
 
 def test_each_part_grows_old_by_itself() -> None:
@@ -303,29 +278,23 @@ def test_each_part_grows_old_by_itself() -> None:
         joints.offer(state(a=1.0), now, now)
         assert isinstance(inputs.observe(now), Observed)
     joints.offer(state(a=1.0), 1.21, 1.21)
-    found = inputs.observe(1.21)
-    assert isinstance(found, Refusal)
-    assert found.stops
-    assert "'/camera': the newest message is 0.210 s old" in found.reason
+    refused(inputs.observe(1.21), "stale", "'/camera': the newest message is 0.210 s old")
 
 
 def test_a_message_is_used_again_only_so_often_and_that_is_told() -> None:
     """A camera of 10 Hz beside joints of 30."""
     camera, joints, inputs = make(1.0, 1.0, max_repeats=1)
-    seen: list[Any] = []
     for step in range(9):
         now = 1.0 + step / 30
         if step % 3 == 0:
             camera.offer("frame", now, now)
         joints.offer(state(a=1.0), now, now)
-        match inputs.observe(now):
-            case Observed(repeated=repeated):
-                seen.append(repeated)
-            case refusal:
-                assert not refusal.stops
-                assert "'/camera'" in refusal.reason
-                seen.append(refusal.cause)
-    assert seen == [(), ("/camera",), "repeated"] * 3
+        found = inputs.observe(now)
+        if step % 3 == 2:
+            refused(found, "repeated", "'/camera'")
+        else:
+            assert isinstance(found, Observed)
+            assert found.repeated == ("/camera",) * (step % 3)
 
 
 def test_a_frame_that_a_driver_sends_twice_is_one() -> None:
@@ -341,10 +310,7 @@ def test_parts_that_are_apart_are_no_observation() -> None:
     camera, joints, inputs = make(0.5, 0.1)
     camera.offer("x", 1.0, 1.3)
     joints.offer(state(a=1.0), 1.2, 1.3)
-    found = inputs.observe(1.3)
-    assert cause(found) == "skewed"
-    assert isinstance(found, Refusal)
-    assert not found.stops
+    refused(inputs.observe(1.3), "skewed")
     camera.offer("y", 1.15, 1.31)
     assert isinstance(inputs.observe(1.31), Observed)
 
@@ -353,15 +319,15 @@ def test_messages_that_are_old_or_out_of_order_are_dropped_and_it_is_said() -> N
     camera, joints, inputs = make()
     joints.offer(state(a=1.0), 1.0, 1.0)
     camera.offer("an hour old", 1.0 - 3600, 1.0)
-    assert "3600.000 s old when it came" in inputs.observe(1.0).reason  # type: ignore[union-attr]
+    refused(inputs.observe(1.0), "missing", "3600.000 s old when it came")
     camera.drop("its stamp is in the future")
-    assert "in the future" in inputs.observe(1.0).reason  # type: ignore[union-attr]
+    refused(inputs.observe(1.0), "missing", "in the future")
     camera.offer("good", 1.0, 1.0)
     camera.offer("late", 0.99, 1.0)
     found = inputs.observe(1.01)
     assert isinstance(found, Observed)
     assert found.values["image"] == "good"
-    assert "out of order" in inputs.observe(1.3).reason  # type: ignore[union-attr]
+    refused(inputs.observe(1.3), "stale", "out of order")
 
 
 def test_the_newest_message_decides_even_if_it_is_wrong() -> None:
@@ -370,9 +336,7 @@ def test_the_newest_message_decides_even_if_it_is_wrong() -> None:
     joints.offer(state(a=1.0), 1.0, 1.0)
     assert isinstance(inputs.observe(1.0), Observed)
     joints.offer(state(a=float("nan")), 1.01, 1.01)
-    found = inputs.observe(1.02)
-    assert cause(found) == "invalid"
-    assert "'/joints'" in found.reason  # type: ignore[union-attr]
+    refused(inputs.observe(1.02), "invalid", "'/joints'")
     joints.offer(state(a=2.0), 1.03, 1.03)
     assert isinstance(inputs.observe(1.03), Observed)
 
@@ -385,7 +349,4 @@ def test_two_publishers_are_a_conflict() -> None:
     camera.offer("x", 1.0, 1.0)
     joints.offer(state(a=1.0), 1.0, 1.0)
     inputs.conflict = "'/camera' has 2 publishers"
-    found = inputs.observe(1.0)
-    assert cause(found) == "conflict"
-    assert isinstance(found, Refusal)
-    assert found.stops
+    refused(inputs.observe(1.0), "conflict", "2 publishers")

@@ -1,6 +1,5 @@
 """The node's parameters, and the file that explains them."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,7 @@ def test_the_example_has_every_parameter_with_its_default() -> None:
     given = yaml.safe_load(text)["/**"]["ros__parameters"]
     parse(given)
     # What it shows in a comment counts too.
-    everything = yaml.safe_load(text.replace("    # state.", "    state.").replace(
-        "    # command.joints", "    command.joints").replace(
-        "    # command.units", "    command.units").replace(
-        "    # command.scale", "    command.scale").replace(
-        "    # command.offset", "    command.offset").replace("    # guards.", "    guards."))  # fmt: skip
+    everything = yaml.safe_load(re.sub(r"(?m)^    # ((state|command|guards)\.)", r"    \1", text))
     assert set(everything["/**"]["ros__parameters"]) == set(defaults())
     example = {
         "bundle", "cameras.keys", "cameras.topics", "state.joints", "command.topic",
@@ -78,26 +73,22 @@ def test_what_is_left_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("guards.state_limits", "given", "expected 'guards.state_limits' to be one of"),
-        ("teleop.after", "stop", "expected 'teleop.after' to be one of"),
+        ("teleop.after", "stop", r"Invalid enum value 'stop' - at `\$\.teleop\.after`"),
+        ("backend", "cuda", r"Invalid enum value 'cuda' - at `\$\.backend`"),
+        ("command.type", "twist", r"at `\$\.command\.type`; config/pusht\.yaml explains"),
         ("max_agee", 0.1, "did you mean 'max_age'"),
         ("guards.max_chang", [1.0], "did you mean 'guards.max_change'"),
-        ("rate", "fast", "expected 'rate' to be float"),
-        ("rate", -1.0, "expected 'rate' of 0 or more"),
+        ("rate", "fast", r"Expected `float`, got `str` - at `\$\.rate`"),
+        ("rate", True, "Expected `float`, got `bool`"),
+        ("seed", 1.5, "Expected `int`, got `float`"),
         ("rate", float("nan"), "expected 'rate' of 0 or more"),
         ("max_repeats", -1, "expected 'max_repeats' of 0 or more"),
-        ("rate", True, "expected 'rate' to be float"),
-        ("max_age", -1.0, "expected 'max_age' above 0"),
         ("resume_within", -1.0, "expected 'resume_within' of 0 or more"),
+        ("max_age", 0.0, "expected 'max_age' above 0"),
         ("timeout", float("inf"), "expected 'timeout' above 0"),
         ("bundle", "", "'bundle' is missing"),
         ("state.joints", [], "'state.joints' is missing"),
-        ("cameras.topics", "/c", "expected a list"),
-        ("state.units", "grad", "expected 'state.units' to be one of"),
-        ("command.type", "twist", "'array', 'trajectory', 'joint_state'"),
-        ("seed", 1.5, "expected 'seed' to be int"),
-        ("backend", "torch", "expected 'backend' to be one of"),
-        ("backend", "cuda", "expected 'backend' to be one of"),
+        ("cameras.topics", "/c", "Expected `array`, got `str`"),
     ],
 )
 def test_wrong_parameters_are_refused(name: str, value: Any, said: str) -> None:
@@ -130,8 +121,3 @@ def test_guards_are_those_of_the_policy() -> None:
     assert parse(NEEDED | {"guards.action_limits": "none"}).guards.guards(1).action_limits is None
     with pytest.raises(VQBeTEdgeError):
         parse(NEEDED | {"guards.margin": -1.0}).guards.guards(0.1)
-
-
-def test_parameters_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        parse(NEEDED).rate = 5.0  # type: ignore[misc]

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -26,50 +27,34 @@ KILL_AT, ROLL_OUT_AT = 12, 25
 def observations(seed: int, count: int) -> list[dict[str, np.ndarray]]:
     """What the miniature policy may see."""
     random = np.random.default_rng(seed)
-    low, high = np.array([-2.0, 10.0]), np.array([2.0, 50.0])
     return [
         {
             "observation.image": random.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
-            "observation.state": random.uniform(low, high).astype(np.float32),
+            "observation.state": random.uniform([-2, 10], [2, 50]).astype(np.float32),
         }
         for _ in range(count)
     ]
 
 
-class Robot(threading.Thread):
-    """Acts an episode, resets, and acts another; all of them step by step together."""
+def act(number: int, url: str, headers: dict[str, str], steps: Any) -> list[list[float]]:
+    """A robot's episode, a reset, and another episode; all robots step by step together."""
+    from vqbet_serve.frames import array, pack, unpack
+    from websockets.sync.client import connect
 
-    def __init__(self, number: int, url: str, headers: dict[str, str], steps: Any) -> None:
-        super().__init__()
-        self.number, self.url, self.headers, self.steps = number, url, headers, steps
-        self.actions: list[list[float]] = []
-        self.error = ""
-
-    def run(self) -> None:
-        try:
-            self._run()
-        except Exception as error:  # noqa: BLE001 - told
-            self.error = repr(error)
-            self.steps.abort()
-
-    def _run(self) -> None:
-        from vqbet_serve.frames import array, pack, unpack
-        from websockets.sync.client import connect
-
-        options: dict[str, Any] = {"compression": None, "proxy": None}
-        with connect(self.url, additional_headers=self.headers, **options) as client:
-            client.recv(SECONDS)
-            name = {"session_id": f"robot {self.number}"}
-            for episode in range(2):
-                for seen in observations(self.number + 100 * episode, STEPS):
-                    self.steps.wait(SECONDS)
-                    client.send(pack({**seen, **name}))
-                    answer = client.recv(SECONDS)
-                    assert isinstance(answer, bytes), answer
-                    self.actions.append(array("a", unpack(answer)["actions"])[0].tolist())
-                self.steps.wait(SECONDS)
-                client.send(pack({"endpoint": "reset", **name}))
-                assert client.recv(SECONDS) == "reset successful"
+    actions, name = [], {"session_id": f"robot {number}"}
+    with connect(url, additional_headers=headers, compression=None, proxy=None) as client:
+        client.recv(SECONDS)
+        for episode in range(2):
+            for seen in observations(number + 100 * episode, STEPS):
+                steps.wait(SECONDS)
+                client.send(pack({**seen, **name}))
+                answer = client.recv(SECONDS)
+                assert isinstance(answer, bytes), answer
+                actions.append(array("a", unpack(answer)["actions"])[0].tolist())
+            steps.wait(SECONDS)
+            client.send(pack({"endpoint": "reset", **name}))
+            assert client.recv(SECONDS) == "reset successful"
+    return actions
 
 
 def replicas(marker: str, name: str) -> list[int]:
@@ -155,7 +140,7 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
 
     def arguments(bundle: Path) -> ray_app.Arguments:
         small = {"replica_cpus": 0.5, "ingress_cpus": 0.5, "idle_s": SECONDS}
-        return ray_app.Arguments(bundle, port=port, api_key_file=key, **small)
+        return ray_app.Arguments(bundle=str(bundle), port=port, api_key_file=key, **small)
 
     names = [ray_app.roll_out(arguments(first))]
     with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=SECONDS) as ready:
@@ -177,7 +162,7 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         if step == ROLL_OUT_AT:
             lose_one()
             names.append(ray_app.roll_out(arguments(second)))
-            time.sleep(3 * ray_app._LOOK_S)
+            time.sleep(3 * ray_app._LOOK_S)  # connections have looked
         step += 1
 
     def kill() -> None:
@@ -191,20 +176,16 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         kill()
         until(lambda: applications()["policy-1"] != "RUNNING")
 
-    step = 0
-    steps = threading.Barrier(ROBOTS, between)
-    robots = [Robot(number, url, headers, steps) for number in range(ROBOTS)]
-    for robot in robots:
-        robot.start()
-    for robot in robots:
-        robot.join()
+    step, steps = 0, threading.Barrier(ROBOTS, between)
+    with ThreadPoolExecutor(ROBOTS) as pool:
+        acting = [pool.submit(act, number, url, headers, steps) for number in range(ROBOTS)]
+        actions = [each.result() for each in acting]
     return {
         "names": names,
         "applications": applications(),
         "killed": len(killed),
         "refused": refused,
-        "errors": [robot.error for robot in robots],
-        "actions": [robot.actions for robot in robots],
+        "actions": actions,
     }
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime.backends.base import Backend
 
 SECONDS = 20.0
-COMMAND = [sys.executable, "-c", "from vqbet_serve.cli import main; main()"]
+Seen = dict[str, np.ndarray]
 
 
 @contextmanager
@@ -55,10 +56,13 @@ def serving(
 
 
 @contextmanager
-def serving_process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its URL."""
-    command = [*COMMAND, str(bundle), "--port", "0", "--backend", "onnxruntime", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+def serving_process(
+    bundle: Path, *options: str, before: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its URL; `before` is run first in there."""
+    code = f"{before}\nfrom vqbet_serve.cli import main; main()"
+    command = [sys.executable, "-c", code, str(bundle), "--port", "0", "--backend", "onnxruntime"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
@@ -80,42 +84,19 @@ def open_client(url: str, **options: Any) -> ClientConnection:
     return client
 
 
-@contextmanager
-def dying_link(url: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A way to a server that can die without a word: where to connect, and what kills it."""
-    address, dead = url.removeprefix("ws://").rsplit(":", 1), threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as near:
-        threads = []
-
-        def forward() -> None:
-            robot = near.accept()[0]
-            server = socket.create_connection((address[0], int(address[1])), SECONDS)
-            for pair in ((robot, server), (server, robot)):
-                threads.append(threading.Thread(target=copy, args=pair))
-                threads[-1].start()
-
-        def copy(source: socket.socket, sink: socket.socket) -> None:
-            with sink, suppress(OSError):  # the other way has ended
-                while data := source.recv(1 << 16):
-                    if not dead.is_set():
-                        sink.sendall(data)
-
-        threads.append(threading.Thread(target=forward))
-        threads[-1].start()
-        yield f"ws://127.0.0.1:{near.getsockname()[1]}", dead.set
-        for thread in threads:
-            thread.join(SECONDS)
-
-
-def ask(
-    client: ClientConnection, message: dict[str, Any], seconds: float = SECONDS
-) -> np.ndarray | str:
+def ask(client: ClientConnection, message: dict[str, Any]) -> np.ndarray | str:
     """A request's action (A,), or the error."""
     client.send(pack(message))
-    answer = client.recv(seconds)
-    if isinstance(answer, str):
-        return answer
-    return array("actions", unpack(answer)["actions"])[0]
+    answer = client.recv(SECONDS)
+    return answer if isinstance(answer, str) else array("a", unpack(answer)["actions"])[0]
+
+
+def acts_as(alone: EdgePolicy, client: ClientConnection, seen: list[Seen], **more: Any) -> None:
+    """Each step's action is bitwise that of a policy alone."""
+    for each in seen:
+        action = ask(client, {**each, **more})
+        assert isinstance(action, np.ndarray), action
+        assert action.tobytes() == alone.act(each).tobytes()
 
 
 def vanish(client: ClientConnection) -> None:
@@ -131,7 +112,7 @@ def get(url: str, path: str, **headers: str) -> tuple[int, str]:
         return response.status, response.read().decode()
 
 
-def observations(seed: int, count: int) -> list[dict[str, np.ndarray]]:
+def observations(seed: int, count: int) -> list[Seen]:
     """What the miniature policy may see."""
     random = np.random.default_rng(seed)
     return [miniature.observation(random) for _ in range(count)]
@@ -141,8 +122,19 @@ def descriptors(process: int | str = "self") -> int:
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
+def until(what: Callable[[], Any]) -> None:
+    """Wait for it."""
+    end = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+STALLING = {**observations(0, 1)[0], miniature.STATE: miniature.LOW}
+
+
 class Stalling:
-    """A policy, one of whose robots does not come back until `go` is set."""
+    """A policy whose robots do not come back from `STALLING` until `go` is set."""
 
     def __init__(self, policy: EdgePolicy) -> None:
         self._policy, self.manifest = policy, policy.manifest
@@ -152,7 +144,7 @@ class Stalling:
         sibling = self._policy.sibling(seed=seed)
         act = sibling.act
 
-        def stalling(observation: dict[str, np.ndarray]) -> np.ndarray:
+        def stalling(observation: Seen) -> np.ndarray:
             if (observation[miniature.STATE] == miniature.LOW).all():
                 self.stalled.set()
                 assert self.go.wait(SECONDS)
@@ -161,6 +153,14 @@ class Stalling:
         sibling.act = stalling  # type: ignore[method-assign]
         return sibling
 
-
-def stalling_observation() -> dict[str, np.ndarray]:
-    return {**observations(0, 1)[0], miniature.STATE: miniature.LOW}
+    @contextmanager
+    def held(self, act: Callable[[], object]) -> Iterator[None]:
+        """`act` hangs on another thread meanwhile, and ends at the end of the block."""
+        thread = threading.Thread(target=act)
+        thread.start()
+        assert self.stalled.wait(SECONDS)
+        try:
+            yield
+        finally:
+            self.go.set()
+            thread.join(SECONDS)

@@ -1,6 +1,5 @@
 """Keys, metrics and readiness of a server that runs for months, and the files to run it with."""
 
-import configparser
 import json
 import os
 import re
@@ -8,19 +7,20 @@ import shlex
 import shutil
 import subprocess
 import threading
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 from urllib.error import HTTPError
 
 import numpy as np
 import pytest
 from environments import ROOT
-from serve.serving import ask, get, observations, open_client, serving, serving_process
+from serve.serving import acts_as, ask, get, observations, open_client, serving
 from vqbet_serve.cli import Arguments
-from vqbet_serve.elsewhere import Elsewhere, Graphs, Reply, Request
 from vqbet_serve.keys import Keys
 from vqbet_serve.metrics import Metrics
-from vqbet_serve.readiness import Readiness, ReferenceStep
+from vqbet_serve.readiness import ReferenceStep
+from vqbet_serve.remote_graphs import GraphRunner, RemoteBackend, Reply, Request
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from vqbet_edge import BackendError, EdgePolicy, UsageError, VerificationError, cli
@@ -28,6 +28,7 @@ from vqbet_edge.runtime.bundle import Bundle
 
 ARM, OLD, NEW = "a" * 20, "b" * 20, "c" * 20
 SERVE = ROOT / "integrations" / "serve"
+UNIT = SERVE / "vqbet-serve.service"
 
 
 def header(key: str) -> dict[str, str]:
@@ -44,7 +45,6 @@ def write(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", "expected a key of 16 or more"),
         ("# none\n\n", "expected a key of 16 or more"),
         ("short", "alone on its line or behind a robot's name, got 5"),
         (f"arm-1 {ARM} {OLD}", "alone on its line"),
@@ -56,6 +56,12 @@ def write(path: Path, text: str) -> None:
 def test_keys_that_are_none(text: str, error: str) -> None:
     with pytest.raises(UsageError, match=error):
         Keys(text)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"\xff" * 20)
+    with pytest.raises(UsageError, match="is not a file with keys in ASCII"):
+        Keys.read(tmp_path / "keys")
 
 
 def test_keys_are_rotated_without_a_restart(
@@ -95,22 +101,6 @@ def test_keys_are_rotated_without_a_restart(
     assert not any(key in caplog.text for key in (ARM, OLD, NEW))
 
 
-def test_late_and_idle_robots_are_counted() -> None:
-    metrics = Metrics(period_s=0.1)
-    for seconds, robot in ((0.05, "arm-1"), (0.2, "arm-1"), (0.05, "arm-2")):
-        metrics.step(seconds, robot)
-    text = metrics.text(2, {"arm-1": 12.5})
-    assert 'vqbet_robot_late_steps_total{robot="arm-1"} 1\n' in text
-    assert 'vqbet_robot_late_steps_total{robot="arm-2"} 0\n' in text
-    assert 'vqbet_robot_idle_seconds{robot="arm-1"} 12.5\n' in text
-
-
-def test_the_command_is_ready(mini: Path) -> None:
-    with serving_process(mini) as (_, url):
-        for _ in range(2):
-            assert get(url, "/readyz") == (200, "OK\n")
-
-
 def unready(url: str) -> str:
     with pytest.raises(HTTPError) as refused:
         get(url, "/readyz")
@@ -120,81 +110,75 @@ def unready(url: str) -> str:
 
 def test_readiness_acts_out_a_reference_step(mini: Path, policy: EdgePolicy) -> None:
     """What a robot is told meanwhile is bitwise its own."""
-    bundle = Bundle.open(mini)
-    step = ReferenceStep(policy, bundle)
+    step = ReferenceStep(policy, Bundle.open(mini))
     with policy.sibling() as robot, policy.sibling() as alone:
         for seen in observations(2, 12):
             step()
             assert robot.act(seen).tobytes() == alone.act(seen).tobytes()
-    step._expected = step._expected + np.float32(0.1)
-    with pytest.raises(VerificationError, match="came out wrong: its chunk is"):
-        step()
 
 
 def test_a_broken_backend_is_not_ready(
     policy: EdgePolicy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is asked once in ten seconds, whoever asks, and what it says stays in the log."""
-    asked = []
-
-    def check() -> None:
-        asked.append(1)
-        raise BackendError("secret")
-
+    check = Mock(side_effect=BackendError("secret"))
     with serving(policy, check=check) as server:
         for _ in range(3):
             assert unready(server.url) == "the policy does not act; the server's log tells more\n"
         assert get(server.url, "/healthz") == (200, "OK\n")
-    assert asked == [1]
+    assert check.call_count == 1
     assert "secret" in caplog.text
 
 
 def test_a_stuck_backend_is_not_ready(policy: EdgePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Robots and pages go on, and no second check waits behind the first."""
-    monkeypatch.setattr("vqbet_serve.readiness._WAIT_S", 0.2)
+    monkeypatch.setattr("vqbet_serve.readiness._WAIT_S", 0.1)
     monkeypatch.setattr("vqbet_serve.readiness._FRESH_S", 0.0)
-    go, asked = threading.Event(), []
-
-    def check() -> None:
-        asked.append(1)
-        go.wait(20)
-
+    go, check = threading.Event(), Mock(side_effect=lambda: go.wait(20))
     with serving(policy, check=check) as server, open_client(server.url) as robot:
         for seen in observations(0, 2):
             assert unready(server.url).startswith("the policy has not answered for")
             assert isinstance(ask(robot, seen), np.ndarray)
-        assert asked == [1]
+        assert check.call_count == 1
         go.set()
         assert get(server.url, "/readyz")[0] == 200
 
 
 def test_a_replica_that_computes_something_else_is_not_ready(mini: Path) -> None:
     """What Ray asks of one, before it replaces it."""
-    import asyncio
-
     bundle, broken = Bundle.open(mini), []
-    graphs = Graphs(bundle, "onnxruntime")
+    with closing(GraphRunner(bundle, "onnxruntime")) as graphs:
 
-    def answer(request: Request) -> Reply:
-        reply = graphs.answer(request)
-        if broken and reply.outputs is not None:
-            return reply._replace(outputs=reply.outputs._replace(offsets=reply.outputs.offsets + 1))
-        return reply
+        def answer(request: Request) -> Reply:
+            reply = graphs.answer(request)
+            if not broken or reply.outputs is None:
+                return reply
+            offsets = reply.outputs.offsets + 1
+            return reply._replace(outputs=reply.outputs._replace(offsets=offsets))
 
-    with EdgePolicy(bundle, Elsewhere(bundle.manifest, answer)) as policy:
-        step = ReferenceStep(policy, bundle)
-        assert asyncio.run(Readiness(step).failure()) == ""
-        broken.append(True)
-        assert asyncio.run(Readiness(step).failure()).startswith("the policy does not act")
-    graphs.close()
+        with EdgePolicy(bundle, RemoteBackend(bundle.manifest, answer)) as policy:
+            step = ReferenceStep(policy, bundle)
+            step()
+            broken.append(True)
+            with pytest.raises(VerificationError, match="came out wrong: its chunk is"):
+                step()
 
 
-def test_the_dashboard_shows_what_is_counted() -> None:
-    """Every name in it is in `/metrics`, and every number there is in it."""
-    metrics = Metrics()
-    metrics.step(0.01, "arm-1")
-    metrics.refusal("UsageError")
-    text = metrics.text(1, {"arm-1": 1.0})
+def test_a_page_for_scrapers_and_a_dashboard_of_it(policy: EdgePolicy) -> None:
+    """Every name in the dashboard is in `/metrics`, and every number there is in it."""
+    with (
+        serving(policy) as server,
+        open_client(server.url) as client,
+        policy.sibling() as local,
+    ):
+        acts_as(local, client, observations(1, 3))
+        server.metrics.refusal("UsageError")
+        status, text = get(server.url, "/metrics")
+    assert status == 200
+    assert "vqbet_robots 1\n" in text
+    assert "vqbet_step_seconds_count 3\n" in text
+    assert 'vqbet_step_seconds_bucket{le="+Inf"} 3\n' in text
+    assert 'vqbet_robot_idle_seconds{robot="unnamed"} 0.' in text
     there = set(re.findall(r"^(vqbet_\w+)", text, re.MULTILINE))
     panels = json.loads((SERVE / "grafana.json").read_text())["panels"]
     expressions = " ".join(target["expr"] for panel in panels for target in panel["targets"])
@@ -203,15 +187,18 @@ def test_the_dashboard_shows_what_is_counted() -> None:
     assert there - shown == {"vqbet_step_seconds_sum", "vqbet_step_seconds_count"}
 
 
-def unit() -> dict[str, Any]:
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
-    parser.read(SERVE / "vqbet-serve.service")
-    return dict(parser["Service"])
+def test_late_steps_are_counted_by_robot() -> None:
+    metrics = Metrics(period_s=0.1)
+    for seconds, robot in ((0.05, "arm-1"), (0.2, "arm-1"), (0.05, "arm-2")):
+        metrics.step(seconds, robot)
+    text = metrics.text(2, {})
+    assert 'vqbet_robot_late_steps_total{robot="arm-1"} 1\n' in text
+    assert 'vqbet_robot_late_steps_total{robot="arm-2"} 0\n' in text
 
 
 def test_the_units_command_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    program, *options = shlex.split(unit()["ExecStart"])
+    [command] = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
+    program, *options = shlex.split(command)
     assert Path(program).name == "vqbet-serve"
     monkeypatch.setattr("sys.argv", ["vqbet-serve", *options])
     arguments = cli.parse(Arguments, "vqbet-serve")
@@ -224,15 +211,9 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("systemd is not here")
-    text = (SERVE / "vqbet-serve.service").read_text()
-    path = tmp_path / "vqbet-serve.service"
-    path.write_text(text.replace("/opt/vqbet/bin/vqbet-serve", "/bin/true"))
-    environment = {"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": os.environ["PATH"]}
-
-    def said() -> str:
-        command = [analyze, "verify", path]
-        return subprocess.run(command, capture_output=True, text=True, env=environment).stderr
-
-    assert "vqbet-serve.service" not in said(), said()
-    path.write_text(path.read_text().replace("[Service]", "[Service]\nNonsense=1"))
-    assert "vqbet-serve.service" in said()  # it does look
+    path, environment = tmp_path / UNIT.name, os.environ | {"SYSTEMD_UNIT_PATH": f"{tmp_path}:"}
+    for more in ("", "\nNonsense=1"):  # it does look
+        text = UNIT.read_text().replace("/opt/vqbet/bin/vqbet-serve", "/bin/true")
+        path.write_text(text.replace("[Service]", f"[Service]{more}"))
+        done = subprocess.run([analyze, "verify", path], capture_output=True, env=environment)
+        assert (UNIT.name.encode() in done.stderr) == bool(more), done.stderr

@@ -88,13 +88,9 @@ class VqbetEdgePolicy(PreTrainedPolicy):
             prefetch=config.prefetch,  # type: ignore[arg-type] # checked there
             guards=config.guards,
         )
-        if policy.fps is not None:  # LeRobot does not tell how fast its loop is
-            _LOG.warning(
-                "the demonstrations have %g observations a second: drive the robot as fast, with "
-                "--fps=%g",
-                policy.fps,
-                policy.fps,
-            )
+        if (fps := policy.fps) is not None:  # LeRobot does not tell how fast its loop is
+            how = "the demonstrations have %g observations a second: drive as fast, with --fps=%g"
+            _LOG.warning(how, fps, fps)
         return cls(config, policy)
 
     @property

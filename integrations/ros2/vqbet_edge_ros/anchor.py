@@ -12,15 +12,9 @@ _LOG = logging.getLogger(__name__)
 class Anchor:
     """What an episode's first action is compared with by `guards.max_change`.
 
-    The measured joints, where commands are positions of joints that the state has too; else the
+    The measured joints, where commands are `positions` of joints that the state has too; else the
     last command, unless it was forgotten because others may have moved the robot since; else
-    nothing.
-
-    Args:
-        state: the joints of the state.
-        command: the joints of commands.
-        positions: whether commands are positions.
-        limited: whether there is a limit; without one nobody misses what is not known.
+    nothing, which is said if changes are `limited`.
     """
 
     def __init__(self, state: Joints, command: Joints, *, positions: bool, limited: bool) -> None:

@@ -17,7 +17,7 @@ class StampClock:
     """
 
     def __init__(self, max_ahead: float) -> None:
-        """Stamps may be `max_ahead` seconds in the future: the clocks of two computers differ."""
+        # In seconds: the clocks of two computers differ.
         self._max_ahead = max_ahead
         self._distances: deque[tuple[float, int]] = deque()
 

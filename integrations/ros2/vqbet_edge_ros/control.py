@@ -3,8 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +18,8 @@ from vqbet_edge_ros.watchdog import Ticket, Watchdog
 _LOOK_S = 0.001
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command that was sent, and what it was decided on.
-
-    Attributes:
-        observation: as the policy got it.
-        action: float32 (A,), as the policy gave it.
-        decided: whether a new chunk was predicted for it.
-    """
+class Step(NamedTuple):
+    """A command that was sent: observation, action (A,), and whether a chunk was predicted."""
 
     observation: dict[str, Any]
     action: NDArray[np.float32]
@@ -65,15 +57,15 @@ class Controller:
         now = time.monotonic()
         match self._inputs.observe(now):
             case Refusal() as refusal:
-                self._refuse(refusal, now)
+                self._refuse(refusal)
             case observed:
                 ticket = self._watchdog.admit(now)
                 if ticket is not None:
                     self._act(observed, ticket)
 
-    def _refuse(self, refusal: Refusal, now: float) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         self._statistics.count(refusal.cause)
-        self._watchdog.refuse(refusal, now)
+        self._watchdog.refuse(refusal, time.monotonic())
 
     def _act(self, observed: Observed, ticket: Ticket) -> None:
         start, before = time.monotonic(), self._policy.last
@@ -81,12 +73,12 @@ class Controller:
             if ticket.reset:
                 state = observed.values[self._policy.manifest.state_key]
                 self._policy.reset(from_action=self._anchor(state, ticket.last))
-            action = self._policy.act(observed.values, observed.time)
+            action = self._policy.act(observed.values, observed.newest)
         except ObservationError as error:
-            self._refuse(Refusal("invalid", str(error)), time.monotonic())
+            self._refuse(Refusal("invalid", str(error)))
             return
         except DeadlineError as error:
-            self._refuse(Refusal("late", str(error)), time.monotonic())
+            self._refuse(Refusal("late", str(error)))
             return
         upcoming = self._policy.upcoming
         now = time.monotonic()

@@ -4,27 +4,19 @@ import threading
 from collections import Counter, deque
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vqbet_edge_ros.watchdog import Mode
 
 # Steps that percentiles are taken of.
 _STEPS = 300
-
-
 # Of diagnostic_msgs/DiagnosticStatus.
 OK, WARN, ERROR = b"\x00", b"\x01", b"\x02"
 
 
-def level(mode: Mode) -> bytes:
-    """How bad it is that the robot is in this mode."""
-    match mode:
-        case Mode.RUNNING | Mode.TELEOP | Mode.CLOSED:
-            return OK
-        case Mode.STARTING | Mode.STOPPED:
-            return WARN
-        case Mode.WAITING:
-            return ERROR
+# How bad it is that the robot is in a mode.
+LEVELS = dict.fromkeys(Mode, OK) | {
+    Mode.STARTING: WARN, Mode.STOPPED: WARN, Mode.WAITING: ERROR,
+}  # fmt: skip
 
 
 class Statistics:
@@ -33,9 +25,8 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._acting: deque[float] = deque(maxlen=_STEPS)
-        self._ages: deque[float] = deque(maxlen=_STEPS)
-        self._sent: deque[float] = deque(maxlen=_STEPS)
+        # Seconds that `act` took, the observation's age when the command was sent, and when it was.
+        self._steps: deque[tuple[float, float, float]] = deque(maxlen=_STEPS)
 
     def count(self, what: str) -> None:
         """One more."""
@@ -52,9 +43,7 @@ class Statistics:
         """
         with self._lock:
             self._counts["commands"] += 1
-            self._acting.append(seconds)
-            self._ages.append(age)
-            self._sent.append(now)
+            self._steps.append((seconds, age, now))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -66,16 +55,11 @@ class Statistics:
         """Counts, and milliseconds of the latest steps."""
         with self._lock:
             found = {name: str(count) for name, count in sorted(self._counts.items())}
-            periods = np.diff(np.array(self._sent))
-            series = {"act_ms": self._acting, "age_ms": self._ages, "period_ms": periods}
-            for name, values in series.items():
-                found |= _percentiles(name, np.array(values, np.float64) * 1e3)
-            return found
-
-
-def _percentiles(name: str, values: NDArray[np.float64]) -> dict[str, str]:
-    if not len(values):
-        return {}
-    figures = [*np.percentile(values, [50, 95, 99]), values.max()]
-    names = ("p50", "p95", "p99", "max")
-    return {f"{name}_{which}": f"{v:.2f}" for which, v in zip(names, figures, strict=True)}
+            acting, ages, sent = 1e3 * np.array(self._steps, np.float64).reshape(-1, 3).T
+        series = {"act_ms": acting, "age_ms": ages, "period_ms": np.diff(sent)}
+        for name, values in series.items():
+            if len(values):
+                figures = [*np.percentile(values, [50, 95, 99]), values.max()]
+                for which, figure in zip(("p50", "p95", "p99", "max"), figures, strict=True):
+                    found[f"{name}_{which}"] = f"{figure:.2f}"
+        return found

@@ -3,7 +3,7 @@
 import functools
 import io
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,25 +35,8 @@ _PNG_BITS = 24
 ENCODINGS = (*_PIXELS, *_YUV)
 
 
-class ImageMessage(Protocol):
-    """What is read of `sensor_msgs/Image`; rows may be padded to `step` bytes."""
-
-    height: int
-    width: int
-    encoding: str
-    step: int
-    data: Any
-
-
-class CompressedMessage(Protocol):
-    """What is read of `sensor_msgs/CompressedImage`."""
-
-    format: str
-    data: Any
-
-
-def decode_image(message: ImageMessage, shape: tuple[int, int, int]) -> Frame:
-    """The frame of an Image.
+def decode_image(message: Any, shape: tuple[int, int, int]) -> Frame:
+    """The frame of a `sensor_msgs/Image`; rows may be padded to `step` bytes.
 
     Grey is taken as equal red, green and blue, as cv_bridge does, and that is said once. Numbers of
     16 bits are refused: nobody knows which of them are white.
@@ -83,7 +66,7 @@ def decode_image(message: ImageMessage, shape: tuple[int, int, int]) -> Frame:
     return np.ascontiguousarray(pixels.reshape(message.height, message.width, depth)[..., order])
 
 
-def _rows(message: ImageMessage, count: int, depth: int) -> Frame:
+def _rows(message: Any, count: int, depth: int) -> Frame:
     """uint8 (count, width * depth), without what rows are padded with."""
     data = np.frombuffer(message.data, np.uint8)
     row = message.width * depth
@@ -119,8 +102,8 @@ def _say_grey() -> None:
     )
 
 
-def decode_compressed(message: CompressedMessage, shape: tuple[int, int, int]) -> Frame:
-    """The frame of a CompressedImage, JPEG or PNG, with Pillow; transparency is left out.
+def decode_compressed(message: Any, shape: tuple[int, int, int]) -> Frame:
+    """The frame of a `sensor_msgs/CompressedImage`, JPEG or PNG; transparency is left out.
 
     Raises:
         ObservationError: it cannot be decoded, or has another size.

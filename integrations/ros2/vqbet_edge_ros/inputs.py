@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vqbet_edge import ObservationError
 
@@ -15,25 +15,19 @@ class Observed:
 
     Attributes:
         values: as `EdgePolicy.act` takes it.
-        time: of its newest part, in seconds of `time.monotonic()`.
-        oldest: of its oldest part.
+        newest, oldest: when these parts of it were taken, in seconds of `time.monotonic()`.
         repeated: topics whose part was in the observation before too.
     """
 
     values: dict[str, Any]
-    time: float
+    newest: float
     oldest: float
     repeated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why there is no observation now.
-
-    Attributes:
-        cause: what is counted.
-        reason: for a person.
-    """
+    """Why there is no observation now: what is counted, and the reason for a person."""
 
     cause: Cause
     reason: str
@@ -44,8 +38,7 @@ class Refusal:
         return self.cause in {"missing", "stale", "conflict", "late"}
 
 
-@dataclass(frozen=True)
-class _Sample:
+class _Sample(NamedTuple):
     message: Any
     taken: float
 
@@ -59,13 +52,12 @@ class Input:
     def __init__(self, name: str, decode: Callable[[Any], Any], max_age: float) -> None:
         self.name = name
         self._decode, self._max_age = decode, max_age
-        self._newest: _Sample | None = None
-        self._dropped = ""
-        self._used, self.repeats = float("-inf"), 0
+        self.clear()
 
     def clear(self) -> None:
         """Forget what came."""
-        self._newest, self._dropped = None, ""
+        self._newest: _Sample | None = None
+        self._dropped = ""
         self._used, self.repeats = float("-inf"), 0
 
     def offer(self, message: Any, taken: float, now: float) -> None:

@@ -1,7 +1,7 @@
 """Joints by name, in the policy's units and in those of ROS."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +12,10 @@ from vqbet_edge_ros.parameters import Units
 Values = NDArray[np.float64]
 
 
-class JointMessage(Protocol):
-    """What is read of `sensor_msgs/JointState`."""
-
-    name: Sequence[str]
-    position: Sequence[float]
-
-
 class Joints:
     """Joints in the policy's order: policy = scale * ros + offset.
 
-    With the units `degrees` the policy was trained on degrees and ROS has radians; scale and offset
-    come after that.
+    With the units `degrees`, ROS's radians are turned into degrees first.
     """
 
     def __init__(
@@ -42,8 +34,8 @@ class Joints:
         if not (self._scale != 0).all():
             raise UsageError(f"expected a scale other than 0, got {list(scale)}")
 
-    def read(self, message: JointMessage) -> Values:
-        """The policy's state, float64 (J,), whatever the order of the message's joints.
+    def read(self, message: Any) -> Values:
+        """The policy's state, float64 (J,), of a `sensor_msgs/JointState` in whatever order.
 
         Raises:
             ObservationError: a joint is missing, comes twice or is not finite.

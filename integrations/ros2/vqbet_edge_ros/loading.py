@@ -1,18 +1,26 @@
 """From parameters to a policy that has acted once, and to what reads its inputs."""
 
+import importlib.util
 import logging
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vqbet_edge import EdgePolicy, UsageError
+from vqbet_edge_ros.anchor import Anchor
+from vqbet_edge_ros.control import Controller, Step
+from vqbet_edge_ros.diagnostics import Statistics
 from vqbet_edge_ros.images import decode_compressed, decode_image
-from vqbet_edge_ros.inputs import Input
-from vqbet_edge_ros.joints import Joints
+from vqbet_edge_ros.inputs import Input, Inputs
+from vqbet_edge_ros.joints import Joints, Values
+from vqbet_edge_ros.outputs import Output
 from vqbet_edge_ros.parameters import Parameters, WhenStopped
+from vqbet_edge_ros.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 COMPRESSED = "/compressed"
@@ -47,12 +55,60 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
     return policy
 
 
-def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
-    """Steps per second: as given, else those of the demonstrations.
+@dataclass(frozen=True)
+class Assembly:
+    """Everything between messages and commands.
+
+    Attributes:
+        rate: of the control loop, in steps per second.
+        topics: feature of the policy -> its topic; `inputs` joins them.
+        joints: of commands.
+    """
+
+    rate: float
+    topics: dict[str, Input]
+    inputs: Inputs
+    joints: Joints
+    statistics: Statistics
+    watchdog: Watchdog
+    controller: Controller
+
+
+def assemble(
+    parameters: Parameters,
+    policy: EdgePolicy,
+    publish: Callable[[Values], None],
+    acknowledged: Callable[[], bool],
+    sent: Callable[[Step], None],
+) -> Assembly:
+    """Put it together; `publish` and `acknowledged` as of `Output`, `sent` as of `Controller`.
 
     Raises:
-        UsageError: neither is known.
+        UsageError: the parameters do not fit the policy.
     """
+    topics, given = make_inputs(parameters, policy), parameters.command
+    stopped = when_stopped(parameters, policy)
+    positions = stopped == "hold"
+    joints = command_joints(parameters, policy, positions=positions)
+    watchdog = Watchdog(
+        Output(joints, given.type, stopped, publish, acknowledged),
+        len(joints.names),
+        timeout=parameters.timeout,
+        resume_within=parameters.resume_within,
+        teleop_timeout=parameters.teleop.timeout,
+        teleop_resumes=parameters.teleop.after == "resume",
+    )
+    limited = bool(parameters.guards.max_change)
+    state = state_joints(parameters, policy)
+    anchor = Anchor(state, joints, positions=positions, limited=limited)
+    inputs, statistics = Inputs(topics, parameters.max_skew, parameters.max_repeats), Statistics()
+    controller = Controller(policy, inputs, watchdog, statistics, anchor, sent)
+    rate = control_rate(parameters, policy)
+    return Assembly(rate, topics, inputs, joints, statistics, watchdog, controller)
+
+
+def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
+    """Steps per second: as given, else those of the demonstrations."""
     fps = policy.fps
     rate = parameters.rate or fps
     if rate is None:
@@ -79,11 +135,7 @@ def _warm(policy: EdgePolicy) -> None:
 
 
 def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
-    """The joints of the policy's state.
-
-    Raises:
-        UsageError: they do not fit.
-    """
+    """The joints of the policy's state."""
     state, dim = parameters.state, policy.manifest.state_dim
     if len(state.joints) != dim:
         raise UsageError(f"expected {dim} joints in state.joints, got {list(state.joints)}")
@@ -91,11 +143,7 @@ def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
 
 
 def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
-    """What is sent while the policy is stopped; `hold` says that commands are positions.
-
-    Raises:
-        UsageError: it has to be chosen, or does not go with what the bundle says of its actions.
-    """
+    """What is sent while the policy is stopped; `hold` says that commands are positions."""
     given, kinds = parameters.command, set(policy.manifest.policy.action_kinds)
     positions = bool(kinds) and kinds <= _POSITIONS
     if given.when_stopped is None and (positions or (given.type != "array" and not kinds & _MOVES)):
@@ -111,15 +159,10 @@ def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
 
 
 def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: bool) -> Joints:
-    """The joints of commands: names, units, scale and offset are the state's where not given.
+    """The joints of commands.
 
-    Args:
-        parameters: which are given.
-        policy: which commands them.
-        positions: whether commands are positions.
-
-    Raises:
-        UsageError: they do not fit, or what is not given need not be the state's.
+    Units, scale and offset are the state's where not given, of positions of the state's joints; of
+    other commands, those that the state has must be given.
     """
     given, state, dim = parameters.command, parameters.state, policy.manifest.action_dim
     names = given.joints or state.joints
@@ -139,48 +182,27 @@ def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: boo
     return Joints(names, given.units or state.units, scale, offset)
 
 
-def camera_topics(parameters: Parameters, policy: EdgePolicy) -> dict[str, str]:
-    """Feature of the policy -> topic; one camera needs no key.
-
-    Raises:
-        UsageError: they do not fit.
-    """
+def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
+    """Feature of the policy -> its topic."""
+    manifest = policy.manifest
     keys, topics = parameters.cameras.keys, parameters.cameras.topics
-    wanted = policy.manifest.image_keys
-    if not keys and len(wanted) == 1:
+    wanted = manifest.image_keys
+    if not keys and len(wanted) == 1:  # one camera needs no key
         keys = wanted
     if sorted(keys) != sorted(wanted) or len(topics) != len(keys) or len(set(topics)) < len(topics):
         raise UsageError(
             f"expected cameras.keys of {list(wanted)} and one topic for each in cameras.topics, "
             f"got {list(keys)} and {list(topics)}"
         )
-    return {key: topics[keys.index(key)] for key in wanted}
-
-
-def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
-    """Feature of the policy -> its topic.
-
-    Raises:
-        UsageError: the parameters do not fit the policy.
-    """
-    manifest = policy.manifest
     inputs: dict[str, Input] = {}
-    for key, topic in camera_topics(parameters, policy).items():
+    for key, topic in zip(keys, topics, strict=True):
         decode: Any = decode_image
         if topic.endswith(COMPRESSED):
-            _check_pillow(topic)
+            if importlib.util.find_spec("PIL") is None:
+                raise UsageError(f"'{topic}' takes Pillow to decode: sudo apt install python3-pil")
             decode = decode_compressed
         shape = manifest.image_shapes[key]
         inputs[key] = Input(topic, partial(decode, shape=shape), parameters.max_age)
     joints = state_joints(parameters, policy)
     inputs[manifest.state_key] = Input(parameters.state.topic, joints.read, parameters.max_age)
     return inputs
-
-
-def _check_pillow(topic: str) -> None:
-    try:
-        import PIL.Image  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise UsageError(
-            f"'{topic}' takes Pillow to decode ({error}): sudo apt install python3-pil"
-        ) from error

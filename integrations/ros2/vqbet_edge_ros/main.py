@@ -68,8 +68,10 @@ class _Signals:
 
 def _spin(node: PolicyNode, ending: threading.Event, signals: _Signals) -> None:
     try:
-        if node.get_parameter("autostart").value and not _autostart(node):
-            return  # whoever started the process sees that it ended
+        if node.get_parameter("autostart").value:
+            for step in (node.trigger_configure, node.trigger_activate):
+                if step() != TransitionCallbackReturn.SUCCESS:
+                    return  # whoever started the process sees that it ended
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         while not ending.is_set():
@@ -84,9 +86,3 @@ def _spin_once(executor: SingleThreadedExecutor) -> None:
         executor.spin_once(timeout_sec=0.1)
     except Exception:  # noqa: BLE001 - it is logged, and the watchdog goes on
         _LOG.exception("a callback failed; the node spins on")
-
-
-def _autostart(node: PolicyNode) -> bool:
-    """Whether the node is active."""
-    steps = (node.trigger_configure, node.trigger_activate)
-    return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)

@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 import numpy as np
-from builtin_interfaces.msg import Duration
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
+from rclpy.duration import Duration
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
@@ -36,7 +36,8 @@ def command(
             message = JointTrajectory(joint_names=list(names))
             message.points = [
                 JointTrajectoryPoint(
-                    positions=row.tolist(), time_from_start=_duration((step + 1) * period)
+                    positions=row.tolist(),
+                    time_from_start=Duration(nanoseconds=round((step + 1) * period * 1e9)).to_msg(),
                 )
                 for step, row in enumerate(rows)
             ]
@@ -69,12 +70,7 @@ def decision(made: Decision, stamp: Any) -> Any:
         "clamped": bool(made.clamped.any()),
         "seconds": made.seconds,
     }
-    return as_json(text)
-
-
-def as_json(value: dict[str, Any]) -> Any:
-    """A String with JSON."""
-    return String(data=json.dumps(value))
+    return String(data=json.dumps(text))
 
 
 def diagnostics(name: str, level: bytes, text: str, values: dict[str, str], stamp: Any) -> Any:
@@ -86,8 +82,3 @@ def diagnostics(name: str, level: bytes, text: str, values: dict[str, str], stam
     message = DiagnosticArray(status=[status])
     message.header.stamp = stamp
     return message
-
-
-def _duration(seconds: float) -> Any:
-    nanoseconds = round(seconds * 1e9)
-    return Duration(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)

@@ -11,7 +11,7 @@ from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 
 from vqbet_edge import UsageError, VQBeTEdgeError
 from vqbet_edge_ros.parameters import Parameters, check_names, defaults, parse
-from vqbet_edge_ros.session import Session
+from vqbet_edge_ros.resources import Resources
 
 
 class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
@@ -23,7 +23,7 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
 
     def __init__(self, **options: Any) -> None:
         super().__init__("vqbet_policy", **options)
-        self._session: Session | None = None
+        self._resources: Resources | None = None
         self._ended = threading.Event()
         self._logs = _ToRos(self.get_logger())
         logging.getLogger("vqbet_edge").addHandler(self._logs)
@@ -37,30 +37,28 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
     def stop(self, reason: str) -> None:
         """Commands stop for good before this returns; any thread may call it."""
         self._ended.set()
-        session = self._session
+        resources = self._resources
         try:
-            if session is not None:
-                session.watchdog.close(reason)
+            if resources is not None:
+                resources.watchdog.close(reason)
         except Exception as error:  # noqa: BLE001 - it is closed all the same
             self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
 
     def on_configure(self, _: Any) -> TransitionCallbackReturn:
         """Load, check, prove, subscribe."""
         try:
-            self._session = Session(self, self._read_parameters())
-        except VQBeTEdgeError as error:
-            self.get_logger().error(f"cannot be configured: {error}")
-            return TransitionCallbackReturn.FAILURE
+            self._resources = Resources(self, self._read_parameters())
         except Exception as error:  # noqa: BLE001 - rclpy would swallow it
-            self.get_logger().error(f"cannot be configured: {error}\n{traceback.format_exc()}")
+            traced = "" if isinstance(error, VQBeTEdgeError) else f"\n{traceback.format_exc()}"
+            self.get_logger().error(f"cannot be configured: {error}{traced}")
             return TransitionCallbackReturn.FAILURE
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, _: Any) -> TransitionCallbackReturn:
         """Begin an episode."""
-        assert self._session is not None  # noqa: S101 - the state machine's promise
+        assert self._resources is not None  # noqa: S101 - the state machine's promise
         try:
-            self._session.start(self._ended)
+            self._resources.start(self._ended)
         except Exception as error:  # noqa: BLE001
             self.get_logger().error(f"cannot be activated: {error}\n{traceback.format_exc()}")
             return TransitionCallbackReturn.FAILURE
@@ -68,36 +66,30 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
 
     def on_deactivate(self, _: Any) -> TransitionCallbackReturn:
         """Stop."""
-        return self._finish(lambda session: session.halt("deactivated"))
+        return self._finish(lambda resources: resources.halt("deactivated"))
 
     def on_cleanup(self, _: Any) -> TransitionCallbackReturn:
-        """Free."""
-        return self._finish(Session.free, forget=True)
-
-    def on_shutdown(self, _: Any) -> TransitionCallbackReturn:
-        """Stop and free."""
-        return self._finish(Session.free, forget=True)
-
-    def on_error(self, _: Any) -> TransitionCallbackReturn:
         """Stop and free; the node can be configured again."""
-        return self._finish(Session.free, forget=True)
+        return self._finish(Resources.free, forget=True)
+
+    on_shutdown = on_error = on_cleanup
 
     def destroy_node(self) -> None:
         """Stop and free."""
-        self._finish(Session.free, forget=True)
+        self._finish(Resources.free, forget=True)
         for name in ("vqbet_edge", "vqbet_edge_ros"):
             logging.getLogger(name).removeHandler(self._logs)
         super().destroy_node()
 
     def _finish(
-        self, end: Callable[[Session], None], *, forget: bool = False
+        self, end: Callable[[Resources], None], *, forget: bool = False
     ) -> TransitionCallbackReturn:
-        session = self._session
+        resources = self._resources
         if forget:
-            self._session = None
+            self._resources = None
         try:
-            if session is not None:
-                end(session)
+            if resources is not None:
+                end(resources)
         except Exception as error:  # noqa: BLE001 - the state changes all the same
             self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
         return TransitionCallbackReturn.SUCCESS
@@ -117,7 +109,7 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
 
     def _on_parameters(self, changed: list[Any]) -> SetParametersResult:
         ours = [each.name for each in changed if each.name in defaults()]
-        if self._session is None or not ours:
+        if self._resources is None or not ours:
             return SetParametersResult(successful=True)
         return SetParametersResult(
             successful=False, reason=f"{ours} are read by configure: call cleanup first"
@@ -132,10 +124,6 @@ class _ToRos(logging.Handler):
         self._logger = logger
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.levelno >= logging.ERROR:
-            self._logger.error(text)
-        elif record.levelno >= logging.WARNING:
-            self._logger.warning(text)
-        else:
-            self._logger.info(text)
+        levels = {logging.ERROR: "error", logging.WARNING: "warning", 0: "info"}
+        level = next(name for lowest, name in levels.items() if record.levelno >= lowest)
+        getattr(self._logger, level)(record.getMessage())

@@ -33,9 +33,7 @@ class Output:
     ) -> None:
         self._joints, self._kind, self._when_stopped = joints, kind, when_stopped
         self._publish, self._acknowledged = publish, acknowledged
-        self._last: Values | None = None
-        self._planned: NDArray[np.float32] | None = None
-        self._moving = False
+        self.clear()
 
     @property
     def last(self) -> Values | None:
@@ -44,22 +42,24 @@ class Output:
 
     def clear(self) -> None:
         """Forget the last command: by the next one, others may have moved the robot elsewhere."""
-        self._last, self._planned, self._moving = None, None, False
+        self._last: Values | None = None
+        self._sent_chunk: NDArray[np.float32] | None = None
+        self._moving = False
 
     def command(self, action: NDArray[np.float32], upcoming: NDArray[np.float32]) -> None:
-        """Send an action (A,), or of a trajectory all that is planned (n, A), beginning with it."""
+        """Send an action (A,), or of a trajectory the rest of the chunk (n, A), itself included."""
         self._last = self._joints.to_ros(action)
         self._moving = True
         if self._kind != "trajectory":
             self._publish(self._last[None])
             return
-        planned, self._planned = self._planned, upcoming
-        if planned is None or not np.array_equal(planned[1:], upcoming):
+        before, self._sent_chunk = self._sent_chunk, upcoming
+        if before is None or not np.array_equal(before[1:], upcoming):
             self._publish(self._joints.to_ros(upcoming))
 
     def forward(self, values: Values) -> None:
         """Send an operator's command (J,), in ROS's units."""
-        self._last, self._planned, self._moving = values, None, True
+        self._last, self._sent_chunk, self._moving = values, None, True
         self._publish(values[None])
 
     def stand(self) -> None:
@@ -85,7 +85,7 @@ class Output:
                 return
 
     def _standing(self) -> Values | None:
-        first, self._moving, self._planned = self._moving, False, None
+        first, self._moving, self._sent_chunk = self._moving, False, None
         match self._when_stopped:
             case "zero":
                 self._last = np.zeros(len(self._joints.names))

@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+import msgspec
 
 from vqbet_edge import Guards, UsageError
 from vqbet_edge.runtime.backends import BackendName
@@ -152,8 +155,18 @@ def parse(values: Mapping[str, Any]) -> Parameters:
         UsageError: a name is unknown, or a value has the wrong type or is out of range.
     """
     check_names(values)
-    parsed: Parameters = _parse(Parameters, "", values)
-    return parsed
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        group, _, field_name = name.rpartition(".")
+        if value is not None and value != "":
+            place = nested.setdefault(group, {}) if group else nested
+            place[field_name] = list(value) if isinstance(value, array) else value
+    try:
+        return msgspec.convert(nested, Parameters)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"a parameter does not fit: {error}; config/pusht.yaml explains each of them"
+        ) from error
 
 
 def check_names(names: Mapping[str, Any]) -> None:
@@ -187,40 +200,3 @@ def _defaults(cls: Any, prefix: str) -> list[tuple[str, Any]]:
             text = "" if value is None else value
             found.append((prefix + each.name, list(text) if isinstance(text, tuple) else text))
     return found
-
-
-def _parse(cls: Any, prefix: str, values: Mapping[str, Any]) -> Any:
-    hints, arguments = get_type_hints(cls), {}
-    for each in dataclasses.fields(cls):
-        name, hint = prefix + each.name, hints[each.name]
-        if dataclasses.is_dataclass(hint):
-            arguments[each.name] = _parse(hint, f"{name}.", values)
-        elif values.get(name) not in (None, ""):
-            arguments[each.name] = _convert(name, hint, values[name])
-    return cls(**arguments)
-
-
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    """A ROS value as `hint`; a whole number does where a real one is expected."""
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise UsageError(f"expected a list for '{name}', got {value!r}")
-        return tuple(_convert(name, item, each) for each in value)
-    choices = [text for text in _choices(hint) if isinstance(text, str)]
-    if choices:
-        if value not in choices:
-            raise UsageError(f"expected '{name}' to be one of {choices}, got {value!r}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UsageError(f"expected '{name}' to be {hint.__name__}, got {value!r}")
-    return value
-
-
-def _choices(hint: Any) -> list[Any]:
-    """What the Literals of a type allow."""
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    return [choice for part in get_args(hint) for choice in _choices(part)]

@@ -61,6 +61,10 @@ class Watchdog:
             last command, or since it was armed, where an observation has `timeout` at least.
         teleop_timeout: seconds after an operator's last command until that is the end of it.
         teleop_resumes: whether that arms the policy.
+
+    Attributes:
+        mode: who may move the robot now.
+        reason: why the policy may not.
     """
 
     def __init__(
@@ -77,23 +81,13 @@ class Watchdog:
         self._timeout, self._resume_within = timeout, resume_within
         self._teleop_timeout, self._teleop_resumes = teleop_timeout, teleop_resumes
         self._lock = threading.Lock()
-        self._mode, self._reason = Mode.CLOSED, ""
+        self.mode, self.reason = Mode.CLOSED, ""
         self._generation = 0
         self._reset = self._quiet = False
         # Monotonic times: the latest command, or arming if that was later; the latest sign that the
         # policy is at work; the operator's latest command.
         self._armed = self._alive = self._teleoperated = 0.0
         self._after_teleop = Mode.WAITING
-
-    @property
-    def mode(self) -> Mode:
-        """Who may move the robot now."""
-        return self._mode
-
-    @property
-    def reason(self) -> str:
-        """Why the policy may not."""
-        return self._reason
 
     def open(self, now: float) -> None:
         """The node is active: the policy may begin an episode."""
@@ -104,13 +98,13 @@ class Watchdog:
     def close(self, reason: str) -> None:
         """Nothing moves the robot from here on; what keeps it where it is is sent a last time."""
         with self._lock:
-            if self._mode is not Mode.CLOSED:
+            if self.mode is not Mode.CLOSED:
                 self._halt(Mode.CLOSED, reason)
 
     def enable(self, enabled: bool, now: float) -> bool:
         """Let the policy move the robot, in a new episode, or not; says whether it is so now."""
         with self._lock:
-            match self._mode:
+            match self.mode:
                 case Mode.CLOSED:
                     return False
                 case Mode.TELEOP:
@@ -129,7 +123,7 @@ class Watchdog:
         """Begin a new episode with the next observation; says whether there will be one."""
         with self._lock:
             self._reset = True
-            return self._mode is not Mode.CLOSED
+            return self.mode is not Mode.CLOSED
 
     def teleoperate(self, values: Values, now: float) -> None:
         """An operator's command (J,): it takes over, and is sent.
@@ -142,10 +136,10 @@ class Watchdog:
                 f"expected {self._width} finite numbers of the operator, got {values.tolist()}"
             )
         with self._lock:
-            if self._mode is Mode.CLOSED:
+            if self.mode is Mode.CLOSED:
                 return
-            if self._mode is not Mode.TELEOP:
-                resumes = self._teleop_resumes and self._mode is not Mode.WAITING
+            if self.mode is not Mode.TELEOP:
+                resumes = self._teleop_resumes and self.mode is not Mode.WAITING
                 self._after_teleop = Mode.STARTING if resumes else Mode.WAITING
                 self._enter(Mode.TELEOP, "an operator has taken over")
             self._teleoperated = now
@@ -153,27 +147,27 @@ class Watchdog:
 
     def asks_policy(self) -> bool:
         """Whether an observation is wanted."""
-        return self._mode in {Mode.STARTING, Mode.RUNNING, Mode.STOPPED}
+        return self.mode in {Mode.STARTING, Mode.RUNNING, Mode.STOPPED}
 
     def refuse(self, refusal: Refusal, now: float) -> None:
         """There is no observation."""
         with self._lock:
-            match self._mode:
+            match self.mode:
                 case Mode.RUNNING | Mode.STARTING | Mode.STOPPED if refusal.cause == "conflict":
                     self._halt(Mode.WAITING, refusal.reason, alone=False)
                 case Mode.RUNNING if refusal.stops or now - self._alive > self._timeout:
                     self._halt(Mode.STOPPED, refusal.reason)
                 case Mode.STARTING | Mode.STOPPED:
-                    self._reason, self._quiet = refusal.reason, False
+                    self.reason, self._quiet = refusal.reason, False
 
     def admit(self, now: float) -> Ticket | None:
         """There is an observation: whether the policy may act on it."""
         with self._lock:
             self._gives_up(now)
-            if self._mode in {Mode.STARTING, Mode.STOPPED}:
+            if self.mode in {Mode.STARTING, Mode.STOPPED}:
                 self._alive = now
                 self._enter(Mode.RUNNING, "")
-            if self._mode is not Mode.RUNNING:
+            if self.mode is not Mode.RUNNING:
                 return None
             ticket = Ticket(self._generation, self._reset, self._output.last)
             self._reset = False
@@ -198,7 +192,7 @@ class Watchdog:
     def watch(self, now: float) -> None:
         """To be called at the control rate, by another thread than the one that acts."""
         with self._lock:
-            match self._mode:
+            match self.mode:
                 case Mode.RUNNING if now - self._alive > self._timeout:
                     late = f"no command for {now - self._alive:.3f} s: the policy is late"
                     self._halt(Mode.STOPPED, late)
@@ -215,9 +209,9 @@ class Watchdog:
 
     def _enter(self, mode: Mode, reason: str) -> None:
         """Every change of mode voids tickets, and what follows is another episode."""
-        if reason and mode is not self._mode:
+        if reason and mode is not self.mode:
             _LOG.warning("%s: %s", mode.value, reason)
-        self._mode, self._reason = mode, reason
+        self.mode, self.reason = mode, reason
         self._generation += 1
         self._reset = True
         self._quiet = mode is Mode.STARTING  # until it is known what hinders
@@ -227,7 +221,7 @@ class Watchdog:
     def _halt(self, mode: Mode, reason: str, *, alone: bool = True) -> None:
         """Send what keeps the robot where it is, unless others may be moving it by now."""
         try:
-            if self._mode is not Mode.WAITING and not self._quiet:
+            if self.mode is not Mode.WAITING and not self._quiet:
                 if mode in {Mode.WAITING, Mode.CLOSED}:
                     self._output.end(alone=alone)
                 else:
@@ -237,7 +231,7 @@ class Watchdog:
 
     def _gives_up(self, now: float) -> bool:
         """Whether it has just become too long ago that somebody meant the robot to move."""
-        match self._mode:
+        match self.mode:
             case Mode.STOPPED:
                 allowed = self._resume_within
             case Mode.STARTING:
@@ -246,5 +240,5 @@ class Watchdog:
                 return False
         if now - self._armed <= allowed:
             return False
-        self._halt(Mode.WAITING, self._reason or f"no observation came within {allowed} s")
+        self._halt(Mode.WAITING, self.reason or f"no observation came within {allowed} s")
         return True

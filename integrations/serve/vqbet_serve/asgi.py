@@ -1,30 +1,21 @@
 """A websocket of an ASGI server, with what a conversation needs of one."""
 
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any
 
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.frames import Close, CloseCode
-
-
-class AsgiWebSocket(Protocol):
-    """What we use of Starlette's WebSocket; it is accepted already."""
-
-    async def receive(self) -> Any: ...  # noqa: ANN401, D102
-    async def send_bytes(self, data: bytes) -> None: ...  # noqa: D102
-    async def send_text(self, data: str) -> None: ...  # noqa: D102
-    async def close(self, code: int = ..., reason: str | None = ...) -> None: ...  # noqa: D102
 
 
 class AsgiConnection:
     """See `conversation.Connection`.
 
     Args:
-        websocket: the server's.
+        websocket: Starlette's, or another with its methods; it is accepted already.
         largest: bytes of the largest message.
     """
 
-    def __init__(self, websocket: AsgiWebSocket, largest: int) -> None:
+    def __init__(self, websocket: Any, largest: int) -> None:  # noqa: ANN401
         self._websocket, self._largest = websocket, largest
         self._open = True
 

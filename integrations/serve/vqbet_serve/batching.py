@@ -126,19 +126,15 @@ class Gatherer:
         return self._closed or len(self._waiting[part]) >= min(coming, self._backend.most_together)
 
     def _run(self, part: GptRun, group: list[_Waiting]) -> None:
-        if len(group) == 1 or not self._run_together(part, group):
-            for each in group:
-                each.run_alone(part)
-            return
+        if len(group) > 1:
+            try:
+                self._backend.run_together(part, [each.window for each in group])
+            except Exception:  # noqa: BLE001 - whose fault it was shows when each runs alone
+                _LOG.exception("%s robots could not share a run", len(group))
+            else:
+                self._count(len(group))
+                for each in group:
+                    each.done.set_result(None)
+                return
         for each in group:
-            each.done.set_result(None)
-
-    def _run_together(self, part: GptRun, group: list[_Waiting]) -> bool:
-        """Whether it worked; whose fault it was otherwise shows when each runs alone."""
-        try:
-            self._backend.run_together(part, [each.window for each in group])
-        except Exception:  # noqa: BLE001 - logged
-            _LOG.exception("%s robots could not share a run", len(group))
-            return False
-        self._count(len(group))
-        return True
+            each.run_alone(part)

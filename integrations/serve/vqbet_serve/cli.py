@@ -15,21 +15,17 @@ from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_serve.keys import Keys
 from vqbet_serve.readiness import ReferenceStep
-from vqbet_serve.server import (
-    DEFAULT_WAIT_MS,
-    PolicyServer,
-    ServeConfig,
-    run_until_stopped,
-)
+from vqbet_serve.server import DEFAULT_WAIT_MS, PolicyServer, ServeConfig, run_until_stopped
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Drive robots over the network with a bundle (openpi's websocket protocol)."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a server of this computer and a fleet have in common."""
 
-    # The bundle: a directory or a Hub id (user/name, user/name@revision).
+    # The bundle: a directory (in a fleet the same on every node) or a Hub id (user/name,
+    # user/name@revision).
     bundle: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
     # Address to listen on; any but loopback needs a key.
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
@@ -37,9 +33,6 @@ class Arguments:
     port: int = 8000
     # File with the keys that clients must send: a line for each, KEY or NAME KEY. It may change.
     api_key_file: Path | None = None
-    # Certificate and private key, for wss://.
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
     # Robots at the same time; each has a window, a history and a thread.
     max_robots: int = 16
     # Seconds without a request after which a robot's place may be given to another one.
@@ -51,6 +44,28 @@ class Arguments:
     # Who runs the graphs.
     backend: BackendName = "auto"
 
+    def config(self, tls: ssl.SSLContext | None = None) -> ServeConfig:
+        """Of connections; the key file is read where that is asked."""
+        return ServeConfig(
+            host=self.host,
+            port=self.port,
+            keys=None if self.api_key_file is None else Keys.read(self.api_key_file),
+            tls=tls,
+            seed=self.seed,
+            max_robots=self.max_robots,
+            idle_s=self.idle_s,
+            batch_wait_s=self.batch_wait_ms / 1e3,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Options):
+    """Drive robots over the network with a bundle (openpi's websocket protocol)."""
+
+    # Certificate and private key, for wss://.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
 
 def main() -> None:
     """Entry point."""
@@ -59,16 +74,7 @@ def main() -> None:
 
 def _main() -> None:
     arguments = cli.parse(Arguments, "vqbet-serve")
-    config = ServeConfig(
-        host=arguments.host,
-        port=arguments.port,
-        keys=None if arguments.api_key_file is None else Keys.read(arguments.api_key_file),
-        tls=_tls(arguments),
-        seed=arguments.seed,
-        max_robots=arguments.max_robots,
-        idle_s=arguments.idle_s,
-        batch_wait_s=arguments.batch_wait_ms / 1e3,
-    )
+    config = arguments.config(_tls(arguments))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if config.keys is not None and config.tls is None:
         _LOG.warning("without --tls-cert, the key and the images can be read on the way")

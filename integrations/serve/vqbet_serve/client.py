@@ -84,7 +84,7 @@ class RemotePolicy:
         self._job: Job[bytes | str] | None = None
         self._handed: Floats | None = None
         self._late = self.dropped = self._unanswered = 0
-        self._link = self._connected()
+        self._link = Link(url, api_key, tls, connect_s)
         dim = self.metadata.action_dim
         try:
             # Nothing is known here of the data's range: "data" limits nothing.
@@ -130,7 +130,9 @@ class RemotePolicy:
             self._clock.check(observation_time)
             frame = self._request(observation)
             if not self._is_answered(end):
-                self._check_unanswered()
+                # A window with longer gaps shows nothing, and what is held grows old.
+                if self._unanswered >= self.metadata.action_chunk_size:
+                    raise self._link.lose(f"no answer to {self._unanswered} calls")
                 self.dropped += 1
                 return self._on_late()
             self._take()  # what is late is of no use, but may be an error
@@ -172,7 +174,7 @@ class RemotePolicy:
             if usable and self._restarted(seed):
                 return
             self._link.close()
-            self._link = self._reconnected()
+            self._reconnect()
             if not self._restarted(seed):
                 raise BackendError(f"'{self._url}' does not reset: {self._link.failure}")
 
@@ -188,17 +190,13 @@ class RemotePolicy:
         """Close."""
         self.close()
 
-    def _connected(self) -> Link:
-        return Link(self._url, self._api_key, self._tls, self._connect_s)
-
-    def _reconnected(self) -> Link:
-        link, before = self._connected(), self.metadata
-        if link.metadata.observation != before.observation or (
-            link.metadata.action_dim != before.action_dim
-        ):
+    def _reconnect(self) -> None:
+        link = Link(self._url, self._api_key, self._tls, self._connect_s)
+        now, before = link.metadata, self.metadata
+        if (now.observation, now.action_dim) != (before.observation, before.action_dim):
             link.close()
             raise BackendError(f"'{self._url}' now serves a policy for another robot")
-        return link
+        self._link = link
 
     def _restarted(self, seed: int | None) -> bool:
         """Whether the server has begun a new episode; the connection is lost otherwise."""
@@ -257,11 +255,6 @@ class RemotePolicy:
             raise NonFiniteError("an action is not finite")
         action: Floats = actions[0].copy()
         return action
-
-    def _check_unanswered(self) -> None:
-        """A window with longer gaps shows nothing, and what is held grows old."""
-        if self._unanswered >= self.metadata.action_chunk_size:
-            raise self._link.lose(f"no answer to {self._unanswered} calls")
 
     def _on_late(self) -> Floats:
         self._late += 1

@@ -36,11 +36,7 @@ _GRACE_S, _LOOK_S = 1.0, 0.02
 # A robot whose link died comes back before the old connection is known to be dead.
 _TAKEN_OVER = "a newer connection has taken over this session_id; give every robot an id of its own"
 # What the websocket library refuses by itself.
-_BROKEN: dict[int, str] = {
-    CloseCode.PROTOCOL_ERROR: "ProtocolError",
-    CloseCode.INVALID_DATA: "InvalidData",
-    CloseCode.MESSAGE_TOO_BIG: "MessageTooBig",
-}
+_BROKEN: dict[int, str] = {1002: "ProtocolError", 1007: "InvalidData", 1009: "MessageTooBig"}
 # Their texts are about a request. Those of others, and of classes that are made of them, may hold
 # paths, addresses and tracebacks.
 _TOLD = {
@@ -94,7 +90,7 @@ class Shared:
 
     def holder(self, name: str | None) -> "Conversation | None":
         """Who has the session of this name; None also where there is no name."""
-        holders = (each for each in self.conversations if name in each.names)
+        holders = (each for each in self.conversations if name in each.sessions)
         return None if name is None else next(holders, None)
 
     def let_one_go(self, *, driving: bool = False) -> bool:
@@ -104,7 +100,7 @@ class Shared:
             driving: a session's place is needed, not only a connection's.
         """
         idle = [each for each in self.conversations if each.idle_s > self.idle_s]
-        idle = [each for each in idle if each.names or not driving]
+        idle = [each for each in idle if each.sessions or not driving]
         longest = max(idle, key=lambda each: each.idle_s, default=None)
         if longest is not None:
             longest.end(
@@ -131,6 +127,9 @@ class Conversation:
         shared: the server's.
         robot: whose key the peer has.
         admitted: whether the key still holds.
+
+    Attributes:
+        sessions: its own, by their ids.
     """
 
     def __init__(
@@ -142,18 +141,13 @@ class Conversation:
     ) -> None:
         self._connection, self._shared = connection, shared
         self.robot, self._admitted = robot, admitted
-        self._own: dict[str | None, Session] = {}
+        self.sessions: dict[str | None, Session] = {}
         self._receiving: asyncio.Task[bytes] | None = None
         self._idle_since = time.monotonic()
         self._ending = False
         self._reason: UsageError | None = None
         self._logged: set[str] = set()
         self._previous_s = 0.0
-
-    @property
-    def names(self) -> set[str | None]:
-        """Of its sessions."""
-        return set(self._own)
 
     @property
     def idle_s(self) -> float:
@@ -165,12 +159,6 @@ class Conversation:
         """Until the client leaves or errs, or `end` is called."""
         self._shared.conversations.add(self)
         try:
-            await self._run()
-        finally:
-            self._shared.conversations.discard(self)
-
-    async def _run(self) -> None:
-        try:
             await self._converse()
         except ConnectionClosed as closed:
             if closed.sent is not None and closed.sent.code in _BROKEN:
@@ -181,6 +169,8 @@ class Conversation:
         else:
             await self._close_sessions()
             await self._connection.close(CloseCode.GOING_AWAY, "the server stops")
+        finally:
+            self._shared.conversations.discard(self)
 
     def end(self, reason: UsageError | None = None) -> None:
         """End sessions and connection as soon as no request is being answered.
@@ -232,8 +222,8 @@ class Conversation:
         return f"robot '{self.robot}'" + (f" at {address[0]}" if address else "")
 
     async def _close_sessions(self) -> None:
-        while self._own:
-            _, session = self._own.popitem()
+        while self.sessions:
+            _, session = self.sessions.popitem()
             await self._shared.compute(partial(self._shared.sessions.close, session))
 
     async def _request(self) -> bytes | None:
@@ -256,7 +246,10 @@ class Conversation:
             async for fragment in self._connection.recv_streaming():
                 if isinstance(fragment, str):
                     raise UsageError("expected binary frames, got text")
-                late = late or self._limit_time()
+                if late is None:
+                    loop, seconds = asyncio.get_running_loop(), self._shared.idle_s
+                    reason = UsageError(f"no whole request within {seconds:g} s")
+                    late = loop.call_later(seconds, self.end, reason)
                 fragments.append(fragment)
                 if len(fragments) > _MOST_FRAGMENTS:
                     raise UsageError(f"expected a request in {_MOST_FRAGMENTS} fragments at most")
@@ -264,12 +257,6 @@ class Conversation:
             if late is not None:
                 late.cancel()
         return b"".join(fragments)
-
-    def _limit_time(self) -> asyncio.TimerHandle:
-        """A request that has begun must become whole."""
-        seconds = self._shared.idle_s
-        reason = UsageError(f"no whole request within {seconds:g} s")
-        return asyncio.get_running_loop().call_later(seconds, self.end, reason)
 
     async def _answer(self, request: Message) -> bytes | str:
         began = time.monotonic()
@@ -304,10 +291,12 @@ class Conversation:
         return pack(action if bare else {"actions": action, "server_timing": timing})
 
     async def _session(self, name: str | None) -> Session:
-        if name not in self._own:
+        if name not in self.sessions:
             await self._room(name)
-            self._own[name] = await self._shared.compute(lambda: self._shared.sessions.open(name))
-        return self._own[name]
+            self.sessions[name] = await self._shared.compute(
+                lambda: self._shared.sessions.open(name)
+            )
+        return self.sessions[name]
 
     async def _room(self, name: str | None) -> None:
         """Wait for a place; who has this name, or is idle for longest, is asked to leave it."""
@@ -325,9 +314,9 @@ class Conversation:
     async def _close_left(self) -> bool:
         """Whether the client had left a session of its own, as with a new id for every episode."""
         latest = time.monotonic() - self._shared.idle_s
-        left = [each for each in self._own.values() if each.used < latest]
+        left = [each for each in self.sessions.values() if each.used < latest]
         for session in left:
-            del self._own[session.name]
+            del self.sessions[session.name]
             await self._shared.compute(partial(self._shared.sessions.close, session))
         return bool(left)
 

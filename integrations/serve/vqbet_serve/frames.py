@@ -75,19 +75,12 @@ def unpack(frame: bytes) -> Message:
 
 
 class _Header(NamedTuple):
-    """What the first byte of a value announces.
+    """What the first byte of a value announces."""
 
-    Attributes:
-        width: bytes of the length that follows.
-        size: bytes of the value behind that.
-        values: values within it.
-        per: values within it per length; 0 where the length counts bytes.
-    """
-
-    width: int = 0
-    size: int = 0
-    values: int = 0
-    per: int = 0
+    width: int = 0  # bytes of the length that follows
+    size: int = 0  # bytes of the value behind that
+    values: int = 0  # within it
+    per: int = 0  # values within it per length; 0 where the length counts bytes
 
 
 # By a value's first byte.
@@ -225,10 +218,7 @@ def _what(value: msgspec.Raw) -> str:
 
 def _file(data: bytes) -> str:
     kind = "JPEG" if data.startswith(_FILES[0]) else "PNG"
-    return (
-        f"a {kind} file; decode it on the robot, as the training data's frames were, and send "
-        "uint8 (height, width, 3) in the order RGB"
-    )
+    return f"a {kind} file; decode it on the robot, and send uint8 (height, width, 3), RGB"
 
 
 # How JPEG and PNG begin. They are not decoded here: that takes native code, or a second.

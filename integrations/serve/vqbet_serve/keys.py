@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from vqbet_edge.errors import UsageError
 
@@ -17,11 +17,6 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MOST_BYTES = 1 << 20
 # What changes with a file; None where it is not there.
 _Stamp: TypeAlias = tuple[int, int, int] | None
-
-
-class _Key(NamedTuple):
-    robot: str
-    header: bytes
 
 
 class Keys:
@@ -36,13 +31,13 @@ class Keys:
     """
 
     def __init__(self, text: str) -> None:
-        self._keys = _parsed(text)
+        self._robots = _parsed(text)
         self._path: Path | None = None
         self._seen: _Stamp = None
 
     def __repr__(self) -> str:
         """Without the keys."""
-        return f"Keys of {sorted({key.robot for key in self._keys})}"
+        return f"Keys of {sorted(set(self._robots.values()))}"
 
     @classmethod
     def read(cls, path: Path) -> "Keys":
@@ -62,7 +57,7 @@ class Keys:
         if len(given) != 1:
             return None
         # Every key is compared, whichever fits.
-        found = [key.robot for key in self._keys if hmac.compare_digest(given[0], key.header)]
+        found = [robot for key, robot in self._robots.items() if hmac.compare_digest(given[0], key)]
         return found[0] if found else None
 
     def _look(self) -> None:
@@ -71,7 +66,7 @@ class Keys:
             return
         self._seen = stamp
         try:
-            self._keys = _parsed(_text(self._path))
+            self._robots = _parsed(_text(self._path))
         except (OSError, UsageError) as error:
             _LOG.error("the keys from before still hold: %s", error)
         else:
@@ -95,26 +90,26 @@ def _text(path: Path) -> str:
         raise UsageError(f"'{path}' is not a file with keys in ASCII") from error
 
 
-def _parsed(text: str) -> list[_Key]:
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    keys = [_key(words) for words in lines if not words[0].startswith("#")]
-    if not keys:
+def _parsed(text: str) -> dict[bytes, str]:
+    """Authorization header -> whose it is."""
+    robots: dict[bytes, str] = {}
+    for words in map(str.split, text.splitlines()):
+        if not words or words[0].startswith("#"):
+            continue
+        robot, key = (UNNAMED, *words) if len(words) == 1 else (words[0], words[-1])
+        if len(words) > 2 or len(key) < _SHORTEST or not all("!" <= each <= "~" for each in key):
+            raise _refused(len(key))
+        if not _NAME.fullmatch(robot):
+            raise UsageError(
+                f"expected a name of 1 to 64 letters, digits, . _ or -, got {robot[:80]!r}"
+            )
+        if robots.setdefault(f"Api-Key {key}".encode(), robot) != robot:
+            raise UsageError(
+                "expected keys of their own for robots with other names, got one twice"
+            )
+    if not robots:
         raise _refused(0)
-    robots = {key.header: key.robot for key in keys}
-    if any(robots[key.header] != key.robot for key in keys):
-        raise UsageError("expected keys of their own for robots with other names, got one twice")
-    return keys
-
-
-def _key(words: list[str]) -> _Key:
-    robot, key = (UNNAMED, *words) if len(words) == 1 else (words[0], words[-1])
-    if len(words) > 2 or len(key) < _SHORTEST or not all("!" <= each <= "~" for each in key):
-        raise _refused(len(key))
-    if not _NAME.fullmatch(robot):
-        raise UsageError(
-            f"expected a name of 1 to 64 letters, digits, . _ or -, got {robot[:80]!r}"
-        )
-    return _Key(robot, f"Api-Key {key}".encode())
+    return robots
 
 
 def _refused(length: int) -> UsageError:

@@ -53,44 +53,19 @@ class Metrics:
             robots: sessions that are open.
             idle: seconds since the latest request, by the name of a robot's key.
         """
+        seconds = {name: round(since, 3) for name, since in idle.items()}
         with self._lock:
-            families = [
+            return "".join([
                 _family("robots", "gauge", "Sessions that are open.", robots),
-                _family(
-                    "robot_idle_seconds",
-                    "gauge",
-                    "Since a connection's latest request, by the name of its key.",
-                    {name: round(seconds, 3) for name, seconds in idle.items()},
-                ),
+                _family("robot_idle_seconds", "gauge", "Since the latest request.", seconds),
                 _family("robot_steps_total", "counter", "Actions, by key.", self._steps),
-                _family(
-                    "robot_late_steps_total",
-                    "counter",
-                    "Actions that took longer than the policy's period, by key.",
-                    self._late,
-                ),
+                _family("robot_late_steps_total", "counter", "Later than the period.", self._late),
                 self._latency(),
-                _family(
-                    "shared_runs_total",
-                    "counter",
-                    "Runs of the transformer for several robots.",
-                    self._runs,
-                ),
-                _family(
-                    "shared_windows_total",
-                    "counter",
-                    "Robots' windows in those runs.",
-                    self._windows,
-                ),
-                _family(
-                    "refusals_total",
-                    "counter",
-                    "Refused connections and requests.",
-                    self._refused,
-                    label="reason",
-                ),
-            ]
-        return "".join(families)
+                _family("shared_runs_total", "counter", "Runs for several robots.", self._runs),
+                _family("shared_windows_total", "counter", "Robots in those runs.", self._windows),
+                _family("refusals_total", "counter", "Connections, requests.", self._refused,
+                        label="reason"),
+            ])  # fmt: skip
 
     def _latency(self) -> str:
         text, total = _heading("step_seconds", "histogram", "Time the policy took."), 0

@@ -8,13 +8,12 @@ per control step (`query: every_step`), for its history advances with each.
 """
 
 import asyncio
-import contextlib
 import http
 import logging
 import math
 import signal
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -188,7 +187,8 @@ class PolicyServer:
             self.metrics.refusal("Unauthorized")
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected a valid Api-Key\n")
         if path == "/metrics":
-            response = connection.respond(http.HTTPStatus.OK, self._metrics_text())
+            text = self.metrics.text(len(self.sessions), self._shared.idle_by_robot())
+            response = connection.respond(http.HTTPStatus.OK, text)
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = CONTENT_TYPE
             return response
@@ -197,9 +197,6 @@ class PolicyServer:
             self.metrics.refusal("TooManyConnections")
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "too many robots\n")
         return None
-
-    def _metrics_text(self) -> str:
-        return self.metrics.text(len(self.sessions), self._shared.idle_by_robot())
 
     def _robot(self, headers: Headers) -> str | None:
         """Whose key the headers hold; None: nobody's."""
@@ -220,21 +217,14 @@ class PolicyServer:
 
 async def run_until_stopped(server: PolicyServer) -> None:
     """Serve until SIGINT or SIGTERM, then drain; a second signal does not wait."""
-    stopped = asyncio.Event()
-    with _on_signals(stopped):
-        await server.start()
-        _LOG.info("serving on %s", server.url)
-        await stopped.wait()
-    await server.stop()
-
-
-@contextlib.contextmanager
-def _on_signals(stopped: asyncio.Event) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     try:
-        yield
+        await server.start()
+        _LOG.info("serving on %s", server.url)
+        await stopped.wait()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+    await server.stop()

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, ObservationError, UsageError
-from vqbet_edge.runtime.manifest import Manifest
 from vqbet_serve.frames import Message, array
 
 # How many of a request's keys are named where one is missing.
@@ -90,17 +89,12 @@ class Sessions:
         self._names: list[str | None] = []
         self._lock = threading.Lock()
 
-    @property
-    def manifest(self) -> Manifest:
-        """Of the bundle that is served."""
-        return self.policy.manifest
-
     def __len__(self) -> int:
         return len(self._names)
 
     def has_room(self, name: str | None) -> bool:
         """Whether `open` would find a place."""
-        return len(self._names) < self._most and not self._in_use(name)
+        return len(self._names) < self._most and (name is None or name not in self._names)
 
     def open(self, name: str | None) -> Session:
         """A session, named by the client or not; takes as long as making a policy's buffers.
@@ -114,7 +108,7 @@ class Sessions:
                     f"this server drives {self._most} robots already; end a session, or start it "
                     "with a larger --max-robots"
                 )
-            if self._in_use(name):
+            if not self.has_room(name):
                 raise UsageError(
                     "this session_id is in use by another connection; end that one, or give every "
                     "robot an id of its own"
@@ -133,15 +127,12 @@ class Sessions:
         finally:
             self._give_back(session.name)
 
-    def _in_use(self, name: str | None) -> bool:
-        return name is not None and name in self._names
-
     def _give_back(self, name: str | None) -> None:
         with self._lock:
             self._names.remove(name)
 
     def start(self, name: str | None) -> int:
-        """Where a session's random sequence starts: with an id, at a number derived from it."""
+        """Where the random sequence of a session starts."""
         return self._seed if name is None else derived_seed(self._seed, name)
 
 

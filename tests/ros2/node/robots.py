@@ -54,14 +54,14 @@ def slow(self, *arguments):
     calls.append(1)
     if len(calls) == {call}:
         print("predicting", flush=True)
-        time.sleep(2.0)
+        time.sleep(1.0)
     return act(self, *arguments)
 EdgePolicy.act = slow
 """
 
 
 def slow_call(number: int) -> str:
-    """What the node runs first: its call `number` of `act` says so, and takes two seconds."""
+    """What the node runs first: its call `number` of `act` says so, and takes a second."""
     return _SLOW.format(call=number)
 
 
@@ -85,17 +85,14 @@ def expected(seen: list[Observation], seed: int = 7) -> list[list[float]]:
 def wait(until: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """What it says once that is true."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = until()
-        if found:
-            return found
-        time.sleep(0.005)
-    raise AssertionError(f"not within {seconds} s: {until}")
+    while not (found := until()):
+        assert time.monotonic() < end, f"not within {seconds} s: {until}"
+        time.sleep(0.002)
+    return found
 
 
 def image_message(frame: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> Any:
-    pixels = {"rgb8": frame, "bgr8": frame[..., ::-1], "mono8": frame[..., 0]}[encoding]
-    rows = np.ascontiguousarray(pixels).reshape(len(frame), -1)
+    rows = (frame if encoding == "rgb8" else frame[..., ::-1]).reshape(len(frame), -1)
     rows = np.pad(rows, ((0, 0), (0, padding)), constant_values=99)
     return Image(height=frame.shape[0], width=frame.shape[1], encoding=encoding,
                  step=rows.shape[1], data=array.array("B", rows.tobytes()))  # fmt: skip
@@ -113,7 +110,6 @@ class Simulator:
         self.node = rclpy.create_node("simulator")
         self.commands: list[Any] = []
         self.diagnostics: list[Any] = []
-        self.heard: dict[str, list[Any]] = {}
         self._clients: dict[str, Any] = {}
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
@@ -136,7 +132,7 @@ class Simulator:
         heard: list[Any] = []
         qos = QoSProfile(depth=100)
         if latched:
-            qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+            qos.durability = DurabilityPolicy.TRANSIENT_LOCAL
         self.node.create_subscription(kind, topic, heard.append, qos)
         return heard
 
@@ -165,12 +161,17 @@ class Simulator:
         before = len(self.commands)
         for _ in range(10):
             publish()
-            end = time.monotonic() + SECONDS / 10
-            while time.monotonic() < end:
-                if len(self.commands) > before:
-                    return self.commands[before]
-                time.sleep(0.002)
+            with contextlib.suppress(AssertionError):
+                return wait(lambda: self.commands[before:], SECONDS / 10)[0]
         raise AssertionError(f"no command came; {self.said()}")
+
+    def stands(self, seconds: float = 0.3) -> None:
+        """No command comes, whatever is published."""
+        before, end = len(self.commands), time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.show(observations(1)[0])
+            time.sleep(0.02)
+        assert len(self.commands) == before
 
     def said(self) -> Any:
         """Text and values of the latest diagnostics."""
@@ -215,25 +216,23 @@ class Simulator:
 
 def write_parameters(folder: Path, changed: dict[str, Any]) -> Path:
     """A file that ROS reads; JSON is YAML."""
-    path = folder / f"parameters{time.monotonic_ns()}.yaml"
+    path = folder / "parameters.yaml"
     given = {name: value for name, value in (PARAMETERS | changed).items() if value is not None}
     path.write_text(json.dumps({"/**": {"ros__parameters": given}}))
     return path
 
 
 class Process:
-    """The node, in a process of its own."""
+    """The node, in a process of its own; `before` is run first in there."""
 
-    def __init__(self, parameters: Path, before: str = "", remap: list[str] | None = None) -> None:
-        """`before` is run first in there; `remap` is of topics, from:=to."""
-        rules = [text for rule in remap or [] for text in ("-r", rule)]
+    def __init__(self, parameters: Path, before: str = "", remap: str = "") -> None:
         code = f"{before}\nfrom vqbet_edge_ros.main import main\nmain()"
         self.output = parameters.with_suffix(".log")
+        command = [sys.executable, "-u", "-c", code, "--ros-args", "--params-file", parameters]
         with self.output.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", code, "--ros-args", "--params-file", parameters, *rules],
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [*command, *(["-r", remap] if remap else [])], stdout=output, stderr=output
+            )
 
     def text(self) -> str:
         return self.output.read_text()
@@ -279,12 +278,11 @@ def robot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["Robot"]:
 class Robot:
     """A simulator and a node that talk to each other."""
 
-    def __init__(self, folder: Path, changed: dict[str, Any], before: str = "") -> None:
+    def __init__(self, folder: Path, changed: dict[str, Any]) -> None:
         changed = dict(changed)
-        before, remap = changed.pop("before", before), changed.pop("remap", [])
+        before, remap = changed.pop("before", ""), changed.pop("remap", "")
         given = PARAMETERS | changed
-        [topic] = given["cameras.topics"]
-        camera = dict(rule.split(":=") for rule in remap).get(topic, topic)
+        camera = remap.partition(":=")[2] or given["cameras.topics"][0]
         self.simulator = Simulator(given.get("command.type", "array"), camera)
         self.process = Process(write_parameters(folder, changed), before, remap)
 

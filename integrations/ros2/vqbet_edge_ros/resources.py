@@ -1,6 +1,7 @@
-"""What a configured node has: policy, topics, services, timers."""
+"""What a configured node holds: policy, topics, services, timers."""
 
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
-from numpy.typing import NDArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
@@ -20,24 +20,14 @@ from std_srvs.srv import SetBool, Trigger
 
 from vqbet_edge import EdgePolicy, StaleObservationError, VQBeTEdgeError
 from vqbet_edge_ros import __version__, messages
-from vqbet_edge_ros.anchor import Anchor
 from vqbet_edge_ros.clock import StampClock
-from vqbet_edge_ros.control import Controller, Loop, Step
-from vqbet_edge_ros.diagnostics import ERROR, Statistics, level
-from vqbet_edge_ros.inputs import Input, Inputs, Refusal, conflicts
+from vqbet_edge_ros.control import Loop, Step
+from vqbet_edge_ros.diagnostics import ERROR, LEVELS
+from vqbet_edge_ros.inputs import Input, Refusal, conflicts
 from vqbet_edge_ros.joints import Values
-from vqbet_edge_ros.loading import (
-    COMPRESSED,
-    command_joints,
-    control_rate,
-    load_policy,
-    make_inputs,
-    state_joints,
-    when_stopped,
-)
-from vqbet_edge_ros.outputs import Output
+from vqbet_edge_ros.loading import COMPRESSED, assemble, load_policy
 from vqbet_edge_ros.parameters import Parameters
-from vqbet_edge_ros.watchdog import Mode, Watchdog
+from vqbet_edge_ros.watchdog import Mode
 
 # The newest is all that counts; a camera's frame that got lost is not sent again.
 _SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -48,7 +38,7 @@ _PATIENCE_S = 10.0
 _ACKNOWLEDGE_S, _SETTLE_S = 0.1, 0.01
 
 
-class Session:
+class Resources:
     """All that exists from configure to cleanup."""
 
     def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
@@ -66,45 +56,18 @@ class Session:
 
     def _assemble(self) -> None:
         given, policy = self._parameters, self._policy
-        self._rate = control_rate(given, policy)
-        self._period = 1 / self._rate
-        self._inputs_by_key = make_inputs(given, policy)
-        self._inputs = Inputs(self._inputs_by_key, given.max_skew, given.max_repeats)
-        stopped = when_stopped(given, policy)
-        positions = stopped == "hold"
-        self._joints = command_joints(given, policy, positions=positions)
+        made = assemble(given, policy, self._publish_command, self._acknowledged, self._sent)
+        self._rate, self._joints, self._statistics = made.rate, made.joints, made.statistics
+        self._topics, self._inputs = made.topics, made.inputs
+        self._controller, self.watchdog = made.controller, made.watchdog
         self._stamps = StampClock(given.max_skew)
-        self._statistics = Statistics()
-        output = Output(
-            self._joints,
-            given.command.type,
-            stopped,
-            self._publish_command,
-            self._acknowledged,
-        )
-        self.watchdog = Watchdog(
-            output,
-            len(self._joints.names),
-            timeout=given.timeout,
-            resume_within=given.resume_within,
-            teleop_timeout=given.teleop.timeout,
-            teleop_resumes=given.teleop.after == "resume",
-        )
-        anchor = Anchor(
-            state_joints(given, policy),
-            self._joints,
-            positions=positions,
-            limited=bool(given.guards.max_change),
-        )
-        self._controller = Controller(
-            policy, self._inputs, self.watchdog, self._statistics, anchor, self._sent
-        )
         self._advertise()
         self._subscribe()
-        self._timer(self._period, self._watch)
+        self._timer(1 / self._rate, self._watch)
         self._timer(0.1, self._look_for_conflicts)
         self._timer(1.0, self._diagnose)
-        self._metadata.publish(messages.as_json(_describe(policy, given, self._rate)))
+        described = json.dumps(_describe(policy, given, self._rate))
+        self._metadata.publish(String(data=described))
 
     # Publishers, subscriptions, services and timers are made through these, so that none is left.
 
@@ -162,7 +125,7 @@ class Session:
 
     def _subscribe(self) -> None:
         given = self._parameters
-        for key, each in self._inputs_by_key.items():
+        for key, each in self._topics.items():
             kind = JointState if key == self._policy.manifest.state_key else Image
             if kind is Image and each.name.endswith(COMPRESSED):
                 kind = CompressedImage
@@ -180,15 +143,11 @@ class Session:
         self.watchdog.open(time.monotonic())
         if ended.is_set():
             self.watchdog.close("the process ends")
-        self._loop = Loop(self._controller.tick, self._rate, self._simulated_clock())
-        self._loop.start()
-
-    def _simulated_clock(self) -> Callable[[], float] | None:
-        """Seconds of the simulation's clock; None where time is the wall's."""
         clock = self._node.get_clock()
-        if not self._node.get_parameter("use_sim_time").value:
-            return None
-        return lambda: float(clock.now().nanoseconds / 1e9)
+        simulated = self._node.get_parameter("use_sim_time").value
+        seconds = (lambda: float(clock.now().nanoseconds / 1e9)) if simulated else None
+        self._loop = Loop(self._controller.tick, self._rate, seconds)
+        self._loop.start()
 
     def halt(self, reason: str) -> None:
         """Commands stop first; then the step under way ends."""
@@ -248,7 +207,7 @@ class Session:
         self.watchdog.watch(now)
 
     def _look_for_conflicts(self) -> None:
-        topics = [each.name for each in self._inputs_by_key.values()]
+        topics = [each.name for each in self._topics.values()]
         command = self._parameters.command.topic
         counts = {
             name: self._node.count_publishers(self._node.resolve_topic_name(name))
@@ -268,7 +227,7 @@ class Session:
 
     def _publish_command(self, rows: Values) -> None:
         kind, names = self._parameters.command.type, self._joints.names
-        self._commands.publish(messages.command(kind, names, rows, self._period, self._now()))
+        self._commands.publish(messages.command(kind, names, rows, 1 / self._rate, self._now()))
 
     def _acknowledged(self) -> bool:
         """Whether all who listen have the latest command; who takes best effort never says so."""
@@ -301,9 +260,10 @@ class Session:
             f"guards.{name}": str(count) for name, count in counts._asdict().items()
         }
         if limits is not None:
-            values |= zip(("guards.lowest", "guards.highest"), map(_spelled, limits), strict=True)
+            for end, numbers in zip(("lowest", "highest"), limits, strict=True):
+                values[f"guards.{end}"] = str([float(f"{number:.6g}") for number in numbers])
         text = f"{mode.value}: {reason}" if reason else mode.value
-        how = ERROR if failed else level(mode)
+        how = ERROR if failed else LEVELS[mode]
         name = self._node.get_fully_qualified_name()
         self._diagnostics.publish(messages.diagnostics(name, how, text, values, self._now()))
         if mode in {Mode.STARTING, Mode.STOPPED, Mode.WAITING}:
@@ -314,10 +274,6 @@ class Session:
 
     def _log(self) -> Any:
         return self._node.get_logger()
-
-
-def _spelled(values: NDArray[np.float32]) -> str:
-    return str([float(f"{value:.6g}") for value in values])
 
 
 def _describe(policy: EdgePolicy, parameters: Parameters, rate: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ lost. Letters in shapes as in `vqbet_edge.runtime.backends.base`.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Reply(NamedTuple):
     chunk: Floats | None = None
 
 
-class Elsewhere(Backend):
+class RemoteBackend(Backend):
     """Windows that send what is to be computed.
 
     Args:
@@ -54,22 +54,22 @@ class Elsewhere(Backend):
         ask: sends a request; blocks until the reply is there.
     """
 
-    name = "elsewhere"
+    name = "remote"
     default_prefetch: Prefetch = "thread"  # type: ignore[misc]
 
     def __init__(self, manifest: Manifest, ask: Callable[[Request], Reply]) -> None:
         super().__init__()
         self.manifest, self.ask = manifest, ask
 
-    def create_window(self) -> "ElsewhereWindow":
+    def create_window(self) -> "RemoteWindow":
         """See `Backend`."""
-        return ElsewhereWindow(self)
+        return RemoteWindow(self)
 
 
-class ElsewhereWindow(Window):
+class RemoteWindow(Window):
     """A robot's encoded frames."""
 
-    def __init__(self, backend: Elsewhere) -> None:
+    def __init__(self, backend: RemoteBackend) -> None:
         super().__init__(backend)
         self._ask = backend.ask
         shape = signature(backend.manifest, "gpt").inputs[0].shape
@@ -108,7 +108,7 @@ class ElsewhereWindow(Window):
         return chunk
 
 
-class Graphs:
+class GraphRunner:
     """Computes requests, several at the same time.
 
     Args:
@@ -122,10 +122,10 @@ class Graphs:
     def __init__(self, bundle: Bundle, backend: BackendName) -> None:
         self._backend = create_backend(backend, bundle)
         self.most = max(1, self._backend.most_together)
-        self._gatherer: Gatherer | None = None
         windows = [self._backend.create_window() for _ in range(self.most)]
         shape = signature(bundle.manifest, "gpt").inputs[0].shape
         windows[0].load(np.zeros(shape[1:], np.float32))
+        self._gatherer: Gatherer | None = None
         if self._backend.shared_parts:
             # All that come together are there at once; nobody else is waited for.
             self._gatherer = Gatherer(self._backend, 1.0, lambda _: None)
@@ -158,31 +158,26 @@ class Graphs:
 
     def _run(self, request: Request) -> Reply | VQBeTEdgeError:
         window = self._free.get()
+        predicts = self._gatherer if request.states is not None else None  # others wait for it
         try:
-            with self._step(request):
-                return self._answer(window, request)
+            with nullcontext() if predicts is None else predicts.step():
+                return _answer(window, request)
         except VQBeTEdgeError as error:
             return error
         finally:
             self._free.put(window)
 
-    def _step(self, request: Request) -> AbstractContextManager[None]:
-        """Others wait for who predicts."""
-        if self._gatherer is None or request.states is None:
-            return nullcontext()
-        return self._gatherer.step()
 
-    def _answer(self, window: Window, request: Request) -> Reply:
-        if request.codes is not None:
-            return Reply(chunk=window.decode(request.codes).copy())
-        tokens, newest = None, 0
-        if request.rows is not None:
-            window.load(request.rows)
-            newest = len(request.rows) - 1
-        if request.frames is not None:
-            window.encode(request.frames, newest)
-            tokens = window.read("frame_tokens")
-        if request.states is None:
-            return Reply(tokens)
-        outputs = window.predict(request.states)
-        return Reply(tokens, HeadOutputs(*(part.copy() for part in outputs)))
+def _answer(window: Window, request: Request) -> Reply:
+    if request.codes is not None:
+        return Reply(chunk=window.decode(request.codes).copy())
+    tokens, newest = None, 0
+    if request.rows is not None:
+        window.load(request.rows)
+        newest = len(request.rows) - 1
+    if request.frames is not None:
+        window.encode(request.frames, newest)
+        tokens = window.read("frame_tokens")
+    if request.states is None:
+        return Reply(tokens)
+    return Reply(tokens, HeadOutputs(*(part.copy() for part in window.predict(request.states))))
