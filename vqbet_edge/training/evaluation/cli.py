@@ -14,8 +14,9 @@ from rich.progress import Progress
 from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.runtime.guards import Guards
 from vqbet_edge.training.config import check_positive
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge.training.evaluation.actors import load_actor
 from vqbet_edge.training.evaluation.recordings import RecordingActor
 from vqbet_edge.training.evaluation.replay import Replay, replay
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
@@ -37,7 +38,7 @@ class EvalConfig:
     # Instead of an environment: a folder that --record or `policy.record(..., decisions=True)`
     # wrote. Its decisions are made again by the policy, and the first that differs is listed.
     replay: Path | None = None
-    # Record every episode with its decisions here, for vqbet-view; takes a bundle.
+    # Record every episode with its decisions here, for vqbet-view.
     record: Path | None = None
     # Episodes to run.
     episodes: int = 50
@@ -51,6 +52,8 @@ class EvalConfig:
     temperature: float | None = None
     # Predict anew after so many actions; none executes whole chunks.
     replan_every: int | None = None
+    # Keep actions within the demonstrated range and a margin, as on a robot.
+    guards: bool = True
     # Environments that run at the same time.
     num_envs: int = 8
     # Give every environment a process of its own.
@@ -87,8 +90,7 @@ def evaluate(config: EvalConfig) -> Result:
     """Run the evaluation; progress goes to stderr.
 
     Raises:
-        UsageError: the environment is unknown or not installed, or what is to be recorded is no
-            bundle.
+        UsageError: the environment is unknown or not installed.
         CheckpointError, BundleError: a policy cannot be loaded.
         DiskError: a recording cannot be written.
     """
@@ -103,27 +105,31 @@ def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
     make = make_task(env)
     slots = min(config.num_envs, config.episodes)
     seeds = range(config.seed, config.seed + config.episodes)
-    options = ActorOptions(config.backend, config.temperature, config.replan_every)
+    siblings = load_actor(
+        source,
+        slots,
+        config.backend,
+        temperature=config.temperature,
+        replan_every=config.replan_every,
+        guards=None if config.guards else Guards(action_limits=None),
+    )
     with ExitStack() as stack:
-        actor, ended = load_actor(source, slots, options), _nothing
+        recording: RecordingActor | None = None
         if config.record is not None and source == config.policy:
-            actor = RecordingActor(actor, config.record, env, source, seeds)
-            ended = actor.ended
-            stack.callback(actor.close)
+            recording = RecordingActor(siblings, config.record, env, source, seeds)
+            stack.callback(recording.close)
         bar = stack.enter_context(Progress(console=Console(stderr=True)))
         task = bar.add_task(f"{env}: {source}", total=config.episodes)
 
         def on_end(episode: Episode) -> None:
-            ended(episode)
+            if recording is not None:
+                recording.ended(episode)
             bar.advance(task)
 
+        actor = recording or siblings
         return run_episodes(
             make, actor, seeds, slots=slots, processes=config.processes, on_end=on_end
         )
-
-
-def _nothing(episode: Episode) -> None:
-    """What is done with an episode that is not recorded."""
 
 
 def _text(result: Result) -> str:

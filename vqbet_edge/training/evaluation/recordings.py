@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.evaluation.actors import Actor, BundleActor, Floats, Observations
+from vqbet_edge.training.evaluation.actors import Floats, Observations, Siblings
 from vqbet_edge.training.evaluation.rollout import Episode
 from vqbet_edge.training.files import replace_bytes, writing
 from vqbet_edge.view.episodes import INDEX_NAME, EpisodeIndex, EpisodeOutcome
@@ -16,23 +16,18 @@ class RecordingActor:
     One that has not ended is called `running_SEED`. `episodes.json` lists those that have.
 
     Args:
-        actor: who acts; only bundles record decisions.
+        actor: who acts.
         folder: where to; empty, or made.
         env: the environment's name.
         policy: the policy's name.
         seeds: of the episodes; others, of idle slots, are not recorded.
 
     Raises:
-        UsageError: the policy is no bundle, or the folder is not empty.
+        UsageError: the folder is not empty.
         DiskError: the folder cannot be made.
     """
 
-    def __init__(self, actor: Actor, folder: Path, env: str, policy: str, seeds: range) -> None:
-        if not isinstance(actor, BundleActor):
-            raise UsageError(
-                f"--record takes a bundle, and '{policy}' is a checkpoint; type: vqbet-export "
-                f"{policy}"
-            )
+    def __init__(self, actor: Siblings, folder: Path, env: str, policy: str, seeds: range) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
