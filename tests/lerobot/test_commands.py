@@ -9,7 +9,8 @@ import oracle
 import pytest
 from peers import PUSHT, Peer, Robot
 
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge import Guards
+from vqbet_edge.training.evaluation.actors import load_actor
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.tasks import make_task
 
@@ -67,7 +68,7 @@ def evaluated_by_lerobots_command(
 
 def evaluated_by_ours(robot: Robot, rewards: np.ndarray[Any, Any]) -> None:
     """What `vqbet-eval` runs."""
-    actor = load_actor(str(robot.bundle), EPISODES, ActorOptions(temperature=0))
+    actor = load_actor(str(robot.bundle), EPISODES, temperature=0, guards=Guards(margin=0.2))
     seeds = range(SEED, SEED + EPISODES)
     episodes = run_episodes(make_task("pusht"), actor, seeds, slots=EPISODES)
     found = [episode.max_reward for episode in episodes]

@@ -16,9 +16,9 @@ from vqbet_export.exporter import ExportConfig, export
 from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import CheckpointError, HubError, UsageError, VQBeTEdgeError
 from vqbet_edge.training import TrainConfig, load_checkpoint, train
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
-from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.pretrained import lerobots_objections
 
@@ -72,11 +72,11 @@ def test_two_cameras_from_training_to_the_robot(
     assert checkpoint.config.image_keys == (FRONT, WRIST)
     export(ExportConfig(str(policy), tmp_path / "a.bundle", verify_steps=8))
     robot = EdgePolicy.load(tmp_path / "a.bundle", temperature=0)
-    actor = TorchActor(checkpoint, 1, ActorOptions(temperature=0))
+    actor = EdgePolicy(*load_backend(str(policy)), temperature=0)
     episode = LeRobotDataset.open(cameras).episode(1)
     for step in range(8):
         observation = {key: episode[key][step] for key in (FRONT, WRIST, STATE)}
-        expected = actor.act({key: value[None] for key, value in observation.items()})[0]
+        expected = actor.act(observation)
         np.testing.assert_allclose(robot.act(observation), expected, rtol=1e-3, atol=1e-4)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.training.backend import TorchBackend
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
-from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
+from vqbet_edge.training.description import without_graphs
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.layouts import Layout
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
@@ -179,7 +181,7 @@ def test_a_checkpoint_acts_as_lerobots_select_action(
     reference.vqbet.action_head.vqvae_model.discretized.fill_(True)
     network = build_ours(reference).eval().requires_grad_(False)
     checkpoint = Checkpoint(network, {}, {}, Layout.V0_4, "test", "")
-    actor = TorchActor(checkpoint, 2, ActorOptions(temperature=0))
+    actor = Siblings(without_graphs(checkpoint), TorchBackend(checkpoint), 2, temperature=0)
     rng = np.random.default_rng(0)
     monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))
     reference.reset()

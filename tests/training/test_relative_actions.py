@@ -24,13 +24,14 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import encode_manifest
 from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.training import TrainConfig, load_checkpoint, train
-from vqbet_edge.training.codes.policies import load_policy
+from vqbet_edge.training.backend import TorchBackend, load_backend
+from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.report import examine_codes
 from vqbet_edge.training.config import NormalizationMode, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.samples import open_source
 from vqbet_edge.training.dataset.writer import write_dataset
-from vqbet_edge.training.evaluation.actors import ActorOptions, TorchActor
+from vqbet_edge.training.description import without_graphs
 from vqbet_edge.training.normalization import RANGE, STATISTICS, Scalings
 from vqbet_edge.training.windows import WindowedDataset
 
@@ -108,19 +109,20 @@ def test_a_policy_adds_the_state_that_it_predicted_on(
         assert ended.value.code == 0
         assert ("relative to the state" in capsys.readouterr().out) == said
     assert b"relative_actions" not in (plain / "manifest.json").read_bytes()
-    actor = TorchActor(checkpoint, 1, ActorOptions(temperature=0))
-    actor.reset(0, 0)
+    torch_backend = TorchBackend(checkpoint)
     with (
         EdgePolicy.load(bundle, "onnxruntime", temperature=0, guards=FREE, prove=True) as relative,
         EdgePolicy.load(plain, "onnxruntime", temperature=0, guards=FREE) as absolute,
+        EdgePolicy(
+            without_graphs(checkpoint), torch_backend, temperature=0, guards=FREE
+        ) as original,
     ):
         for step, seen in enumerate(observations):
             got, other = relative.act(seen), absolute.act(seen)
             if step % checkpoint.config.action_chunk_size == 0:
                 base = seen[STATE] * [1, 0]  # of the whole chunk, whatever the state is later
             np.testing.assert_allclose(got - base, other, atol=1e-4)
-            expected = actor.act({key: value[None] for key, value in seen.items()})[0]
-            np.testing.assert_allclose(got, expected, atol=1e-4)
+            np.testing.assert_allclose(got, original.act(seen), atol=1e-4)
         whole = WholePolicy(checkpoint)
         relative.reset()
         chunk = relative.act_chunk(observations[0])
@@ -144,7 +146,9 @@ def test_what_is_trained_is_loaded_and_examined(trained: Path, pusht: Path, tmp_
     assert limits is not None
     np.testing.assert_array_equal(limits, lowest_and_highest)
     # `vqbet-codes` sees the demonstrated chunks as training did.
-    found = examine_codes(load_policy(str(trained)), open_source(pusht), 50).demonstrations
+    found = examine_codes(
+        CodedPolicy("", *load_backend(str(trained))), open_source(pusht), 50
+    ).demonstrations
     assert found is not None
     chunks = scalings.backward[ACTION].apply(
         WindowedDataset(dataset, policy, scalings, torch.device("cpu"))
