@@ -85,20 +85,40 @@ class Result:
     policies: dict[str, Summary]
     comparison: Comparison | None
 
+    def __str__(self) -> str:
+        """For people."""
+        lines = []
+        for source, summary in self.policies.items():
+            lines += [
+                f"{source} in {self.env}, {summary.episodes} episodes",
+                f"  success         {summary.success}",
+                f"  maximum reward  {summary.max_reward}",
+                f"  steps           {summary.mean_steps:.1f}",
+            ]
+        if self.comparison is not None:
+            change = self.comparison
+            lines += [
+                "second minus first, same seeds",
+                f"  success         {change.success}",
+                f"  maximum reward  {change.max_reward}",
+                f"  solved by the first only   {change.only_first}",
+                f"  solved by the second only  {change.only_second}",
+            ]
+        return "\n".join(lines)
 
-def evaluate(config: EvalConfig) -> Result:
-    """Run the evaluation; progress goes to stderr.
+
+def evaluate(config: EvalConfig, env: str) -> Result:
+    """Run the evaluation in an environment; progress goes to stderr.
 
     Raises:
         UsageError: the environment is unknown or not installed.
         CheckpointError, BundleError: a policy cannot be loaded.
         DiskError: a recording cannot be written.
     """
-    assert config.env is not None  # noqa: S101 - checked by the configuration
     sources = [config.policy] + ([config.versus] if config.versus else [])
-    runs = {source: _run(config, config.env, source) for source in sources}
-    compared = compare(runs[sources[0]], runs[sources[1]]) if len(runs) == 2 else None
-    return Result(config.env, {s: summarize(e) for s, e in runs.items()}, compared)
+    runs = {source: _run(config, env, source) for source in sources}
+    compared = compare(*runs.values()) if len(runs) == 2 else None
+    return Result(env, {s: summarize(e) for s, e in runs.items()}, compared)
 
 
 def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
@@ -132,27 +152,6 @@ def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
         )
 
 
-def _text(result: Result) -> str:
-    lines = []
-    for source, summary in result.policies.items():
-        lines += [
-            f"{source} in {result.env}, {summary.episodes} episodes",
-            f"  success         {summary.success}",
-            f"  maximum reward  {summary.max_reward}",
-            f"  steps           {summary.mean_steps:.1f}",
-        ]
-    if result.comparison is not None:
-        change = result.comparison
-        lines += [
-            "second minus first, same seeds",
-            f"  success         {change.success}",
-            f"  maximum reward  {change.max_reward}",
-            f"  solved by the first only   {change.only_first}",
-            f"  solved by the second only  {change.only_second}",
-        ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Entry point."""
     run(_main)
@@ -160,11 +159,9 @@ def main() -> None:
 
 def _main() -> None:
     config = parse(EvalConfig, "vqbet-eval")
-    result: Result | Replay
-    if config.replay is None:
-        result = evaluate(config)
-        text = _text(result)
-    else:
-        result = replay(config.replay, config.policy, config.backend)
-        text = str(result)
-    sys.stdout.write((json.dumps(asdict(result), indent=2) if config.json else text) + "\n")
+    found: Result | Replay
+    if config.env is not None:
+        found = evaluate(config, config.env)
+    elif config.replay is not None:
+        found = replay(config.replay, config.policy, config.backend)
+    sys.stdout.write((json.dumps(asdict(found), indent=2) if config.json else str(found)) + "\n")

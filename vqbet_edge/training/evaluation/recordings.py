@@ -58,14 +58,13 @@ class RecordingActor:
         Raises:
             DiskError: it could not be written whole.
         """
-        seed, went = episode.seed, "solved" if episode.success else "failed"
-        self._open.pop(seed).close()
-        name = f"{went}_{seed}"
-        running = self._folder / f"running_{seed}"
+        name = f"{'solved' if episode.success else 'failed'}_{episode.seed}"
+        running = self._folder / f"running_{episode.seed}"
+        self._open.pop(episode.seed).close()
         with writing(running):
             running.rename(self._folder / name)
         self._outcomes.append(
-            EpisodeOutcome(name, seed, episode.success, episode.max_reward, episode.steps)
+            EpisodeOutcome(name, episode.seed, episode.success, episode.max_reward, episode.steps)
         )
         index = EpisodeIndex.of(self._env, self._policy, self._outcomes)
         replace_bytes(self._folder / INDEX_NAME, index.encode())
