@@ -1,7 +1,8 @@
 """Policies as the evaluation drives them: a slot per environment that runs at the same time."""
 
+import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -72,19 +73,31 @@ class Siblings:
         )
         #: One per slot.
         self.policies = [first, *(first.sibling() for _ in range(slots - 1))]
-        together = slots > 1 and isinstance(backend, TorchBackend)
-        self._together = _Together(backend, slots) if together else None
+        self._together: _Together | None = None
+        if slots > 1 and isinstance(backend, TorchBackend):
+            self._together = _Together(backend, slots)
+        self._every = replan_every or bundle.manifest.policy.action_chunk_size
+        self._acted = [0] * slots
 
     def reset(self, slot: int, seed: int) -> None:
         """See `Actor`."""
         self.policies[slot].reset(seed)
+        self._acted[slot] = 0
 
     def act(self, observations: Observations) -> Floats:
         """See `Actor`."""
         rows = [{k: v[i] for k, v in observations.items()} for i in range(len(self.policies))]
+        found: dict[int, Floats] = {}
         if self._together is not None:
-            return np.stack(self._together.act(self.policies, rows))
-        return np.stack([p.act(row) for p, row in zip(self.policies, rows, strict=True)])
+            # Those that predict; a queued step is not worth a thread.
+            due = [slot for slot, acted in enumerate(self._acted) if acted % self._every == 0]
+            found = self._together.act(
+                {i: functools.partial(self.policies[i].act, rows[i]) for i in due}
+            )
+        self._acted = [acted + 1 for acted in self._acted]
+        return np.stack(
+            [found[i] if i in found else p.act(rows[i]) for i, p in enumerate(self.policies)]
+        )
 
 
 class _Together:
@@ -95,47 +108,50 @@ class _Together:
 
     def __init__(self, backend: Backend, slots: int) -> None:
         self._backend, self._threads = backend, ThreadPoolExecutor(slots)
-        self._changed, self._slot = threading.Condition(), threading.local()
+        self._slot, lock = threading.local(), threading.Lock()
+        self._all_here, self._done = threading.Condition(lock), threading.Condition(lock)
         self._waiting: dict[int, Window] = {}
         self._acting, self._failed = 0, False
         backend.gather = self._gather
 
-    def act(self, policies: Sequence[EdgePolicy], rows: Sequence[Observations]) -> list[Floats]:
-        """The action of each."""
-        self._acting = len(policies)
-        calls = [
-            self._threads.submit(self._act, slot, policy.act, row)
-            for slot, (policy, row) in enumerate(zip(policies, rows, strict=True))
-        ]
-        with self._changed:
+    def act(self, calls: Mapping[int, Callable[[], Floats]]) -> dict[int, Floats]:
+        """The action of each slot's call."""
+        self._acting = len(calls)
+        done = {slot: self._threads.submit(self._act, slot, call) for slot, call in calls.items()}
+        with self._all_here:
             try:
                 while self._acting:
-                    self._changed.wait_for(lambda: len(self._waiting) == self._acting)
+                    self._all_here.wait_for(self._are_all_here)
                     if self._waiting:
                         windows = [window for _, window in sorted(self._waiting.items())]
                         self._backend.run_together("window", windows)
                         self._waiting.clear()
-                        self._changed.notify_all()
+                        self._done.notify_all()
             finally:
                 self._failed = self._acting > 0
-                self._changed.notify_all()
-        return [call.result() for call in calls]
+                self._done.notify_all()
+        return {slot: action.result() for slot, action in done.items()}
 
-    def _act(self, slot: int, act: Callable[[Observations], Floats], row: Observations) -> Floats:
+    def _are_all_here(self) -> bool:
+        return len(self._waiting) == self._acting
+
+    def _act(self, slot: int, act: Callable[[], Floats]) -> Floats:
         self._slot.number = slot
         try:
-            return act(row)
+            return act()
         finally:
-            with self._changed:
+            with self._all_here:
                 self._acting -= 1
-                self._changed.notify_all()
+                if self._are_all_here():
+                    self._all_here.notify()
 
     def _gather(self, window: Window, part: Part) -> None:
         del part
         slot = self._slot.number
-        with self._changed:
+        with self._done:
             self._waiting[slot] = window
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: slot not in self._waiting or self._failed)
+            if self._are_all_here():
+                self._all_here.notify()
+            self._done.wait_for(lambda: slot not in self._waiting or self._failed)
             if self._failed:
                 raise BackendError("the run that this policy waited for with others failed")
