@@ -1,7 +1,6 @@
 """`vqbet-eval --record`: a recording for every episode, failures first."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from workshop import Exported, Workshop
 
 from vqbet_edge.errors import UsageError
 from vqbet_edge.training.evaluation.actors import load_actor
+from vqbet_edge.training.evaluation.cli import main
 from vqbet_edge.training.evaluation.detour import IMAGE_SIZE, DetourEnv
 from vqbet_edge.training.evaluation.recordings import RecordingActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
@@ -99,16 +99,22 @@ def test_a_folder_that_holds_something_is_refused(bundle: Path, tmp_path: Path) 
         RecordingActor(load_actor(str(bundle), 1), tmp_path, "detour", "a", SEEDS)
 
 
-def test_the_commands_together(bundle: Path, tmp_path: Path) -> None:
+def test_the_commands_together(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Drive and record, then replay what was recorded: nothing differs."""
-    module = [sys.executable, "-m", "vqbet_edge.training.evaluation", str(bundle)]
     folder = str(tmp_path / "episodes")
-    flags = ["--backend", "onnxruntime", "--json"]
-    driving = ["--env", "detour", "--episodes", "3", "--record", folder]
-    driven = subprocess.run([*module, *driving, *flags], capture_output=True, text=True)
-    assert driven.returncode == 0, driven.stderr
-    done = subprocess.run([*module, "--replay", folder, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["decisions"] > 0
-    assert (found["differing"], found["near_ties"], found["first"]) == (0, 0, None)
+    printed = []
+    for flags in (["--env", "detour", "--episodes", "3", "--record", folder], ["--replay", folder]):
+        arguments = [str(bundle), "--backend", "onnxruntime", "--json", *flags]
+        monkeypatch.setattr(sys, "argv", ["vqbet-eval", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0]["policies"][str(bundle)]["episodes"] == 3
+    assert printed[1]["decisions"] > 0
+    assert (printed[1]["differing"], printed[1]["near_ties"], printed[1]["first"]) == (0, 0, None)

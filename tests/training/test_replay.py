@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.recorded import Recording
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.evaluation.cli import EvalConfig
+from vqbet_edge.training.evaluation.cli import main
 from vqbet_edge.training.evaluation.replay import Replay, replay
 
 IMAGE, STATE = "observation.image", "observation.state"
@@ -242,28 +241,17 @@ def test_another_policy_is_refused(replayed: Replayed, mini: Path, workshop: Wor
         run(replayed, other)
 
 
-def test_the_command(replayed: Replayed) -> None:
-    module = [sys.executable, "-m", "vqbet_edge.training.evaluation"]
-    bundle = replayed.bundle(replayed.changed, "fp32")
+def test_the_command(
+    replayed: Replayed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(replayed.bundle(replayed.changed, "fp32"))
     flags = ["--replay", str(replayed.recording), "--backend", "onnxruntime"]
-    shown = subprocess.run([*module, str(bundle), *flags], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "first that differs:\nepisode " in shown.stdout
-    as_json = [*module, str(bundle), *flags, "--json"]
-    done = subprocess.run(as_json, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    assert found["first"]["recorded"][0] == replayed.code
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({}, "expected --env NAME or --replay FOLDER"),
-        ({"env": "pusht", "replay": Path("a")}, "expected --env NAME or --replay FOLDER"),
-        ({"replay": Path("a"), "record": Path("b")}, "--record does not go with --replay"),
-        ({"replay": Path("a"), "replan_every": 1}, "--replan-every does not go with --replay"),
-    ],
-)
-def test_flags_that_exclude_each_other(flags: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        EvalConfig("policy", **flags)
+    shown = []
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["vqbet-eval", bundle, *flags, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        shown.append(capsys.readouterr().out)
+    assert "first that differs:\nepisode " in shown[0]
+    assert json.loads(shown[1])["first"]["recorded"][0] == replayed.code
