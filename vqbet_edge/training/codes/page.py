@@ -114,8 +114,14 @@ def _chunks(pairs: Sequence[Pair]) -> tuple[str, Figure]:
         down, right = divmod(number, BESIDE)
         times = np.linspace(0, 0.7, len(chunk))
         lines = [chunk] if planar else [np.stack([times, line], axis=1) for line in chunk.T]
-        for line in lines:
-            axes.plot(*np.add(line, [right, down]).T, marker="o", markersize=4, markevery=[0])
+        for i, line in enumerate(lines):
+            axes.plot(
+                *np.add(line, [right, down]).T,
+                color=f"C{i}",
+                marker="o",
+                markersize=4,
+                markevery=[0],
+            )
         color = RED if pair.count == 0 else "black"
         axes.text(right, down + 0.85, f"{pair.primary}·{pair.secondary}", color=color, fontsize=8)
     axes.set(xlim=(-0.1, BESIDE - 0.1), ylim=(rows - 0.1, -0.1))
