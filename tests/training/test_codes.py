@@ -26,7 +26,6 @@ from vqbet_edge.runtime.backends import create_backend
 from vqbet_edge.runtime.bundle import DECODE_TABLE, Bundle
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.codes import cli
-from vqbet_edge.training.codes.cli import CodesConfig
 from vqbet_edge.training.codes.findings import judge
 from vqbet_edge.training.codes.modes import LIVE, Considered, joint, merge
 from vqbet_edge.training.codes.policies import CodedPolicy
@@ -131,24 +130,6 @@ def test_a_collapsed_codebook_is_called_so(trained: Path, data: Path, tmp_path: 
     assert "collapsed" in (tmp_path / "with.html").read_text()
     _, findings = codes.report(collapsed, None, tmp_path / "without.html")
     assert "collapsed" in findings
-
-
-def test_dead_codes_are_called_so(trained: Path, data: Path, tmp_path: Path, found: Any) -> None:
-    alive = [i for i in range(8) if i not in found["demonstrations"]["use"]["layers"][0]["dead"]]
-
-    def bury(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[BOOK.format(0)][:, alive[0]] += 1e4
-
-    figures, findings = codes.report(
-        altered(trained, tmp_path / "dead", bury), data, tmp_path / "dead.html"
-    )
-    dead = figures["demonstrations"]["use"]["layers"][0]["dead"]
-    assert alive[0] in dead
-    text = findings["dead_primary_codes"].text
-    assert f"{len(dead)} of 8 primary codes are dead" in text
-    assert ", ".join(map(str, dead)) in text
-    assert "--vqvae-n-embed" in findings["dead_primary_codes"].change
-    assert text in (tmp_path / "dead.html").read_text()
 
 
 def test_each_figure_has_its_finding(noise: Path) -> None:
@@ -396,36 +377,25 @@ def test_data_of_another_robot_is_refused(noise: Path, tmp_path: Path) -> None:
         (["nowhere"], 4, "does not exist"),
         (["nowhere", "-o", "codes.pdf"], 2, "NAME.html"),
         (["nowhere", "--frames", "0"], 2, "--frames"),
+        (None, 0, "notice: "),
     ],
 )
-def test_what_the_command_refuses(
-    arguments: list[str],
-    code: int,
-    words: str,
-    cwd: Path,  # noqa: ARG001
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["vqbet-codes", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == code
-    assert words in capsys.readouterr().err
-
-
-def test_the_command_prints_what_is_wrong(
+@pytest.mark.usefixtures("cwd")
+def test_the_command(
     trained: Path,
     data: Path,
-    cwd: Path,
+    arguments: list[str] | None,
+    code: int,
+    words: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["vqbet-codes", str(trained), "--recording", str(data)])
+    """What is refused, and that it prints what is wrong."""
+    given = arguments or [str(trained), "--recording", str(data)]
+    monkeypatch.setattr(sys, "argv", ["vqbet-codes", *given])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert not stopped.value.code
-    printed = capsys.readouterr().out
-    assert "notice: " in printed
-    assert printed.endswith("codes.html\n")
-    assert (cwd / "codes.json").is_file()
-    assert CodesConfig("x").data is None
+    assert (stopped.value.code or 0) == code
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+    assert printed.out.endswith("codes.html\n") == Path("codes.json").is_file() == (code == 0)
