@@ -18,12 +18,13 @@ from examples.detour.expert import collect
 from examples.detour.picture import crashes, draw_paths
 from vqbet_edge.cli import run
 from vqbet_edge.errors import VerificationError
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.config import NormalizationMode, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.description import without_graphs
-from vqbet_edge.training.evaluation.actors import Actor, Siblings, load_actor
+from vqbet_edge.training.evaluation.actors import Actor, Siblings
 from vqbet_edge.training.evaluation.detour import DetourEnv, Scene
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
 from vqbet_edge.training.evaluation.summary import wilson
@@ -120,7 +121,7 @@ def drive(config: Drive) -> None:
     Raises:
         VerificationError: fewer than 90 % of the episodes succeed.
     """
-    actor = load_actor(config.policy, SLOTS)
+    actor = Siblings(*load_backend(config.policy), SLOTS)
     policies: dict[str, Actor] = {"VQ-BeT": actor, "plain regression": _baseline(config.output)}
     seeds = range(FIRST_SEED, FIRST_SEED + config.episodes)
     arrived = {name: _drive_many(name, policy, seeds) for name, policy in policies.items()}

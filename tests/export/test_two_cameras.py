@@ -35,7 +35,7 @@ from vqbet_edge.training import load_checkpoint, train
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.codes.cli import CodesConfig, write_report
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.evaluation.actors import load_actor
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.replay import replay
 
 # The largest error of an action, as a share of the actions' range of 2, codes being equal.
@@ -144,8 +144,8 @@ def test_acts_as_the_network_does_on_shrunk_frames(
 def test_acts_by_itself_as_pytorch_does(two_cameras: Trained, precision: Precision) -> None:
     """Codes, window and queue included, in the robot's way and in the evaluation's."""
     bundle = two_cameras.bundle(precision)
-    theirs = load_actor(str(two_cameras.checkpoint), 1, temperature=0)
-    ours = load_actor(str(bundle), 1, "onnxruntime", temperature=0)
+    theirs = Siblings(*load_backend(str(two_cameras.checkpoint)), 1, temperature=0)
+    ours = Siblings(*load_backend(str(bundle), "onnxruntime"), 1, temperature=0)
     differ = []
     for observation in two_cameras.observations(5):
         seen = {key: value[None] for key, value in observation.items()}

@@ -10,7 +10,8 @@ import pytest
 from peers import PUSHT, Peer, Robot
 
 from vqbet_edge import Guards
-from vqbet_edge.training.evaluation.actors import load_actor
+from vqbet_edge.training.backend import load_backend
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.tasks import make_task
 
@@ -68,7 +69,9 @@ def evaluated_by_lerobots_command(
 
 def evaluated_by_ours(robot: Robot, rewards: np.ndarray[Any, Any]) -> None:
     """What `vqbet-eval` runs."""
-    actor = load_actor(str(robot.bundle), EPISODES, temperature=0, guards=Guards(margin=0.2))
+    actor = Siblings(
+        *load_backend(str(robot.bundle)), EPISODES, temperature=0, guards=Guards(margin=0.2)
+    )
     seeds = range(SEED, SEED + EPISODES)
     episodes = run_episodes(make_task("pusht"), actor, seeds, slots=EPISODES)
     found = [episode.max_reward for episode in episodes]

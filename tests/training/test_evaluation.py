@@ -18,7 +18,7 @@ from examples.detour.expert import collect
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.guards import Guards
 from vqbet_edge.training.backend import TorchBackend, load_backend
-from vqbet_edge.training.evaluation.actors import Siblings, load_actor
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.cli import EvalConfig
 from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.pusht import (
@@ -179,7 +179,8 @@ def test_a_bundle_and_its_checkpoint_act_alike(workshop: Workshop, sequential: b
     case = oracle.small("sequential", sequentially_select=True) if sequential else oracle.TINY
     exported = workshop.bundle(case)
     actors = [
-        load_actor(str(p), 2, temperature=1.0) for p in (exported.checkpoint, exported.bundle)
+        Siblings(*load_backend(str(p)), 2, temperature=1.0)
+        for p in (exported.checkpoint, exported.bundle)
     ]
     rng = np.random.default_rng(0)
     for actor in actors:
@@ -226,7 +227,7 @@ def test_siblings_in_pytorch_share_runs_and_act_as_each_alone(
             together.reset(1, seed=1)
         acted.append(together.act(observations))
     assert runs == [3, 1, 2, 1]
-    alone = load_actor(str(tiny.checkpoint), 1)
+    alone = Siblings(*load_backend(str(tiny.checkpoint)), 1)
     for slot in range(3):
         alone.reset(0, seed=slot)
         for step, observations in enumerate(seen):
@@ -242,7 +243,7 @@ def test_a_run_that_fails_ends_all_that_wait_for_it(
     def broken(*_: object) -> None:
         raise KeyboardInterrupt
 
-    actor = load_actor(str(tiny.checkpoint), 3)
+    actor = Siblings(*load_backend(str(tiny.checkpoint)), 3)
     monkeypatch.setattr(TorchBackend, "run_together", broken)
     case = tiny.case
     seen = {
@@ -263,12 +264,12 @@ def test_actions_are_clamped_as_on_a_robot_unless_guards_are_off(tiny: Exported,
         case.image_keys[0]: np.zeros((1, *case.image, 3), np.uint8),
         oracle.STATE: np.zeros((1, case.state_dim), np.float32),
     }
-    by_default = load_actor(str(policy), 1).policies[0]
+    by_default = Siblings(*load_backend(str(policy)), 1).policies[0]
     assert by_default.action_limits is not None
-    free = load_actor(str(policy), 1, guards=Guards(action_limits=None))
+    free = Siblings(*load_backend(str(policy)), 1, guards=Guards(action_limits=None))
     assert free.policies[0].action_limits is None
     assert np.abs(free.act(seen)).max() > 1e-3
-    assert np.abs(load_actor(str(policy), 1, guards=narrow).act(seen)).max() <= 1e-3
+    assert np.abs(Siblings(*load_backend(str(policy)), 1, guards=narrow).act(seen)).max() <= 1e-3
 
 
 def test_intervals_are_scipys() -> None:

@@ -11,7 +11,8 @@ import pytest
 from workshop import Exported, Workshop
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.evaluation.actors import load_actor
+from vqbet_edge.training.backend import load_backend
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.cli import main
 from vqbet_edge.training.evaluation.detour import IMAGE_SIZE, DetourEnv
 from vqbet_edge.training.evaluation.recordings import RecordingActor
@@ -48,7 +49,7 @@ class SomeSucceed(DetourEnv):
 
 
 def drive(bundle: Path, folder: Path, seeds: range = SEEDS) -> list[Episode]:
-    actor = load_actor(str(bundle), 2, "onnxruntime")
+    actor = Siblings(*load_backend(str(bundle), "onnxruntime"), 2)
     recording = RecordingActor(actor, folder, "detour", bundle.name, seeds)
     return run_episodes(SomeSucceed, recording, seeds, slots=2, on_end=recording.ended)
 
@@ -60,7 +61,9 @@ def test_every_episode_is_recorded_and_failures_come_first(
     """The recording changes none of them."""
     policy = getattr(exported, kind)
     episodes = drive(policy, tmp_path / "episodes")
-    plain = run_episodes(SomeSucceed, load_actor(str(policy), 2, "onnxruntime"), SEEDS, slots=2)
+    plain = run_episodes(
+        SomeSucceed, Siblings(*load_backend(str(policy), "onnxruntime"), 2), SEEDS, slots=2
+    )
     for a, b in zip(episodes, plain, strict=True):
         np.testing.assert_array_equal(a.states, b.states)
     names = sorted(path.name for path in (tmp_path / "episodes").iterdir())
@@ -81,7 +84,7 @@ def test_every_episode_is_recorded_and_failures_come_first(
 
 
 def test_what_was_running_at_the_end_is_kept(bundle: Path, tmp_path: Path) -> None:
-    actor = load_actor(str(bundle), 1, "onnxruntime")
+    actor = Siblings(*load_backend(str(bundle), "onnxruntime"), 1)
     recording = RecordingActor(actor, tmp_path / "episodes", "detour", "a", range(1))
     recording.reset(0, seed=0)
     env = DetourEnv()
@@ -96,7 +99,7 @@ def test_what_was_running_at_the_end_is_kept(bundle: Path, tmp_path: Path) -> No
 def test_a_folder_that_holds_something_is_refused(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "something").touch()
     with pytest.raises(UsageError, match="is not empty"):
-        RecordingActor(load_actor(str(bundle), 1), tmp_path, "detour", "a", SEEDS)
+        RecordingActor(Siblings(*load_backend(str(bundle)), 1), tmp_path, "detour", "a", SEEDS)
 
 
 def test_the_commands_together(

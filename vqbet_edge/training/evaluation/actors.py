@@ -11,11 +11,10 @@ import numpy.typing as npt
 
 from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import BackendError
-from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.backends.base import Backend, Part, Window
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.guards import Guards
-from vqbet_edge.training.backend import TorchBackend, load_backend
+from vqbet_edge.training.backend import TorchBackend
 
 Floats = npt.NDArray[np.float32]
 Observations = Mapping[str, npt.NDArray[Any]]  # a leading axis of slots
@@ -31,31 +30,15 @@ class Actor(Protocol):
         """Actions (slots, A) for observations with a leading axis of slots."""
 
 
-def load_actor(
-    source: str,
-    slots: int,
-    backend: BackendName = "auto",
-    *,
-    temperature: float | None = None,
-    replan_every: int | None = None,
-    guards: Guards | None = None,
-) -> "Siblings":
-    """A bundle or a checkpoint, by what is there; see `EdgePolicy.load` for the options.
-
-    Raises:
-        CheckpointError: it is neither, or not whole.
-        BundleError: the bundle is not whole.
-    """
-    loaded = load_backend(source, backend)
-    return Siblings(
-        *loaded, slots, temperature=temperature, replan_every=replan_every, guards=guards
-    )
-
-
 class Siblings:
     """A policy for every slot, all on the same weights.
 
     Those of a bundle act one after another, as on as many robots; in PyTorch, they share runs.
+
+    Args:
+        bundle, backend: see `load_backend`.
+        slots: how many.
+        temperature, replan_every, guards: see `EdgePolicy.load`.
     """
 
     def __init__(

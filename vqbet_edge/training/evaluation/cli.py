@@ -15,8 +15,9 @@ from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
 from vqbet_edge.runtime.guards import Guards
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.config import check_positive
-from vqbet_edge.training.evaluation.actors import load_actor
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.recordings import RecordingActor
 from vqbet_edge.training.evaluation.replay import Replay, replay
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
@@ -125,10 +126,9 @@ def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
     make = make_task(env)
     slots = min(config.num_envs, config.episodes)
     seeds = range(config.seed, config.seed + config.episodes)
-    siblings = load_actor(
-        source,
+    siblings = Siblings(
+        *load_backend(source, config.backend),
         slots,
-        config.backend,
         temperature=config.temperature,
         replan_every=config.replan_every,
         guards=None if config.guards else Guards(action_limits=None),
