@@ -129,8 +129,10 @@ class _Together:
                     self._all_here.notify()
 
     def _gather(self, window: Window, part: Part) -> None:
-        del part
-        slot = self._slot.number
+        slot = getattr(self._slot, "number", None)
+        if slot is None:  # a call in no thread of these
+            window.run_alone(part)
+            return
         with self._done:
             self._waiting[slot] = window
             if self._are_all_here():
