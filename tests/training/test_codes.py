@@ -254,12 +254,12 @@ def test_unseen_pairs_and_those_that_are_listed(found: Any) -> None:
     assert predictions["unseen_share"] == pytest.approx(sum(unseen.values()), abs=1e-4)
     often = sorted((pair for pair in unseen if unseen[pair] >= 1e-3), key=lambda p: -unseen[p])
     assert [tuple(pair) for pair in predictions["unseen"]] == often
-    listed = {(p["primary"], p["secondary"]): p for p in found["pairs"]}
-    used = {(i, j) for i in range(8) for j in range(8) if seen[i][j]}
-    assert set(listed) == used | set(often)
-    assert [p["count"] for p in found["pairs"]] == sorted(
-        (p["count"] for p in found["pairs"]), reverse=True
+    listed = [(p["primary"], p["secondary"]) for p in found["pairs"]]
+    used = sorted(
+        ((i, j) for i in range(8) for j in range(8) if seen[i][j]), key=lambda p: -seen[p[0]][p[1]]
     )
+    assert set(listed) == {*used, *often}
+    assert [seen[i][j] for i, j in listed[: len(used)]] == [seen[i][j] for i, j in used]
 
 
 def test_offsets_beside_what_codes_change(noise: Path) -> None:

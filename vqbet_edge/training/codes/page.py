@@ -73,7 +73,7 @@ def _figures(report: CodesReport, layers: Sequence[LayerUse]) -> Iterator[tuple[
             "offset added (mean absolute values, the network's units). Dashed: as much."
         )
         yield caption, figure
-    yield _chunks(report.pairs)
+    yield _chunks(report.pairs, (predicted and predicted.unseen) or ())
 
 
 def _figure(height: float) -> Figure:
@@ -98,7 +98,7 @@ def _decisions(found: Predictions) -> tuple[str, Figure]:
     return caption, figure
 
 
-def _chunks(pairs: Sequence[Pair]) -> tuple[str, Figure]:
+def _chunks(pairs: Sequence[Pair], unseen: Sequence[tuple[int, int]]) -> tuple[str, Figure]:
     """A small picture of every chunk, all in one pair of axes and at one scale."""
     shown = pairs[:CHUNKS]
     chunks = np.stack([pair.chunk for pair in shown])  # (P, W, A)
@@ -122,7 +122,7 @@ def _chunks(pairs: Sequence[Pair]) -> tuple[str, Figure]:
                 markersize=4,
                 markevery=[0],
             )
-        color = RED if pair.count == 0 else "black"
+        color = RED if (pair.primary, pair.secondary) in unseen else "black"
         axes.text(right, down + 0.85, f"{pair.primary}·{pair.secondary}", color=color, fontsize=8)
     axes.set(xlim=(-0.1, BESIDE - 0.1), ylim=(rows - 0.1, -0.1))
     axes.set_axis_off()

@@ -18,7 +18,7 @@ from vqbet_edge.runtime.planning import action_scaling, decode_table, secondary_
 from vqbet_edge.runtime.sampling import Decision
 from vqbet_edge.training.backend import TorchBackend
 from vqbet_edge.training.codes.use import Codes, Floats
-from vqbet_edge.training.dataset.samples import Place, Source, check_features, read_piece
+from vqbet_edge.training.dataset.samples import Place, Source, read_piece
 
 # Frames that are read at once.
 _FRAMES = 64
@@ -99,12 +99,7 @@ class CodedPolicy:
         return self._window.predict(states).logits[1:].copy()
 
     def predict(self, source: Source, place: Place) -> list[Decision]:
-        """Decide at every step of a place, as a robot that begins there.
-
-        Raises:
-            DatasetError: the source is not this policy's, or damaged.
-        """
-        check_features(source, self.manifest.observation_shapes)
+        """Decide at every step of a place, as a robot that begins there."""
         shapes, state_key, decisions = self.manifest.image_shapes, self.manifest.state_key, []
         self._policy.reset()
         for start in range(place.start, place.stop, _FRAMES):

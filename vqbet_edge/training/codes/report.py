@@ -30,20 +30,10 @@ _SAME_OFFSETS, _SAME_SPREAD = 2.0, 0.1
 
 @dataclass(frozen=True)
 class Pair:
-    """One code pair.
-
-    Attributes:
-        primary, secondary: the codes.
-        count: demonstrated chunks that it encodes; None where that is not known.
-        drawn: how often it is drawn at the policy's temperature, as a share of the predictions;
-            None without predictions.
-        chunk: (W, A), decoded, in the robot's units.
-    """
+    """One code pair, and the chunk (W, A) that it is decoded to, in the robot's units."""
 
     primary: int
     secondary: int
-    count: int | None
-    drawn: float | None
     chunk: Floats
 
 
@@ -170,6 +160,7 @@ def examine_codes(
         primary, secondary = (LayerUse.of(c, DEAD_SHARE * c.mean()) for c in counts)
         training_use = primary, secondary
     if source is not None:
+        check_features(source, policy.manifest.observation_shapes)
         if ACTION_KEY in source.shapes:
             check_features(source, {ACTION_KEY: (policy.facts.action_dim,)})
             found = _demonstrations(policy, source) if policy.vqvae is not None else None
@@ -279,6 +270,7 @@ def _predictions(
     parts = (codes, np.array(entropies), mode_entropies, live.astype(np.int64))
     changed = np.abs(decoded - decoded.mean(axis=0)).mean(axis=(1, 2))
     added = np.abs(offset).mean(axis=(1, 2))
+    ratio = float(added.mean() / changed.mean()) if changed.mean() > NO_DIFFERENCE else None
     shares = drawn / len(decisions)
     unseen, unseen_share = None, None
     if demonstrated is not None:
@@ -294,9 +286,7 @@ def _predictions(
         tolerance=tolerance,
         decoded=changed,
         offset=added,
-        offset_ratio=float(added.mean() / changed.mean())
-        if changed.mean() > NO_DIFFERENCE
-        else None,
+        offset_ratio=ratio,
         unseen=unseen,
         unseen_share=unseen_share,
         episodes=tuple(
@@ -310,25 +300,18 @@ def _pairs(
     policy: CodedPolicy, found: Demonstrations | None, predictions: Predictions | None
 ) -> tuple[Pair, ...]:
     """Pairs that are used or drawn, most used first; all where nothing is known."""
-    counts = None if found is None else found.use.pair_counts
-    drawn = None if predictions is None else predictions.pair_shares
-    known = [x for x in (counts, drawn) if x is not None]
-    listed = np.ones((policy.facts.codes,) * 2, bool) if not known else np.zeros(1, bool)
-    if counts is not None:
-        listed = listed | (counts > 0)
-    if drawn is not None:
-        listed = listed | (drawn >= DRAWN)
-    # By count, then by how often a pair is drawn, which is below 1.
-    weights = np.zeros(listed.shape) + sum(known)
-    chosen = np.argwhere(listed)[np.argsort(-weights[listed], kind="stable")][:MOST_PAIRS]
+    weights = np.zeros((policy.facts.codes,) * 2)
+    if found is not None:
+        weights += found.use.pair_counts
+    if predictions is not None:
+        # Below 1, so that it decides among those that are used alike.
+        weights += np.where(predictions.pair_shares >= DRAWN, predictions.pair_shares, 0)
+    order = np.argsort(-weights, axis=None, kind="stable")
+    if weights.any():
+        order = order[: np.count_nonzero(weights)]
+    chosen = np.stack(np.divmod(order[:MOST_PAIRS], len(weights)), axis=1)
     chunks = policy.action.affine.apply(policy.decode(chosen).astype(np.float32))
     return tuple(
-        Pair(
-            primary=primary,
-            secondary=secondary,
-            count=None if counts is None else int(counts[primary, secondary]),
-            drawn=None if drawn is None else float(drawn[primary, secondary]),
-            chunk=chunk.astype(np.float64),
-        )
-        for (primary, secondary), chunk in zip(chosen.tolist(), chunks, strict=True)
+        Pair(int(primary), int(secondary), chunk.astype(np.float64))
+        for (primary, secondary), chunk in zip(chosen, chunks, strict=True)
     )
