@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import int8
+import miniature
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -20,6 +22,7 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import ObservationError, UsageError
 from vqbet_edge.runtime.manifest import Precision
 from vqbet_edge.runtime.recorded import Recording
+from vqbet_edge.training import backend
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.evaluation.cli import main
@@ -139,6 +142,7 @@ def test_a_changed_weight_is_found_and_nothing_else(
     name, decision = expected[0]
     assert found.first is not None
     assert (found.first.episode, found.first.step) == (name, decision.step)
+    assert f"first that differs:\n{name}, step {decision.step}\n" in str(found)
     unit = np.abs(load_backend(str(source))[0].arrays["action.multiply"])
     rounding = {"fp16": 1e-2, "int8": 0.25}.get(precision or "", 1e-3)
     np.testing.assert_allclose(found.first.actions, PLANTED * unit, rtol=rounding)
@@ -231,27 +235,23 @@ def test_forced_codes_are_no_difference(replayed: Replayed, tmp_path: Path) -> N
     assert (found.decisions, found.differing, found.near_ties) == (6, 0, 0)
 
 
-def test_another_policy_is_refused(replayed: Replayed, mini: Path, workshop: Workshop) -> None:
-    with pytest.raises(ObservationError, match="expected uint8"):
-        run(replayed, mini)
-    import oracle
-
-    other = workshop.bundle(oracle.small("other", action_chunk_size=3)).bundle
+def test_another_policy_is_refused(replayed: Replayed, mini: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="policy of the same configuration"):
-        run(replayed, other)
+        run(replayed, mini)
+    other_robot = miniature.checkpoint(vqvae_n_embed=16)
+    with (
+        mock.patch.object(backend, "load_checkpoint", return_value=other_robot),
+        pytest.raises(ObservationError, match="expected uint8"),
+    ):
+        run(replayed, tmp_path)
 
 
 def test_the_command(
     replayed: Replayed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(replayed.bundle(replayed.changed, "fp32"))
-    flags = ["--replay", str(replayed.recording), "--backend", "onnxruntime"]
-    shown = []
-    for more in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", ["vqbet-eval", bundle, *flags, *more])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0
-        shown.append(capsys.readouterr().out)
-    assert "first that differs:\nepisode " in shown[0]
-    assert json.loads(shown[1])["first"]["recorded"][0] == replayed.code
+    arguments = [str(replayed.changed), "--replay", str(replayed.recording), "--json"]
+    monkeypatch.setattr(sys, "argv", ["vqbet-eval", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["first"]["recorded"][0] == replayed.code
