@@ -127,7 +127,10 @@ def test_its_checkpoint_decides_the_same(replayed: Replayed) -> None:
     assert found.replayed.endswith("fp32 on torch")
 
 
-@pytest.mark.parametrize("precision", [*PRECISIONS, None])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", None, *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))],
+)
 def test_a_changed_weight_is_found_and_nothing_else(
     replayed: Replayed, precision: Precision | None
 ) -> None:
