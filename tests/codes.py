@@ -8,14 +8,16 @@ from typing import Any
 import miniature
 import numpy as np
 
+from vqbet_edge.training.backend import TorchBackend
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.codes.cli import CodesConfig, write_report
 from vqbet_edge.training.codes.findings import Finding
-from vqbet_edge.training.codes.policies import CheckpointPolicy
+from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.report import examine_codes
 from vqbet_edge.training.config import Feature, FeatureType
 from vqbet_edge.training.dataset.samples import open_source
 from vqbet_edge.training.dataset.writer import write_dataset
+from vqbet_edge.training.description import without_graphs
 from vqbet_edge.training.network import VQBeT
 
 LENGTHS = (7, 20, 40)
@@ -56,9 +58,13 @@ def arm(name: str) -> Checkpoint:
     return replace(small, network=network, normalization={}, name=name)
 
 
+def coded(policy: Checkpoint) -> CodedPolicy:
+    return CodedPolicy(policy.name, without_graphs(policy), TorchBackend(policy))
+
+
 def figures(policy: Checkpoint, data: Path | None, frames: int = 2000) -> Any:
     source = None if data is None else open_source(data)
-    return examine_codes(CheckpointPolicy(policy), source, frames)
+    return examine_codes(coded(policy), source, frames)
 
 
 def report(policy: Path, data: Path | None, page: Path) -> tuple[Any, dict[str, Finding]]:

@@ -39,10 +39,7 @@ def _main() -> None:
     import tyro  # noqa: PLC0415 - a robot may lack it, and is told so
 
     options = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
-    _inspect(cli.parse(Arguments, "vqbet-inspect", *options))
-
-
-def _inspect(arguments: Arguments) -> None:
+    arguments = cli.parse(Arguments, "vqbet-inspect", *options)
     bundle = Bundle.open(arguments.bundle)
     manifest = bundle.manifest
     if arguments.json:

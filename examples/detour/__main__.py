@@ -10,16 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from examples.detour.baseline import RegressionActor
+from examples.detour.baseline import RegressionBackend
 from examples.detour.expert import collect
 from examples.detour.picture import crashes, draw_paths
 from vqbet_edge.cli import run
 from vqbet_edge.errors import VerificationError
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.config import NormalizationMode, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
-from vqbet_edge.training.evaluation.actors import Actor, ActorOptions, load_actor
+from vqbet_edge.training.description import without_graphs
+from vqbet_edge.training.evaluation.actors import Actor, Siblings
 from vqbet_edge.training.evaluation.detour import DetourEnv, Scene
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.summary import wilson
@@ -90,7 +92,7 @@ def drive(output: Path, policy: str) -> None:
     Raises:
         VerificationError: fewer than 90 % of the episodes succeed.
     """
-    actor = load_actor(policy, SLOTS, ActorOptions())
+    actor = Siblings(*load_backend(policy), SLOTS)
     policies: dict[str, Actor] = {"VQ-BeT": actor, "plain regression": _baseline(output)}
     seeds = range(FIRST_SEED, FIRST_SEED + EPISODES)
     arrived = {name: _drive_many(name, driver, seeds) for name, driver in policies.items()}
@@ -124,13 +126,14 @@ def _drive_many(name: str, policy: Actor, seeds: range) -> float:
     return arrived.mean
 
 
-def _baseline(output: Path) -> RegressionActor:
+def _baseline(output: Path) -> Siblings:
     planned = training(output)
     Console(stderr=True).print("training the regression that averages ...")
     directory = planned.output / "checkpoints/last/pretrained_model"
-    actor = RegressionActor(load_checkpoint(str(directory)), SLOTS)
-    actor.fit(planned, LeRobotDataset.open(planned.dataset), BASELINE_STEPS)
-    return actor
+    checkpoint, data = load_checkpoint(str(directory)), LeRobotDataset.open(planned.dataset)
+    backend = RegressionBackend(checkpoint)
+    backend.fit(planned, data, BASELINE_STEPS)
+    return Siblings(without_graphs(checkpoint), backend, SLOTS)
 
 
 def _main() -> None:

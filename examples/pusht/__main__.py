@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vqbet_edge import EdgePolicy
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 from vqbet_edge.training.evaluation.pusht import PushTWithContact
 
 HERE = Path(__file__).parent
@@ -31,15 +31,8 @@ Observation = Mapping[str, NDArray[Any]]
 def latencies(bundles: Sequence[Path]) -> str:
     """A table of steps that predict a chunk, each policy by itself, one step after the other."""
     observations = _observations()
-    eager = load_actor(str(CHECKPOINT), 1, ActorOptions(replan_every=1))
-    eager.reset(0, seed=0)
-    rows = [
-        _row(
-            "PyTorch, eager",
-            lambda seen: eager.act({key: value[None] for key, value in seen.items()}),
-            observations,
-        )
-    ]
+    with EdgePolicy(*load_backend(str(CHECKPOINT)), replan_every=1) as eager:
+        rows = [_row("PyTorch, eager", eager.act, observations)]
     for bundle in bundles:
         with EdgePolicy.load(bundle, replan_every=1, prefetch="off") as policy:
             rows.append(_row(bundle.name, policy.act, observations))

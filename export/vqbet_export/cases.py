@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from vqbet_edge.errors import VerificationError
 from vqbet_edge.runtime.cases import Case, ReferenceCases, prints
 from vqbet_edge.runtime.comparison import clear_of_ties, code_leads
-from vqbet_edge.runtime.manifest import CropSpec
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset.samples import Piece
+from vqbet_edge.training.description import runtime_crop
 from vqbet_export.assembly import is_tabulated
 from vqbet_export.reference import Reference, action_spread, constants, run_reference
-from vqbet_export.stages import runtime_crop
 
 # The window fills and moves on; so many episodes are enough for the near ties and the codebook.
 STEPS, CASES = 8, 3
@@ -122,7 +121,7 @@ def frame_of(checkpoint: Checkpoint, reference: Reference) -> ReferenceCases:
         reference: of any observations.
     """
     config = checkpoint.config
-    crop = CropSpec(**runtime_crop(config)._asdict())
+    crop = runtime_crop(config)
     per_frame = MAX_FRAME_BYTES / (CASES * STEPS * len(config.image_keys) * 3)
     codes = torch.arange(config.vqvae_n_embed if is_tabulated(config) else 0)
     pairs = torch.cartesian_prod(codes, codes).view(len(codes), len(codes), 2)

@@ -9,9 +9,9 @@ from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode
 from vqbet_edge.training.dataset.dataset import at_hand
 from vqbet_edge.training.dataset.samples import Sampler, Source, open_source
+from vqbet_edge.training.description import describe
 from vqbet_edge.training.layouts import Normalization
 from vqbet_edge.training.normalization import RANGE
-from vqbet_export.assembly import describe
 from vqbet_export.config import ExportConfig
 from vqbet_export.verification import Verification
 

@@ -17,7 +17,7 @@ from vqbet_edge.runtime.manifest import (
     StageSpec,
     Target,
 )
-from vqbet_export.assembly import CACHED_GPT_NAME
+from vqbet_edge.training.description import CACHED_GPT_NAME
 
 
 def quantize_bundle(

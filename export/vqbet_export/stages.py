@@ -19,14 +19,14 @@ the borders of the graphs stay float32.
 
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import NUM_CODE_LAYERS, VQBeTConfig
+from vqbet_edge.training.config import NUM_CODE_LAYERS
+from vqbet_edge.training.description import center_crop
 from vqbet_edge.training.network import Block
 from vqbet_edge.training.resizing import shrink, shrink_cameras
 from vqbet_export.folding import AffineMap, fold_batch_norms
@@ -38,35 +38,6 @@ MASKED_SCORE = -1e4
 def token_embedding(checkpoint: Checkpoint) -> AffineMap:
     """The transformer's token embedding `wte`."""
     return AffineMap.of(checkpoint.network.vqbet.policy.transformer["wte"])
-
-
-class Crop(NamedTuple):
-    """A rectangle of pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def apply(self, images: Tensor) -> Tensor:
-        """(..., H, W) -> (..., height, width)."""
-        rows = slice(self.top, self.top + self.height)
-        return images[..., rows, self.left : self.left + self.width]
-
-
-def center_crop(size: tuple[int, ...], crop: tuple[int, int]) -> Crop:
-    """The centre of an image of `size`, rounded as torchvision's `CenterCrop` rounds."""
-    top, left = (round((full - part) / 2.0) for full, part in zip(size, crop, strict=True))
-    return Crop(top, left, *crop)
-
-
-def runtime_crop(config: VQBeTConfig) -> Crop:
-    """What the runtime cuts out of every frame before the encoder sees it.
-
-    The crop costs nothing while the frame is copied; only behind a resize the graph has to do it.
-    """
-    full = config.frame_size
-    return center_crop(full, config.encoder_shape if config.resize_shape is None else full)
 
 
 class VisionEncoderStage(nn.Module):
@@ -81,7 +52,8 @@ class VisionEncoderStage(nn.Module):
         trunk, config = checkpoint.network.vqbet, checkpoint.config
         self.dtype, self.resize_shape = dtype, config.resize_shape
         self.sizes = config.image_sizes if config.cameras_differ else None
-        self.crop = center_crop(config.resize_shape or config.encoder_shape, config.encoder_shape)
+        crop = center_crop(config.resize_shape or config.encoder_shape, config.encoder_shape)
+        self.rows, self.columns = crop.rows, crop.columns
         scalings = [checkpoint.inputs[key] for key in config.image_keys]
         multiply = torch.tensor([s.multiply.tolist() for s in scalings])  # (K, 3)
         subtract = torch.tensor([s.subtract.tolist() for s in scalings])
@@ -108,7 +80,7 @@ class VisionEncoderStage(nn.Module):
             images = images + self.shift
         images = images.flatten(0, 1)
         if self.resize_shape is not None:
-            images = self.crop.apply(shrink(images, self.resize_shape))
+            images = shrink(images, self.resize_shape)[..., self.rows, self.columns]
         batch, cameras = frames.shape[:2]
         heat = self.heat_maps(self.backbone(images.to(self.dtype)))
         keypoints = heat.float().flatten(2).softmax(dim=-1) @ self.pos_grid  # (B * K, points, 2)

@@ -20,10 +20,10 @@ from workshop import Workshop
 
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
 from vqbet_edge.runtime.manifest import MANIFEST_NAME
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.frames import cached_frames
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 
@@ -98,8 +98,7 @@ def test_in_every_file_of_a_checkpoint(checkpoint: Path, tmp_path: Path, poison:
 def test_as_a_checkpoint_or_a_policy(tmp_path: Path, poison: bytes, suffix: str) -> None:
     path = tmp_path / f"policy.{suffix}"
     path.write_bytes(poison)
-    options = ActorOptions(backend="onnxruntime", temperature=None, replan_every=None)
-    for load in (load_checkpoint, lambda p: load_actor(p, 1, options), EdgePolicy.load):
+    for load in (load_checkpoint, load_backend, EdgePolicy.load):
         with pytest.raises(VQBeTEdgeError):
             load(str(path))
 

@@ -11,7 +11,6 @@ import pytest
 from miniature import IMAGE, SIZE, STATE
 from vqbet_calibration.samples import load_samples
 from vqbet_export import exporter
-from vqbet_export.assembly import describe
 from vqbet_export.exporter import ExportConfig, ExportResult, export
 
 from vqbet_edge import EdgePolicy, UsageError
@@ -24,6 +23,7 @@ from vqbet_edge.runtime.proof import prove
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.writer import write_dataset
+from vqbet_edge.training.description import describe
 
 FPS, EPISODES, STEPS = 12.5, 16, 20
 

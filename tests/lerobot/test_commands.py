@@ -8,7 +8,9 @@ import oracle
 import pytest
 from peers import PUSHT, Peer, Robot
 
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge import Guards
+from vqbet_edge.training.backend import load_backend
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.rollout import run_episodes
 from vqbet_edge.training.evaluation.tasks import make_task
 
@@ -47,7 +49,9 @@ def test_acts_as_lerobots_own_policy(peer: Peer, robot: Robot, tmp_path: Path) -
     expected = rewards[:, :60].sum(axis=1)
     np.testing.assert_allclose(task["metrics"]["sum_rewards"], expected, rtol=1e-6)
     # What `vqbet-eval` runs.
-    actor = load_actor(str(robot.bundle), EPISODES, ActorOptions(temperature=0))
+    actor = Siblings(
+        *load_backend(str(robot.bundle)), EPISODES, temperature=0, guards=Guards(margin=0.2)
+    )
     seeds = range(SEED, SEED + EPISODES)
     episodes = run_episodes(make_task("pusht"), actor, seeds, slots=EPISODES)
     best = [episode.max_reward for episode in episodes]

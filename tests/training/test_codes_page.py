@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import browser
@@ -19,33 +18,7 @@ from vqbet_edge.training.dataset import LeRobotDataset
 # One worker trains the policy for all.
 pytestmark = pytest.mark.xdist_group("two_ways")
 
-VOID = {"meta", "img", "br"}
-
-
-class Structure(HTMLParser):
-    """Open elements, and what the attributes point to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.kinds: set[str] = set()
-        self.targets: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.kinds.add(tag)
-        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+IMAGES = re.compile(r'<img src="([^"]*)"')
 
 
 @pytest.fixture(scope="module")
@@ -89,36 +62,33 @@ def tab() -> Iterator[Tab]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_page_is_whole_and_needs_nothing(pages: dict[str, Path], kind: str) -> None:
+def test_a_page_needs_nothing(pages: dict[str, Path], kind: str) -> None:
     text = pages[kind].read_text()
-    page = Structure(text)
-    assert page.open == []
-    assert not page.kinds & {"script", "link", "iframe", "object"}
-    assert page.targets
-    assert all(target.startswith("data:image/svg+xml;base64,") for target in page.targets)
-    assert not re.search(r"(?:https?:)?//\w", re.sub(r"base64,[\w+/=]+", "", text))
-    assert not re.search(r"\b(nan|inf)\b", text)
+    assert all(found.startswith("data:image/svg+xml;base64,") for found in IMAGES.findall(text))
+    plain = re.sub(r"base64,[\w+/=]+", "", text)
+    assert not re.search(r"<(script|link|iframe|object)|(?:https?:)?//\w", plain)
+    assert not re.search(r"\b(nan|inf|None)\b", plain)
 
 
-@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", KINDS)
-def test_chromium_shows_it_at_any_width(
-    pages: dict[str, Path], tab: Tab, kind: str, width: int
-) -> None:
-    tab.requests.clear()
-    tab.complaints.clear()
-    tab.open(pages[kind], width)
-    assert tab.evaluate("document.documentElement.scrollWidth") == width
-    widths = tab.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
-    assert len(widths) == len(Structure(pages[kind].read_text()).targets)
-    assert all(widths)
-    smallest = "Math.min(...[...document.querySelectorAll('p,td,th,figcaption,.finding')]"
-    smallest += ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
-    assert tab.evaluate(smallest) >= 12
-    assert tab.requests == [pages[kind].resolve().as_uri()]
-    assert tab.complaints == []
+def test_chromium_shows_it_at_any_width(pages: dict[str, Path], tab: Tab, kind: str) -> None:
+    for width in (320, 1280):
+        tab.requests.clear()
+        tab.complaints.clear()
+        tab.open(pages[kind], width)
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        widths = tab.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
+        assert len(widths) == len(IMAGES.findall(pages[kind].read_text())) > 0
+        assert all(widths)
+        smallest = "Math.min(...[...document.querySelectorAll('p,td,th,figcaption,.finding')]"
+        smallest += ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+        assert tab.evaluate(smallest) >= 12
+        assert tab.requests == [pages[kind].resolve().as_uri()]
+        assert tab.complaints == []
 
 
+@pytest.mark.extended
 def test_what_is_wrong_with_a_page_is_seen(tab: Tab, tmp_path: Path) -> None:
     """The browser would tell."""
     page = tmp_path / "bad.html"

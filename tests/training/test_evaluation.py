@@ -12,16 +12,13 @@ import numpy as np
 import oracle
 import pytest
 from scipy import stats
-from workshop import Workshop
+from workshop import Exported, Workshop
 
 from examples.detour.expert import collect
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
-from vqbet_edge.training.evaluation.actors import (
-    ActorOptions,
-    BundleActor,
-    TorchActor,
-    load_actor,
-)
+from vqbet_edge.runtime.guards import Guards
+from vqbet_edge.training.backend import TorchBackend, load_backend
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.cli import EvalConfig
 from vqbet_edge.training.evaluation.detour import DetourEnv
 from vqbet_edge.training.evaluation.pusht import (
@@ -181,9 +178,10 @@ def test_the_expert_goes_both_ways_and_a_straight_line_crashes() -> None:
 def test_a_bundle_and_its_checkpoint_act_alike(workshop: Workshop, sequential: bool) -> None:
     case = oracle.small("sequential", sequentially_select=True) if sequential else oracle.TINY
     exported = workshop.bundle(case)
-    options = ActorOptions(temperature=1.0)
-    actors = [load_actor(str(p), 2, options) for p in (exported.checkpoint, exported.bundle)]
-    assert [type(actor) for actor in actors] == [TorchActor, BundleActor]
+    actors = [
+        Siblings(*load_backend(str(p)), 2, temperature=1.0)
+        for p in (exported.checkpoint, exported.bundle)
+    ]
     rng = np.random.default_rng(0)
     for actor in actors:
         actor.reset(0, seed=3)
@@ -197,6 +195,81 @@ def test_a_bundle_and_its_checkpoint_act_alike(workshop: Workshop, sequential: b
         seen = {case.image_keys[0]: frames, oracle.STATE: states}
         expected, got = (actor.act(seen) for actor in actors)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_siblings_in_pytorch_share_runs_and_act_as_each_alone(
+    tiny: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What did not encode or predict together would take as much time as so many policies."""
+    runs: list[int] = []
+    run_together = TorchBackend.run_together
+
+    def counted(self: TorchBackend, part: Any, windows: Any) -> None:
+        runs.append(len(windows))
+        run_together(self, part, windows)
+
+    monkeypatch.setattr(TorchBackend, "run_together", counted)
+    bundle, backend = load_backend(str(tiny.checkpoint))
+    together = Siblings(bundle, backend, 3)
+    rng, case = np.random.default_rng(0), tiny.case
+    seen = [
+        {
+            case.image_keys[0]: rng.integers(0, 256, (3, *case.image, 3), np.uint8),
+            oracle.STATE: rng.uniform(-1, 1, (3, case.state_dim)).astype(np.float32),
+        }
+        for _ in range(9)
+    ]
+    acted = []
+    for slot in range(3):
+        together.reset(slot, seed=slot)
+    for step, observations in enumerate(seen):
+        if step == 2:  # from now on it predicts at other steps than the others
+            together.reset(1, seed=1)
+        acted.append(together.act(observations))
+    assert runs == [3, 1, 2, 1]
+    alone = Siblings(*load_backend(str(tiny.checkpoint)), 1)
+    for slot in range(3):
+        alone.reset(0, seed=slot)
+        for step, observations in enumerate(seen):
+            if step == 2 and slot == 1:
+                alone.reset(0, seed=1)
+            (got,) = alone.act({k: v[slot : slot + 1] for k, v in observations.items()})
+            np.testing.assert_allclose(acted[step][slot], got, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_fails_ends_all_that_wait_for_it(
+    tiny: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    actor = Siblings(*load_backend(str(tiny.checkpoint)), 3)
+    monkeypatch.setattr(TorchBackend, "run_together", broken)
+    case = tiny.case
+    seen = {
+        case.image_keys[0]: np.zeros((3, *case.image, 3), np.uint8),
+        oracle.STATE: np.zeros((3, case.state_dim), np.float32),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        actor.act(seen)
+    assert actor._together is not None
+    actor._together._threads.shutdown(wait=True)  # none of them hangs
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+def test_actions_are_clamped_as_on_a_robot_unless_guards_are_off(tiny: Exported, kind: str) -> None:
+    case, policy = tiny.case, getattr(tiny, kind)
+    narrow = Guards(action_limits=(-1e-3, 1e-3))
+    seen = {
+        case.image_keys[0]: np.zeros((1, *case.image, 3), np.uint8),
+        oracle.STATE: np.zeros((1, case.state_dim), np.float32),
+    }
+    by_default = Siblings(*load_backend(str(policy)), 1).policies[0]
+    assert by_default.action_limits is not None
+    free = Siblings(*load_backend(str(policy)), 1, guards=Guards(action_limits=None))
+    assert free.policies[0].action_limits is None
+    assert np.abs(free.act(seen)).max() > 1e-3
+    assert np.abs(Siblings(*load_backend(str(policy)), 1, guards=narrow).act(seen)).max() <= 1e-3
 
 
 def test_intervals_are_scipys() -> None:
@@ -226,11 +299,10 @@ def test_an_unknown_environment_is_named() -> None:
         make_task("chess")
 
 
-@pytest.mark.parametrize(
-    "broken", [{"MUJOCO_GL": "nothing"}, {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}]
-)
-def test_a_renderer_that_does_not_start_is_a_sentence(broken: dict[str, str]) -> None:
+@pytest.mark.extended
+def test_a_renderer_that_does_not_start_is_a_sentence() -> None:
     pytest.importorskip("mujoco")
+    broken = {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}
     command = [sys.executable, "-m", "vqbet_edge.training.evaluation", "x", "--env"]
     ended = subprocess.run(
         [*command, "metaworld_push"], capture_output=True, text=True, env=os.environ | broken
@@ -244,26 +316,13 @@ def test_a_renderer_that_does_not_start_is_a_sentence(broken: dict[str, str]) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_envs": 0}, "--num-envs must be at least 1, got 0"),
-        ({"replan_every": 0}, "--replan-every must be at least 1, got 0"),
-        ({"temperature": -0.5}, "--temperature must not be negative, got -0.5"),
+        ({"env": "detour", "num_envs": 0}, "--num-envs must be at least 1, got 0"),
+        ({"env": "detour", "temperature": -0.5}, "--temperature must not be negative, got -0.5"),
+        ({}, "expected --env NAME or --replay FOLDER"),
+        ({"env": "detour", "replay": Path("a")}, "expected --env NAME or --replay FOLDER"),
+        ({"replay": Path("a"), "record": Path("b")}, "--record does not go with --replay"),
     ],
 )
-def test_values_out_of_range_name_the_flag(flags: dict[str, Any], message: str) -> None:
+def test_wrong_flags_are_named(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        EvalConfig("policy", "detour", **flags)
-
-
-def test_the_command_prints_json_and_exits_4_without_a_policy(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "vqbet_edge.training.evaluation",
-        str(tmp_path),
-        "--env",
-        "detour",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 4, ended.stderr
-    assert "model.safetensors" in ended.stderr
-    assert ended.stdout == ""
+        EvalConfig("policy", **flags)

@@ -1,7 +1,6 @@
 """`vqbet-eval --record`: a recording for every episode, failures first."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,12 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from workshop import Workshop
+from workshop import Exported, Workshop
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.evaluation.actors import ActorOptions, BundleActor, load_actor
+from vqbet_edge.training.backend import load_backend
+from vqbet_edge.training.evaluation.actors import Siblings
+from vqbet_edge.training.evaluation.cli import main
 from vqbet_edge.training.evaluation.detour import IMAGE_SIZE, DetourEnv
 from vqbet_edge.training.evaluation.recordings import RecordingActor
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
@@ -23,10 +24,15 @@ SEEDS = range(5)
 
 
 @pytest.fixture(scope="module")
-def bundle(workshop: Workshop) -> Path:
+def exported(workshop: Workshop) -> Exported:
     """An untrained policy with the detour's features."""
     case = oracle.small("detour", image=(IMAGE_SIZE, IMAGE_SIZE), crop_shape=(56, 56))
-    return workshop.bundle(case).bundle
+    return workshop.bundle(case)
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Exported) -> Path:
+    return exported.bundle
 
 
 class SomeSucceed(DetourEnv):
@@ -43,13 +49,23 @@ class SomeSucceed(DetourEnv):
 
 
 def drive(bundle: Path, folder: Path, seeds: range = SEEDS) -> list[Episode]:
-    actor = load_actor(str(bundle), 2, ActorOptions(backend="onnxruntime"))
+    actor = Siblings(*load_backend(str(bundle), "onnxruntime"), 2)
     recording = RecordingActor(actor, folder, "detour", bundle.name, seeds)
     return run_episodes(SomeSucceed, recording, seeds, slots=2, on_end=recording.ended)
 
 
-def test_every_episode_is_recorded_and_failures_come_first(bundle: Path, tmp_path: Path) -> None:
-    episodes = drive(bundle, tmp_path / "episodes")
+@pytest.mark.parametrize("kind", ["bundle", "checkpoint"])
+def test_every_episode_is_recorded_and_failures_come_first(
+    exported: Exported, tmp_path: Path, kind: str
+) -> None:
+    """The recording changes none of them."""
+    policy = getattr(exported, kind)
+    episodes = drive(policy, tmp_path / "episodes")
+    plain = run_episodes(
+        SomeSucceed, Siblings(*load_backend(str(policy), "onnxruntime"), 2), SEEDS, slots=2
+    )
+    for a, b in zip(episodes, plain, strict=True):
+        np.testing.assert_array_equal(a.states, b.states)
     names = sorted(path.name for path in (tmp_path / "episodes").iterdir())
     assert names == [INDEX_NAME, "failed_0", "failed_2", "failed_4", "solved_1", "solved_3"]
     index = json.loads((tmp_path / "episodes" / INDEX_NAME).read_text())
@@ -67,16 +83,8 @@ def test_every_episode_is_recorded_and_failures_come_first(bundle: Path, tmp_pat
         assert one.episode.decisions
 
 
-def test_recording_changes_no_episode(bundle: Path, tmp_path: Path) -> None:
-    recorded = drive(bundle, tmp_path / "episodes")
-    actor = load_actor(str(bundle), 2, ActorOptions(backend="onnxruntime"))
-    plain = run_episodes(SomeSucceed, actor, SEEDS, slots=2)
-    for a, b in zip(recorded, plain, strict=True):
-        np.testing.assert_array_equal(a.states, b.states)
-
-
 def test_what_was_running_at_the_end_is_kept(bundle: Path, tmp_path: Path) -> None:
-    actor = load_actor(str(bundle), 1, ActorOptions(backend="onnxruntime"))
+    actor = Siblings(*load_backend(str(bundle), "onnxruntime"), 1)
     recording = RecordingActor(actor, tmp_path / "episodes", "detour", "a", range(1))
     recording.reset(0, seed=0)
     env = DetourEnv()
@@ -88,28 +96,28 @@ def test_what_was_running_at_the_end_is_kept(bundle: Path, tmp_path: Path) -> No
     assert len(one.episode) == 1
 
 
-def test_what_cannot_be_recorded_is_said(bundle: Path, workshop: Workshop, tmp_path: Path) -> None:
-    checkpoint = workshop.checkpoint(oracle.TINY)
-    actor = load_actor(str(checkpoint), 1, ActorOptions())
-    with pytest.raises(UsageError, match="type: vqbet-export"):
-        RecordingActor(actor, tmp_path, "detour", str(checkpoint), SEEDS)
+def test_a_folder_that_holds_something_is_refused(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "something").touch()
-    bundled = load_actor(str(bundle), 1, ActorOptions())
-    assert isinstance(bundled, BundleActor)
     with pytest.raises(UsageError, match="is not empty"):
-        RecordingActor(bundled, tmp_path, "detour", "a", SEEDS)
+        RecordingActor(Siblings(*load_backend(str(bundle)), 1), tmp_path, "detour", "a", SEEDS)
 
 
-def test_the_commands_together(bundle: Path, tmp_path: Path) -> None:
+def test_the_commands_together(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Drive and record, then replay what was recorded: nothing differs."""
-    module = [sys.executable, "-m", "vqbet_edge.training.evaluation", str(bundle)]
     folder = str(tmp_path / "episodes")
-    flags = ["--backend", "onnxruntime", "--json"]
-    driving = ["--env", "detour", "--episodes", "3", "--record", folder]
-    driven = subprocess.run([*module, *driving, *flags], capture_output=True, text=True)
-    assert driven.returncode == 0, driven.stderr
-    done = subprocess.run([*module, "--replay", folder, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["decisions"] > 0
-    assert (found["differing"], found["near_ties"], found["first"]) == (0, 0, None)
+    printed = []
+    for flags in (["--env", "detour", "--episodes", "3", "--record", folder], ["--replay", folder]):
+        arguments = [str(bundle), "--backend", "onnxruntime", "--json", *flags]
+        monkeypatch.setattr(sys, "argv", ["vqbet-eval", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0]["policies"][str(bundle)]["episodes"] == 3
+    assert printed[1]["decisions"] > 0
+    assert (printed[1]["differing"], printed[1]["near_ties"], printed[1]["first"]) == (0, 0, None)

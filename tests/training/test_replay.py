@@ -2,14 +2,15 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import int8
+import miniature
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -18,21 +19,19 @@ from vqbet_export.exporter import ExportConfig, export
 from workshop import Workshop, once
 
 from vqbet_edge import EdgePolicy
-from vqbet_edge.errors import DatasetError, UsageError
-from vqbet_edge.runtime.bundle import Bundle
+from vqbet_edge.errors import ObservationError, UsageError
 from vqbet_edge.runtime.manifest import Precision
-from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.recorded import Recording
+from vqbet_edge.training import backend
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.evaluation.cli import EvalConfig
-from vqbet_edge.training.evaluation.differences import Change
+from vqbet_edge.training.evaluation.cli import main
 from vqbet_edge.training.evaluation.replay import Replay, replay
-from vqbet_edge.training.evaluation.replayers import Redecided
 
 IMAGE, STATE = "observation.image", "observation.state"
 OFFSETS = "vqbet.action_head.map_to_cbet_preds_offset"
 PLANTED = 0.4  # of a normalised action, whose range is 2
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS = ["fp32", "fp16", pytest.param("int8", marks=pytest.mark.extended)]
 
 
 @dataclass(frozen=True)
@@ -123,38 +122,33 @@ def test_its_checkpoint_decides_the_same(replayed: Replayed) -> None:
     """PyTorch against the recorded ONNX Runtime, on all decisions."""
     found = run(replayed, replayed.checkpoint)
     assert (found.decisions, found.differing, found.near_ties) == (24, 0, 0)
-    assert 0 < found.largest_action < 1e-4
-    assert found.replayed.endswith("fp32 on PyTorch")
+    assert found.largest_action < 1e-4
+    assert 0 < found.largest_probability < 1e-4
+    assert found.replayed.endswith("fp32 on torch")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", None, *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))],
+)
 def test_a_changed_weight_is_found_and_nothing_else(
-    replayed: Replayed, precision: Precision
+    replayed: Replayed, precision: Precision | None
 ) -> None:
-    bundle = replayed.bundle(replayed.changed, precision)
-    found = run(replayed, bundle)
+    """In a bundle of any precision and in the checkpoint itself."""
+    source = replayed.bundle(replayed.changed, precision) if precision else replayed.changed
+    found = run(replayed, source)
     expected = [
         (name, d) for name, d in decisions(replayed.recording) if d.codes[0] == replayed.code
     ]
     assert 0 < len(expected) < 24
-    assert found.differing + found.near_ties >= len(expected)
     assert found.differing == len(expected)
-    first = found.first
-    assert first is not None
     name, decision = expected[0]
-    assert (first.episode, first.step) == (name, decision.step)
-    scale = Affine.from_arrays(Bundle.open(bundle).arrays, "action", 2).multiply
-    rounding = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.25}[precision]
-    np.testing.assert_allclose(first.change.actions, PLANTED * np.abs(scale), rtol=rounding)
-
-
-def test_the_changed_checkpoint_is_found_too(replayed: Replayed) -> None:
-    found = run(replayed, replayed.changed)
-    bundled = run(replayed, replayed.bundle(replayed.changed, "fp32"))
-    assert found.differing == bundled.differing
     assert found.first is not None
-    assert bundled.first is not None
-    assert (found.first.episode, found.first.step) == (bundled.first.episode, bundled.first.step)
+    assert (found.first.episode, found.first.step) == (name, decision.step)
+    assert f"first that differs:\n{name}, step {decision.step}\n" in str(found)
+    unit = np.abs(load_backend(str(source))[0].arrays["action.multiply"])
+    rounding = {"fp16": 1e-2, "int8": 0.25}.get(precision or "", 1e-3)
+    np.testing.assert_allclose(found.first.actions, PLANTED * unit, rtol=rounding)
 
 
 def edited(replayed: Replayed, tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -168,43 +162,55 @@ def edited(replayed: Replayed, tmp_path: Path, edit: Callable[[dict[str, Any]], 
     return folder
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("what", ["codes", "code_probabilities", "action_chunk"])
-def test_an_edited_decision_is_found_and_nothing_else(
-    replayed: Replayed, tmp_path: Path, precision: Precision, what: str
+def test_an_edited_decision_is_found_with_its_window(
+    replayed: Replayed, tmp_path: Path, what: str
 ) -> None:
     def edit(arrays: dict[str, Any]) -> None:
-        values = arrays[f"decision.{what}"][5]
+        values = arrays[f"decision.{what}"][0]
         if what == "codes":
             values[0] = (values[0] + 8) % 16
         elif what == "code_probabilities":
-            values[...] = np.eye(16)[arrays["decision.codes"][5]]
+            values[...] = np.eye(16)[arrays["decision.codes"][0]]
         else:
             values[...] += 100.0  # of about 500
 
     folder = edited(replayed, tmp_path, edit)
-    found = run(replayed, replayed.bundle(replayed.checkpoint, precision), folder)
-    name, decision = decisions(folder)[5]
-    assert found.differing == 1
-    assert found.first is not None
-    assert (found.first.episode, found.first.step) == (name, decision.step)
-    assert not found.first.near_tie
-    assert found.first.change.recorded == decision.codes.tolist()
-
-
-def test_the_window_is_what_was_decided_on(replayed: Replayed, tmp_path: Path) -> None:
-    def edit(arrays: dict[str, Any]) -> None:
-        arrays["decision.action_chunk"][0] += 100.0
-
-    folder = edited(replayed, tmp_path, edit)
-    found = run(replayed, replayed.bundle(replayed.checkpoint, "fp32"), folder)
+    found = run(replayed, replayed.bundle(replayed.checkpoint, "fp16"), folder)
+    name, decision = decisions(folder)[0]
+    assert (found.differing, found.near_ties) == (1, 0)
     first = found.first
     assert first is not None
+    assert (first.episode, first.step) == (name, decision.step)
+    assert first.recorded == decision.codes.tolist()
     # The first observation fills the window.
     assert first.window == [0] * len(first.window)
     assert len(first.window) > 1
-    episode = Recording(folder).episodes[0]
-    np.testing.assert_array_equal(first.states, [episode.states[0]] * len(first.window))
+    states = Recording(folder).episodes[0].states
+    np.testing.assert_array_equal(first.states, [states[0]] * len(first.window))
+
+
+@pytest.mark.parametrize(("moved", "near_ties", "differing"), [(1e-4, 1, 0), (3e-3, 0, 1)])
+def test_a_near_tie_is_one_that_rounding_decides(
+    replayed: Replayed, tmp_path: Path, moved: float, near_ties: int, differing: int
+) -> None:
+    """A probability moves to the next code, and the random number is where it was."""
+
+    def edit(arrays: dict[str, Any]) -> None:
+        for row, (code, _) in enumerate(arrays["decision.codes"]):
+            layer = arrays["decision.code_probabilities"][row, 0]
+            if layer[code] > 2 * moved and code < 15:
+                arrays["decision.draws"][row, 0] = layer[: code + 1].sum() - moved / 2
+                layer[[code, code + 1]] += [-moved, moved]
+                return
+        raise AssertionError
+
+    folder = edited(replayed, tmp_path, edit)
+    found = run(replayed, replayed.bundle(replayed.checkpoint, "fp32"), folder)
+    assert (found.near_ties, found.differing) == (near_ties, differing)
+    tie = found.first_near_tie or found.first
+    assert tie is not None
+    assert tie.probability == pytest.approx(moved, rel=0.01)
 
 
 def test_a_window_that_was_not_recorded_is_skipped(replayed: Replayed, tmp_path: Path) -> None:
@@ -222,82 +228,33 @@ def test_a_window_that_was_not_recorded_is_skipped(replayed: Replayed, tmp_path:
     assert (found.skipped, found.decisions, found.differing) == (1, 1, 0)
 
 
-def change_of(draw: float, probabilities: list[float], now: list[float]) -> Change:
-    """One chunk of one action; only the primary code is of interest."""
-
-    def code(p: list[float]) -> int:
-        return int((np.cumsum(p) <= draw).sum())
-
-    from vqbet_edge.runtime.recording_format import PolicyInfo
-    from vqbet_edge.runtime.sampling import Decision
-
-    chunk, rows = np.zeros((1, 1), np.float32), [np.stack([p, p]) for p in (probabilities, now)]
-    info = PolicyInfo("a", "0" * 64, "fp32", "cpu", 0, 1.0, 1, 1, None)
-    decision = Decision(
-        step=0,
-        codes=np.array([code(probabilities)] * 2),
-        code_probabilities=rows[0],
-        draws=np.array([draw, draw]),
-        decoded_chunk=chunk,
-        offset_chunk=chunk,
-        action_chunk=chunk,
-        clamped=chunk > 0,
-        seconds={},
-    )
-    redecided = Redecided(np.array([code(now)] * 2), rows[1], chunk)
-    return Change.between(decision, redecided, info, np.ones(1, np.float32))
+def test_forced_codes_are_no_difference(replayed: Replayed, tmp_path: Path) -> None:
+    bundle, random = replayed.bundle(replayed.checkpoint, "fp32"), np.random.default_rng(0)
+    episode = LeRobotDataset.open(int8.PUSHT).episode(0)
+    with EdgePolicy.load(bundle) as policy, policy.record(tmp_path / "seen", decisions=True):
+        for frame, state in zip(episode[IMAGE][:6], episode[STATE][:6], strict=True):
+            policy.act_chunk({IMAGE: frame, STATE: state}, codes=random.integers(16, size=2))
+    found = run(replayed, bundle, tmp_path / "seen")
+    assert (found.decisions, found.differing, found.near_ties) == (6, 0, 0)
 
 
-def test_a_near_tie_is_one_that_rounding_decides() -> None:
-    from vqbet_edge.training.evaluation.differences import TOLERANCES
-
-    near = change_of(0.4999, [0.5, 0.5], [0.4998, 0.5002])
-    assert (near.recorded, near.replayed) == ([0, 0], [1, 1])
-    assert near.margin == pytest.approx(1e-4)
-    assert near.is_near_tie(TOLERANCES["fp32"])
-    assert not near.is_rounding(TOLERANCES["fp32"])
-    far = change_of(0.4, [0.5, 0.5], [0.3, 0.7])
-    assert far.margin == pytest.approx(0.1)
-    assert not far.is_near_tie(TOLERANCES["fp32"])
-    same = change_of(0.4, [0.5, 0.5], [0.5001, 0.4999])
-    assert same.is_rounding(TOLERANCES["fp32"])
-    nothing = change_of(0.4, [0.5, 0.5], [float("nan"), 0.5])
-    assert not nothing.is_rounding(TOLERANCES["fp32"])
-    assert not nothing.is_near_tie(TOLERANCES["int8"])
-
-
-def test_another_policy_is_refused(replayed: Replayed, mini: Path, workshop: Workshop) -> None:
-    with pytest.raises(DatasetError, match="replay a policy of the same robot"):
-        run(replayed, mini)
-    import oracle
-
-    other = workshop.bundle(oracle.small("other", action_chunk_size=3)).bundle
+def test_another_policy_is_refused(replayed: Replayed, mini: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="policy of the same configuration"):
-        run(replayed, other)
+        run(replayed, mini)
+    other_robot = miniature.checkpoint(vqvae_n_embed=16)
+    with (
+        mock.patch.object(backend, "load_checkpoint", return_value=other_robot),
+        pytest.raises(ObservationError, match="expected uint8"),
+    ):
+        run(replayed, tmp_path)
 
 
-def test_the_command(replayed: Replayed) -> None:
-    module = [sys.executable, "-m", "vqbet_edge.training.evaluation"]
-    bundle = replayed.bundle(replayed.changed, "fp32")
-    flags = ["--replay", str(replayed.recording), "--backend", "onnxruntime"]
-    shown = subprocess.run([*module, str(bundle), *flags], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "first that differs:\nepisode " in shown.stdout
-    as_json = [*module, str(bundle), *flags, "--json"]
-    done = subprocess.run(as_json, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    assert found["first"]["change"]["recorded"][0] == replayed.code
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({}, "expected --env NAME or --replay FOLDER"),
-        ({"env": "pusht", "replay": Path("a")}, "expected --env NAME or --replay FOLDER"),
-        ({"replay": Path("a"), "record": Path("b")}, "--record does not go with --replay"),
-        ({"replay": Path("a"), "replan_every": 1}, "--replan-every does not go with --replay"),
-    ],
-)
-def test_flags_that_exclude_each_other(flags: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        EvalConfig("policy", **flags)
+def test_the_command(
+    replayed: Replayed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(replayed.changed), "--replay", str(replayed.recording), "--json"]
+    monkeypatch.setattr(sys, "argv", ["vqbet-eval", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["first"]["recorded"][0] == replayed.code

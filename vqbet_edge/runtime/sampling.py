@@ -113,12 +113,14 @@ class CodeSampler:
         return Choice(codes, np.stack([first, second]), uniforms)
 
     def _draw(self, logits: Probabilities, probabilities: Probabilities, uniform: float) -> int:
-        """Invert the cumulative distribution (C,) at `uniform` in [0, 1)."""
-        if self._greedy:
-            return int(logits.argmax())
-        cumulative = probabilities.cumsum()
-        # The sum may round to below 1: scaling keeps every draw inside the last code.
-        return int((cumulative <= uniform * cumulative[-1]).sum())
+        return int(logits.argmax()) if self._greedy else draw_code(probabilities, uniform)
+
+
+def draw_code(probabilities: Probabilities, uniform: float) -> int:
+    """Invert the cumulative distribution (C,) at `uniform` in [0, 1)."""
+    cumulative = probabilities.cumsum()
+    # The sum may round to below 1: scaling keeps every draw inside the last code.
+    return int((cumulative <= uniform * cumulative[-1]).sum())
 
 
 def secondary_row(logits: NDArray[Scalar], primary: int, columns: Floats | None) -> NDArray[Scalar]:

@@ -128,11 +128,6 @@ class Checkpoint:
         """The state's key on the robot."""
         return self.renamed.get(STATE_KEY, STATE_KEY)
 
-    @property
-    def observation_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of everything that the policy observes: the cameras' frames and the state."""
-        return {**self.image_shapes, self.state_key: (self.config.state_dim,)}
-
 
 def load_checkpoint(source: str) -> Checkpoint:
     """Load a checkpoint of any of LeRobot's layouts.

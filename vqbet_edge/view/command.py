@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,10 +11,8 @@ import tyro
 from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import DiskError, UsageError
 from vqbet_edge.runtime.extras import install_command
-from vqbet_edge.view.episodes import ShownEpisode, open_episodes
+from vqbet_edge.view.episodes import open_episodes
 
-Target = Literal["html", "mcap"]
-SUFFIXES: dict[Target, str] = {"html": ".html", "mcap": ".mcap"}
 # Top-level module -> the extra that brings it.
 _EXTRAS = {"PIL": "view", "mcap": "mcap"}
 
@@ -30,11 +28,11 @@ class ViewConfig:
     # What `policy.record(folder, decisions=True)` or `vqbet-eval --record` wrote.
     folder: tyro.conf.Positional[Path]
     # A page for any browser, or an MCAP file for Foxglove and MCAP's own tools.
-    to: Target = "html"
+    to: Literal["html", "mcap"] = "html"
     # The file to write; without it, the folder's name with .html or .mcap, beside the folder.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     # Only these episodes, by their place in the page, from 0; without them all.
-    episodes: tuple[int, ...] = field(default=())
+    episodes: tuple[int, ...] = ()
     # Most that a page may take; frames are left out evenly to keep to it.
     megabytes: float = 20.0
 
@@ -53,11 +51,20 @@ def view(config: ViewConfig) -> Path:
     """
     shown = open_episodes(config.folder, config.episodes)
     folder = config.folder.resolve()
-    target = config.output or folder.with_name(folder.name + SUFFIXES[config.to])
+    target = config.output or folder.with_name(f"{folder.name}.{config.to}")
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write(config, shown, partial)
+        # Each needs a package of its own.
+        if config.to == "html":
+            from vqbet_edge.view import to_html  # noqa: PLC0415
+
+            page = to_html.page(shown, folder.name, int(config.megabytes * 1e6))
+            partial.write_text(page, encoding="utf-8")
+        else:
+            from vqbet_edge.view import to_mcap  # noqa: PLC0415
+
+            to_mcap.write(shown, partial)
         partial.replace(target)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
@@ -72,20 +79,6 @@ def view(config: ViewConfig) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return target
-
-
-def _write(config: ViewConfig, shown: list[ShownEpisode], path: Path) -> None:
-    # Each needs a package of its own.
-    match config.to:
-        case "html":
-            from vqbet_edge.view import to_html  # noqa: PLC0415
-
-            page = to_html.page(shown, config.folder.resolve().name, int(config.megabytes * 1e6))
-            path.write_text(page, encoding="utf-8")
-        case "mcap":
-            from vqbet_edge.view import to_mcap  # noqa: PLC0415
-
-            to_mcap.write(shown, path)
 
 
 def main() -> None:

@@ -91,12 +91,12 @@ def open_episodes(folder: Path, numbers: Sequence[int] = ()) -> list[ShownEpisod
 
 def _of_evaluation(folder: Path) -> list[ShownEpisode]:
     inside = sorted(path.parent for path in folder.glob("*/observations_000000.safetensors"))
-    outcomes = _outcomes(folder / INDEX_NAME)
-    places = {name: place for place, name in enumerate(outcomes)}
-    # What was still running when the evaluation was ended comes last.
-    inside.sort(key=lambda path: (places.get(path.name, len(places)), path.name))
     if not inside:
         Recording(folder)  # says what was expected
+    outcomes = _outcomes(folder / INDEX_NAME)
+    # What was still running when the evaluation was ended comes last.
+    order = [*outcomes, *(path.name for path in inside if path.name not in outcomes)]
+    inside.sort(key=lambda path: order.index(path.name))
     recordings = [(Recording(path), outcomes.get(path.name)) for path in inside]
     return [ShownEpisode(r, e, outcome) for r, outcome in recordings for e in r.episodes]
 

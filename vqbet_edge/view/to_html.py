@@ -8,7 +8,6 @@ import html
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -36,9 +35,12 @@ class _Cut(NamedTuple):
     def rows(self) -> range:
         return range(self.first, len(self.shown.episode))
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return self.shown.recording.info.image_keys
 
-@dataclass(frozen=True)
-class _Frame:
+
+class _Frame(NamedTuple):
     episode: int
     row: int
     camera: str
@@ -73,9 +75,10 @@ def _cut(shown: Sequence[ShownEpisode], max_bytes: int) -> Iterator[_Cut]:
     left = max_bytes
     for one in shown:
         episode = one.episode
-        decisions = list(episode.decisions.values())
         numbers = len(episode) * (episode.actions.shape[1] + episode.states.shape[1] + 3)
-        numbers += len(decisions) * _numbers(decisions[0]) if decisions else 0
+        for decision in episode.decisions.values():
+            codes = min(decision.code_probabilities.shape[1], MAX_CODES)
+            numbers += 2 * codes + decision.action_chunk.size + 16
         each = numbers * _NUMBER_BYTES / len(episode)
         rows = min(len(episode), int(left / each))
         if rows == 0:
@@ -84,18 +87,18 @@ def _cut(shown: Sequence[ShownEpisode], max_bytes: int) -> Iterator[_Cut]:
         yield _Cut(one, len(episode) - rows)
 
 
-def _numbers(decision: Decision) -> int:
-    codes = min(decision.code_probabilities.shape[1], MAX_CODES)
-    return int(2 * codes + decision.action_chunk.size + 16)
-
-
 def _episode(cut: _Cut) -> dict[str, Any]:
     episode, rows = cut.shown.episode, slice(cut.first, None)
     decisions = [(row, d) for row, d in sorted(episode.decisions.items()) if row >= cut.first]
     columns = _codes_to_draw([decision for _, decision in decisions])
+    policy = cut.shown.recording.policy
+    how = "greedy" if policy.temperature == 0 else f"temperature {policy.temperature:g}"
     return {
         "name": cut.shown.name,
-        "about": _about(cut.shown),
+        "about": (
+            f"{policy.bundle}, {policy.precision} on {policy.backend}, {how}, seed {policy.seed}, "
+            f"{policy.replan_every} actions of each chunk; manifest {policy.manifest_sha256[:12]}"
+        ),
         "missing": cut.first,
         "start": int(episode.times[cut.first]) // 1_000_000,
         "steps": episode.steps[rows].tolist(),
@@ -105,18 +108,23 @@ def _episode(cut: _Cut) -> dict[str, Any]:
         "milliseconds": _rounded(episode.seconds[rows] * 1e3),
         "outcomes": episode.outcomes[rows].tolist(),
         "codes": [column.tolist() for column in columns],
-        "decisions": [_decision(row - cut.first, d, columns) for row, d in decisions],
-        "frames": {key: [] for key in cut.shown.recording.info.image_keys},
+        "decisions": [
+            {
+                "row": row - cut.first,
+                "codes": d.codes.tolist(),
+                "chosen": _rounded(d.code_probabilities[[0, 1], d.codes]),
+                "draws": _rounded(d.draws),
+                "probabilities": [
+                    _rounded(p[c]) for p, c in zip(d.code_probabilities, columns, strict=True)
+                ],
+                "chunk": _rounded(d.action_chunk),
+                "clamped": np.argwhere(d.clamped).tolist(),
+                "milliseconds": {k: _rounded(seconds * 1e3) for k, seconds in d.seconds.items()},
+            }
+            for row, d in decisions
+        ],
+        "frames": {key: [] for key in cut.cameras},
     }
-
-
-def _about(shown: ShownEpisode) -> str:
-    policy = shown.recording.policy
-    how = "greedy" if policy.temperature == 0 else f"temperature {policy.temperature:g}"
-    return (
-        f"{policy.bundle}, {policy.precision} on {policy.backend}, {how}, seed {policy.seed}, "
-        f"{policy.replan_every} actions of each chunk; manifest {policy.manifest_sha256[:12]}"
-    )
 
 
 def _codes_to_draw(decisions: Sequence[Decision]) -> list[np.ndarray[Any, np.dtype[np.intp]]]:
@@ -127,49 +135,26 @@ def _codes_to_draw(decisions: Sequence[Decision]) -> list[np.ndarray[Any, np.dty
     return [np.sort(np.argsort(-mean)[:MAX_CODES]) for mean in means]
 
 
-def _decision(
-    row: int, decision: Decision, columns: Sequence[np.ndarray[Any, np.dtype[np.intp]]]
-) -> dict[str, Any]:
-    probabilities = decision.code_probabilities
-    return {
-        "row": row,
-        "codes": decision.codes.tolist(),
-        "chosen": _rounded(probabilities[[0, 1], decision.codes]),
-        "draws": _rounded(decision.draws),
-        "probabilities": [_rounded(p[c]) for p, c in zip(probabilities, columns, strict=True)],
-        "chunk": _rounded(decision.action_chunk),
-        "clamped": np.argwhere(decision.clamped).tolist(),
-        "milliseconds": {name: _number(s * 1e3) for name, s in decision.seconds.items()},
-    }
-
-
 def _frames(cuts: Sequence[_Cut], max_bytes: int) -> Iterator[_Frame]:
     """Every n-th row's frames, with n so that they fit."""
     if not cuts:
         return
-    rows = sum(len(cut.rows) * len(cut.shown.recording.info.image_keys) for cut in cuts)
+    rows = sum(len(cut.rows) * len(cut.cameras) for cut in cuts)
     first = cuts[0]
-    probe = [_uri(first, key, first.rows[len(first.rows) // 2]) for key in _cameras(first)]
-    size = max(map(len, probe))
+    size = max(len(_uri(first, k, first.rows[len(first.rows) // 2])) for k in first.cameras)
     stride = max(1, math.ceil(rows * size / max(max_bytes, 1)))
     while True:
-        frames = list(_every(cuts, stride))
+        frames = [
+            _Frame(number, row - cut.first, key, _uri(cut, key, row))
+            for number, cut in enumerate(cuts)
+            for row in cut.rows[::stride]
+            for key in cut.cameras
+        ]
         used = sum(len(frame.uri) + 12 for frame in frames)
         if used <= max_bytes or stride >= rows:
             yield from frames
             return
         stride = math.ceil(stride * max(used / max_bytes, 1.1))
-
-
-def _every(cuts: Sequence[_Cut], stride: int) -> Iterator[_Frame]:
-    for number, cut in enumerate(cuts):
-        for row in cut.rows[::stride]:
-            for key in _cameras(cut):
-                yield _Frame(number, row - cut.first, key, _uri(cut, key, row))
-
-
-def _cameras(cut: _Cut) -> tuple[str, ...]:
-    return cut.shown.recording.info.image_keys
 
 
 def _uri(cut: _Cut, key: str, row: int) -> str:
@@ -178,11 +163,7 @@ def _uri(cut: _Cut, key: str, row: int) -> str:
 
 
 def _rounded(values: Any) -> Any:  # noqa: ANN401 - arrays of any depth become lists of that depth
+    """Five digits; JSON has no NaN."""
     if isinstance(values, np.ndarray) and values.ndim:
         return [_rounded(value) for value in values]
-    return _number(float(values))
-
-
-def _number(value: float) -> float | None:
-    """Five digits; JSON has no NaN."""
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+    return float(f"{values:.5g}") if math.isfinite(values) else None

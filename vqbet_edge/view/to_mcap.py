@@ -12,47 +12,35 @@ import numpy as np
 from mcap.writer import Writer
 
 from vqbet_edge.runtime.recording_format import DECISION_ARRAYS, Outcome
-from vqbet_edge.runtime.sampling import Decision
 from vqbet_edge.view.episodes import ShownEpisode
 from vqbet_edge.view.images import encode
 
+_INTEGER = {"type": "integer"}
 _TIMESTAMP = {
     "type": "object",
     "title": "time",
-    "properties": {"sec": {"type": "integer"}, "nsec": {"type": "integer"}},
+    "properties": {"sec": _INTEGER, "nsec": _INTEGER},
 }
 _NUMBERS = {"type": "array", "items": {"type": ["number", "null"]}}
-# Name -> JSON schema. The first is Foxglove's, so that its image panel shows it.
+# Name -> properties of its JSON schema. The first is Foxglove's, so that its image panel shows it.
 SCHEMAS: dict[str, dict[str, Any]] = {
     "foxglove.CompressedImage": {
-        "title": "foxglove.CompressedImage",
-        "type": "object",
-        "properties": {
-            "timestamp": _TIMESTAMP,
-            "frame_id": {"type": "string"},
-            "data": {"type": "string", "contentEncoding": "base64"},
-            "format": {"type": "string"},
-        },
+        "timestamp": _TIMESTAMP,
+        "frame_id": {"type": "string"},
+        "data": {"type": "string", "contentEncoding": "base64"},
+        "format": {"type": "string"},
     },
     "vqbet_edge.Step": {
-        "title": "vqbet_edge.Step",
-        "type": "object",
-        "properties": {
-            "step": {"type": "integer"},
-            "state": _NUMBERS,
-            "action": _NUMBERS,
-            "seconds": {"type": ["number", "null"]},
-            "outcome": {"enum": [outcome.name for outcome in Outcome]},
-        },
+        "step": _INTEGER,
+        "state": _NUMBERS,
+        "action": _NUMBERS,
+        "seconds": {"type": ["number", "null"]},
+        "outcome": {"enum": [outcome.name for outcome in Outcome]},
     },
     "vqbet_edge.Decision": {
-        "title": "vqbet_edge.Decision",
-        "type": "object",
-        "properties": {
-            "step": {"type": "integer"},
-            **{name: {"type": "array"} for name in DECISION_ARRAYS},
-            "seconds": {"type": "object", "additionalProperties": {"type": "number"}},
-        },
+        "step": _INTEGER,
+        **{name: {"type": "array"} for name in DECISION_ARRAYS},
+        "seconds": {"type": "object", "additionalProperties": {"type": "number"}},
     },
 }
 _Send = Callable[[str, str, Any, int, int], None]
@@ -68,10 +56,10 @@ def write(shown: Sequence[ShownEpisode], path: Path) -> None:
     with path.open("wb") as file:
         writer = Writer(file)
         writer.start(library="vqbet_edge")
-        schemas = {
-            name: writer.register_schema(name, "jsonschema", json.dumps(schema).encode())
-            for name, schema in SCHEMAS.items()
-        }
+        schemas = {}
+        for name, properties in SCHEMAS.items():
+            schema = {"title": name, "type": "object", "properties": properties}
+            schemas[name] = writer.register_schema(name, "jsonschema", json.dumps(schema).encode())
         channels: dict[str, int] = {}
 
         def send(topic: str, schema: str, message: Any, time: int, sequence: int) -> None:  # noqa: ANN401
@@ -112,13 +100,10 @@ def _send_row(send: _Send, root: str, shown: ShownEpisode, row: int) -> None:
     }
     send(f"{root}/step", "vqbet_edge.Step", message, time, step)
     if row in episode.decisions:
-        message = _decision(episode.decisions[row])
+        decision = episode.decisions[row]
+        arrays = {name: _plain(getattr(decision, name)) for name in DECISION_ARRAYS}
+        message = {"step": decision.step, **arrays, "seconds": decision.seconds}
         send(f"{root}/decision", "vqbet_edge.Decision", message, time, step)
-
-
-def _decision(decision: Decision) -> dict[str, Any]:
-    arrays = {name: _plain(getattr(decision, name)) for name in DECISION_ARRAYS}
-    return {"step": decision.step, **arrays, "seconds": decision.seconds}
 
 
 def _plain(values: Any) -> Any:  # noqa: ANN401 - arrays of any depth become lists of that depth

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.codes.facts import to_json
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.codes.findings import Finding, judge
 from vqbet_edge.training.codes.page import render
-from vqbet_edge.training.codes.policies import load_policy
+from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.report import examine_codes
 from vqbet_edge.training.config import check_positive
 from vqbet_edge.training.dataset.samples import open_source
@@ -63,7 +65,7 @@ def write_report(config: CodesConfig, episodes: Sequence[int] | None = None) -> 
         DatasetError: the data does not fit the policy, or is damaged.
         DiskError: the page cannot be written.
     """
-    policy = load_policy(config.policy)
+    policy = CodedPolicy(config.policy, *load_backend(config.policy))
     source = None if config.data is None else open_source(config.data)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("predicting", total=None)
@@ -77,10 +79,19 @@ def write_report(config: CodesConfig, episodes: Sequence[int] | None = None) -> 
     findings = judge(report)
     with writing(config.output):
         config.output.parent.mkdir(parents=True, exist_ok=True)
-    found = {"findings": findings, **vars(report)}
-    replace_bytes(config.output.with_suffix(".json"), to_json(found))
+    figures = msgspec.json.encode({"findings": findings, **vars(report)}, enc_hook=_plain)
+    replace_bytes(config.output.with_suffix(".json"), msgspec.json.format(figures, indent=1))
     replace_bytes(config.output, render(report, findings).encode())
     return findings
+
+
+def _plain(value: object) -> object:
+    """An array as lists; figures have six digits."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value)} in a report")
+    if value.dtype.kind == "f":
+        value = np.array([float(f"{x:.6g}") for x in value.flat]).reshape(value.shape)
+    return value.tolist()
 
 
 def text(findings: Sequence[Finding]) -> str:

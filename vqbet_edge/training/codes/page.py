@@ -1,272 +1,134 @@
 """The report as one HTML page: no script, nothing from elsewhere, readable on a phone."""
 
 import base64
+import io
 from collections.abc import Iterator, Sequence
-from html import escape
+from importlib.resources import files
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
 
-from vqbet_edge.training.codes import figures
-from vqbet_edge.training.codes.facts import CodesReport, Demonstrations, Pair, Predictions
-from vqbet_edge.training.codes.findings import LAYERS, Finding
-from vqbet_edge.training.codes.use import LayerUse, Use
+from vqbet_edge.training.codes.findings import LAYERS, Finding, known_use
+from vqbet_edge.training.codes.report import CodesReport, Pair, Predictions
+from vqbet_edge.training.codes.use import LayerUse
 
-# So many episodes' entropies are drawn.
-TRACES = 6
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Codes of {name}</title>
-<style>
-body {{ margin: 0 auto; max-width: 68rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
-  color: #1d242b; background: #fff; overflow-wrap: anywhere; }}
-h1 {{ font-size: 1.4rem; margin: 0; }}
-h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
-p {{ margin: .4rem 0; max-width: 46rem; }}
-.quiet, figcaption {{ color: #556270; font-size: .85rem; }}
-.plots {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
-  gap: 1rem; align-items: start; }}
-figure {{ margin: 0; min-width: 0; }}
-.plots img {{ width: 100%; height: auto; display: block; }}
-.chunks {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr));
-  gap: .5rem; }}
-.chunks figcaption {{ text-align: center; line-height: 1.2; font-size: .75rem; }}
-.chunks .unseen rect {{ fill: #fbeaea; }}
-.finding {{ border-left: 4px solid #3c8d4f; padding: .3rem .8rem; margin: .6rem 0;
-  background: #f5f7f9; }}
-.notice {{ border-color: #d9822b; }}
-.problem {{ border-color: #c23b3b; }}
-.table {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }}
-th, td {{ text-align: right; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #e2e6ea; }}
-th:first-child {{ text-align: left; }}
-</style>
-</head>
-<body>
-"""
+# So many episodes' entropies are drawn, and so many pairs' chunks, side by side.
+TRACES, CHUNKS, BESIDE = 6, 60, 5
+BLUE, ORANGE, GREY, RED = "#2f6db3", "#d9822b", "#b8c0c8", "#c23b3b"
+# Inches, so that text is readable on a page as wide as a phone.
+WIDTH = 4.6
+# The same report makes the same bytes.
+_STYLE: dict[Any, Any] = {"svg.hashsalt": "vqbet", "font.size": 9, "axes.titlesize": 9}
+_NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def render(report: CodesReport, findings: Sequence[Finding]) -> str:
     """The page."""
-    parts = [
-        _HEAD.format(name=escape(report.policy.name)),
-        *_top(report, findings),
-        *_use(report),
-        *_demonstrations(report.demonstrations),
-        *_predictions(report.predictions),
-        *_motion(report),
-        *_chunks(report),
-        "</body>\n</html>\n",
-    ]
-    return "\n".join(parts)
-
-
-def _top(report: CodesReport, findings: Sequence[Finding]) -> Iterator[str]:
-    facts = report.policy
-    yield f"<h1>Codes of {escape(facts.name)}</h1>"
-    drawn = "the secondary code knowing the primary one" if facts.sequential else "both at once"
-    yield (
-        f'<p class="quiet">{facts.kind}; 2 layers of {facts.codes} codes; a pair stands for '
-        f"{facts.chunk} actions of {facts.action_dim} dimensions; drawn at temperature "
-        f"{facts.temperature:g}, {drawn}. Data: {escape(report.data or 'none')}.</p>"
+    layers, use_of = known_use(report)
+    text = files(__package__).joinpath("page.html").read_text("utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    with mpl.rc_context(_STYLE):
+        pictures = [(caption, _svg(figure)) for caption, figure in _figures(report, layers)]
+    return template.render(
+        report=report, findings=findings, layers=layers, use_of=use_of, pictures=pictures
     )
-    for finding in findings:
-        change = f"<br>{escape(finding.change)}" if finding.change else ""
-        yield (
-            f'<div class="finding {finding.level}"><strong>{finding.level}</strong> '
-            f"{escape(finding.text)}{change}</div>"
-        )
 
 
-def _use(report: CodesReport) -> Iterator[str]:
-    found, predictions = report.demonstrations, report.predictions
-    use, words = None if found is None else found.use, "All demonstrated chunks."
-    if use is None and predictions is not None:
-        use, words = predictions.use, "The most probable codes of all predictions."
-    layers = report.training_use if use is None else use.layers
-    if layers is None:
-        return
-    if use is None:
-        words = (
-            "From the moving counts at the end of phase 1, which know its last batches only; "
-            "with --data it is counted."
-        )
-    yield "<h2>Use</h2>"
-    yield _text(words)
-    yield _use_table(layers, use)
-    plots = [_plot(figures.use(layers), "How often each code is used.")]
-    unseen = None if predictions is None else predictions.unseen
-    if unseen is not None:
-        yield _text(
-            f"{unseen.share:.2%} of the draws are pairs that no demonstration has; "
-            f"{len(unseen.pairs)} of them are drawn more often than once in a thousand predictions."
-        )
-    if use is not None:
-        crossed = () if unseen is None else unseen.pairs
-        caption = "How often each pair is used" + (
-            ". Crosses: drawn, but in no demonstration." if unseen is not None else "."
-        )
-        plots.append(_plot(figures.pairs(use.pair_counts, crossed), caption))
-    yield _plots(plots)
+def _svg(figure: Figure) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="svg", metadata=_NOTHING)
+    return base64.b64encode(data.getvalue()).decode()
 
 
-def _use_table(layers: tuple[LayerUse, LayerUse], use: Use | None) -> str:
-    rows = [
-        (
-            name,
-            str(layer.used),
-            f"{layer.perplexity:.1f}",
-            _listed(layer.dead),
-            str(len(layer.counts)),
-        )
-        for name, layer in zip(LAYERS, layers, strict=True)
-    ]
-    if use is not None:
-        pairs = str(use.pair_counts.size)
-        rows.append(("pairs", str(use.pairs), f"{use.pair_perplexity:.1f}", "", pairs))
-    return _table(("", "used", "perplexity", "dead codes", "of"), rows)
-
-
-def _listed(codes: Sequence[int]) -> str:
-    return ", ".join(map(str, codes)) or "none"
-
-
-def _demonstrations(found: Demonstrations | None) -> Iterator[str]:
-    if found is None or found.reconstruction is None:
-        return
-    lost = found.reconstruction
-    yield "<h2>Reconstruction</h2>"
-    yield _text(
-        f"Mean absolute error over {found.chunks} demonstrated chunks, in the action's own units. "
-        f"Of the spread around the mean chunk, the primary code alone leaves "
-        f"{lost.left_by_primary:.0%}, both codes leave {lost.left_by_both:.0%}."
-    )
-    yield _table(
-        ("action", "spread", "primary only", "both"),
-        [
-            (str(i), *(f"{value:.4g}" for value in row))
-            for i, row in enumerate(zip(found.spread, lost.primary, lost.both, strict=True))
-        ],
-    )
-    plots = [_plot(figures.reconstruction(found, lost), "1: no better than the mean chunk.")]
-    if found.transitions is not None:
-        caption = "Which code follows which in the demonstrations; a chunk executed whole."
-        plots.append(_plot(figures.transitions(found.transitions), caption))
-    yield _plots(plots)
-
-
-def _predictions(found: Predictions | None) -> Iterator[str]:
-    if found is None:
-        return
-    yield "<h2>Decisions</h2>"
-    yield _text(
-        f"Predicted at {found.steps} steps of {len(found.episodes)} episodes. Pairs whose chunks "
-        f"differ by less than {found.tolerance:.2g} (root mean square, in the network's units) "
-        "are one mode; a mode is live at a probability of 10 %."
-    )
-    yield _text(
-        f"Mean entropy {found.pair_entropy:.2f} nats over code pairs, {found.mode_entropy:.2f} "
-        f"over modes; the distribution forks at {found.fork_share:.1%} of the steps."
-    )
-    yield _text(
-        "Entropy along episodes, in nats: blue of the modes, grey of the code pairs. Shaded: "
-        "decision points, where more than one mode is live. Dotted: ln 2, two equal ways."
-    )
-    shown = found.episodes[:TRACES]
-    yield _plots([_plot(figures.trace(e), f"Episode {e.episode}.") for e in shown])
-    ratio = found.offsets.ratio
-    beside = "codes change nothing" if ratio is None else f"offsets are {ratio:.2f} times as large"
-    plots = [
-        _plot(
-            figures.offsets(found.offsets),
+def _figures(report: CodesReport, layers: Sequence[LayerUse]) -> Iterator[tuple[str, Figure]]:
+    found, predicted = report.demonstrations, report.predictions
+    if layers:
+        figure = _figure(3.0)
+        for axes, name, layer in zip(figure.subplots(2), LAYERS, layers, strict=True):
+            axes.bar(range(len(layer.counts)), layer.counts, color=BLUE)
+            axes.plot(layer.dead, [0] * len(layer.dead), "x", color=RED)
+            axes.set_title(f"{name} codes (x: dead)")
+        yield "How often each code is used.", figure
+    if found is not None:
+        figure = _figure(3.9)
+        axes = figure.subplots()
+        # On the scale of a square root: what is rare shows too.
+        axes.imshow(np.sqrt(found.use.pair_counts), cmap="Blues")
+        for primary, secondary in (predicted and predicted.unseen) or ():
+            axes.plot(secondary, primary, "x", color=RED, markersize=4)
+        axes.set(xlabel="secondary code", ylabel="primary code")
+        yield "How often each pair is used. Crosses: drawn, but in no demonstration.", figure
+    if predicted is not None:
+        yield _decisions(predicted)
+        figure = _figure(3.0)
+        axes = figure.subplots()
+        axes.scatter(predicted.decoded, predicted.offset, s=4, color=BLUE, rasterized=True)
+        axes.axline((0, 0), slope=1, linestyle="--", color=GREY)
+        axes.set(xlabel="decoded chunk, from the mean one", ylabel="offset", xlim=0, ylim=0)
+        caption = (
             "Is the code doing anything? Per step, what choosing the code changed and what the "
-            f"offset added: {beside} (mean absolute values, the network's units).",
+            "offset added (mean absolute values, the network's units). Dashed: as much."
         )
-    ]
-    if found.confusion is not None:
-        caption = "True codes of the demonstrated chunk against the most probable ones."
-        plots.append(_plot(figures.confusion(found.confusion), caption))
-    else:
-        caption = "Which most probable code follows which, one chunk later."
-        plots.append(_plot(figures.transitions(found.transitions), caption))
-    yield _plots(plots)
-    yield from _errors(found)
+        yield caption, figure
+    yield _chunks(report.pairs, (predicted and predicted.unseen) or ())
 
 
-def _errors(found: Predictions) -> Iterator[str]:
-    rows = [("mean offset", found.offsets.in_units)]
-    if found.errors is not None:
-        rows += [
-            ("error of the decoded chunk", found.errors.decoded),
-            ("error with the offset", found.errors.with_offset),
-        ]
-    head = ("action", *(str(i) for i in range(len(found.offsets.in_units))))
-    yield _table(head, [(name, *(f"{v:.4g}" for v in values)) for name, values in rows])
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _motion(report: CodesReport) -> Iterator[str]:
-    if not report.pairs or report.pairs[0].reversals is None:
-        return
-    yield "<h2>Motion</h2>"
+def _decisions(found: Predictions) -> tuple[str, Figure]:
+    shown = found.episodes[:TRACES]
+    figure = _figure(0.6 + 0.9 * len(shown))
+    panels = figure.subplots(len(shown), squeeze=False)[:, 0]
+    for axes, episode in zip(panels, shown, strict=True):
+        axes.plot(episode.pair_entropy, color=GREY)
+        axes.plot(episode.mode_entropy, color=BLUE)
+        for step in np.flatnonzero(episode.modes > 1).tolist():
+            axes.axvspan(step - 0.5, step + 0.5, color=ORANGE, alpha=0.3, linewidth=0)
+        axes.set_ylabel(f"episode {episode.episode}")
+    panels[-1].set_xlabel("step")
     caption = (
-        "Jerk (third difference of the actions, root mean square, the network's units) and "
-        "reversals of direction per decoded chunk, most used pairs first. Dashed: mean of the "
-        "demonstrations."
+        "Entropy along episodes, in nats: blue of the modes, grey of the code pairs. Shaded: "
+        "decision points, where more than one mode is live."
     )
-    yield _plots([_plot(figures.motion(report.pairs, report.demonstrations), caption)])
+    return caption, figure
 
 
-def _chunks(report: CodesReport) -> Iterator[str]:
-    if not report.pairs:
-        return
-    chunks = np.concatenate([pair.chunk for pair in report.pairs])
-    low, high = chunks.min(axis=0), chunks.max(axis=0)
-    yield f"<h2>{len(report.pairs)} code pairs</h2>"
-    way = "the path of both action dimensions from the large dot on, the cross at zero"
-    lines = "a line per action dimension, over time"
-    yield _text(
-        f"The decoded chunk of every pair, {way if len(low) == 2 else lines}; primary and "
-        "secondary code, and its share of the demonstrated chunks or, where there are none, of "
-        "the predictions. Red: drawn, but in no demonstration."
+def _chunks(pairs: Sequence[Pair], unseen: Sequence[tuple[int, int]]) -> tuple[str, Figure]:
+    """A small picture of every chunk, all in one pair of axes and at one scale."""
+    shown = pairs[:CHUNKS]
+    chunks = np.stack([pair.chunk for pair in shown])  # (P, W, A)
+    low, high = chunks.min(axis=(0, 1)), chunks.max(axis=(0, 1))
+    planar = chunks.shape[-1] == 2
+    # One scale for both dimensions of a plane, so that directions are true.
+    wide = np.full(2, (high - low).max()) if planar else high - low
+    inside = (chunks - low) / np.maximum(wide, np.finfo(np.float32).tiny) * 0.7
+    rows = -(-len(shown) // BESIDE)
+    figure = _figure(0.9 * rows + 0.2)
+    axes = figure.subplots()
+    for number, (pair, chunk) in enumerate(zip(shown, inside, strict=True)):
+        down, right = divmod(number, BESIDE)
+        times = np.linspace(0, 0.7, len(chunk))
+        lines = [chunk] if planar else [np.stack([times, line], axis=1) for line in chunk.T]
+        for i, line in enumerate(lines):
+            axes.plot(
+                *np.add(line, [right, down]).T,
+                color=f"C{i}",
+                marker="o",
+                markersize=4,
+                markevery=[0],
+            )
+        color = RED if (pair.primary, pair.secondary) in unseen else "black"
+        axes.text(right, down + 0.85, f"{pair.primary}·{pair.secondary}", color=color, fontsize=8)
+    axes.set(xlim=(-0.1, BESIDE - 0.1), ylim=(rows - 0.1, -0.1))
+    axes.set_axis_off()
+    way = "as a path of both action dimensions" if planar else "a line per action dimension"
+    caption = (
+        f"The decoded chunks of the {len(shown)} most used of {len(pairs)} pairs, {way}, from the "
+        "dot on; primary and secondary code. Red: drawn, but in no demonstration."
     )
-    total = sum(pair.count or 0 for pair in report.pairs)
-    yield '<div class="chunks">'
-    for pair in report.pairs:
-        kind = ' class="unseen"' if pair.count == 0 else ""
-        caption = f"{pair.primary}·{pair.secondary} {_share(pair, total)}"
-        picture = figures.chunk(pair, low, high)
-        yield f"<figure{kind}>{picture}<figcaption>{caption}</figcaption></figure>"
-    yield "</div>"
-
-
-def _share(pair: Pair, total: int) -> str:
-    share = pair.count / total if pair.count and total else pair.drawn
-    return "" if share is None else f"{share:.1%}"
-
-
-def _text(words: str) -> str:
-    return f"<p>{escape(words)}</p>"
-
-
-def _plot(svg: str, caption: str) -> str:
-    data = base64.b64encode(svg.encode()).decode()
-    image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(caption)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _plots(plots: Sequence[str]) -> str:
-    return '<div class="plots">' + "\n".join(plots) + "</div>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], kind: str) -> str:
-        first, *others = map(escape, cells)
-        data = "".join(f"<{kind}>{cell}</{kind}>" for cell in others)
-        return f"<tr><th>{first}</th>{data}</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="table"><table>\n{row(head, "th")}\n{body}\n</table></div>'
+    return caption, figure

@@ -18,37 +18,30 @@ class CodeReport:
     Attributes:
         error: L1 of the reconstruction, normalised.
         error_in_units: (A,), the same in each action dimension's own unit.
-        used: per layer, codes in use.
-        perplexity: per layer, exp of the entropy of the codes' use; at most their number.
-        pairs: code pairs in use.
+        use: of the codes.
     """
 
     error: float
     error_in_units: npt.NDArray[np.float32]
-    used: tuple[int, int]
-    perplexity: tuple[float, float]
-    pairs: int
+    use: Use
 
     def __str__(self) -> str:
         errors = ", ".join(f"{value:.3g}" for value in self.error_in_units)
+        first, second = self.use.layers
         return (
-            f"codes: reconstruction error {errors} in the action's units; "
-            f"{self.used[0]} + {self.used[1]} codes used, perplexity {self.perplexity[0]:.1f} + "
-            f"{self.perplexity[1]:.1f}, {self.pairs} code pairs in use"
+            f"codes: reconstruction error {errors} in the action's units; {first.used} + "
+            f"{second.used} codes used, perplexity {first.perplexity:.1f} + "
+            f"{second.perplexity:.1f}, {self.use.pairs} code pairs in use"
         )
 
     def metrics(self) -> dict[str, float]:
         """Flat, for metrics.jsonl."""
-        errors = enumerate(self.error_in_units.tolist())
-        return {
-            "reconstruction_l1": self.error,
-            **{f"reconstruction_l1_action_{i}": error for i, error in errors},
-            "primary_codes_used": self.used[0],
-            "secondary_codes_used": self.used[1],
-            "primary_perplexity": self.perplexity[0],
-            "secondary_perplexity": self.perplexity[1],
-            "code_pairs_used": self.pairs,
-        }
+        found = {"reconstruction_l1": self.error, "code_pairs_used": self.use.pairs}
+        for i, error in enumerate(self.error_in_units.tolist()):
+            found[f"reconstruction_l1_action_{i}"] = error
+        for name, layer in zip(("primary", "secondary"), self.use.layers, strict=True):
+            found |= {f"{name}_codes_used": layer.used, f"{name}_perplexity": layer.perplexity}
+        return found
 
 
 @torch.no_grad()
@@ -57,11 +50,4 @@ def report_codes(vqvae: VqVae, chunks: Tensor, unit: npt.NDArray[np.float32]) ->
     codes = vqvae.encode(chunks).codes
     error = (vqvae.decode(codes) - chunks).abs()
     use = Use.of(codes.cpu().numpy(), vqvae.vq_layer.codebooks[0].embed.shape[1])
-    primary, secondary = use.layers
-    return CodeReport(
-        error=float(error.mean()),
-        error_in_units=error.mean((0, 1)).cpu().numpy() * unit,
-        used=(primary.used, secondary.used),
-        perplexity=(primary.perplexity, secondary.perplexity),
-        pairs=use.pairs,
-    )
+    return CodeReport(float(error.mean()), error.mean((0, 1)).cpu().numpy() * unit, use)

@@ -14,8 +14,10 @@ from rich.progress import Progress
 from vqbet_edge.cli import parse, run
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends import BackendName
+from vqbet_edge.runtime.guards import Guards
+from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.config import check_positive
-from vqbet_edge.training.evaluation.actors import ActorOptions, load_actor
+from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.evaluation.recordings import RecordingActor
 from vqbet_edge.training.evaluation.replay import Replay, replay
 from vqbet_edge.training.evaluation.rollout import Episode, run_episodes
@@ -37,7 +39,7 @@ class EvalConfig:
     # Instead of an environment: a folder that --record or `policy.record(..., decisions=True)`
     # wrote. Its decisions are made again by the policy, and the first that differs is listed.
     replay: Path | None = None
-    # Record every episode with its decisions here, for vqbet-view; takes a bundle.
+    # Record every episode with its decisions here, for vqbet-view.
     record: Path | None = None
     # Episodes to run.
     episodes: int = 50
@@ -51,6 +53,8 @@ class EvalConfig:
     temperature: float | None = None
     # Predict anew after so many actions; none executes whole chunks.
     replan_every: int | None = None
+    # Keep actions within the demonstrated range and a margin, as on a robot.
+    guards: bool = True
     # Environments that run at the same time.
     num_envs: int = 8
     # Give every environment a process of its own.
@@ -82,69 +86,70 @@ class Result:
     policies: dict[str, Summary]
     comparison: Comparison | None
 
+    def __str__(self) -> str:
+        """For people."""
+        lines = []
+        for source, summary in self.policies.items():
+            lines += [
+                f"{source} in {self.env}, {summary.episodes} episodes",
+                f"  success         {summary.success}",
+                f"  maximum reward  {summary.max_reward}",
+                f"  steps           {summary.mean_steps:.1f}",
+            ]
+        if self.comparison is not None:
+            change = self.comparison
+            lines += [
+                "second minus first, same seeds",
+                f"  success         {change.success}",
+                f"  maximum reward  {change.max_reward}",
+                f"  solved by the first only   {change.only_first}",
+                f"  solved by the second only  {change.only_second}",
+            ]
+        return "\n".join(lines)
 
-def evaluate(config: EvalConfig) -> Result:
-    """Run the evaluation; progress goes to stderr.
+
+def evaluate(config: EvalConfig, env: str) -> Result:
+    """Run the evaluation in an environment; progress goes to stderr.
 
     Raises:
-        UsageError: the environment is unknown or not installed, or what is to be recorded is no
-            bundle.
+        UsageError: the environment is unknown or not installed.
         CheckpointError, BundleError: a policy cannot be loaded.
         DiskError: a recording cannot be written.
     """
-    assert config.env is not None  # noqa: S101 - checked by the configuration
     sources = [config.policy] + ([config.versus] if config.versus else [])
-    runs = {source: _run(config, config.env, source) for source in sources}
-    compared = compare(runs[sources[0]], runs[sources[1]]) if len(runs) == 2 else None
-    return Result(config.env, {s: summarize(e) for s, e in runs.items()}, compared)
+    runs = {source: _run(config, env, source) for source in sources}
+    compared = compare(*runs.values()) if len(runs) == 2 else None
+    return Result(env, {s: summarize(e) for s, e in runs.items()}, compared)
 
 
 def _run(config: EvalConfig, env: str, source: str) -> list[Episode]:
     make = make_task(env)
     slots = min(config.num_envs, config.episodes)
     seeds = range(config.seed, config.seed + config.episodes)
-    options = ActorOptions(config.backend, config.temperature, config.replan_every)
+    siblings = Siblings(
+        *load_backend(source, config.backend),
+        slots,
+        temperature=config.temperature,
+        replan_every=config.replan_every,
+        guards=None if config.guards else Guards(action_limits=None),
+    )
     with ExitStack() as stack:
-        actor, ended = load_actor(source, slots, options), _nothing
+        recording: RecordingActor | None = None
         if config.record is not None and source == config.policy:
-            actor = RecordingActor(actor, config.record, env, source, seeds)
-            ended = actor.ended
-            stack.callback(actor.close)
+            recording = RecordingActor(siblings, config.record, env, source, seeds)
+            stack.callback(recording.close)
         bar = stack.enter_context(Progress(console=Console(stderr=True)))
         task = bar.add_task(f"{env}: {source}", total=config.episodes)
 
         def on_end(episode: Episode) -> None:
-            ended(episode)
+            if recording is not None:
+                recording.ended(episode)
             bar.advance(task)
 
+        actor = recording or siblings
         return run_episodes(
             make, actor, seeds, slots=slots, processes=config.processes, on_end=on_end
         )
-
-
-def _nothing(episode: Episode) -> None:
-    """What is done with an episode that is not recorded."""
-
-
-def _text(result: Result) -> str:
-    lines = []
-    for source, summary in result.policies.items():
-        lines += [
-            f"{source} in {result.env}, {summary.episodes} episodes",
-            f"  success         {summary.success}",
-            f"  maximum reward  {summary.max_reward}",
-            f"  steps           {summary.mean_steps:.1f}",
-        ]
-    if result.comparison is not None:
-        change = result.comparison
-        lines += [
-            "second minus first, same seeds",
-            f"  success         {change.success}",
-            f"  maximum reward  {change.max_reward}",
-            f"  solved by the first only   {change.only_first}",
-            f"  solved by the second only  {change.only_second}",
-        ]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -154,11 +159,9 @@ def main() -> None:
 
 def _main() -> None:
     config = parse(EvalConfig, "vqbet-eval")
-    result: Result | Replay
-    if config.replay is None:
-        result = evaluate(config)
-        text = _text(result)
-    else:
-        result = replay(config.replay, config.policy, config.backend)
-        text = str(result)
-    sys.stdout.write((json.dumps(asdict(result), indent=2) if config.json else text) + "\n")
+    found: Result | Replay
+    if config.env is not None:
+        found = evaluate(config, config.env)
+    elif config.replay is not None:
+        found = replay(config.replay, config.policy, config.backend)
+    sys.stdout.write((json.dumps(asdict(found), indent=2) if config.json else str(found)) + "\n")

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training.evaluation.actors import Actor, BundleActor, Floats, Observations
+from vqbet_edge.training.evaluation.actors import Floats, Observations, Siblings
 from vqbet_edge.training.evaluation.rollout import Episode
 from vqbet_edge.training.files import replace_bytes, writing
 from vqbet_edge.view.episodes import INDEX_NAME, EpisodeIndex, EpisodeOutcome
@@ -16,23 +16,18 @@ class RecordingActor:
     One that has not ended is called `running_SEED`. `episodes.json` lists those that have.
 
     Args:
-        actor: who acts; only bundles record decisions.
+        actor: who acts.
         folder: where to; empty, or made.
         env: the environment's name.
         policy: the policy's name.
         seeds: of the episodes; others, of idle slots, are not recorded.
 
     Raises:
-        UsageError: the policy is no bundle, or the folder is not empty.
+        UsageError: the folder is not empty.
         DiskError: the folder cannot be made.
     """
 
-    def __init__(self, actor: Actor, folder: Path, env: str, policy: str, seeds: range) -> None:
-        if not isinstance(actor, BundleActor):
-            raise UsageError(
-                f"--record takes a bundle, and '{policy}' is a checkpoint; type: vqbet-export "
-                f"{policy}"
-            )
+    def __init__(self, actor: Siblings, folder: Path, env: str, policy: str, seeds: range) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
@@ -63,14 +58,13 @@ class RecordingActor:
         Raises:
             DiskError: it could not be written whole.
         """
-        seed, went = episode.seed, "solved" if episode.success else "failed"
-        self._open.pop(seed).close()
-        name = f"{went}_{seed}"
-        running = self._folder / f"running_{seed}"
+        name = f"{'solved' if episode.success else 'failed'}_{episode.seed}"
+        running = self._folder / f"running_{episode.seed}"
+        self._open.pop(episode.seed).close()
         with writing(running):
             running.rename(self._folder / name)
         self._outcomes.append(
-            EpisodeOutcome(name, seed, episode.success, episode.max_reward, episode.steps)
+            EpisodeOutcome(name, episode.seed, episode.success, episode.max_reward, episode.steps)
         )
         index = EpisodeIndex.of(self._env, self._policy, self._outcomes)
         replace_bytes(self._folder / INDEX_NAME, index.encode())

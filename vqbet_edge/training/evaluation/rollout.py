@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,23 +38,17 @@ class Episode:
         return len(self.states)
 
 
-class _Recorder:
-    """Collects an episode while it goes on."""
+class _Running(NamedTuple):
+    """An episode while it goes on."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed, self._success, self._max_reward = seed, False, -np.inf
-        self._states: list[npt.NDArray[np.float32]] = []
+    seed: int
+    states: list[npt.NDArray[np.float32]]
+    rewards: list[float]
+    successes: list[bool]
 
-    def see(self, state: npt.NDArray[np.float32]) -> None:
-        self._states.append(state.copy())
-
-    def score(self, reward: float, success: bool) -> None:
-        self._max_reward = max(self._max_reward, reward)
-        self._success |= success
-
-    def episode(self) -> Episode:
-        states = np.stack(self._states)
-        return Episode(self.seed, self._success, float(self._max_reward), states)
+    def ended(self) -> Episode:
+        states, best = np.stack(self.states), max(self.rewards)
+        return Episode(self.seed, any(self.successes), best, states)
 
 
 def run_episodes(
@@ -84,7 +78,7 @@ def run_episodes(
     """
     vector = AsyncVectorEnv if processes else SyncVectorEnv
     envs = vector([make] * slots, autoreset_mode=AutoresetMode.DISABLED)
-    waiting = map(_Recorder, seeds)
+    waiting = (_Running(seed, [], [], []) for seed in seeds)
     ended: dict[int, Episode] = {}
     # A simulator that draws in this process would swallow an interrupt.
     nothing: list[KeyboardInterrupt] = []
@@ -110,13 +104,13 @@ def run_episodes(
 def _episodes(
     envs: VectorEnv[Any, Any, Any],
     actor: Actor,
-    waiting: Iterator[_Recorder],
+    waiting: Iterator[_Running],
     slots: int,
     received: list[KeyboardInterrupt],
 ) -> Iterator[Episode]:
     """Step all environments together until nothing waits and none is in an episode."""
     # A slot without work steps along, and nobody looks at what it records.
-    idle = _Recorder(0)
+    idle = _Running(0, [], [], [])
     running = [idle] * slots
     free = np.ones(slots, bool)
     while True:
@@ -124,19 +118,20 @@ def _episodes(
             for slot in np.flatnonzero(free).tolist():
                 running[slot] = next(waiting, idle)
                 actor.reset(slot, running[slot].seed)
-            if all(recorder is idle for recorder in running):
+            if all(one is idle for one in running):
                 return
-            seeds: Any = [recorder.seed for recorder in running]
+            seeds: Any = [one.seed for one in running]
             observations, _ = envs.reset(seed=seeds, options={"reset_mask": free.copy()})
-        for slot, recorder in enumerate(running):
-            recorder.see(observations[STATE_KEY][slot])
+        for one, state in zip(running, observations[STATE_KEY], strict=True):
+            one.states.append(state.copy())
         actions = actor.act(observations)
         observations, rewards, terminated, truncated, info = envs.step(actions)
         if received:
             raise received[0]
         successes = info.get("is_success", np.zeros(slots, bool))
         free = terminated | truncated
-        for slot, recorder in enumerate(running):
-            recorder.score(float(rewards[slot]), bool(successes[slot]))
-            if free[slot] and recorder is not idle:
-                yield recorder.episode()
+        for slot, one in enumerate(running):
+            one.rewards.append(float(rewards[slot]))
+            one.successes.append(bool(successes[slot]))
+            if free[slot] and one is not idle:
+                yield one.ended()
