@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vqbet_edge.runtime.normalization import Affine
+from vqbet_edge.training.backend import TorchBackend
+from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
+from vqbet_edge.training.description import without_graphs
+from vqbet_edge.training.evaluation.actors import Siblings
+from vqbet_edge.training.layouts import Layout
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import PolicyObjective, VqVaeObjective
@@ -166,3 +171,32 @@ def test_phase2_losses_and_gradients(
     got.loss.backward()
     assert_same(gradients(network), gradients(reference))
     assert_same(network.head.vqvae_model.state_dict(), frozen)
+
+
+def test_a_checkpoint_acts_as_lerobots_select_action(
+    lerobot: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = build_reference(lerobot).eval()
+    reference.vqbet.action_head.vqvae_model.discretized.fill_(True)
+    network = build_ours(reference).eval().requires_grad_(False)
+    checkpoint = Checkpoint(network, {}, {}, Layout.V0_4, "test", "")
+    actor = Siblings(without_graphs(checkpoint), TorchBackend(checkpoint), 2, temperature=0)
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(torch, "multinomial", lambda p, **_: p.argmax(-1, keepdim=True))
+    reference.reset()
+    for slot in range(2):
+        actor.reset(slot, slot)
+    for step in range(12):
+        images = rng.integers(0, 256, (2, 48, 44, 3), np.uint8)
+        states = rng.normal(size=(2, 3)).astype(np.float32)
+        if step == 7:  # a new episode begins in the other slot
+            actor.reset(0, 5)
+        got = actor.act({"observation.image": images, "observation.state": states})
+        pixels = torch.from_numpy(images[1:]).permute(0, 3, 1, 2) / 255
+        batch = {
+            "observation.image": pixels,
+            "observation.state": torch.from_numpy(states[1:]).double(),
+        }
+        np.testing.assert_allclose(
+            got[1], reference.select_action(batch)[0], rtol=EXACT, atol=EXACT
+        )

@@ -24,7 +24,8 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import encode_manifest
 from vqbet_edge.runtime.manifest_reading import decode_manifest
 from vqbet_edge.training import TrainConfig, load_checkpoint, train
-from vqbet_edge.training.codes.policies import load_policy
+from vqbet_edge.training.backend import load_backend
+from vqbet_edge.training.codes.policies import CodedPolicy
 from vqbet_edge.training.codes.report import examine_codes
 from vqbet_edge.training.config import NormalizationMode, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
@@ -130,7 +131,8 @@ def test_what_is_trained_is_loaded_and_examined(trained: Path, pusht: Path, tmp_
     assert limits is not None
     np.testing.assert_array_equal(limits, lowest_and_highest)
     # `vqbet-codes` sees the demonstrated chunks as training did.
-    found = examine_codes(load_policy(str(trained)), open_source(pusht), 50).demonstrations
+    policy_of_it = CodedPolicy("", *load_backend(str(trained)))
+    found = examine_codes(policy_of_it, open_source(pusht), 50).demonstrations
     assert found is not None
     chunks = scalings.backward[ACTION].apply(
         WindowedDataset(dataset, policy, scalings, torch.device("cpu"))
