@@ -25,6 +25,9 @@ from vqbet_edge.runtime.manifest import STAGES, Target
 from vqbet_edge.runtime.proof import prove
 from vqbet_edge.training.dataset import LeRobotDataset
 
+# Every search for what INT8 costs takes minutes; a small one is in the mutations' bundle.
+pytestmark = pytest.mark.extended
+
 STEPS = 128
 
 
