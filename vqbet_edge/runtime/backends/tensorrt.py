@@ -3,7 +3,7 @@
 import functools
 import subprocess
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.backends.child import module_command
@@ -100,23 +100,31 @@ class TensorRTBackend(CudaBackend):
         return execution
 
     def _bind(self, stage: StageName, execution: Execution) -> Launch:
-        # A context does not hold its engine and must not outlive it; lists are freed from the end.
-        bound = [self._engines[stage]]
-        bound.append(bound[0].create_execution_context())
-        if bound[1] is None:
+        engine = self._engines[stage]
+        bound = _Bound(engine, engine.create_execution_context())
+        # The caller's is enough, and of an error's traceback nothing is freed in an order.
+        del engine
+        if bound.context is None:
             raise self._failure(f"has no memory for {stage}")
         for tensor in self.signatures[stage].tensors:
             address = execution.buffers[tensor.name].address
-            if not bound[1].set_tensor_address(tensor.name, address):
+            if not bound.context.set_tensor_address(tensor.name, address):
                 raise self._failure(f"refuses the memory of {tensor.name} in {stage}")
         # No reference to the backend: the stream keeps what it clears, and is the backend's.
         stream, failure = execution.stream.handle, self._failure
 
         def enqueue() -> None:
-            if not bound[1].execute_async_v3(stream):
+            if not bound.context.execute_async_v3(stream):
                 raise failure(f"failed in {stage}")
 
         return enqueue
+
+
+class _Bound(NamedTuple):
+    """A context does not hold its engine and must not outlive it; tuples are freed from the end."""
+
+    engine: Any
+    context: Any
 
 
 def _failure(log: ProcessLog, version: str, what: str) -> BackendError:
