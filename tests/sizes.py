@@ -31,6 +31,6 @@ _RUN: dict[str, Any] = {
 }
 
 
-def short_run(dataset: Path, output: Path, **changes: Any) -> TrainConfig:
+def short_run(dataset: Path, output: Path, /, **changes: Any) -> TrainConfig:
     """Some steps of both phases."""
     return TrainConfig(**{"dataset": str(dataset), "output": output, **_RUN, **changes})

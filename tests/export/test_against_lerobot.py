@@ -12,8 +12,17 @@ from vqbet_edge import EdgePolicy
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES, Precision
 
+# The rest in `make test-all`.
+FIRST = "default", "sequential"
 CASES = [
-    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
+    pytest.param(
+        case,
+        id=case.name,
+        marks=[
+            pytest.mark.xdist_group(case.name),
+            *[pytest.mark.extended] * (case.name not in FIRST),
+        ],
+    )
     for case in oracle.CASES
 ]
 

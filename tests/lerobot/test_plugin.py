@@ -100,7 +100,7 @@ def test_a_row_that_fails_stops_all_rows_until_reset(robot: Robot) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({IMAGE: torch.full((1, 3, 96, 96), 2.0)}, ObservationError, "expected values"),
+        ({IMAGE: torch.full((1, 3, 96, 96), 2.0)}, ObservationError, "expected float32 values"),
         ({IMAGE: torch.zeros(1, 3, 480, 640)}, ObservationError, "height and width to 96 and 96"),
         ({IMAGE: torch.zeros(3, 96, 96)}, ObservationError, "expected a batch of"),
         ({STATE: torch.zeros(1, 6)}, ObservationError, r"a batch of \(2,\), got \(1, 6\)"),

@@ -95,14 +95,14 @@ EDITED: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda m: m["files"]["gpt.onnx"].update(size=1 << 40),
         "not a manifest of its format",
     ),
-    "window longer than the graph's": (policy(n_obs_steps=6), ""),
-    "window shorter than the graph's": (policy(n_obs_steps=1), ""),
-    "other code book": (policy(vqvae_n_embed=4), ""),
-    "other width": (policy(gpt_hidden_dim=128), ""),
-    "other number of blocks": (policy(gpt_n_layer=3), ""),
-    "other number of heads": (policy(gpt_n_head=4), ""),
-    "other chunk": (policy(action_chunk_size=4), ""),
-    "other crop": (lambda m: m["crop"].update(height=10), ""),
+    "window longer than the graph's": (policy(n_obs_steps=6), "config.json is not what"),
+    "window shorter than the graph's": (policy(n_obs_steps=1), "config.json is not what"),
+    "other code book": (policy(vqvae_n_embed=4), "failed in code_heads"),
+    "other width": (policy(gpt_hidden_dim=128), "lacks the array 'token_constants'"),
+    "other number of blocks": (policy(gpt_n_layer=3), "failed in gpt"),
+    "other number of heads": (policy(gpt_n_head=4), "failed in gpt"),
+    "other chunk": (policy(action_chunk_size=4), "failed in code_heads"),
+    "other crop": (lambda m: m["crop"].update(height=10), "failed in vision_encoder"),
 }
 
 

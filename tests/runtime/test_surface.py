@@ -93,7 +93,10 @@ def test_the_wheel_has_what_it_should_and_nothing_else(tmp_path: Path) -> None:
         for path in package.rglob("*.py")
     }
     expected |= {"vqbet_edge/py.typed", "vqbet_edge/view/page.html", "vqbet_engines/boards.toml"}
-    expected.add("vqbet_edge/runtime/backends/kernels.onnx")
+    expected |= {
+        "vqbet_edge/runtime/backends/kernels.onnx",
+        "vqbet_edge/training/codes/page.html",
+    }
     names = set(zipfile.ZipFile(wheel).namelist())
     described = {name for name in names if ".dist-info/" in name}
     assert names - described == expected

@@ -145,7 +145,7 @@ def test_tls_and_a_key(mini: Path, tmp_path: Path) -> None:
         with pytest.raises(BackendError, match="cannot be used"):
             RemotePolicy(url.replace("wss", "ws"), guards=guards, api_key=KEY, connect_s=1)
         with pytest.raises(BackendError, match="401"):
-            RemotePolicy(url, guards=guards, api_key=KEY[::-1], tls=trusted)
+            RemotePolicy(url, guards=guards, api_key=KEY[::-1], tls=trusted, connect_s=SECONDS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
