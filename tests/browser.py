@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -81,15 +82,17 @@ def chromium() -> Iterator[Tab]:
         options += ["--hide-scrollbars", f"--user-data-dir={profile}"]
         if os.geteuid() == 0:  # its sandbox does not work for root
             options.append("--no-sandbox")
+        # Its wrapper would end alone.
         process = subprocess.Popen(
-            [binary, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            [binary, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             url = _page_url(Path(profile) / "DevToolsActivePort", process)
             with websockets.connect(url, max_size=None, proxy=None) as connection:
                 yield Tab(connection)
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(TIMEOUT)
 
 
