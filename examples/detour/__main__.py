@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 
 from examples.detour.baseline import RegressionBackend
@@ -136,13 +137,13 @@ def _baseline(output: Path) -> Siblings:
     return Siblings(without_graphs(checkpoint), backend, SLOTS)
 
 
-def _main() -> None:
-    output, *policy = sys.argv[1:]
-    if policy:
-        drive(Path(output), *policy)
+def main(output: Path = Path("outputs/detour"), policy: str | None = None, /) -> None:
+    """Train in the folder `output`, or drive with a policy that came of it."""
+    if policy is None:
+        sys.stdout.write(f"{prepare(output)}\n")
     else:
-        sys.stdout.write(f"{prepare(Path(output))}\n")
+        drive(output, policy)
 
 
 if __name__ == "__main__":
-    run(_main)
+    run(lambda: tyro.cli(main))

@@ -322,6 +322,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         before(lambda p: step(p, "normalizer_processor")["config"]["norm_map"].update(STATE="LOG")),
         r"normalisation mode 'LOG' is unknown",
     ),
+    "mode null": (
+        before(lambda p: step(p, "normalizer_processor")["config"]["norm_map"].update(STATE=None)),
+        r"normalisation mode None is unknown",
+    ),
 }
 
 

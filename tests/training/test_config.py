@@ -103,3 +103,18 @@ def test_what_a_field_does_not_take_is_refused_by_its_name(
 def test_what_is_out_of_range_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TrainConfig(**{**NEEDED, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_features": {"observation.image": POLICY["input_features"]["observation.image"]}},
+        {"input_features": {**POLICY["input_features"], "goal": {"type": "STATE", "shape": [2]}}},
+        {"output_features": {"next": {"type": "ACTION", "shape": [2]}}},
+    ],
+)
+def test_a_policy_has_one_state_and_one_action(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"expected the one state .* and the one output feature"
+    ):
+        VQBeTConfig(**(POLICY | changes))

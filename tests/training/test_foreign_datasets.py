@@ -400,3 +400,23 @@ def test_vectors_have_the_quantiles_of_the_data(pusht: Path, lerobot: Lerobot) -
         # LeRobot takes them from a histogram: they may be a value or two of the data apart.
         apart = np.abs((values < got[name]).mean(0) - (values < reference[name]).mean(0))
         assert (apart <= 2 / len(values)).all(), name
+
+
+def test_a_path_that_the_file_systems_encoding_lacks_is_refused(
+    healthy: Path, tmp_path: Path
+) -> None:
+    healthy.rename(tmp_path / "données")
+    code = f"""
+import os
+from vqbet_edge.errors import UsageError
+from vqbet_edge.training.dataset import LeRobotDataset
+try:
+    LeRobotDataset.open(os.fsdecode({os.fsencode(tmp_path / "données")!r}))
+except UsageError as error:
+    print(error)
+"""
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert "takes file names to be ascii here; type first: export PYTHONUTF8=1" in in_home(
+        code, tmp_path, variables
+    )
+    assert in_home(code, tmp_path, {"LC_ALL": "C.UTF-8"}) == ""

@@ -72,7 +72,7 @@ def _check_consistency(manifest: Manifest) -> None:
     needed = {"runtime.safetensors", *(stage.file for stage in graphs)} - manifest.files.keys()
     _refuse_if(needed, f"names no digest for {sorted(needed)}; export again")
     unverified = manifest.verification is None
-    _refuse_if(unverified, "was never verified against its checkpoint; export again")
+    _refuse_if(unverified, "the bundle was never verified against its checkpoint; export again")
     inputs = manifest.input_features
     further = [key for key, f in inputs.items() if f.type in {"ENV", "ACTION"}]
     _refuse_if(
@@ -117,7 +117,10 @@ def _check_consistency(manifest: Manifest) -> None:
         f"a crop of {height}x{width} from 0, 0, got {crop}",
     )
     hidden, heads = policy.gpt_hidden_dim, policy.gpt_n_head
-    _refuse_if(hidden % heads, f"gpt_hidden_dim {hidden} is no multiple of gpt_n_head {heads}")
+    _refuse_if(
+        hidden % heads,
+        f"gpt_hidden_dim {hidden} is no multiple of gpt_n_head {heads}; export again",
+    )
 
 
 def _refuse_if(wrong: object, what: str) -> None:

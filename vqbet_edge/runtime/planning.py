@@ -1,7 +1,6 @@
 """From the window to an action chunk: predict, decide, fuse, un-normalise, clamp."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vqbet_edge.errors import NonFiniteError
 from vqbet_edge.runtime.backends.base import Floats
@@ -31,16 +30,14 @@ class Planner:
         self._window, self._table = window, table
         self._scaling, self._actions = scaling, actions
 
-    def plan(
-        self, forced: Codes | None = None, draws: NDArray[np.float64] | None = None
-    ) -> Decision:
-        """Predict from the window as it is; for the arguments see `CodeSampler.choose`.
+    def plan(self, forced: Codes | None = None) -> Decision:
+        """Predict from the window as it is, with the `forced` code pair (2,) if there is one.
 
         Raises:
             NonFiniteError: the network produced NaN or infinity.
         """
         outputs = self._window.predict()
-        choice = self.sampler.choose(outputs, forced, draws)
+        choice = self.sampler.choose(outputs, forced)
         primary, secondary = choice.codes
         offsets = outputs.offsets[0, primary] + outputs.offsets[1, secondary]
         graphs = self._window.graphs

@@ -86,22 +86,15 @@ class CodeSampler:
         """Start the random sequence over."""
         self._random = np.random.Generator(np.random.PCG64(seed))
 
-    def choose(
-        self,
-        outputs: HeadOutputs,
-        forced: Codes | None = None,
-        draws: NDArray[np.float64] | None = None,
-    ) -> Choice:
+    def choose(self, outputs: HeadOutputs, forced: Codes | None = None) -> Choice:
         """Draw a code pair, or take the `forced` one (2,).
-
-        `draws` (2,) are random numbers of an earlier choice, instead of the sequence's next.
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
         """
         # Two numbers per decision, used or not: what was forced or greedy once does not shift
         # the rest of the sequence.
-        uniforms = self._random.random(2) if draws is None else draws
+        uniforms = self._random.random(2)
         # Both layers before the first code: neither is chosen from a bad prediction.
         logits = _finite(outputs.logits).astype(np.float64)
         first = softmax(logits[0], self._temperature)

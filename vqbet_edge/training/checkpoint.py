@@ -21,7 +21,7 @@ from vqbet_edge.runtime.hub import download, is_hub_id
 from vqbet_edge.runtime.manifest import ActionKind, Text
 from vqbet_edge.runtime.normalization import ActionScaling, Affine
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
-from vqbet_edge.training.files import remedy, through_last
+from vqbet_edge.training.files import check_encodable, remedy, through_last
 from vqbet_edge.training.layouts import (
     CONFIG_NAME,
     TRAIN_CONFIG_NAME,
@@ -196,6 +196,7 @@ def locate_checkpoint(source: str) -> Path:
         CheckpointError, UsageError, HubError: as `load_checkpoint` does.
     """
     path = through_last(Path(source))
+    check_encodable(path)
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "

@@ -270,8 +270,14 @@ class VQBeTConfig(Hyperparameters):
 
 
 def _check_features(config: VQBeTConfig) -> None:
-    vectors = {STATE_KEY: config.input_features[STATE_KEY], **config.output_features}
-    for key, feature in vectors.items():
+    states = [key for key, f in config.input_features.items() if f.type is FeatureType.STATE]
+    vectors = {**config.input_features, **config.output_features}
+    if states != [STATE_KEY] or config.output_features.keys() != {ACTION_KEY}:
+        raise CheckpointError(
+            f"expected the one state '{STATE_KEY}' and the one output feature '{ACTION_KEY}', got "
+            f"{states} and {sorted(config.output_features)}"
+        )
+    for key, feature in ((key, vectors[key]) for key in (STATE_KEY, ACTION_KEY)):
         if len(feature.shape) != 1 or feature.shape[0] < 1:
             raise CheckpointError(f"expected '{key}' of shape (dim,), got {feature.shape}")
     _check_relative(config)

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vqbet_edge.errors import DiskError
+from vqbet_edge.errors import DiskError, UsageError
 
 _SUFFIX = ".tmp"
 
@@ -97,6 +98,22 @@ def through_last(path: Path) -> Path:
             if place.name == "last" and (found := numbered(place.parent)):
                 return found[-1] / path.relative_to(place)
     return path
+
+
+def check_encodable(path: Path) -> None:
+    """Refuse a path that the libraries below, which take UTF-8, cannot be told.
+
+    Raises:
+        UsageError: says what to set.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(
+            f"{str(path)!a} is no path that this program can hand on, because Python takes "
+            f"file names to be {sys.getfilesystemencoding()} here; type first: export "
+            "PYTHONUTF8=1"
+        ) from e
 
 
 def remedy(path: Path) -> str:

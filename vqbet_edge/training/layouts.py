@@ -102,12 +102,12 @@ def read_description(directory: Path, config: Json, arrays: Arrays) -> Descripti
     if (directory / PREPROCESSOR).exists():
         return _layout_0_4(directory, config)
     features, mapping = _typed_features(config), config["normalization_mapping"]
-    modes = {key: mapping.get(feature.type.value) for key, feature in features.items()}
+    modes = {key: mapping.get(feature.type.value, "IDENTITY") for key, feature in features.items()}
     return _from_weights(Layout.V0_2, features, modes, arrays)
 
 
 def _from_weights(
-    layout: Layout, features: dict[str, Feature], modes: Mapping[str, str | None], arrays: Arrays
+    layout: Layout, features: dict[str, Feature], modes: Mapping[str, str], arrays: Arrays
 ) -> Description:
     found = {}
     for key in filter(modes.__contains__, features):
@@ -195,9 +195,7 @@ def _typed_features(config: Json) -> dict[str, Feature]:
     }
 
 
-def _mode(name: str | None) -> NormalizationMode:
-    if name is None:
-        return NormalizationMode.IDENTITY
+def _mode(name: str) -> NormalizationMode:
     if name not in NormalizationMode.__members__:
         raise CheckpointError(
             f"normalisation mode {name!r} is unknown; VQ-BeT uses "
@@ -230,7 +228,7 @@ def _from_step(directory: Path, step: Json | None, keys: Iterable[str]) -> dict[
     epsilon = Epsilon(float(config.get("eps", EPSILON.value)), always=False)
     return {
         key: Normalization(
-            _mode(config["norm_map"].get(config["features"][key]["type"])),
+            _mode(config["norm_map"].get(config["features"][key]["type"], "IDENTITY")),
             stats.get(key, {}),
             epsilon,
         )

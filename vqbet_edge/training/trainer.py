@@ -16,6 +16,7 @@ from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.files import check_encodable
 from vqbet_edge.training.layouts import lerobots_objections
 from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
 from vqbet_edge.training.network import VQBeT
@@ -51,6 +52,7 @@ def train(config: TrainConfig) -> Path:
         KeyboardInterrupt: after SIGINT (TerminatedError: SIGTERM), with a checkpoint to resume
             from.
     """
+    check_encodable(config.output)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
         raise UsageError(

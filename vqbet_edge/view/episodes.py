@@ -95,8 +95,8 @@ def _of_evaluation(folder: Path) -> list[ShownEpisode]:
         Recording(folder)  # says what was expected
     outcomes = _outcomes(folder / INDEX_NAME)
     # What was still running when the evaluation was ended comes last.
-    order = [*outcomes, *(path.name for path in inside if path.name not in outcomes)]
-    inside.sort(key=lambda path: order.index(path.name))
+    places = {name: place for place, name in enumerate(outcomes)}
+    inside.sort(key=lambda path: places.get(path.name, len(places)))
     recordings = [(Recording(path), outcomes.get(path.name)) for path in inside]
     return [ShownEpisode(r, e, outcome) for r, outcome in recordings for e in r.episodes]
 

@@ -21,6 +21,7 @@ from vqbet_edge.training.dataset.metadata import (
     stored_statistics,
 )
 from vqbet_edge.training.dataset.table import Array, Table
+from vqbet_edge.training.files import check_encodable
 
 # What a policy reads besides the cameras; checked when a data set is opened.
 _POLICY_VECTORS = ("observation.state", "action")
@@ -263,6 +264,7 @@ def _locate(source: str) -> Path:
     """The data set's folder: as named, else in LeRobot's own folder, else from the Hub."""
     here = at_hand(source)
     if here is not None:
+        check_encodable(here)
         return here
     if not is_hub_id(source):
         raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")

@@ -246,8 +246,9 @@ def _rows_v3(root: Path) -> Iterator[Json]:
         raise DatasetError(f"no file meta/episodes/*/*.parquet in {root}; copy the data set again")
     for path in paths:
         table = pq.ParquetFile(path)
-        known = "episode_index", "length", "videos/"
-        wanted = [name for name in table.schema_arrow.names if name.startswith(known)]
+        own = {"episode_index", "length"}
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name in own or name.startswith("videos/")]
         yield from table.read(columns=wanted).to_pylist()
 
 
