@@ -93,7 +93,8 @@ def test_a_replica_is_lost_and_a_bundle_rolled_out(
     refused = told["refused"]
     for name in ("no key", "wrong key", "web page"):
         assert refused[name] == "403"
-    assert refused["large"].startswith("1009 ")
+    # The server hangs up in the middle of the frame: the reason or the reset comes first.
+    assert refused["large"].startswith(("1009 ", "1006 "))
     assert refused["text"] == "1011 UsageError: expected binary frames, got text"
     assert refused["garbage"].startswith("1011 UsageError: expected a MessagePack map")
     assert refused["BackendError"] == "BackendError('ours')"
