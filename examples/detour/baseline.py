@@ -44,8 +44,7 @@ class RegressionBackend(TorchBackend):
         optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
         network.train()
         first = policy.n_obs_steps - 1
-        for step in range(steps):
-            batch = data.batch(shuffle.batch(step))
+        for batch in data.batches(shuffle.batch(step) for step in range(steps)):
             features = network(self.pixels(batch.images), batch.states)[:, first]
             chunks = batch.chunks[:, first].flatten(1)
             loss = F.mse_loss(self._head(features), chunks)

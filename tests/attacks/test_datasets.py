@@ -12,7 +12,7 @@ import pytest
 
 from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.frames import IMAGE_ERRORS, cached_frames, decode_image
+from vqbet_edge.training.dataset.frames import IMAGE_ERRORS, decode_image, kept_frames
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 IMAGE = "observation.image"
@@ -125,4 +125,4 @@ def test_a_cache_of_frames_with_another_header(tmp_path: Path, header: str) -> N
     path = tmp_path / "cache.npy"
     path.write_bytes(b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(100))
     with pytest.raises(DiskError, match="is not the cache that was written"):
-        cached_frames([], (1, 2, 2, 3), path)
+        kept_frames(lambda _: [], (1, 2, 2, 3), path)

@@ -23,7 +23,7 @@ from vqbet_edge.runtime.manifest import MANIFEST_NAME
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.frames import cached_frames
+from vqbet_edge.training.dataset.frames import kept_frames
 
 PUSHT = Path(__file__).parents[1] / "data" / "pusht"
 
@@ -123,7 +123,7 @@ def test_in_the_cache_of_frames(tmp_path: Path, poison: bytes) -> None:
     path = tmp_path / "frames.npy"
     path.write_bytes(poison)
     with pytest.raises(VQBeTEdgeError, match="is not the cache that was written"):
-        cached_frames([], (1, 2, 2, 3), path)
+        kept_frames(lambda _: [], (1, 2, 2, 3), path)
 
 
 def test_in_a_training_state(tmp_path: Path, poison: bytes) -> None:

@@ -263,7 +263,7 @@ def test_windows_are_padded_as_lerobot_pads(
     policy = config.policy(dataset)
     data = WindowedDataset(dataset, policy, Scalings.of(dataset, policy), torch.device("cpu"))
     frames = np.array([0, 1, 160, 161, 250, 278, 279, 578])
-    batch = data.batch(frames)
+    (batch,) = data.batches([frames])
     deltas = {
         "observation.state": [t / 10 for t in range(-1, 1)],
         "action": [t / 10 for t in range(-1, 7)],

@@ -46,7 +46,7 @@ from vqbet_edge.training.normalization import Floats, Scalings
 # other means: what matters of the data set is its statistics, and `steps` may grow.
 _FREE_FIELDS = {
     "dataset", "output", "steps", "resume", "log_every", "validate_every", "save_every",
-    "frame_cache",
+    "frame_cache", "stream_frames", "num_workers",
 }  # fmt: skip
 # What reading half a checkpoint ends in.
 _BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError

@@ -433,6 +433,10 @@ class TrainConfig(Hyperparameters):
     save_every: Count = 5000
     # Keep decoded frames in this folder between runs, instead of in memory.
     frame_cache: Path | None = None
+    # Decode frames on the way, in every epoch anew; None does what memory does not hold.
+    stream_frames: bool | None = None
+    # Processes that decode frames; None takes one per processor, eight at most.
+    num_workers: Annotated[int, Meta(ge=0)] | None = None
 
     def __post_init__(self) -> None:
         convert_fields(self)

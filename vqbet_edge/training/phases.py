@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqbet_edge.training.checkpoints import Resumed
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.feeding import Indices
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import (
@@ -22,7 +23,7 @@ from vqbet_edge.training.objectives import (
     VqVaeLosses,
     VqVaeObjective,
 )
-from vqbet_edge.training.windows import Indices, WindowedDataset
+from vqbet_edge.training.windows import WindowedDataset
 
 Losses: TypeAlias = VqVaeLosses | PolicyLosses
 
@@ -53,9 +54,15 @@ class Phase(ABC):
             group["initial_lr"] = group["lr"]
         self._objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
+    def batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]:
+        """What the objective takes of this process's part of batch after batch.
+
+        Of the windows' current frames, int64 (B,) each.
+        """
+        return self._batches(map(self._own, windows))
+
     @abstractmethod
-    def batch(self, frames: Indices) -> tuple[Tensor, ...]:
-        """What the objective takes for the windows that end at `frames` (B,)."""
+    def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]: ...
 
     @abstractmethod
     def rate(self, step: int) -> float:
@@ -73,7 +80,7 @@ class Phase(ABC):
             self._averaged.module.load_state_dict(resumed.averaged)
             self._averaged.n_averaged.fill_(1)
 
-    def update(self, step: int, frames: Indices) -> Losses:
+    def update(self, step: int, batch: tuple[Tensor, ...]) -> Losses:
         """One optimisation step; all that is random in it follows from seed, step and process."""
         accelerator = self._accelerator
         torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
@@ -81,7 +88,7 @@ class Phase(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self._objective.train()
-        losses = self._losses(self._objective, self._own(frames))
+        losses = self._losses(self._objective, batch)
         accelerator.backward(losses.loss)
         clip = self._config.optimizer_grad_clip_norm
         accelerator.clip_grad_norm_(self._objective.parameters(), clip)
@@ -106,10 +113,11 @@ class Phase(ABC):
         """Over the frames of all processes; the last batch may leave one without any."""
         objective = self._accelerator.unwrap_model(self._objective)
         sums = torch.zeros(1 + len(objective.names), device=self._accelerator.device)
-        for own in filter(len, map(self._own, batches)):
-            losses = self._losses(objective, own)
+        own = [part for part in map(self._own, batches) if len(part)]
+        for part, batch in zip(own, self._batches(own), strict=True):
+            losses = self._losses(objective, batch)
             values = [torch.ones_like(losses.loss), *losses._asdict().values()]
-            sums += len(own) * torch.stack(values)
+            sums += len(part) * torch.stack(values)
         count, *totals = _sum(self._accelerator, sums).tolist()
         return {n: t / count for n, t in zip(objective.names, totals, strict=True)}
 
@@ -119,9 +127,9 @@ class Phase(ABC):
         own: Indices = np.array_split(frames, accelerator.num_processes)[accelerator.process_index]
         return own
 
-    def _losses(self, objective: nn.Module, frames: Indices) -> Losses:
+    def _losses(self, objective: nn.Module, batch: tuple[Tensor, ...]) -> Losses:
         with self._accelerator.autocast():
-            losses: Losses = objective(*self.batch(frames))
+            losses: Losses = objective(*batch)
         return losses
 
 
@@ -143,9 +151,10 @@ class VqVaePhase(Phase):
         objective = VqVaeObjective(vqvae, lambda tensor: _sum(accelerator, tensor))
         super().__init__(config, accelerator, network, objective, [group])
 
-    def batch(self, frames: Indices) -> tuple[Tensor, ...]:
+    def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]:
         """Every query's action chunk."""
-        return (self._data.chunks(frames).flatten(0, 1),)
+        for frames in windows:
+            yield (self._data.chunks(frames).flatten(0, 1),)
 
     def rate(self, step: int) -> float:  # noqa: ARG002
         """Constant, as in LeRobot's `VQBeTSchedulerConfig`."""
@@ -179,9 +188,9 @@ class PolicyPhase(Phase):
         groups = parameter_groups(network, config.optimizer_weight_decay)
         super().__init__(config, accelerator, network, objective, groups)
 
-    def batch(self, frames: Indices) -> tuple[Tensor, ...]:
+    def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]:
         """Images, states and chunks."""
-        return self._data.batch(frames)
+        return self._data.batches(windows)
 
     def rate(self, step: int) -> float:
         """Warm-up, then a cosine that reaches its end with the run.

@@ -1,5 +1,6 @@
 """One run from the data set to the last checkpoint: a loop over two phases."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.feeding import Feeding, workers_named
 from vqbet_edge.training.files import check_encodable
 from vqbet_edge.training.layouts import lerobots_objections
 from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
@@ -91,7 +93,11 @@ class _Trainer:
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
             _load(self._network, self._resumed, config)
-        self._data = WindowedDataset(dataset, policy, self._scalings, accelerator.device)
+        here = int(os.getenv("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
+        feeding = Feeding.choose(config, dataset, policy.image_keys, here)
+        self._data = WindowedDataset(
+            dataset, policy, self._scalings, accelerator.device, feeding, self._check
+        )
         split = dataset.split(config.validation_fraction, config.seed)
         frames = current_frames(dataset, split.train)
         self._kept = split.validation
@@ -108,6 +114,7 @@ class _Trainer:
         self._received: list[KeyboardInterrupt] = []
         if config.resume:
             self._reporter.note(_going_on(config, self._resumed))
+        self._reporter.note(feeding.text(dataset, policy.image_keys))
         left_out = dataset.chosen_cameras.left_out
         for key, what in left_out.items():
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
@@ -125,7 +132,7 @@ class _Trainer:
         config = self._config
         first_steps = config.n_vqvae_training_steps
         parts = config, self._accelerator, self._network, self._data
-        with self._reporter.bar, keeping_signals() as self._received:
+        with self._reporter.bar, workers_named(), keeping_signals() as self._received:
             if self._progress.step < first_steps:
                 if self._resumed is None:
                     chunks = config.batch_size * self._network.config.num_queries
@@ -154,9 +161,10 @@ class _Trainer:
             phase.restore(self._resumed)
             self._resumed = None
         self._reporter.progress(self._progress.step, phase.name)
-        while self._progress.step < end:
-            done = self._progress.step + 1
-            losses = phase.update(done - 1, self._shuffle.batch(done - 1))
+        steps = range(self._progress.step, end)
+        for step, batch in zip(steps, phase.batches(map(self._shuffle.batch, steps)), strict=True):
+            done = step + 1
+            losses = phase.update(step, batch)
             self._progress = replace(self._progress, step=done)
             if done % config.log_every == 0 or done == end:
                 self._log(phase, losses)
@@ -172,6 +180,17 @@ class _Trainer:
             if stopping and done < config.steps:
                 self._reporter.note(f"stopped after step {done}; go on with --resume")
                 raise self._received[0] if self._received else KeyboardInterrupt
+            if self._progress.step == end:
+                break
+
+    def _check(self) -> None:
+        """Stop before a step, when a signal has come."""
+        if self._received:
+            self._reporter.note(
+                f"stopped after step {self._progress.step}, while frames were decoded; "
+                "go on with --resume"
+            )
+            raise self._received[0]
 
     def _log(self, phase: Phase, losses: Losses) -> None:
         values = losses._asdict()

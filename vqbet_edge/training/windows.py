@@ -1,24 +1,25 @@
 """Windows of demonstrations, and in which order they are trained on.
 
-All demonstrations lie behind each other in memory; a window is a row of frame indices that never
+All demonstrations lie behind each other; a window is a row of frame indices that never
 leaves its episode: what lies outside repeats the first or last frame, as LeRobot pads.
 """
 
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import tee
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.feeding import Feeder, Feeding, Indices
 from vqbet_edge.training.normalization import Scalings
-
-Indices = npt.NDArray[np.int64]
 
 
 def current_frames(dataset: LeRobotDataset, episodes: tuple[int, ...]) -> Indices:
@@ -36,10 +37,17 @@ class Batch(NamedTuple):
 
 
 class WindowedDataset:
-    """Batches of windows, straight from memory.
+    """Batches of windows.
 
-    Vectors are normalised once and live on the device, and so do the frames when they take less
-    than half of its free memory.
+    Vectors are normalised once and live on the device; where frames come from is the feeder's.
+
+    Args:
+        dataset: the demonstrations.
+        config: of the policy.
+        scalings: of states and actions.
+        device: where batches are wanted.
+        feeding: where frames come from.
+        check: see `Feeder`.
     """
 
     def __init__(
@@ -48,8 +56,11 @@ class WindowedDataset:
         config: VQBeTConfig,
         scalings: Scalings,
         device: torch.device,
+        feeding: Feeding = Feeding(),  # noqa: B008 - immutable
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._dataset, self._config, self._device = dataset, config, device
+        self._config, self._device = config, device
+        self._feeder = Feeder(dataset, config.image_keys, feeding, device, check)
         lengths = np.diff(dataset.bounds)
         # The first and the last frame of every frame's episode.
         self._first = np.repeat(dataset.bounds[:-1], lengths)
@@ -62,7 +73,6 @@ class WindowedDataset:
             scale = np.where(config.relative_actions, scalings.forward[ACTION_KEY].multiply, 0)
             bases = dataset.column(STATE_KEY)[:, : config.action_dim] * scale
             self._bases = torch.from_numpy(bases.astype(np.float32)).to(device)
-        self._frames: list[Tensor] | None = None
 
     def chunks(self, frames: Indices) -> Tensor:
         """Phase 1's data: every query's action chunk of every window; no image is touched.
@@ -72,41 +82,57 @@ class WindowedDataset:
         current step's, the newest that it can know.
         """
         queries, width = self._config.num_queries, self._config.action_chunk_size
-        actions = self._actions[self._around(frames, queries + width - 1).to(self._device)]
+        actions = self._actions[self._on_device(self._around(frames, queries + width - 1))]
         chunks = actions.unfold(1, width, 1).transpose(2, 3)  # (B, Q, A, W) -> (B, Q, W, A)
         if self._bases is None:
             return chunks
-        known = self._around(frames, queries).clamp(max=torch.from_numpy(frames)[:, None])
-        return chunks - self._bases[known.to(self._device)][:, :, None]
+        known = self._around(frames, queries).clip(max=frames[:, None])
+        return chunks - self._bases[self._on_device(known)][:, :, None]
 
-    def batch(self, frames: Indices) -> Batch:
-        """Phase 2's data of the same; the first call decodes the cameras' frames."""
-        if self._frames is None:
-            self._frames = self._load_frames()
-        observed = self._around(frames, self._config.n_obs_steps)
-        images = [
-            camera[observed.to(camera.device)].to(self._device, non_blocking=True)
-            for camera in self._frames
-        ]
-        return Batch(
-            images=torch.stack(images, dim=2),
-            states=self._states[observed.to(self._device)],
-            chunks=self.chunks(frames),
-        )
+    def batches(self, windows: Iterable[Indices]) -> Generator[Batch]:
+        """Phase 2's data of the same, for the windows of one batch after the other.
 
-    def _around(self, frames: Indices, count: int) -> Tensor:
+        Of frames that are kept, the first one decodes all.
+        """
+        batches = self._batches(windows)
+        if self._device.type != "cuda":
+            yield from batches
+            return
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        main = torch.cuda.current_stream(self._device)
+
+        def following() -> Batch | None:
+            with torch.cuda.stream(side):
+                return next(batches, None)
+
+        batch = following()
+        while batch is not None:
+            main.wait_stream(side)
+            for tensor in batch:
+                tensor.record_stream(main)
+            # Copied to the GPU while it works on the present one.
+            after = following()
+            yield batch
+            batch = after
+
+    def _batches(self, windows: Iterable[Indices]) -> Generator[Batch]:
+        own, ahead = tee(windows)
+        count = self._config.n_obs_steps
+        images = self._feeder.images(self._around(frames, count) for frames in ahead)
+        with closing(images):
+            for frames, seen in zip(own, images, strict=True):
+                observed = self._on_device(self._around(frames, count))
+                yield Batch(seen, self._states[observed], self.chunks(frames))
+
+    def _around(self, frames: Indices, count: int) -> Indices:
         """(B,) -> int64 (B, count): frames from each window's oldest observation on."""
         offsets = np.arange(count) + 1 - self._config.n_obs_steps
         low, high = self._first[frames, None], self._last[frames, None]
-        return torch.from_numpy((frames[:, None] + offsets).clip(low, high))
+        around: Indices = (frames[:, None] + offsets).clip(low, high)
+        return around
 
-    def _load_frames(self) -> list[Tensor]:
-        cameras = [torch.from_numpy(self._dataset.frames(k)) for k in self._config.image_keys]
-        if self._device.type != "cuda":
-            return cameras
-        free, _ = torch.cuda.mem_get_info(self._device)
-        resident = sum(camera.nbytes for camera in cameras) < free / 2
-        return [camera.to(self._device) for camera in cameras] if resident else cameras
+    def _on_device(self, indices: Indices) -> Tensor:
+        return torch.from_numpy(indices).to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """A LeRobot data set, opened and checked."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.training.dataset.frames import Decoder, Frames, cached_frames
+from vqbet_edge.training.dataset.frames import TIME, Decoder, Frames, kept_frames
 from vqbet_edge.training.dataset.metadata import (
     DatasetFeature,
     DatasetInfo,
@@ -26,9 +27,11 @@ from vqbet_edge.training.files import check_encodable
 # What a policy reads besides the cameras; checked when a data set is opened.
 _POLICY_VECTORS = ("observation.state", "action")
 _BASIC = ("min", "max", "mean", "std")
-# Of frames that are shrunk so many are decoded at once: whole episodes of them would need much of
-# the memory that shrinking saves.
+# So many frames are decoded at once: whole episodes would need much of the memory that shrinking
+# saves.
 _AT_ONCE = 32
+# Frames that statistics are computed of where `meta/` has none.
+_SAMPLED = 10_000
 
 # Tags that LeRobot downloads data sets by.
 _REVISIONS = "v3.0", "v2.1"
@@ -50,6 +53,22 @@ class Cameras(NamedTuple):
     left_out: dict[str, str]
 
 
+class Block(NamedTuple):
+    """Frames of one camera that are decoded at once."""
+
+    key: str
+    position: int  # of the episode
+    steps: slice
+
+    @property
+    def length(self) -> int:
+        """Number of frames."""
+        return int(self.steps.stop - self.steps.start)
+
+
+Decode = Callable[[Sequence[Block]], Iterable[Frames]]
+
+
 class LeRobotDataset:
     """Demonstrations in LeRobot's format v3.0 or v2.1.
 
@@ -67,7 +86,7 @@ class LeRobotDataset:
         self.info, self._resize_shape = info, resize_shape
         self.image_keys = _cameras(info, cameras)
         self._asked_for = cameras is not None
-        self._table = Table(info)
+        self._table = Table(info, [key for key in (*_POLICY_VECTORS, TIME) if key in info.features])
         self._cache_dir = cache_dir
         self._decoder = Decoder(info, self._table)
         self._columns: dict[str, Array] = {}
@@ -164,8 +183,7 @@ class LeRobotDataset:
             return vector_statistics(self.column(key), names)
         found = stored_statistics(self.info, key, names) if names else {}
         if found is None:
-            kept = [self.frames(key)] if self._resize_shape is None else self._recorded(key)
-            found = _image_statistics(kept, names)
+            found = _image_statistics(self._some_frames(key), names)
         return {name: value.reshape(3, 1, 1) for name, value in found.items()}
 
     def column(self, key: str) -> Array:
@@ -186,25 +204,87 @@ class LeRobotDataset:
             self._columns[key] = self._table.vectors(key, feature)
         return self._columns[key]
 
-    def frames(self, key: str) -> Frames:
+    def shape(self, key: str) -> tuple[int, ...]:
+        """(frames, height, width, 3) of what `frames` returns."""
+        return (self.num_frames, *(self._resize_shape or self.features[key].shape[:2]), 3)
+
+    def blocks(self, key: str) -> list[Block]:
+        """All frames of a camera in order, in pieces of what is decoded at once."""
+        _cameras(self.info, [key])
+        return [
+            Block(key, position, slice(first, min(first + _AT_ONCE, length)))
+            for position, length in enumerate(np.diff(self.bounds).tolist())
+            for first in range(0, length, _AT_ONCE)
+        ]
+
+    def decode(self, block: Block) -> Frames:
+        """uint8 (T, height, width, 3): the frames of a block, shrunk to `resize_shape`.
+
+        Raises:
+            DatasetError: they are corrupt, or not of the promised shape.
+        """
+        frames = self._decoder.read(block.position, block.key, block.steps)
+        if self._resize_shape is None:
+            return frames
+        from vqbet_edge.training.resizing import shrink_frames  # noqa: PLC0415 - torch
+
+        return shrink_frames(frames, self._resize_shape)
+
+    def window(self, key: str, frames: npt.NDArray[np.int64]) -> Frames:
+        """uint8 (N, height, width, 3): what `frames(key)[frames]` is, decoded for itself.
+
+        Args:
+            key: a camera.
+            frames: int64 (N,), rising, of one episode and near each other.
+        """
+        position = int(np.searchsorted(self.bounds, frames[0], side="right")) - 1
+        first, last = (int(frame - self.bounds[position]) for frame in frames[[0, -1]])
+        decoded = self.decode(Block(key, position, slice(first, last + 1)))
+        seen: Frames = decoded.take(frames - frames[0], axis=0)
+        return seen
+
+    def for_windows(self) -> "LeRobotDataset":
+        """The same data set, for a process that decodes windows here and there."""
+        twin = copy(self)
+        twin._decoder = Decoder(  # noqa: SLF001 - its own class's
+            self.info, self._table, open_files=8, threads=1
+        )
+        return twin
+
+    def cache_file(self, key: str) -> Path | None:
+        """Where a camera's decoded frames are kept between runs."""
+        if self._cache_dir is None:
+            return None
+        name = self._decoder.digest(key)
+        if self._resize_shape is not None:
+            name += "_{}x{}".format(*self._resize_shape)
+        return self._cache_dir / f"{name}.npy"
+
+    def frames(self, key: str, decode: Decode | None = None) -> Frames:
         """uint8 (frames, height, width, 3): one camera over all episodes; see `bounds`.
 
         Decoded and shrunk at the first call, in memory or memory-mapped from the cache directory.
-        """
-        _cameras(self.info, [key])
-        if key not in self._frames:
-            height, width = size = self._resize_shape or self.features[key].shape[:2]
-            name = self._decoder.digest(key)
-            if self._resize_shape is not None:
-                name += f"_{height}x{width}"
-            cache = self._cache_dir and self._cache_dir / f"{name}.npy"
-            shape = (self.num_frames, *size, 3)
-            parts = self._recorded(key)
-            if (smaller := self._resize_shape) is not None:
-                from vqbet_edge.training.resizing import shrink_frames  # noqa: PLC0415 - torch
 
-                parts = (shrink_frames(part, smaller) for part in parts)
-            self._frames[key] = cached_frames(parts, shape, cache)
+        Args:
+            key: the camera.
+            decode: decodes blocks in their order; None is `decode` of one after the other.
+
+        Raises:
+            DatasetError: a frame is corrupt.
+            DiskError: the cache cannot be written, or is not what was written.
+        """
+        if key not in self._frames:
+            blocks = self.blocks(key)
+            ends = np.cumsum([block.length for block in blocks])
+
+            def decoded(first: int) -> Iterator[Frames]:
+                begin = int(np.searchsorted(ends, first, side="right"))
+                before = first - int(ends[begin - 1]) if begin else first
+                for part in (decode or partial(map, self.decode))(blocks[begin:]):
+                    yield part[before:]
+                    before = 0
+
+            self._frames[key] = kept_frames(decoded, self.shape(key), self.cache_file(key))
         return self._frames[key]
 
     def episode(
@@ -223,7 +303,7 @@ class LeRobotDataset:
         for key in keys:
             if key in self.info.cameras:
                 _cameras(self.info, [key])
-                (found[key],) = self._decoder.read(position, key, steps)
+                found[key] = self._decoder.read(position, key, steps)
             else:
                 found[key] = self.column(key)[self._table.rows(position)][steps]
         return found
@@ -239,10 +319,13 @@ class LeRobotDataset:
         order = np.random.default_rng(seed).permutation(self.num_episodes).tolist()
         return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
 
-    def _recorded(self, key: str) -> Iterator[Frames]:
-        at_once = None if self._resize_shape is None else _AT_ONCE
-        for position in range(self.num_episodes):
-            yield from self._decoder.read(position, key, at_once=at_once)
+    def _some_frames(self, key: str) -> Iterator[Frames]:
+        """Of large data sets frames of all parts, as LeRobot's `sample_indices`."""
+        if self._resize_shape is None and self.num_frames <= _SAMPLED:
+            yield self.frames(key)
+            return
+        for block in self.blocks(key)[:: -(-self.num_frames // _SAMPLED)]:
+            yield self._decoder.read(block.position, key, block.steps)
 
 
 def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Camera frames: from video files or image columns to uint8 arrays, each decoded once."""
 
+import fcntl
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import av
 import av.error
@@ -20,56 +21,65 @@ from vqbet_edge.training.files import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
+TIME = "timestamp"  # the column of every frame's seconds from its episode's beginning
 IMAGE_ERRORS = (av.error.FFmpegError, StopIteration, IndexError, ValueError)
 # FFmpeg goes by a file's content, and a list of files, whatever its name, would make it open those.
 _VIDEO = {"format_whitelist": "mov,matroska,webm,avi"}
+# Opening one takes milliseconds; data sets may have thousands.
+_LOOKED_INTO = 128
 _IMAGE = {"format_whitelist": "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"}
 
 
 class Decoder:
-    """Decodes a data set's frames as they were recorded; keeps none."""
+    """Decodes a data set's frames as they were recorded; keeps none.
 
-    def __init__(self, info: DatasetInfo, table: Table) -> None:
+    Args:
+        info: what `meta/` says.
+        table: which frames there are.
+        open_files: videos that stay open; one is enough where episodes follow each other.
+        threads: of one video's decoder; None leaves it to FFmpeg.
+    """
+
+    def __init__(
+        self, info: DatasetInfo, table: Table, open_files: int = 1, threads: int | None = None
+    ) -> None:
         self._info, self._table = info, table
-        self._videos = _Videos(info.fps)
+        self._videos = _Videos(info.fps, open_files, threads)
 
     def check(self, keys: Iterable[str]) -> None:
-        """Check that all frames of some cameras are in their videos, without decoding any.
+        """Check that all videos of some cameras are there, and that frames are in them.
+
+        Without decoding any. Of many videos some are looked into, spread over all; what is wrong
+        with the others is said when they are read.
 
         Raises:
             DatasetError: a video is missing, corrupt, too short or of another time.
         """
-        videos = [key for key in keys if self._is_video(key)]
-        for position, episode in enumerate(self._table.episodes):
-            for key in videos:
+        clips: dict[Path, list[tuple[Clip, int]]] = {}
+        for key in filter(self._is_video, keys):
+            for position, episode in enumerate(self._table.episodes):
                 clip = self._info.clip(episode, key)
-                self._videos.check(clip, self._times(position), episode.index)
+                clips.setdefault(clip.path, []).append((clip, position))
+        for path in list(clips)[:: -(-len(clips) // _LOOKED_INTO) or 1]:
+            for clip, position in clips[path]:
+                number = self._table.episodes[position].index
+                self._videos.check(clip, self._times(position), number)
 
-    def read(
-        self, position: int, key: str, steps: slice = slice(None), at_once: int | None = None
-    ) -> Iterator[Frames]:
+    def read(self, position: int, key: str, steps: slice = slice(None)) -> Frames:
         """Some frames of the episode at a position, uint8 (T, height, width, 3), in order.
-
-        T is `at_once` of all parts but the last; without it all come together.
 
         Raises:
             DatasetError: they are corrupt, or not of the promised shape.
         """
-        rows = self._table.rows(position)
-        wanted = range(rows.stop - rows.start)[steps]
-        size = at_once or max(1, len(wanted))
-        parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-        slices = [slice(part.start, part.stop, part.step) for part in parts]
         found = self._from_video if self._is_video(key) else self._from_table
-        shape, index = self._info.features[key].shape, self._table.episodes[position].index
-        for path, frames in found(position, key, slices):
-            expected = (len(frames), *shape)
-            if frames.shape != expected:
-                raise DatasetError(
-                    f"{path}: '{key}' of episode {index} decodes to {frames.shape}, "
-                    f"expected {expected}"
-                )
-            yield frames
+        path, frames = found(position, key, steps)
+        expected = (len(frames), *self._info.features[key].shape)
+        if frames.shape != expected:
+            raise DatasetError(
+                f"{path}: '{key}' of episode {self._table.episodes[position].index} decodes to "
+                f"{frames.shape}, expected {expected}"
+            )
+        return frames
 
     def digest(self, key: str) -> str:
         """Changes when any file that holds the camera's frames does."""
@@ -77,24 +87,19 @@ class Decoder:
         if self._is_video(key):
             paths = {self._info.clip(episode, key).path for episode in self._table.episodes}
         facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
-        return hashlib.sha256(repr((key, facts)).encode()).hexdigest()[:32]
+        episodes = [episode.index for episode in self._table.episodes]
+        return hashlib.sha256(repr((key, episodes, facts)).encode()).hexdigest()[:32]
 
-    def _from_video(
-        self, position: int, key: str, parts: Sequence[slice]
-    ) -> Iterator[tuple[Path, Frames]]:
+    def _from_video(self, position: int, key: str, steps: slice) -> tuple[Path, Frames]:
         episode, seconds = self._table.episodes[position], self._times(position)
         clip = self._info.clip(episode, key)
-        for part in parts:
-            yield clip.path, self._videos.read(clip, seconds, episode.index, part)
+        return clip.path, self._videos.read(clip, seconds, episode.index, steps)
 
-    def _from_table(
-        self, position: int, key: str, parts: Sequence[slice]
-    ) -> Iterator[tuple[Path, Frames]]:
+    def _from_table(self, position: int, key: str, steps: slice) -> tuple[Path, Frames]:
         path, episode = self._table.files(position)[0], self._table.episodes[position]
-        encoded = self._table.images(position, key)
+        encoded = self._table.images(position, key)[steps]
         try:
-            for part in parts:
-                yield path, np.stack([decode_image(image) for image in encoded[part]])
+            return path, np.stack([decode_image(image) for image in encoded])
         except IMAGE_ERRORS as e:
             raise _unreadable(path, episode.index, e) from e
 
@@ -103,31 +108,62 @@ class Decoder:
 
     @cached_property
     def _seconds(self) -> Array:
-        return self._table.vectors("timestamp", DatasetFeature("float32", (1,)))[:, 0]
+        return self._table.vectors(TIME, DatasetFeature("float32", (1,)))[:, 0]
 
     def _times(self, position: int) -> Times:
         seconds: Times = self._seconds[self._table.rows(position)].astype(np.float64)
         return seconds
 
 
-class _Videos:
-    """The one that was decoded last stays open.
+class _Video:
+    """An open file, decoded up to some frame."""
 
-    It is read forwards without a seek as long as episodes follow each other. Of an episode, `index`
-    is for messages, and `seconds` are its frames' times from its beginning.
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self._container = av.open(str(path), mode="r", options=_VIDEO)
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        if threads is not None:
+            self._stream.codec_context.thread_count = threads
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self.ahead: av.VideoFrame | None = None
+
+    def seek(self, seconds: float, before: float) -> None:
+        """Go to the first frame that is at most `before` seconds before a time."""
+        # A seek lands on the last key frame at or before the wanted time.
+        self._container.seek(int(seconds / _tick(self._stream)), stream=self._stream)
+        self._frames = (
+            f
+            for f in self._container.decode(self._stream)
+            if f.time is not None and f.time > seconds - before
+        )
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Decode one frame."""
+        self.ahead = next(self._frames, None)
+
+
+class _Videos:
+    """Those that were decoded last stay open.
+
+    One is read forwards without a seek as long as episodes follow each other. Of an episode,
+    `index` is for messages, and `seconds` are its frames' times from its beginning.
     """
 
-    def __init__(self, fps: float) -> None:
+    def __init__(self, fps: float, open_files: int, threads: int | None) -> None:
         self._half = 0.5 / fps
         self._times: dict[Path, Times] = {}
-        self._path: Path | None = None
-        self._frames: Iterator[av.VideoFrame] = iter(())
-        self._ahead: av.VideoFrame | None = None
+        self._open = lru_cache(open_files)(lambda path: _Video(path, threads))
 
     def check(self, clip: Clip, seconds: Times, index: int) -> None:
-        if clip.path not in self._times:
+        try:
+            if clip.path not in self._times:
+                self._times[clip.path] = _index_times(clip.path, index)
+            self._match(self._times[clip.path], clip, seconds, index)
+        except DatasetError:
+            # Not every container has an index of all frames in the order in which they are shown.
             self._times[clip.path] = _packet_times(clip.path, index)
-        self._match(self._times[clip.path], clip, seconds, index)
+            self._match(self._times[clip.path], clip, seconds, index)
 
     def read(self, clip: Clip, seconds: Times, index: int, steps: slice) -> Frames:
         number = steps.indices(len(seconds))[0]
@@ -136,31 +172,18 @@ class _Videos:
         frames: list[Frames] = []
         first, last = clip.start + seconds[0], clip.start + seconds[-1]
         try:
-            following = self._ahead is not None and abs(self._ahead.time - first) <= self._half
-            if self._path != clip.path or not following:
-                self._seek(clip.path, first)
-            while self._ahead is not None and self._ahead.time <= last + self._half:
-                found.append(self._ahead.time)
-                frames.append(_rgb(self._ahead))
-                self._ahead = next(self._frames, None)
+            video = self._open(clip.path)
+            if video.ahead is None or abs(video.ahead.time - first) > self._half:
+                video.seek(first, self._half)
+            while video.ahead is not None and video.ahead.time <= last + self._half:
+                found.append(video.ahead.time)
+                frames.append(_rgb(video.ahead))
+                video.go_on()
         except (av.error.FFmpegError, IndexError) as e:
+            self._open.cache_clear()
             raise _unreadable(clip.path, index, e) from e
         nearest = self._match(np.array(found), clip, seconds, index, number)
         return np.stack(frames)[nearest]
-
-    def _seek(self, path: Path, seconds: float) -> None:
-        container = av.open(str(path), mode="r", options=_VIDEO)
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        # A seek lands on the last key frame at or before the wanted time.
-        container.seek(int(seconds / _tick(stream)), stream=stream)
-        self._path = path
-        self._frames = (
-            f
-            for f in container.decode(stream)
-            if f.time is not None and f.time > seconds - self._half
-        )
-        self._ahead = next(self._frames, None)
 
     def _match(
         self, found: Times, clip: Clip, seconds: Times, index: int, number: int = 0
@@ -197,6 +220,22 @@ class _Videos:
         return nearest - 1
 
 
+def _index_times(path: Path, index: int) -> Times:
+    """Times of all frames as the container's index has them; none where it has not all."""
+    try:
+        with av.open(str(path), mode="r", options=_VIDEO) as container:
+            stream = container.streams.video[0]
+            entries = list(getattr(stream, "index_entries", ()))  # from PyAV 16 on
+            cut = not entries or entries[-1].pos + entries[-1].size > path.stat().st_size
+            if cut or len(entries) != stream.frames:
+                return np.empty(0)
+            ticks = np.array([entry.timestamp for entry in entries], dtype=np.float64)
+            seconds: Times = (ticks - ticks[0] + (stream.start_time or 0)) * _tick(stream)
+            return seconds
+    except (av.error.FFmpegError, IndexError, OSError) as e:
+        raise _unreadable(path, index, e) from e
+
+
 def _packet_times(path: Path, index: int) -> Times:
     try:
         with av.open(str(path), mode="r", options=_VIDEO) as container:
@@ -229,22 +268,25 @@ def _tick(stream: av.VideoStream) -> float:
     return float(stream.time_base)
 
 
-def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | None) -> Frames:
+def kept_frames(
+    decoded: Callable[[int], Iterable[Frames]], shape: tuple[int, ...], path: Path | None
+) -> Frames:
     """All frames as one array.
 
     Args:
-        parts: the frames in order; not touched when `path` exists.
+        decoded: the frames from that number on, in order; not called when `path` exists.
         shape: (frames, height, width, 3) of the result.
-        path: the .npy file to keep them in; None keeps them in memory.
+        path: the .npy file to keep them in, read-only; None keeps them in memory. A decoding that
+            is interrupted is gone on with, and one that another process is at is waited for.
 
     Raises:
         DiskError: the cache cannot be written, or is not what was written.
     """
     if path is None:
-        return _fill(iter(parts), shape)
+        return _fill(iter(decoded(0)), shape)
     try:
         if not path.is_file():
-            _write(parts, shape, path)
+            _write(decoded, shape, path)
         frames = _mapped(path)
         if frames.shape != shape or frames.dtype != np.uint8:
             raise ValueError(f"it holds {frames.dtype} {frames.shape}, expected uint8 {shape}")
@@ -263,7 +305,7 @@ def cached_frames(parts: Iterable[Frames], shape: tuple[int, ...], path: Path | 
 def _mapped(path: Path) -> Frames:
     # Not `np.load`, which opens archives and pickles too.
     try:
-        return np.lib.format.open_memmap(path, mode="c")
+        return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
     except Exception as e:  # a header is Python's text, and fails as such and as its numbers do
@@ -281,17 +323,26 @@ def _fill(parts: Iterator[Frames], shape: tuple[int, ...]) -> Frames:
     return frames
 
 
-def _write(parts: Iterable[Frames], shape: tuple[int, ...], path: Path) -> None:
+def _write(decoded: Callable[[int], Iterable[Frames]], shape: tuple[int, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    begin, size = header.tell(), int(np.prod(shape[1:]))
+    partial = path.with_suffix(".partial")
     # Plain writes, not a memory map: on a full disk those raise, a memory map kills the process.
-    with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts:
-                file.write(np.ascontiguousarray(part).data)
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.replace(path)
+    with partial.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.is_file():  # by the process that was waited for
+            partial.unlink(missing_ok=True)
+            return
+        done = max(0, file.tell() - begin) // size
+        file.truncate(begin + done * size if done else 0)
+        if not done:
+            file.write(header.getvalue())
+        for part in decoded(done):
+            file.write(np.ascontiguousarray(part).data)
+        file.flush()
+        os.fsync(file.fileno())
+        partial.replace(path)

@@ -6,13 +6,15 @@ LeRobot does, all files are read, and every row says itself to which episode it 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.dataset.metadata import DatasetFeature, DatasetInfo, EpisodeInfo
@@ -21,6 +23,8 @@ from vqbet_edge.training.files import remedy
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 _NUMBER = DatasetFeature("int64", (1,))
+_NUMBERS = "episode_index", "frame_index"
+_FILE = "__fragment_index"  # Arrow's own column
 
 
 class Table:
@@ -30,19 +34,22 @@ class Table:
         DatasetError: a file is unreadable, or an episode is not whole.
     """
 
-    def __init__(self, info: DatasetInfo) -> None:
+    def __init__(self, info: DatasetInfo, keys: Sequence[str] = ()) -> None:
+        """Read which rows are which frames, and some columns that will be asked for.
+
+        A data set may have thousands of files, and opening one costs more than reading it.
+        """
         self.paths = tuple(sorted((info.root / "data").glob("*/*.parquet")))
         if not self.paths:
             raise DatasetError(f"no file data/*/*.parquet in {info.root}; copy the data set again")
-        parts: list[Array] = []
-        for path in self.paths:
-            first = 1 + max((int(part[0].max(initial=-1)) for part in parts), default=-1)
-            read = _read(path, ["episode_index", "frame_index"], f" (from episode {first} on)")
-            numbers = [_to_array(path, read[key], _NUMBER, key)[:, 0] for key in read.column_names]
-            parts.append(np.stack(numbers).astype(np.int64))
-        index, frame = np.concatenate(parts, axis=1)
+        self._read = _read_all(self.paths, [*_NUMBERS, *keys])
+        numbers = [
+            [_to_array(part.where, part.rows[key], _NUMBER, key)[:, 0] for key in _NUMBERS]
+            for part in self._read
+        ]
+        index, frame = np.concatenate(numbers, axis=1).astype(np.int64)
         self._order = np.lexsort((frame, index))
-        self._files = np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts])
+        self._files = np.concatenate([part.files for part in self._read])
         index, frame = index[self._order], frame[self._order]
         self.episodes = tuple(e for e in info.episodes if e.length or e.index in index)
         firsts = np.searchsorted(index, [e.index for e in self.episodes])
@@ -67,20 +74,23 @@ class Table:
 
     def _check(self, position: int, episode: EpisodeInfo, frame: Indices) -> None:
         frames = frame[self.rows(position)]
-        where = ", ".join(map(str, self.files(position))) or self.paths[0].parents[1]
         if len(frames) < episode.length:
             raise DatasetError(
-                f"{where}: episode {episode.index} has {len(frames)} frames, meta/ says "
-                f"{episode.length}; copy the data set again or delete the episode"
+                f"{self._where(position)}: episode {episode.index} has {len(frames)} frames, meta/ "
+                f"says {episode.length}; copy the data set again or delete the episode"
             )
         # An episode whose beginning was cut off keeps its numbers, and its times in the video.
         wrong = np.flatnonzero(np.diff(frames) != 1)
         if wrong.size:
             raise DatasetError(
-                f"{where}: the frames of episode {episode.index} are not numbered one by one: "
-                f"frame {frames[wrong[0]] + 1} is missing, or {frames[wrong[0]]} is there twice; "
+                f"{self._where(position)}: the frames of episode {episode.index} are not numbered "
+                f"one by one: frame {frames[wrong[0]] + 1} is missing, or {frames[wrong[0]]} is "
+                "there twice; "
                 "copy the data set again or delete the episode"
             )
+
+    def _where(self, position: int) -> str:
+        return ", ".join(map(str, self.files(position))) or str(self.paths[0].parents[1])
 
     def vectors(self, key: str, feature: DatasetFeature) -> Array:
         """(frames, dim): a column of numbers, floats as float32.
@@ -88,7 +98,9 @@ class Table:
         Raises:
             DatasetError: it is missing, incomplete or not finite.
         """
-        parts = [_to_array(path, _read(path, [key])[key], feature, key) for path in self.paths]
+        known = key in self._read[0].rows.column_names
+        read = self._read if known else _read_all(self.paths, [key])
+        parts = [_to_array(part.where, part.rows[key], feature, key) for part in read]
         values: Array = np.concatenate(parts)[self._order]
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
@@ -127,11 +139,44 @@ class Table:
         return [encoded[frame] for frame in sorted(encoded)]
 
 
-def _read(path: Path, keys: Sequence[str], where: str = "") -> pa.Table:
+class _Part(NamedTuple):
+    """Some columns of one file, or of all."""
+
+    where: Path  # for messages
+    rows: pa.Table
+    files: Indices  # the number of each row's file
+
+
+def _read_all(paths: Sequence[Path], keys: Sequence[str]) -> list[_Part]:
+    """The columns of all files, in their order.
+
+    Raises:
+        DatasetError: a file is unreadable or lacks a column.
+    """
+    names = [str(path) for path in paths]
     try:
-        return pq.read_table(path, columns=list(keys)).select(list(keys))
-    except (OSError, pa.ArrowException, KeyError) as e:
-        raise DatasetError(f"{path}{where} is corrupt or incomplete: {e}; {remedy(path)}") from e
+        files = ds.dataset(names, format="parquet", filesystem=LocalFileSystem())
+        rows = files.to_table(columns=[*keys, _FILE])
+        # What one file lacks and the first one has.
+        if not any(rows[key].null_count for key in keys):
+            number = rows[_FILE].to_numpy().astype(np.int64)
+            return [_Part(paths[0].parents[1], rows, number)]
+    except (OSError, pa.ArrowException):
+        pass  # file by file: which one it is, or that they only differ in their types
+    parts: list[_Part] = []
+    first = 0
+    for number, path in enumerate(paths):
+        try:
+            with pq.ParquetFile(path) as file:
+                rows = file.read(list(keys)).select(list(keys))
+        except (OSError, pa.ArrowException, KeyError) as e:
+            raise DatasetError(
+                f"{path} (from episode {first} on) is corrupt or incomplete: {e}; {remedy(path)}"
+            ) from e
+        parts.append(_Part(path, rows, np.full(len(rows), number)))
+        if _NUMBERS[0] in keys and len(rows):
+            first = 1 + (pc.max(rows[_NUMBERS[0]]).as_py() or 0)
+    return parts
 
 
 def _to_array(path: Path, column: pa.ChunkedArray, feature: DatasetFeature, key: str) -> Array:
