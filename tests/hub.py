@@ -1,6 +1,6 @@
 """A stand-in of the Hugging Face Hub's HTTP interface on the loopback, for its real client.
 
-It knows one kind of repository, keeps it in memory, and answers what `snapshot_download` and
+It knows one kind of repository, whatever a client calls it, keeps it in memory, and answers what `snapshot_download` and
 `create_commit` ask. `Hub.variables` point a client at it.
 """
 
@@ -111,7 +111,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _parts(self) -> list[str]:
         self.hub.requests.append(f"{self.command} {self.path}")
-        return [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[:2] == ["api", "datasets"]:
+            return ["api", "models", *parts[2:]]
+        return parts[1:] if parts[0] == "datasets" else parts
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

@@ -93,8 +93,12 @@ def interrupted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "ends", "error"),
-    [(4, killed, RuntimeError), (13, killed, RuntimeError), (10, interrupted, KeyboardInterrupt)],
+    ("step", "ends", "error", "feeding"),
+    [
+        (4, killed, RuntimeError, {}),
+        (13, killed, RuntimeError, {"stream_frames": True, "num_workers": 2}),
+        (10, interrupted, KeyboardInterrupt, {"stream_frames": True, "num_workers": 0}),
+    ],
 )
 def test_resuming_is_exact(
     pusht: Path,
@@ -104,7 +108,9 @@ def test_resuming_is_exact(
     step: int,
     ends: Callable[[], None],
     error: type[BaseException],
+    feeding: dict[str, Any],
 ) -> None:
+    """Also where frames are decoded on the way: those of `whole` come from a cache."""
     update = Phase.update
 
     def ending(phase: Phase, number: int, frames: Any) -> Any:
@@ -114,9 +120,9 @@ def test_resuming_is_exact(
 
     monkeypatch.setattr(Phase, "update", ending)
     with pytest.raises(error):
-        train(short_run(pusht, tmp_path / "run"))
+        train(short_run(pusht, tmp_path / "run", **feeding))
     monkeypatch.undo()
-    train(short_run(pusht, tmp_path / "run", resume=True))
+    train(short_run(pusht, tmp_path / "run", resume=True, **feeding))
     assert losses(tmp_path / "run") == losses(whole)
     name = "checkpoints/last/pretrained_model/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()

@@ -3,6 +3,7 @@
 All three give the same frames bit for bit, so that the choice is one of memory, disk and time.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -277,7 +278,14 @@ class Feeder:
             generator=torch.Generator(),  # of its own: nothing is drawn from training's
         )
         with workers_named():
-            for found in loader:
+            # What a forked process inherits must not be collected there: closing a video waits for
+            # its decoder's threads, which only this process has.
+            gc.freeze()
+            try:
+                running = iter(loader)
+            finally:
+                gc.unfreeze()
+            for found in running:
                 if isinstance(found, VQBeTEdgeError):
                     raise found
                 yield found

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
-from vqbet_edge.runtime.hub import download, is_hub_id
+from vqbet_edge.runtime.hub import download, is_hub_id, parse_id
 from vqbet_edge.training.dataset.frames import TIME, Decoder, Frames, kept_frames
 from vqbet_edge.training.dataset.metadata import (
     DatasetFeature,
@@ -119,7 +119,7 @@ class LeRobotDataset:
             DatasetError: what is wrong, with the file and the episode.
             HubError: it is not here and not to be had from the Hub.
         """
-        return cls(read_info(_locate(str(source))), cameras, cache_dir, resize_shape)
+        return cls(read_info(_locate(str(source), cameras)), cameras, cache_dir, resize_shape)
 
     @property
     def features(self) -> Mapping[str, DatasetFeature]:
@@ -343,21 +343,26 @@ def _cameras(info: DatasetInfo, chosen: Sequence[str] | None) -> tuple[str, ...]
     return tuple(chosen)
 
 
-def _locate(source: str) -> Path:
+def _locate(source: str, cameras: Sequence[str] | None) -> Path:
     """The data set's folder: as named, else in LeRobot's own folder, else from the Hub."""
     here = at_hand(source)
     if here is not None:
         check_encodable(here)
         return here
-    if not is_hub_id(source):
+    if (parsed := parse_id(source)) is None:
         raise DatasetError(f"{source} is neither a folder nor the id of a data set on the Hub")
+    fetch, revision = partial(download, parsed.name, "dataset"), parsed.revision
     # What LeRobot itself has downloaded, which the client completes where it has not all.
     cache = _lerobot_home() / "hub"
-    known = cache / f"datasets--{source.replace('/', '--')}"
-    if not known.is_dir():
-        return download(source, "dataset")
-    revision = next((name for name in _REVISIONS if (known / "refs" / name).is_file()), None)
-    return download(source, "dataset", revision=revision, cache=cache)
+    known = cache / f"datasets--{parsed.name.replace('/', '--')}"
+    if known.is_dir():
+        fetch = partial(fetch, cache=cache)
+        named = (name for name in _REVISIONS if (known / "refs" / name).is_file())
+        revision = revision or next(named, None)
+    folder = fetch(["meta/*"], revision)
+    wanted = [f"videos/*{key}/*" for key in _cameras(read_info(folder), cameras)]
+    # A snapshot's name is its commit, so that all files are of one.
+    return fetch(["meta/*", "data/*", *wanted], folder.name)
 
 
 def at_hand(source: str) -> Path | None:
