@@ -163,6 +163,6 @@ class Shuffle:
         return found
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> Indices:
     return np.random.default_rng((seed, epoch)).permutation(size)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.hub import download, is_hub_id, parse_id
-from vqbet_edge.training.dataset.frames import TIME, Decoder, Frames, kept_frames
+from vqbet_edge.training.dataset.frames import Decoder, Frames, kept_frames
 from vqbet_edge.training.dataset.metadata import (
     DatasetFeature,
     DatasetInfo,
@@ -21,7 +21,7 @@ from vqbet_edge.training.dataset.metadata import (
     read_info,
     stored_statistics,
 )
-from vqbet_edge.training.dataset.table import Array, Table
+from vqbet_edge.training.dataset.table import TIME, Array, Table
 from vqbet_edge.training.files import check_encodable
 
 # What a policy reads besides the cameras; checked when a data set is opened.

@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError, DiskError
-from vqbet_edge.training.dataset.metadata import Clip, DatasetFeature, DatasetInfo
-from vqbet_edge.training.dataset.table import Array, Table
+from vqbet_edge.training.dataset.metadata import Clip, DatasetInfo
+from vqbet_edge.training.dataset.table import Table
 from vqbet_edge.training.files import remedy
 
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
-TIME = "timestamp"  # the column of every frame's seconds from its episode's beginning
 IMAGE_ERRORS = (av.error.FFmpegError, StopIteration, IndexError, ValueError)
 # FFmpeg goes by a file's content, and a list of files, whatever its name, would make it open those.
 _VIDEO = {"format_whitelist": "mov,matroska,webm,avi"}
@@ -106,12 +105,8 @@ class Decoder:
     def _is_video(self, key: str) -> bool:
         return self._info.features[key].dtype == "video"
 
-    @cached_property
-    def _seconds(self) -> Array:
-        return self._table.vectors(TIME, DatasetFeature("float32", (1,)))[:, 0]
-
     def _times(self, position: int) -> Times:
-        seconds: Times = self._seconds[self._table.rows(position)].astype(np.float64)
+        seconds: Times = self._table.seconds[self._table.rows(position)].astype(np.float64)
         return seconds
 
 

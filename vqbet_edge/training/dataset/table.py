@@ -5,6 +5,7 @@ LeRobot does, all files are read, and every row says itself to which episode it 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vqbet_edge.training.files import remedy
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 _NUMBER = DatasetFeature("int64", (1,))
+TIME = "timestamp"
 _NUMBERS = "episode_index", "frame_index"
 _FILE = "__fragment_index"  # Arrow's own column
 
@@ -92,6 +94,15 @@ class Table:
     def _where(self, position: int) -> str:
         return ", ".join(map(str, self.files(position))) or str(self.paths[0].parents[1])
 
+    @cached_property
+    def seconds(self) -> Array:
+        """float32 (frames,): every frame's time from its episode's beginning.
+
+        Raises:
+            DatasetError: it is missing, incomplete or not finite.
+        """
+        return self.vectors(TIME, DatasetFeature("float32", (1,)))[:, 0]
+
     def vectors(self, key: str, feature: DatasetFeature) -> Array:
         """(frames, dim): a column of numbers, floats as float32.
 
@@ -101,6 +112,8 @@ class Table:
         known = key in self._read[0].rows.column_names
         read = self._read if known else _read_all(self.paths, [key])
         parts = [_to_array(part.where, part.rows[key], feature, key) for part in read]
+        if known:  # it is asked for once
+            self._read = [p._replace(rows=p.rows.drop_columns([key])) for p in read]
         values: Array = np.concatenate(parts)[self._order]
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
