@@ -132,12 +132,17 @@ def test_many_processes_reach_the_losses_of_one(
     for expected, got in records:
         assert got.pop("kind") == expected.pop("kind")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
-    # Going on, and a folder that holds a run: what the first process finds, all know.
-    more = {**chosen, "output": many, "steps": 7}
-    for resume, status in ((False, 2), (True, 0)):
-        for code, _, failed in in_processes(count, tmp_path, {**more, "resume": resume}):
+
+
+@pytest.mark.extended
+def test_what_the_first_process_finds_all_know(dataset: Path, tmp_path: Path) -> None:
+    """Not a word of the others' own: the run's folder may be on a disk that they do not see."""
+    chosen = {"dataset": str(dataset), "output": tmp_path / "run", **CHOSEN}
+    for steps, resume, status in ((6, False, 0), (7, False, 2), (7, True, 0)):
+        changes = {"steps": steps, "resume": resume}
+        for code, _, failed in in_processes(2, tmp_path, {**chosen, **changes}):
             assert code == status, failed
             assert ("holds a run already" in failed) == (status == 2)
             assert "Traceback" not in failed
-    steps = [r["step"] for r in read_metrics(many / "metrics.jsonl") if r["kind"] == "phase 2"]
-    assert steps == [4, 5, 6, 7]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "phase 2"] == [4, 5, 6, 7]

@@ -163,3 +163,17 @@ def test_parts_of_a_batch_are_the_batch(pusht: Path, tmp_path: Path) -> None:
     for expected, got in zip(whole, parts, strict=True):
         assert got.pop("kind") == expected.pop("kind")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_small_crops_and_divided_batch_norm_are_said(
+    pusht: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for norm, crop in ((False, (66, 96)), (True, (68, 96))):
+        options = {"use_group_norm": norm, "crop_shape": crop, "gradient_accumulation_steps": 2}
+        train(short_run(pusht, tmp_path / str(norm), steps=2, n_vqvae_training_steps=1, **options))
+        said.append(" ".join(capfd.readouterr().err.split()))
+    assert "crop of 66x96 is less than 0.7 of the 96x96 images" in said[0]
+    assert "BatchNorm takes the 2 windows that are computed at once" in said[0]
+    assert "crop of" not in said[1]
+    assert "BatchNorm" not in said[1]

@@ -26,6 +26,8 @@ def accelerate(config: TrainConfig) -> Accelerator:
         UsageError: a batch cannot be divided among them.
     """
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    # Every step has the same shapes, so that cuDNN's choice among its algorithms pays.
+    torch.backends.cudnn.benchmark = True
     # The phases choose what is computed in which precision.
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patient])
     parts = accelerator.num_processes * config.gradient_accumulation_steps
