@@ -19,15 +19,24 @@ from vqbet_edge.training.trainer import train
 
 # Started in each process; `accelerate launch --cpu` of some releases starts one, whatever it is told.
 PROGRAM = """
+import os
+import signal
 from accelerate import PartialState
 from vqbet_edge.training import trainer
 from vqbet_edge.training.cli import main
 from vqbet_edge.training.checkpoints import Checkpoints
+from vqbet_edge.training.phases import Phase
 start = Checkpoints.start
 def started(self):
     print("starts", flush=True)
     return start(self)
 Checkpoints.start = started
+update = Phase.update
+def updated(self, step, *arguments):
+    if step == 4 and os.environ.get("STOPS") == os.environ["RANK"]:
+        signal.raise_signal(signal.SIGTERM)
+    return update(self, step, *arguments)
+Phase.update = updated
 trainer.write_report = trainer.draw_curves = lambda *_: None
 trainer.text = lambda _: ""
 try:
@@ -97,7 +106,7 @@ def in_processes(count: int, folder: Path, options: dict[str, Any]) -> list[tupl
         )
         for i in range(count)
     ]
-    said = [process.communicate(timeout=300) for process in running]
+    said = [process.communicate(timeout=600) for process in running]
     return [(process.returncode, *text) for process, text in zip(running, said, strict=True)]
 
 
@@ -135,14 +144,25 @@ def test_many_processes_reach_the_losses_of_one(
 
 
 @pytest.mark.extended
-def test_what_the_first_process_finds_all_know(dataset: Path, tmp_path: Path) -> None:
-    """Not a word of the others' own: the run's folder may be on a disk that they do not see."""
+def test_a_signal_to_one_stops_all_and_what_the_first_finds_all_know(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others read nothing in the run's folder: it may be on a disk that they do not see."""
+    for name in ("write_report", "draw_curves", "text"):
+        monkeypatch.setattr(trainer, name, lambda *_: "")
+    train(TrainConfig(dataset=str(dataset), output=tmp_path / "one", **CHOSEN))
     chosen = {"dataset": str(dataset), "output": tmp_path / "run", **CHOSEN}
-    for steps, resume, status in ((6, False, 0), (7, False, 2), (7, True, 0)):
-        changes = {"steps": steps, "resume": resume}
-        for code, _, failed in in_processes(2, tmp_path, {**chosen, **changes}):
+    monkeypatch.setenv("STOPS", "1")
+    assert [code for code, *_ in in_processes(2, tmp_path, chosen)] == [130, 143]
+    assert (tmp_path / "run/checkpoints/last").resolve().name == "000005"
+    monkeypatch.delenv("STOPS")
+    for resume, status in ((False, 2), (True, 0)):
+        for code, _, failed in in_processes(2, tmp_path, {**chosen, "resume": resume}):
             assert code == status, failed
             assert ("holds a run already" in failed) == (status == 2)
             assert "Traceback" not in failed
-    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [r["step"] for r in records if r["kind"] == "phase 2"] == [4, 5, 6, 7]
+    one, run = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "run"))
+    assert [r["step"] for r in run] == [r["step"] for r in one]
+    assert [r.get("primary") for r in run[-3:]] == pytest.approx(
+        [r.get("primary") for r in one[-3:]], rel=1e-4
+    )
