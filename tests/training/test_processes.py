@@ -156,11 +156,15 @@ def test_a_signal_to_one_stops_all_and_what_the_first_finds_all_know(
     assert [code for code, *_ in in_processes(2, tmp_path, chosen)] == [130, 143]
     assert (tmp_path / "run/checkpoints/last").resolve().name == "000005"
     monkeypatch.delenv("STOPS")
-    for resume, status in ((False, 2), (True, 0)):
-        for code, _, failed in in_processes(2, tmp_path, {**chosen, "resume": resume}):
-            assert code == status, failed
-            assert ("holds a run already" in failed) == (status == 2)
-            assert "Traceback" not in failed
+    for changes, status, message in (
+        ({"dataset": "nowhere"}, 4, "neither a folder nor the id of a data set"),
+        ({}, 2, "holds a run already"),
+        ({"resume": True}, 0, ""),
+    ):
+        for code, _, said in in_processes(2, tmp_path, {**chosen, **changes}):
+            assert code == status, said
+            assert message in " ".join(said.split())
+            assert "Traceback" not in said
     one, run = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "run"))
     assert [r["step"] for r in run] == [r["step"] for r in one]
     assert [r.get("primary") for r in run[-3:]] == pytest.approx(

@@ -1,6 +1,7 @@
 """What the processes of a run say to each other, besides gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -38,6 +39,23 @@ def accelerate(config: TrainConfig) -> Accelerator:
             f"{config.gradient_accumulation_steps} each"
         )
     return accelerator
+
+
+@contextmanager
+def machine_first(accelerator: Accelerator) -> Iterator[None]:
+    """The first process of every machine goes ahead.
+
+    When it fails the others follow all the same, and learn why by themselves: accelerate's own
+    `local_main_process_first` would leave them waiting.
+    """
+    first = accelerator.is_local_main_process
+    if not first:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if first:
+            accelerator.wait_for_everyone()
 
 
 def from_first(accelerator: Accelerator, make: Callable[[], Made]) -> Made:

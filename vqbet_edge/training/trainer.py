@@ -28,6 +28,7 @@ from vqbet_edge.training.processes import (
     batch_norm_advice,
     from_first,
     hosts,
+    machine_first,
 )
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
@@ -61,7 +62,7 @@ def train(config: TrainConfig) -> Path:
     """
     check_encodable(config.output)
     accelerator = accelerate(config)
-    with accelerator.local_main_process_first():  # which downloads
+    with machine_first(accelerator):  # which downloads
         dataset = LeRobotDataset.open(
             config.dataset,
             cameras=config.cameras,
@@ -89,7 +90,7 @@ class _Trainer:
         self._resumed = from_first(accelerator, self.checkpoints.start)
         if self._resumed is not None:  # the backbone's weights are in the checkpoint
             policy = replace(policy, pretrained_backbone_weights=None)
-        with accelerator.local_main_process_first():  # which downloads
+        with machine_first(accelerator):  # which downloads
             self._network = VQBeT(policy).to(accelerator.device)
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
