@@ -19,22 +19,36 @@ from vqbet_edge.training.trainer import train
 
 # Started in each process; `accelerate launch --cpu` of some releases starts one, whatever it is told.
 PROGRAM = """
-import sys
+import os
+import signal
 from accelerate import PartialState
 from vqbet_edge.training import trainer
 from vqbet_edge.training.cli import main
-state = PartialState(cpu=True)
-assert state.num_processes == 2, state
-print("process", state.process_index, "of", state.num_processes, flush=True)
+from vqbet_edge.training.checkpoints import Checkpoints
+from vqbet_edge.training.phases import Phase
+start = Checkpoints.start
+def started(self):
+    print("starts", flush=True)
+    return start(self)
+Checkpoints.start = started
+update = Phase.update
+def updated(self, step, *arguments):
+    if step == 4 and os.environ.get("STOPS") == os.environ["RANK"]:
+        signal.raise_signal(signal.SIGTERM)
+    return update(self, step, *arguments)
+Phase.update = updated
 trainer.write_report = trainer.draw_curves = lambda *_: None
 trainer.text = lambda _: ""
-main()
+try:
+    main()
+finally:
+    state = PartialState()
+    print("process", state.process_index, "of", state.num_processes, flush=True)
 """
-# What is drawn at random differs between processes, so nothing is: no dropout, a fixed crop, and a
-# temperature at which the most probable code is always taken.
+# Dropout, crops and codes are drawn at random.
 CHOSEN: dict[str, Any] = {
     **SMALL,
-    "steps": 5,
+    "steps": 6,
     "n_vqvae_training_steps": 3,
     "batch_size": 8,
     "n_obs_steps": 2,
@@ -47,14 +61,12 @@ CHOSEN: dict[str, Any] = {
     "save_every": 100,
     "validate_every": 2,
     "validation_fraction": 0.25,
-    "dropout": 0.0,
-    "bet_softmax_temperature": 1e-6,
 }
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Episodes of 17 frames: of a batch of 8, the last one for validation leaves one process none."""
+    """Episodes of 17 frames: of a batch of 8, the last one for validation leaves processes none."""
     random = np.random.default_rng(0)
     demonstrations = [
         {
@@ -68,8 +80,16 @@ def dataset(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def in_processes(command: list[str], count: int) -> list[str]:
-    """Run a command in so many processes that know of each other; what each one printed."""
+def in_processes(count: int, folder: Path, options: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """Train in so many processes that know of each other; how each one ended, and what it said."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program)]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            command.append(flag(name if value else f"no_{name}"))
+        else:
+            command += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -79,36 +99,74 @@ def in_processes(command: list[str], count: int) -> list[str]:
     running = [
         subprocess.Popen(
             command,
-            env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i), "COLUMNS": "200"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(count)
     ]
-    ended = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == count * [0], ended
-    return [output for output, _ in ended]
+    said = [process.communicate(timeout=600) for process in running]
+    return [(process.returncode, *text) for process, text in zip(running, said, strict=True)]
 
 
-def test_two_processes_reach_the_losses_of_one(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {"crop_per_sample": True, "gradient_accumulation_steps": 2}),
+        pytest.param(4, {"sequentially_select": True}, marks=pytest.mark.extended),
+    ],
+)
+def test_many_processes_reach_the_losses_of_one(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    options: dict[str, Any],
 ) -> None:
     for name in ("write_report", "draw_curves", "text"):
         monkeypatch.setattr(trainer, name, lambda *_: "")
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(TrainConfig(dataset=str(dataset), output=one, crop_is_random=False, **CHOSEN))
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, str(program), "--dataset", str(dataset), "--output", str(two)]
-    command.append("--no-crop-is-random")
-    for name, value in CHOSEN.items():
-        command += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
-    for number, output in enumerate(in_processes(command, 2)):
-        assert f"process {number} of 2" in output
-    kinds = {record["kind"] for record in read_metrics(two / "metrics.jsonl")}
+    one, many = tmp_path / "one", tmp_path / "many"
+    chosen = {"dataset": str(dataset), **CHOSEN, **options}
+    train(TrainConfig(**chosen | {"output": one, "gradient_accumulation_steps": 1}))
+    ended = in_processes(count, tmp_path, {"output": many, **chosen})
+    for number, (status, printed, failed) in enumerate(ended):
+        assert status == 0, failed
+        assert f"process {number} of {count}" in printed
+        # One process puts the folder of the run in order.
+        assert ("starts" in printed) == (number == 0)
+    kinds = {record["kind"] for record in read_metrics(many / "metrics.jsonl")}
     assert {"phase 1 validation", "phase 2 validation"} <= kinds
-    records = zip(*(read_metrics(path / "metrics.jsonl") for path in (one, two)), strict=True)
+    records = zip(*(read_metrics(path / "metrics.jsonl") for path in (one, many)), strict=True)
     for expected, got in records:
         assert got.pop("kind") == expected.pop("kind")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.extended
+def test_a_signal_to_one_stops_all_and_what_the_first_finds_all_know(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others read nothing in the run's folder: it may be on a disk that they do not see."""
+    for name in ("write_report", "draw_curves", "text"):
+        monkeypatch.setattr(trainer, name, lambda *_: "")
+    train(TrainConfig(dataset=str(dataset), output=tmp_path / "one", **CHOSEN))
+    chosen = {"dataset": str(dataset), "output": tmp_path / "run", **CHOSEN}
+    monkeypatch.setenv("STOPS", "1")
+    assert [code for code, *_ in in_processes(2, tmp_path, chosen)] == [130, 143]
+    assert (tmp_path / "run/checkpoints/last").resolve().name == "000005"
+    monkeypatch.delenv("STOPS")
+    for changes, status, message in (
+        ({"dataset": "nowhere"}, 4, "neither a folder nor the id of a data set"),
+        ({}, 2, "holds a run already"),
+        ({"resume": True}, 0, ""),
+    ):
+        for code, _, said in in_processes(2, tmp_path, {**chosen, **changes}):
+            assert code == status, said
+            assert message in " ".join(said.split())
+            assert "Traceback" not in said
+    one, run = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "run"))
+    assert [r["step"] for r in run] == [r["step"] for r in one]
+    assert [r.get("primary") for r in run[-3:]] == pytest.approx(
+        [r.get("primary") for r in one[-3:]], rel=1e-4
+    )

@@ -36,6 +36,8 @@ BACKBONES = {
     "resnet152": (2048, 32),
 }
 NUM_CODE_LAYERS = 2
+# A random crop with less than this share of a side is warned of.
+SMALL_CROP = 0.7
 
 
 class FeatureType(str, Enum):
@@ -355,6 +357,21 @@ def _check_sizes(config: VQBeTConfig) -> None:
         )
 
 
+def crop_advice(config: VQBeTConfig) -> str:
+    """What to say about a random crop that shows too little of a picture; empty if none does."""
+    whole, crop = config.resize_shape or config.frame_size, config.encoder_shape
+    if not config.crop_is_random or all(
+        c >= SMALL_CROP * w for c, w in zip(crop, whole, strict=True)
+    ):
+        return ""
+    sizes = "{}x{}".format(*crop), "{}x{}".format(*whole)
+    return (
+        f"the crop of {sizes[0]} is less than {SMALL_CROP} of the {sizes[1]} images: the policy "
+        "trains on random patches and acts on the centre, and never sees what lies outside it; "
+        "shrink the images first with --resize-shape HEIGHT WIDTH, or raise --crop-shape"
+    )
+
+
 def flag(name: str) -> str:
     """A field as the command line spells it."""
     return f"--{name.replace('_', '-')}"
@@ -422,6 +439,10 @@ class TrainConfig(Hyperparameters):
     mixed_precision: Literal["no", "bf16"] = "no"
     # Compile phase 2 with torch.compile.
     compile: bool = False
+    # Parts of a batch that phase 2 computes one after the other, for less memory of the device.
+    gradient_accumulation_steps: Count = 1
+    # Crop every window of a batch at a random place of its own, instead of all at one.
+    crop_per_sample: bool = False
 
     # Share of the episodes that are kept for validation.
     validation_fraction: Share = 0.05

@@ -23,11 +23,18 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
-from torchvision.transforms.v2 import CenterCrop, RandomCrop
+from torchvision.transforms.v2 import CenterCrop
 
 from vqbet_edge.errors import HubError, UsageError
 from vqbet_edge.training.config import BACKBONES, NUM_CODE_LAYERS, VQBeTConfig
+from vqbet_edge.training.draws import Dropout, Share, causal_attention
 from vqbet_edge.training.resizing import shrink, shrink_cameras
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Where mixed precision would cost what a code or a coordinate means."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
 
 # ---- Image encoder: LeRobot's `VQBeTRgbEncoder`.
 
@@ -52,7 +59,8 @@ class SpatialSoftmax(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, num_keypoints, 2), x and y in [-1, 1]."""
         heat = self.nets(features).flatten(2)  # (B, num_keypoints, height * width)
-        expected: Tensor = heat.softmax(dim=-1) @ self.pos_grid
+        with full_precision(heat):
+            expected: Tensor = heat.to(self.pos_grid.dtype).softmax(dim=-1) @ self.pos_grid
         return expected
 
 
@@ -125,12 +133,9 @@ class RgbEncoder(nn.Module):
 
     def __init__(self, config: VQBeTConfig) -> None:
         super().__init__()
-        self.resize_shape = config.resize_shape
-        self.center_crop = self.random_crop = nn.Identity()
-        if config.crop_shape is not None:
-            size = list(config.crop_shape)
-            self.center_crop = CenterCrop(size)
-            self.random_crop = RandomCrop(size) if config.crop_is_random else self.center_crop
+        self.resize_shape, self.shape = config.resize_shape, config.encoder_shape
+        crop = config.crop_shape
+        self.center_crop = nn.Identity() if crop is None else CenterCrop(list(crop))
         self.backbone = build_backbone(config)
         channels, stride = BACKBONES[config.vision_backbone]
         height, width = (-(-side // stride) for side in config.encoder_shape)
@@ -140,11 +145,13 @@ class RgbEncoder(nn.Module):
         self.out = nn.Linear(self.feature_dim, self.feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised as the checkpoint asks -> (B, feature_dim), not negative."""
-        if self.resize_shape is not None:
+        """(B, 3, H, W), normalised as the checkpoint asks -> (B, feature_dim), not negative.
+
+        Images that training has cropped at random stay as they are.
+        """
+        if self.resize_shape is not None and images.shape[-2:] != self.shape:
             images = shrink(images, self.resize_shape)
-        crop = self.random_crop if self.training else self.center_crop
-        keypoints = self.pool(self.backbone(crop(images)))
+        keypoints = self.pool(self.backbone(self.center_crop(images)))
         return torch.relu(self.out(keypoints.flatten(1)))  # (B, 2 * num_keypoints)
 
 
@@ -261,20 +268,20 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         # LeRobot keeps the mask in the checkpoint, so it is a buffer here too.
         self.register_buffer("bias", torch.ones(block, block).tril().view(1, 1, block, block))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
             for part in self.c_attn(x).chunk(3, dim=2)
         )
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = causal_attention(q, k, v, dropout, share)
         joined = y.transpose(1, 2).flatten(2)  # (B, T, D)
-        out: Tensor = self.resid_dropout(self.c_proj(joined))
+        out: Tensor = self.resid_dropout(self.c_proj(joined), share)
         return out
 
 
@@ -291,13 +298,13 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width),
             nn.GELU(),
             nn.Linear(4 * width, width),
-            nn.Dropout(config.dropout),
         )
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.attn(self.ln_1(x))
-        out: Tensor = x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x), share)
+        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)), share)
         return out
 
 
@@ -311,7 +318,7 @@ class GPT(nn.Module):
             {
                 "wte": nn.Linear(config.gpt_input_dim, width),
                 "wpe": nn.Embedding(config.gpt_block_size, width),
-                "drop": nn.Dropout(config.dropout),
+                "drop": Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.gpt_n_layer)),
                 "ln_f": nn.LayerNorm(width),
             }
@@ -319,13 +326,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(width, config.gpt_output_dim, bias=False)
         self._init_weights(config.gpt_n_layer)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, share: Share | None = None) -> Tensor:
         """(B, T, gpt_input_dim) -> (B, T, gpt_output_dim), T at most `gpt_block_size`."""
         parts = self.transformer
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = parts["drop"](parts["wte"](tokens) + parts["wpe"](positions))
+        x = parts["drop"](parts["wte"](tokens) + parts["wpe"](positions), share)
         for block in parts["h"]:  # type: ignore[attr-defined]
-            x = block(x)
+            x = block(x, share)
         out: Tensor = self.lm_head(parts["ln_f"](x))
         return out
 
@@ -392,7 +399,7 @@ class ActionHead(nn.Module):
         """(M, D), int64 (M, 2) -> (M, W, A), normalised: decoded chunk plus the codes' offsets."""
         offsets, rows = self.offsets(features), torch.arange(len(codes), device=codes.device)
         chosen = offsets[rows, 0, codes[:, 0]] + offsets[rows, 1, codes[:, 1]]  # (M, W, A)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(features):
             decoded = self.vqvae_model.decode(codes)
         return decoded + chosen
 
@@ -432,29 +439,32 @@ class VQBeT(nn.Module):
         """Code and offset heads with the RVQ decoder."""
         return self.vqbet.action_head
 
-    def forward(self, images: Tensor, states: Tensor) -> Tensor:
+    def forward(self, images: Tensor, states: Tensor, share: Share | None = None) -> Tensor:
         """(B, N, K, 3, H, W) and (B, N, S), normalised -> (B, Q, D): features of action queries.
 
         Images are whole ones, those of cameras of several sizes as `pack_frames` makes them one
-        array, or shrunk to `resize_shape` already.
+        array, or shrunk to `resize_shape`, and cropped, already. In training, dropout is that of a
+        share of a batch.
         The window's queries come first, then the future's; index N - 1 is the current step, the
         only one used at rollout.
         """
-        return self.features(self.encode_images(images), states)
+        return self.features(self.encode_images(images), states, share)
 
-    def features(self, image_tokens: Tensor, states: Tensor) -> Tensor:
+    def features(self, image_tokens: Tensor, states: Tensor, share: Share | None = None) -> Tensor:
         """The same for images that are encoded already, (B, N, K, gpt_input_dim)."""
         per_step = self.config.tokens_per_step
         seen = self.config.n_obs_steps * per_step
-        out = self.vqbet.policy(self._tokens(image_tokens, states))  # (B, T, D)
+        out = self.vqbet.policy(self._tokens(image_tokens, states), share)  # (B, T, D)
         # The query is the last token of its step; behind the window there are queries only.
         return torch.cat([out[:, per_step - 1 : seen : per_step], out[:, seen:]], dim=1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, N, K, 3, H, W) -> (B, N, K, gpt_input_dim): one token per frame."""
         frames = images.flatten(0, 1)  # (B * N, K, 3, H, W)
-        if self.config.cameras_differ and self.config.resize_shape is not None:
-            frames = shrink_cameras(frames, self.config.image_sizes, self.config.resize_shape)
+        size = self.config.resize_shape
+        cropped = frames.shape[-2:] == self.config.encoder_shape
+        if self.config.cameras_differ and size is not None and not cropped:
+            frames = shrink_cameras(frames, self.config.image_sizes, size)
         features = self.vqbet.rgb_encoder(frames.flatten(0, 1))  # (B * N * K, feature_dim)
         tokens: Tensor = self.vqbet.rgb_feature_projector(features)
         return tokens.view(*images.shape[:3], -1)  # (B, N, K, gpt_input_dim)

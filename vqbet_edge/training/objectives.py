@@ -5,6 +5,7 @@ Losses, weights and the order of random draws are those of LeRobot's `VqVae.vqva
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.codebooks import Reduce, quantize
-from vqbet_edge.training.network import ActionHead, VQBeT, VqVae
+from vqbet_edge.training.draws import Share, drawn, sampled
+from vqbet_edge.training.network import ActionHead, VQBeT, VqVae, full_precision
 from vqbet_edge.training.normalization import Scalings
 
 COMMITMENT_WEIGHT = 5.0
@@ -39,12 +41,16 @@ class VqVaeObjective(nn.Module):
         self.vqvae = vqvae
         self._reduce = reduce
 
-    def forward(self, chunks: Tensor) -> VqVaeLosses:
-        """Losses on chunks (M, W, A), normalised; moves the codebooks in training mode."""
+    def forward(self, chunks: Tensor, share: Share | None = None) -> VqVaeLosses:  # noqa: ARG002
+        """Losses on chunks (M, W, A), normalised; moves the codebooks in training mode.
+
+        Nothing is drawn at random, whatever share of a batch they are.
+        """
         flat = chunks.flatten(1)  # (M, W * A)
         reduce = self._reduce if self.training else None
-        result = quantize(self.vqvae.vq_layer, self.vqvae.encoder(flat), reduce)
-        reconstruction = F.l1_loss(self.vqvae.decoder(result.latents), flat)
+        with full_precision(flat):
+            result = quantize(self.vqvae.vq_layer, self.vqvae.encoder(flat), reduce)
+            reconstruction = F.l1_loss(self.vqvae.decoder(result.latents), flat)
         loss = reconstruction + COMMITMENT_WEIGHT * result.commitment
         return VqVaeLosses(loss, reconstruction.detach(), result.commitment.detach())
 
@@ -65,9 +71,12 @@ class PolicyObjective(nn.Module):
 
     names = PolicyLosses._fields
 
-    def __init__(self, network: VQBeT, scalings: Scalings) -> None:
+    def __init__(
+        self, network: VQBeT, scalings: Scalings, *, crop_per_sample: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
+        self._crop_per_sample = crop_per_sample
         self.pixels = PixelScaling([scalings.forward[key] for key in network.config.image_keys])
 
     def train(self, mode: bool = True) -> "PolicyObjective":
@@ -76,15 +85,17 @@ class PolicyObjective(nn.Module):
         self.network.head.vqvae_model.eval()
         return self
 
-    def forward(self, images: Tensor, states: Tensor, chunks: Tensor) -> PolicyLosses:
-        """Losses on one batch; see `Batch` for the shapes."""
+    def forward(
+        self, images: Tensor, states: Tensor, chunks: Tensor, share: Share | None = None
+    ) -> PolicyLosses:
+        """Losses on one batch, or a share of one; see `Batch` for the shapes."""
         config, head = self.network.config, self.network.head
-        features = self.network(self.pixels(images), states).flatten(0, 1)  # (B * Q, D)
+        pixels = self.pixels(self._crop(images, share))
+        features = self.network(pixels, states, share).flatten(0, 1)  # (B * Q, D)
         chunks = chunks.flatten(0, 1)  # (B * Q, W, A)
-        # The codes of a chunk must not depend on the precision that the rest runs in.
-        with torch.no_grad(), torch.autocast(chunks.device.type, enabled=False):
+        with torch.no_grad(), full_precision(chunks):
             target = head.vqvae_model.encode(chunks).codes
-        predicted = predict(head, features, config.bet_softmax_temperature)
+        predicted = predict(head, features, config.bet_softmax_temperature, share)
         primary = focal_loss(predicted.logits[:, 0], target[:, 0])
         secondary = focal_loss(predicted.logits[:, 1], target[:, 1])
         offset = F.l1_loss(predicted.chunks, chunks)
@@ -95,6 +106,40 @@ class PolicyObjective(nn.Module):
         )
         hits = (predicted.codes == target).float().mean(0)
         return PolicyLosses(loss, primary.detach(), secondary.detach(), offset.detach(), *hits)
+
+    def _crop(self, images: Tensor, share: Share | None) -> Tensor:
+        """uint8 (B, N, K, H, W, 3) -> (B, N, K, *crop, 3), before a pixel becomes four bytes."""
+        config = self.network.config
+        if config.crop_shape is None:
+            return images
+        if self.training and config.crop_is_random:
+            return random_crop(images, config.crop_shape, share, each=self._crop_per_sample)
+        centre: Tensor = self.network.vqbet.rgb_encoder.center_crop(images.movedim(-1, -3))
+        return centre.movedim(-3, -1).contiguous()
+
+
+def random_crop(
+    images: Tensor, size: tuple[int, int], share: Share | None, *, each: bool
+) -> Tensor:
+    """(B, ..., H, W, 3) -> (B, ..., *size, 3), at one place as torchvision's `RandomCrop` draws it.
+
+    With `each`, at a place for every window, the same for all its frames.
+    """
+    for axis, side in zip((-3, -2), size, strict=True):
+        end = images.shape[axis] - side + 1
+        if end == 1:
+            continue
+        within = torch.arange(side, device=images.device)
+        if each:
+            windows = torch.arange(len(images), device=images.device)
+            places = drawn(windows, share, partial(torch.randint_like, high=end))
+            lines = places[:, None] + within
+            images = images.movedim(axis, 1)[windows[:, None], lines].movedim(1, axis)
+        else:
+            # Not an int: the host would wait for it.
+            place = torch.randint(end, (), device=images.device)
+            images = images.index_select(axis, place + within)
+    return images.contiguous()
 
 
 class PixelScaling(nn.Module):
@@ -125,22 +170,22 @@ class Prediction(NamedTuple):
     chunks: Tensor  # (M, W, A), decoded plus offset
 
 
-def predict(head: ActionHead, features: Tensor, temperature: float) -> Prediction:
+def predict(
+    head: ActionHead, features: Tensor, temperature: float, share: Share | None = None
+) -> Prediction:
     """Sample codes for features (M, D) and predict their chunks."""
+
+    def sample(logits: Tensor) -> Tensor:  # (R, C) -> int64 (R,)
+        return sampled((logits.detach().float() / temperature).softmax(dim=-1), share)
+
     logits = head.code_logits(features)
     if head.sequential:
-        primary = _sample(logits[:, 0], temperature)
+        primary = sample(logits[:, 0])
         logits = head.code_logits(features, primary)
-        codes = torch.stack([primary, _sample(logits[:, 1], temperature)], dim=-1)
+        codes = torch.stack([primary, sample(logits[:, 1])], dim=-1)
     else:
-        codes = _sample(logits.flatten(0, 1), temperature).view(-1, 2)  # from (2 * M,)
+        codes = sample(logits.flatten(0, 1)).view(-1, 2)  # from (2 * M,)
     return Prediction(logits, codes, head.action_chunk(features, codes))
-
-
-def _sample(logits: Tensor, temperature: float) -> Tensor:
-    """(M, C) -> int64 (M,)."""
-    probabilities = (logits.detach().float() / temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities, num_samples=1)[:, 0]
 
 
 def focal_loss(logits: Tensor, target: Tensor) -> Tensor:

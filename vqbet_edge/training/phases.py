@@ -3,9 +3,9 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeAlias, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqbet_edge.training.checkpoints import Resumed
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.draws import Share
 from vqbet_edge.training.feeding import Indices
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
@@ -32,6 +33,7 @@ class Phase(ABC):
     """One half of training."""
 
     name: str  # in metrics and messages
+    accumulation = 1  # parts of a batch whose gradients are summed
     _averaged: AveragedModel | None = None
 
     def __init__(
@@ -59,7 +61,7 @@ class Phase(ABC):
 
         Of the windows' current frames, int64 (B,) each.
         """
-        return self._batches(map(self._own, windows))
+        return self._batches(frames[self._own(len(frames)).rows] for frames in windows)
 
     @abstractmethod
     def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]: ...
@@ -81,15 +83,17 @@ class Phase(ABC):
             self._averaged.n_averaged.fill_(1)
 
     def update(self, step: int, batch: tuple[Tensor, ...]) -> Losses:
-        """One optimisation step; all that is random in it follows from seed, step and process."""
+        """One optimisation step on this process's rows of a batch.
+
+        All that is random in it follows from seed, step and sample.
+        """
         accelerator = self._accelerator
-        torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self._objective.train()
-        losses = self._losses(self._objective, batch)
-        accelerator.backward(losses.loss)
+        seed = hash((self._config.seed, step, 0)) % 2**63
+        losses = self._backward(batch, self._own(self._config.batch_size), seed)
         clip = self._config.optimizer_grad_clip_norm
         accelerator.clip_grad_norm_(self._objective.parameters(), clip)
         self.optimizer.step()
@@ -97,6 +101,21 @@ class Phase(ABC):
         if self._averaged is not None:
             self._averaged.update_parameters(self._network)
         return losses
+
+    def _backward(self, batch: tuple[Tensor, ...], own: Share, seed: int) -> Losses:
+        """Gradients of this process's rows, and their mean losses."""
+        found, count = [], self.accumulation
+        for part in (own.part(index, count) for index in range(count)):
+            torch.manual_seed(seed)  # every part draws what is random for the whole batch
+            rows = slice(part.start - own.start, part.stop - own.start)
+            some = batch if count == 1 else tuple(tensor[rows] for tensor in batch)
+            last = part.stop == own.stop
+            with nullcontext() if last else self._accelerator.no_sync(self._objective):
+                losses = self._losses(self._objective, some, part)
+                self._accelerator.backward(losses.loss / count)
+            found.append(losses)
+        means = (torch.stack(values).detach().mean(0) for values in zip(*found, strict=True))
+        return type(found[0])(*means)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Indices]) -> dict[str, float]:
@@ -110,26 +129,31 @@ class Phase(ABC):
         return means
 
     def _means(self, batches: Iterable[Indices]) -> dict[str, float]:
-        """Over the frames of all processes; the last batch may leave one without any."""
+        """Over the frames of all processes."""
         objective = self._accelerator.unwrap_model(self._objective)
         sums = torch.zeros(1 + len(objective.names), device=self._accelerator.device)
-        own = [part for part in map(self._own, batches) if len(part)]
-        for part, batch in zip(own, self._batches(own), strict=True):
-            losses = self._losses(objective, batch)
+        parts = list(batches)
+        own = [self._own(len(frames)) for frames in parts]
+        # Who has none of a short batch computes one that does not count: all draw alike.
+        some = [share._replace(stop=max(share.stop, share.start + 1)) for share in own]
+        rows = (frames[share.rows] for frames, share in zip(parts, some, strict=True))
+        for counted, share, batch in zip(own, some, self._batches(rows), strict=True):
+            losses = self._losses(objective, batch, share)
             values = [torch.ones_like(losses.loss), *losses._asdict().values()]
-            sums += len(part) * torch.stack(values)
+            sums += counted.size * torch.stack(values)
         count, *totals = _sum(self._accelerator, sums).tolist()
         return {n: t / count for n, t in zip(objective.names, totals, strict=True)}
 
-    def _own(self, frames: Indices) -> Indices:
-        """This process's part."""
+    def _own(self, size: int) -> Share:
+        """This process's rows of a batch."""
         accelerator = self._accelerator
-        own: Indices = np.array_split(frames, accelerator.num_processes)[accelerator.process_index]
-        return own
+        whole = Share(0, size, size)
+        return whole.part(accelerator.process_index, accelerator.num_processes)
 
-    def _losses(self, objective: nn.Module, batch: tuple[Tensor, ...]) -> Losses:
-        with self._accelerator.autocast():
-            losses: Losses = objective(*batch)
+    def _losses(self, objective: nn.Module, batch: tuple[Tensor, ...], share: Share) -> Losses:
+        mixed = self._config.mixed_precision == "bf16"
+        with torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=mixed):
+            losses: Losses = objective(*batch, share if share.size < share.whole else None)
         return losses
 
 
@@ -179,7 +203,10 @@ class PolicyPhase(Phase):
         # Marked as learned and frozen, as in LeRobot's checkpoints.
         vqvae.discretized.fill_(True)
         vqvae.vq_layer.freeze_codebook.fill_(True)
-        objective: nn.Module = PolicyObjective(network, scalings).to(accelerator.device)
+        self.accumulation = config.gradient_accumulation_steps
+        each = config.crop_per_sample
+        objective: nn.Module = PolicyObjective(network, scalings, crop_per_sample=each)
+        objective.to(accelerator.device)
         if config.compile:
             objective.compile()
         if config.ema_decay:

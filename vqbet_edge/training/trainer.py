@@ -15,7 +15,7 @@ from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import report_codes
-from vqbet_edge.training.config import ACTION_KEY, TrainConfig
+from vqbet_edge.training.config import ACTION_KEY, TrainConfig, crop_advice
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.feeding import Feeding, workers_named
 from vqbet_edge.training.files import check_encodable
@@ -24,6 +24,14 @@ from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
+from vqbet_edge.training.processes import (
+    accelerate,
+    any_process,
+    batch_norm_advice,
+    from_first,
+    hosts,
+    machine_first,
+)
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
@@ -55,13 +63,8 @@ def train(config: TrainConfig) -> Path:
             from.
     """
     check_encodable(config.output)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if config.batch_size % accelerator.num_processes:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is not a multiple of the "
-            f"{accelerator.num_processes} processes"
-        )
-    with accelerator.main_process_first():
+    accelerator = accelerate(config)
+    with machine_first(accelerator):  # which downloads
         dataset = LeRobotDataset.open(
             config.dataset,
             cameras=config.cameras,
@@ -85,11 +88,12 @@ class _Trainer:
         self._scalings = Scalings.of(dataset, policy)
         torch.manual_seed(config.seed)
         self.checkpoints = Checkpoints(config, self._scalings, dataset.fps)
-        with accelerator.main_process_first():  # which puts the run's folder in order
-            self._resumed = self.checkpoints.start()
+        # The first process alone puts the run's folder in order; others may not see its disk.
+        self._resumed = from_first(accelerator, self.checkpoints.start)
         if self._resumed is not None:  # the backbone's weights are in the checkpoint
             policy = replace(policy, pretrained_backbone_weights=None)
-        self._network = VQBeT(policy).to(accelerator.device)
+        with machine_first(accelerator):  # which downloads
+            self._network = VQBeT(policy).to(accelerator.device)
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
             _load(self._network, self._resumed, config)
@@ -112,6 +116,7 @@ class _Trainer:
         self._validation = [kept[first : first + config.batch_size] for first in firsts]
         self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
         self._received: list[KeyboardInterrupt] = []
+        self._hosts = hosts(accelerator)
         if config.resume:
             self._reporter.note(_going_on(config, self._resumed))
         self._reporter.note(feeding.text(dataset, policy.image_keys))
@@ -124,6 +129,8 @@ class _Trainer:
             self._reporter.note(f"[yellow]{escape(advice)}")
         if advice := relative_advice(dataset, policy):
             self._reporter.note(advice)
+        for advice in filter(None, (crop_advice(policy), batch_norm_advice(config, accelerator))):
+            self._reporter.note(f"[yellow]{escape(advice)}")
         for reason in lerobots_objections(policy):
             self._reporter.note(f"LeRobot cannot load this policy's checkpoints: {reason}")
 
@@ -242,10 +249,7 @@ class _Trainer:
     def _told_to_stop(self) -> bool:
         """Whether any process received a signal; all learn it at the same step."""
         told = bool(self._received)
-        if self._accelerator.num_processes == 1:
-            return told
-        flag = torch.tensor(int(told), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(flag, "sum"))
+        return any_process(told, self._hosts)
 
 
 def _load(network: VQBeT, resumed: Resumed, config: TrainConfig) -> None:
