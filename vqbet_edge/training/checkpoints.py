@@ -7,6 +7,7 @@ checkpoints/last                        link to the newest, for people
 The numbered folders are the run. Copying often loses the link, or makes a folder of it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
-from vqbet_edge.training.config import TrainConfig, flag
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, TrainConfig, VQBeTConfig, flag
+from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import (
     new_directory,
     numbered,
@@ -76,6 +78,27 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What a run keeps of its data set, to know it again wherever it then lies."""
+
+    fps: float
+    fingerprint: dict[str, int | str]  # by what people would call it
+
+    @classmethod
+    def of(cls, dataset: LeRobotDataset, policy: VQBeTConfig) -> "DataFacts":
+        """Of what a policy sees of a data set; videos are not read."""
+        features = {**policy.input_features, **policy.output_features}
+        shapes = {key: feature.shape for key, feature in features.items()}
+        lengths = np.diff(dataset.bounds).tolist()
+        numbers = [episode.index for episode in dataset.info.episodes]
+        digest = hashlib.sha256(repr((dataset.fps, shapes, numbers, lengths)).encode())
+        for key in (STATE_KEY, ACTION_KEY):
+            digest.update(np.ascontiguousarray(dataset.column(key)).data)
+        counts = {"episodes": len(lengths), "frames": dataset.num_frames}
+        return cls(dataset.fps, {**counts, "sha256": digest.hexdigest()})
+
+
+@dataclass(frozen=True)
 class Resumed:
     """What a checkpoint's training state holds."""
 
@@ -90,8 +113,8 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, config: TrainConfig, scalings: Scalings, fps: float) -> None:
-        self._config, self._scalings, self._fps = config, scalings, fps
+    def __init__(self, config: TrainConfig, scalings: Scalings, data: DataFacts) -> None:
+        self._config, self._scalings, self._data = config, scalings, data
         self._directory = config.output / "checkpoints"
         self._link = self._directory / "last"
 
@@ -120,7 +143,7 @@ class Checkpoints:
             folder.mkdir()
             state.mkdir()
             final = averaged or network
-            save_pretrained(folder, final, self._config, self._scalings, self._fps)
+            save_pretrained(folder, final, self._config, self._scalings, asdict(self._data))
             write_bytes(temporary / _PROGRESS, json.dumps(asdict(progress)).encode())
             write_bytes(state / "optimizer.safetensors", _encode_optimizer(optimizer))
             if averaged is not None:
@@ -208,6 +231,15 @@ class Checkpoints:
                     f"started with: {name} was {_text(then)}, now it is {_text(here)}, and the "
                     "policy would mean something else; pass the data set as it was, or start a new "
                     "run in another --output"
+                )
+        known = before.get("fingerprint", self._data.fingerprint)  # older runs have none
+        for name, value in self._data.fingerprint.items():
+            if known.get(name) != value:
+                raise UsageError(
+                    f"{self._config.dataset} is not what the run in {self._config.output} was "
+                    f"started with: {name} was {known.get(name)}, now it is {value}; pass the data "
+                    "set as it was, or train on with what is new in another --output, with "
+                    f"--pretrained {path / 'pretrained_model'}"
                 )
 
 

@@ -396,6 +396,14 @@ class TrainConfig(Hyperparameters):
     seed: Annotated[int, Meta(ge=0)] = 0
     # Go on from the run's last checkpoint.
     resume: bool = False
+    # Begin from another policy: a checkpoint's folder or Hub id. Its hyperparameters, statistics
+    # and codes are the run's, which is phase 2 alone; with --n-vqvae-training-steps, phase 1 goes
+    # on with its codes before.
+    pretrained: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    # Take a finished VQ-VAE from a checkpoint and skip phase 1; everything else begins anew.
+    pretrained_vqvae: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    # Scale by the statistics of the data set instead of the checkpoint's; phase 1 has to go on.
+    new_statistics: bool = False
 
     # Learning rate of phase 2.
     optimizer_lr: NotNegative = 1e-4
@@ -452,7 +460,16 @@ class TrainConfig(Hyperparameters):
             name = f"ResNet{depth}_Weights.IMAGENET1K_V1"
             object.__setattr__(self, "pretrained_backbone_weights", name)
             object.__setattr__(self, "use_group_norm", False)
-        if not 0 < self.n_vqvae_training_steps < self.steps:
+        begun = [n for n in ("pretrained", "pretrained_vqvae") if getattr(self, n) is not None]
+        if len(begun) == 2:
+            raise UsageError("--pretrained brings its VQ-VAE; leave --pretrained-vqvae out")
+        if self.new_statistics and not (begun and self.n_vqvae_training_steps):
+            raise UsageError(
+                "--new-statistics is for --pretrained, and its codes have to learn what they then "
+                "stand for: pass --n-vqvae-training-steps N too, or leave it out"
+            )
+        least = 0 if begun else 1
+        if not least <= self.n_vqvae_training_steps < self.steps:
             raise UsageError(
                 f"--steps {self.steps} counts both phases and must be more than "
                 f"--n-vqvae-training-steps {self.n_vqvae_training_steps}"

@@ -10,10 +10,10 @@ from rich.markup import escape
 
 from vqbet_edge.cli import keeping_signals
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
-from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
+from vqbet_edge.training.checkpoints import Checkpoints, DataFacts, Progress, Resumed
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
-from vqbet_edge.training.codes.phase1 import report_codes
+from vqbet_edge.training.codes.phase1 import CodeReport, report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import check_encodable
@@ -22,6 +22,7 @@ from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
 from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
+from vqbet_edge.training.pretrained import Beginning
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
 VALIDATION_BATCHES = 8
@@ -80,9 +81,11 @@ class _Trainer:
     ) -> None:
         self._config, self._accelerator = config, accelerator
         policy = config.policy(dataset)
-        self._scalings = Scalings.of(dataset, policy)
+        beginning = Beginning.of(config, policy)
+        self._pretrained = beginning.pretrained
+        self._scalings = Scalings.of(dataset, policy, beginning.statistics)
         torch.manual_seed(config.seed)
-        self.checkpoints = Checkpoints(config, self._scalings, dataset.fps)
+        self.checkpoints = Checkpoints(config, self._scalings, DataFacts.of(dataset, policy))
         with accelerator.main_process_first():  # which puts the run's folder in order
             self._resumed = self.checkpoints.start()
         if self._resumed is not None:  # the backbone's weights are in the checkpoint
@@ -91,6 +94,8 @@ class _Trainer:
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
             _load(self._network, self._resumed, config)
+        elif self._pretrained is not None:
+            self._pretrained.start(self._network)
         self._data = WindowedDataset(dataset, policy, self._scalings, accelerator.device)
         split = dataset.split(config.validation_fraction, config.seed)
         frames = current_frames(dataset, split.train)
@@ -127,12 +132,14 @@ class _Trainer:
         parts = config, self._accelerator, self._network, self._data
         with self._reporter.bar, keeping_signals() as self._received:
             if self._progress.step < first_steps:
-                if self._resumed is None:
+                if self._resumed is None and self._pretrained is None:
                     chunks = config.batch_size * self._network.config.num_queries
                     initialize(self._network.head.vqvae_model, self._sample, chunks)
                 self._train(VqVaePhase(*parts), first_steps)
             elif self._progress.step == first_steps:
                 self._resumed = None  # the optimiser in the checkpoint is phase 1's
+                if self._pretrained is not None:
+                    self._reporter.note(f"{self._pretrained}\n{self._codes()}")
             self._train(PolicyPhase(*parts, self._scalings), config.steps)
         if self._accelerator.is_main_process:
             records = read_metrics(config.output / "metrics.jsonl")
@@ -192,12 +199,11 @@ class _Trainer:
         total = config.n_vqvae_training_steps
         if step % max(1, total // CODE_REPORTS) and step != total:
             return False
-        vqvae = self._network.head.vqvae_model
-        report = report_codes(vqvae, self._sample, self._scalings.backward[ACTION_KEY].multiply)
+        report = self._codes()
         self._reporter.record(step, "codes", report.metrics())
         self._progress = self._progress.seen(report.error)
         if step < REVIVAL_SHARE * total:
-            revive(vqvae, self._sample)
+            revive(self._network.head.vqvae_model, self._sample)
         early = config.vqvae_early_stop and self._progress.converged
         if step == total and not self._progress.converged:
             self._reporter.note(
@@ -207,6 +213,10 @@ class _Trainer:
         if step == total or early:
             self._reporter.note(str(report))
         return early
+
+    def _codes(self) -> CodeReport:
+        vqvae = self._network.head.vqvae_model
+        return report_codes(vqvae, self._sample, self._scalings.backward[ACTION_KEY].multiply)
 
     def _save(self, phase: Phase) -> None:
         networks = filter(None, (self._network, phase.averaged))
