@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from demonstrated import demonstrations
 from safetensors.numpy import load_file
 from sizes import short_run
 from workshop import once
@@ -18,7 +19,6 @@ from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.cli import parsed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.metrics import read_metrics
 from vqbet_edge.training.pretrained import pretrained_fields
 from vqbet_edge.training.trainer import train
@@ -31,20 +31,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No report on codes, no curves."""
     for name in ("write_report", "draw_curves", "text"):
         monkeypatch.setattr(trainer, name, lambda *_: "")
-
-
-def demonstrations(root: Path, *, state: int = 2, camera: str = "front", high: float = 1) -> Path:
-    random = np.random.default_rng(0)
-    episodes = [
-        {
-            f"observation.images.{camera}": random.integers(0, 256, (12, 64, 64, 3), np.uint8),
-            "observation.state": random.uniform(-1, 1, (12, state)).astype(np.float32),
-            "action": random.uniform(-1, high, (12, 2)).astype(np.float32),
-        }
-        for _ in range(3)
-    ]
-    write_dataset(root, episodes, fps=10, task="move")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,9 @@ def test_two_processes_reach_the_losses_of_one(
         assert f"process {number} of 2" in output
     kinds = {record["kind"] for record in read_metrics(two / "metrics.jsonl")}
     assert {"phase 1 validation", "phase 2 validation"} <= kinds
-    records = zip(*(read_metrics(path / "metrics.jsonl") for path in (one, two)), strict=True)
-    for expected, got in records:
+    records = [read_metrics(path / "metrics.jsonl") for path in (one, two)]
+    for expected, got in zip(*records, strict=True):
+        if expected["kind"] == "speed":
+            continue
         assert got.pop("kind") == expected.pop("kind")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)

@@ -3,6 +3,7 @@
 checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `layouts`
 checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights; no pickle
 checkpoints/last                        link to the newest, for people
+checkpoints/best                        link to the one that did best in --eval-env
 
 The numbered folders are the run. Copying often loses the link, or makes a folder of it.
 """
@@ -11,6 +12,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ from vqbet_edge.training.files import (
     new_directory,
     numbered,
     point_to,
+    remove,
+    replace_bytes,
     sweep,
     through_last,
     write_bytes,
@@ -48,7 +54,7 @@ from vqbet_edge.training.normalization import Floats, Scalings
 # other means: what matters of the data set is its statistics, and `steps` may grow.
 _FREE_FIELDS = {
     "dataset", "output", "steps", "resume", "log_every", "validate_every", "save_every",
-    "frame_cache",
+    "frame_cache", "keep", "log_with", "eval_env", "eval_every", "eval_episodes",
 }  # fmt: skip
 # What reading half a checkpoint ends in.
 _BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError
@@ -64,12 +70,27 @@ class Progress:
     step: int = 0  # of both phases
     error: float = math.inf  # phase 1's best reconstruction error so far, normalised
     stale: int = 0  # how many looks ago that was
+    # Losses since the last line of the metrics, summed over so many steps.
+    sums: Sequence[float] = ()
+    summed: int = 0
+    # At which step episodes were driven last; the best step, and how it did.
+    driven: int = 0
+    best: int = 0
+    success: float = -1.0
+    max_reward: float = -math.inf
 
     def seen(self, error: float) -> "Progress":
         """After a look at phase 1's reconstruction error."""
         if error < self.error * (1 - _WORTH_WHILE):
             return replace(self, error=error, stale=0)
         return replace(self, stale=self.stale + 1)
+
+    def drove(self, success: float, max_reward: float) -> "Progress":
+        """After episodes at this step."""
+        driven = replace(self, driven=self.step)
+        if (success, max_reward) <= (self.success, self.max_reward):
+            return driven
+        return replace(driven, best=self.step, success=success, max_reward=max_reward)
 
     @property
     def converged(self) -> bool:
@@ -116,7 +137,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, scalings: Scalings, data: DataFacts) -> None:
         self._config, self._scalings, self._data = config, scalings, data
         self._directory = config.output / "checkpoints"
-        self._link = self._directory / "last"
+        self._link, self._best = self._directory / "last", self._directory / "best"
 
     @property
     def last(self) -> Path:
@@ -150,6 +171,35 @@ class Checkpoints:
                 weights = safetensors.torch.save(network.state_dict())
                 write_bytes(state / WEIGHTS_NAME, weights)
         point_to(self._link, path)
+        self._point_to_best(progress)
+        if self._config.keep is not None:
+            for old in numbered(self._directory)[: -self._config.keep]:
+                if int(old.name) != progress.best:
+                    remove(old)
+
+    @contextmanager
+    def trial(self, network: VQBeT) -> Iterator[Path]:
+        """What robots would get of a network now, for as long as the context lasts."""
+        folder = self._directory / ".trial.tmp"
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        try:
+            save_pretrained(folder, network, self._config, self._scalings, asdict(self._data))
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def judged(self, progress: Progress) -> None:
+        """Episodes were driven with the newest checkpoint after it had been saved."""
+        path = self._directory / f"{progress.step:06d}" / _PROGRESS
+        replace_bytes(path, json.dumps(asdict(progress)).encode())
+        self._point_to_best(progress)
+
+    def _point_to_best(self, progress: Progress) -> None:
+        path = self._directory / f"{progress.best:06d}"
+        if path.is_dir() and self._best.resolve() != path.resolve():
+            point_to(self._best, path)
 
     def start(self) -> Resumed | None:
         """What to go on from: None for a new run.
@@ -181,6 +231,7 @@ class Checkpoints:
                 ) from e
             if self._link.resolve() != path.resolve():
                 point_to(self._link, path)
+            self._point_to_best(resumed.progress)
             return resumed
         if known:
             raise CheckpointError(

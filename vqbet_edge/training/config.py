@@ -439,6 +439,17 @@ class TrainConfig(Hyperparameters):
     log_every: Count = 100
     # Steps between checkpoints.
     save_every: Count = 5000
+    # Keep so many checkpoints, the newest, and the best one beside them; none keeps all.
+    keep: Count | None = None
+    # Where to send the metrics too.
+    log_with: Literal["tensorboard", "wandb"] | None = None
+    # Drive episodes while training: an environment that vqbet-eval knows, or your own as
+    # module:Class. checkpoints/best is the checkpoint that did best.
+    eval_env: Annotated[str | None, tyro.conf.arg(metavar="ENV")] = None
+    # Steps of phase 2 between them.
+    eval_every: Count = 5000
+    # Episodes to drive each time.
+    eval_episodes: Count = 20
     # Keep decoded frames in this folder between runs, instead of in memory.
     frame_cache: Path | None = None
 

@@ -1,8 +1,9 @@
 """The two phases of training: what each learns from, with which optimiser and learning rate."""
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ class Phase(ABC):
     """One half of training."""
 
     name: str  # in metrics and messages
+    waited = 0.0  # seconds for data, so far
     _averaged: AveragedModel | None = None
 
     def __init__(
@@ -38,7 +40,7 @@ class Phase(ABC):
         config: TrainConfig,
         accelerator: Accelerator,
         network: VQBeT,
-        objective: nn.Module,
+        objective: VqVaeObjective | PolicyObjective,
         groups: list[dict[str, Any]],
     ) -> None:
         self._config, self._accelerator, self._network = config, accelerator, network
@@ -51,6 +53,7 @@ class Phase(ABC):
         )
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        self.names: Sequence[str] = objective.names
         self._objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
     @abstractmethod
@@ -120,8 +123,11 @@ class Phase(ABC):
         return own
 
     def _losses(self, objective: nn.Module, frames: Indices) -> Losses:
+        started = time.perf_counter()
+        batch = self.batch(frames)
+        self.waited += time.perf_counter() - started
         with self._accelerator.autocast():
-            losses: Losses = objective(*self.batch(frames))
+            losses: Losses = objective(*batch)
         return losses
 
 
@@ -170,7 +176,7 @@ class PolicyPhase(Phase):
         # Marked as learned and frozen, as in LeRobot's checkpoints.
         vqvae.discretized.fill_(True)
         vqvae.vq_layer.freeze_codebook.fill_(True)
-        objective: nn.Module = PolicyObjective(network, scalings).to(accelerator.device)
+        objective = PolicyObjective(network, scalings).to(accelerator.device)
         if config.compile:
             objective.compile()
         if config.ema_decay:

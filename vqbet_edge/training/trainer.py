@@ -1,5 +1,6 @@
 """One run from the data set to the last checkpoint: a loop over two phases."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.markup import escape
+from torch import Tensor
 
 from vqbet_edge.cli import keeping_signals
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
@@ -14,18 +16,27 @@ from vqbet_edge.training.checkpoints import Checkpoints, DataFacts, Progress, Re
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import CodeReport, report_codes
-from vqbet_edge.training.config import ACTION_KEY, TrainConfig
+from vqbet_edge.training.config import ACTION_KEY, TrainConfig, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.evaluation.trials import Outcome, Trials
 from vqbet_edge.training.files import check_encodable
 from vqbet_edge.training.layouts import lerobots_objections
-from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
+from vqbet_edge.training.metrics import (
+    Means,
+    Pace,
+    Reporter,
+    check_tracker,
+    draw_curves,
+    overfitting,
+    read_metrics,
+    start_trackers,
+)
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
-from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
+from vqbet_edge.training.phases import Phase, PolicyPhase, VqVaePhase
 from vqbet_edge.training.pretrained import Beginning
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
-VALIDATION_BATCHES = 8
 # Windows that k-means, revival and the reports on codes look at.
 SAMPLE_WINDOWS = 4096
 # So often phase 1's codes are looked at.
@@ -54,7 +65,12 @@ def train(config: TrainConfig) -> Path:
             from.
     """
     check_encodable(config.output)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    check_tracker(config.log_with)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.log_with,
+        project_dir=config.output,
+    )
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
             f"--batch-size {config.batch_size} is not a multiple of the "
@@ -81,6 +97,9 @@ class _Trainer:
     ) -> None:
         self._config, self._accelerator = config, accelerator
         policy = config.policy(dataset)
+        self._trials: Trials | None = None
+        if config.eval_env is not None:
+            self._trials = Trials.of(config.eval_env, config.eval_episodes, policy)
         beginning = Beginning.of(config, policy)
         self._pretrained = beginning.pretrained
         self._scalings = Scalings.of(dataset, policy, beginning.statistics)
@@ -103,16 +122,20 @@ class _Trainer:
         self._shuffle = Shuffle(frames, config.batch_size, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
-        # Some validation batches, the same all along the run.
-        kept = np.random.default_rng(config.seed).permutation(
-            current_frames(dataset, split.validation)
-        )[: VALIDATION_BATCHES * config.batch_size]
+        kept = current_frames(dataset, split.validation)
         firsts = range(0, len(kept), config.batch_size)
         self._validation = [kept[first : first + config.batch_size] for first in firsts]
-        self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
+        start_trackers(accelerator, config)
+        self._reporter = Reporter(
+            config, self._progress.step, accelerator.is_main_process, accelerator.log
+        )
         self._received: list[KeyboardInterrupt] = []
         if config.resume:
             self._reporter.note(_going_on(config, self._resumed))
+        self._introduce(dataset, policy)
+
+    def _introduce(self, dataset: LeRobotDataset, policy: VQBeTConfig) -> None:
+        """Say what is noticed about the data."""
         left_out = dataset.chosen_cameras.left_out
         for key, what in left_out.items():
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
@@ -157,34 +180,94 @@ class _Trainer:
     def _train(self, phase: Phase, end: int) -> None:
         """Go on with one phase up to step `end` of the run."""
         config = self._config
+        now, device = self._progress, self._accelerator.device
+        means, pace = Means((), 0, device), Pace(phase.name, config.batch_size, end - now.step)
         if self._resumed is not None:
             phase.restore(self._resumed)
             self._resumed = None
-        self._reporter.progress(self._progress.step, phase.name)
+            means = Means(now.sums, now.summed, device)
+        self._reporter.progress(now.step, phase.name)
+        if self._due(phase) and now.driven != now.step and self._drive(phase):
+            self.checkpoints.judged(self._progress)
         while self._progress.step < end:
-            done = self._progress.step + 1
-            losses = phase.update(done - 1, self._shuffle.batch(done - 1))
-            self._progress = replace(self._progress, step=done)
-            if done % config.log_every == 0 or done == end:
-                self._log(phase, losses)
-            if isinstance(phase, VqVaePhase) and self._look_at_codes():
-                self._progress = replace(self._progress, step=end)  # what is left is skipped
-            last = self._progress.step == end
-            if self._validation and (done % config.validate_every == 0 or last):
-                means = phase.validate(self._validation)
-                self._reporter.record(done, f"{phase.name} validation", means)
-            stopping = self._told_to_stop()
-            if done % config.save_every == 0 or last or stopping:
-                self._save(phase)
-            if stopping and done < config.steps:
-                self._reporter.note(f"stopped after step {done}; go on with --resume")
-                raise self._received[0] if self._received else KeyboardInterrupt
+            self._step(phase, end, means, pace)
+            self._look(phase, end, means)
 
-    def _log(self, phase: Phase, losses: Losses) -> None:
-        values = losses._asdict()
-        stacked = torch.stack([value.detach() for value in values.values()])
-        means = self._accelerator.reduce(stacked, "mean")
-        metrics = dict(zip(values, means.tolist(), strict=True))
+    def _step(self, phase: Phase, end: int, means: Means, pace: Pace) -> None:
+        """One step of learning, and its line of the metrics where one is due."""
+        done = self._progress.step + 1
+        started, waited = time.perf_counter(), phase.waited
+        means.add(phase.update(done - 1, self._shuffle.batch(done - 1)))
+        waited = phase.waited - waited
+        self._progress = replace(self._progress, step=done)
+        due = done % self._config.log_every == 0 or done == end
+        if due:
+            self._log(phase, means.take(self._mean))
+        if estimate := pace.add(time.perf_counter() - started, waited):
+            self._reporter.note(estimate)
+        if due:
+            self._reporter.record(done, "speed", pace.take())
+
+    def _look(self, phase: Phase, end: int, means: Means) -> None:
+        """What is due after a step: codes, validation, episodes, a checkpoint, the end."""
+        config, done = self._config, self._progress.step
+        if isinstance(phase, VqVaePhase) and self._look_at_codes():
+            self._progress = replace(self._progress, step=end)  # what is left is skipped
+        last = self._progress.step == end
+        if self._validation and (done % config.validate_every == 0 or last):
+            found = phase.validate(self._validation)
+            self._reporter.record(done, f"{phase.name} validation", found)
+        stopping, better = self._told_to_stop(), False
+        if self._due(phase) and not stopping:
+            better = self._drive(phase)
+            stopping = self._told_to_stop()
+        if done % config.save_every == 0 or last or stopping or better:
+            self._progress = replace(self._progress, **means.kept(self._mean))
+            self._save(phase)
+        if stopping and done < config.steps:
+            self._reporter.note(f"stopped after step {done}; go on with --resume")
+            raise self._received[0] if self._received else KeyboardInterrupt
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        mean: Tensor = self._accelerator.reduce(tensor, "mean")
+        return mean
+
+    def _due(self, phase: Phase) -> bool:
+        """Whether episodes are driven at this step."""
+        config, step = self._config, self._progress.step
+        if self._trials is None or not isinstance(phase, PolicyPhase):
+            return False
+        at_rest = step % config.eval_every == 0 or step == config.steps
+        return at_rest and step > config.n_vqvae_training_steps
+
+    def _drive(self, phase: Phase) -> bool:
+        """Drive episodes on the first process; True if none before went as well."""
+        outcome = [0.0] * len(Outcome._fields)
+        interrupted = 0
+        if self._trials is not None and self._accelerator.is_main_process:
+            try:
+                with self.checkpoints.trial(phase.averaged or self._network) as folder:
+                    outcome = [*self._trials.drive(folder)]
+            except KeyboardInterrupt as interrupt:  # a checkpoint is saved first
+                self._received.append(interrupt)
+                interrupted = 1
+        device = self._accelerator.device
+        told = torch.tensor([*outcome, interrupted], device=device, dtype=torch.float64)
+        *found, interrupted = self._accelerator.reduce(told, "sum").tolist()
+        if interrupted:
+            return False
+        success, max_reward, steps = found
+        self._progress = self._progress.drove(success, max_reward)
+        figures = {"success": success, "max_reward": max_reward, "episode_steps": steps}
+        self._reporter.record(self._progress.step, "episodes", figures)
+        self._reporter.note(
+            f"step {self._progress.step}: {success:.0%} of {self._config.eval_episodes} episodes "
+            f"in {self._config.eval_env} succeed, highest reward {max_reward:.3g}"
+        )
+        return self._progress.best == self._progress.step
+
+    def _log(self, phase: Phase, means: list[float]) -> None:
+        metrics = dict(zip(phase.names, means, strict=True))
         step = self._progress.step
         if not np.isfinite(metrics["loss"]):
             raise VQBeTEdgeError(f"the loss is {metrics['loss']} at step {step}; {_LOWER}")
