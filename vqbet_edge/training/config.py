@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -23,6 +23,7 @@ Share = Annotated[float, Meta(ge=0, lt=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+Turn = Annotated[float, Meta(ge=-0.5, le=0.5)]
 
 
 # What a backbone makes of an image: a map with so many channels, smaller by the stride.
@@ -99,6 +100,8 @@ def convert_fields(config: Any) -> None:  # noqa: ANN401
         if value is tyro.MISSING:  # the command line still asks for it
             continue
         try:
+            if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
+                value = kind(**value)  # refuses names that it does not know
             converted = msgspec.convert(_plain(value), kind, dec_hook=_decode)
         except (msgspec.ValidationError, TypeError) as error:
             raise UsageError(f"{name} ({flag(name)}): {error}; got {value!r}") from error
@@ -372,6 +375,36 @@ def check_positive(config: object, *names: str) -> None:
             raise UsageError(f"{flag(name)} must be at least 1, got {value}")
 
 
+@dataclass(frozen=True)
+class ImageTransforms:
+    """How pictures are changed while training, under LeRobot's names and defaults.
+
+    Of every sample, all pictures of one camera are changed alike; None leaves a change out.
+    """
+
+    # Change pictures.
+    enable: bool = False
+    # Most changes to one sample, drawn from those below.
+    max_num_transforms: Count = 3
+    # In an order at random, instead of the one below.
+    random_order: bool = False
+    # Factors, from and to; for the hue, shares of the circle to turn by.
+    brightness: tuple[NotNegative, NotNegative] | None = (0.8, 1.2)
+    contrast: tuple[NotNegative, NotNegative] | None = (0.8, 1.2)
+    saturation: tuple[NotNegative, NotNegative] | None = (0.5, 1.5)
+    hue: tuple[Turn, Turn] | None = (-0.05, 0.05)
+    sharpness: tuple[NotNegative, NotNegative] | None = (0.5, 1.5)
+    # Degrees to turn pictures by, from and to, and largest shares of width and height to shift by.
+    affine: tuple[tuple[float, float], tuple[Share, Share]] | None = ((-5.0, 5.0), (0.05, 0.05))
+
+    def __post_init__(self) -> None:
+        convert_fields(self)
+        for name in ("brightness", "contrast", "saturation", "hue", "sharpness"):
+            ends = getattr(self, name)
+            if ends is not None and ends[0] > ends[1]:
+                raise UsageError(f"image_transforms.{name} goes from {ends[0]} to {ends[1]}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Hyperparameters):
     """One training run.
@@ -382,6 +415,10 @@ class TrainConfig(Hyperparameters):
 
     # A LeRobot data set: a folder, or an id on the Hub.
     dataset: Annotated[str, tyro.conf.arg(metavar="DATASET")]
+    # Numbers of the episodes to take, and ranges without their end such as 0:50; None takes all.
+    episodes: Annotated[tuple[int | str, ...] | None, tyro.conf.arg(metavar="N|N:M ...")] = None
+    # Branch, tag or commit of a data set on the Hub.
+    revision: Annotated[str | None, tyro.conf.arg(metavar="REVISION")] = None
     # Keys of the cameras to look through, in this order; None takes all RGB ones that fit together.
     cameras: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="KEY ...")] = None
     # Start the backbone from ImageNet weights, with BatchNorm: the defaults of LeRobot 0.6.
@@ -394,6 +431,8 @@ class TrainConfig(Hyperparameters):
     batch_size: Count = 64
     # Of everything that is drawn at random.
     seed: Annotated[int, Meta(ge=0)] = 0
+    # Change pictures at random while training, as LeRobot does.
+    image_transforms: ImageTransforms = ImageTransforms()
     # Go on from the run's last checkpoint.
     resume: bool = False
     # Begin from another policy: a checkpoint's folder or Hub id. Its hyperparameters, statistics
@@ -471,6 +510,8 @@ class TrainConfig(Hyperparameters):
             name = f"ResNet{depth}_Weights.IMAGENET1K_V1"
             object.__setattr__(self, "pretrained_backbone_weights", name)
             object.__setattr__(self, "use_group_norm", False)
+        if self.revision is not None and Path(self.dataset).is_dir():
+            raise UsageError(f"--revision is for the Hub, and {self.dataset} is a folder here")
         begun = [n for n in ("pretrained", "pretrained_vqvae") if getattr(self, n) is not None]
         if len(begun) == 2:
             raise UsageError("--pretrained brings its VQ-VAE; leave --pretrained-vqvae out")
@@ -485,6 +526,11 @@ class TrainConfig(Hyperparameters):
                 f"--steps {self.steps} counts both phases and must be more than "
                 f"--n-vqvae-training-steps {self.n_vqvae_training_steps}"
             )
+
+    @property
+    def source(self) -> str:
+        """The data set, with its revision."""
+        return self.dataset if self.revision is None else f"{self.dataset}@{self.revision}"
 
     def policy(self, dataset: LeRobotDataset) -> VQBeTConfig:
         """The architecture for a data set: its cameras, state and action.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vqbet_edge.training.augmentation import Augmentation
 from vqbet_edge.training.checkpoints import Resumed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.network import VQBeT
@@ -33,6 +34,7 @@ class Phase(ABC):
 
     name: str  # in metrics and messages
     waited = 0.0  # seconds for data, so far
+    _step: int | None = None  # that is trained on; None while validating
     _averaged: AveragedModel | None = None
 
     def __init__(
@@ -80,6 +82,7 @@ class Phase(ABC):
         """One optimisation step; all that is random in it follows from seed, step and process."""
         accelerator = self._accelerator
         torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
+        self._step = step
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -98,6 +101,7 @@ class Phase(ABC):
     def validate(self, batches: Iterable[Indices]) -> dict[str, float]:
         """Mean losses of the weights that a checkpoint would hold."""
         torch.manual_seed(self._config.seed)
+        self._step = None
         self._objective.eval()
         current = {name: value.clone() for name, value in self._network.state_dict().items()}
         self._network.load_state_dict((self.averaged or self._network).state_dict())
@@ -172,6 +176,9 @@ class PolicyPhase(Phase):
         scalings: Scalings,
     ) -> None:
         self._data = data
+        self._augmentation: Augmentation | None = None
+        if config.image_transforms.enable:
+            self._augmentation = Augmentation(config.image_transforms, config.seed)
         vqvae = network.head.vqvae_model.requires_grad_(False)
         # Marked as learned and frozen, as in LeRobot's checkpoints.
         vqvae.discretized.fill_(True)
@@ -187,7 +194,10 @@ class PolicyPhase(Phase):
 
     def batch(self, frames: Indices) -> tuple[Tensor, ...]:
         """Images, states and chunks."""
-        return self._data.batch(frames)
+        batch = self._data.batch(frames)
+        if self._augmentation is None or self._step is None:
+            return batch
+        return batch._replace(images=self._augmentation(batch.images, self._step, frames))
 
     def rate(self, step: int) -> float:
         """Warm-up, then a cosine that reaches its end with the run.

@@ -78,10 +78,11 @@ def train(config: TrainConfig) -> Path:
         )
     with accelerator.main_process_first():
         dataset = LeRobotDataset.open(
-            config.dataset,
+            config.source,
             cameras=config.cameras,
             cache_dir=config.frame_cache,
             resize_shape=config.resize_shape,
+            episodes=config.episodes,
         )
     trainer = _Trainer(config, accelerator, dataset)
     trainer.run()
@@ -172,10 +173,10 @@ class _Trainer:
             # Of the policy as it was saved, on episodes kept for validation if there are.
             page = CodesConfig(
                 policy=str(self.checkpoints.last / "pretrained_model"),
-                data=config.dataset,
+                data=config.source,
                 output=config.output / "codes.html",
             )
-            self._reporter.note(text(write_report(page, self._kept or None)))
+            self._reporter.note(text(write_report(page, self._kept or None, config.episodes)))
 
     def _train(self, phase: Phase, end: int) -> None:
         """Go on with one phase up to step `end` of the run."""

@@ -77,7 +77,7 @@ class Decoder:
         if self._is_video(key):
             paths = {self._info.clip(episode, key).path for episode in self._table.episodes}
         facts = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
-        return hashlib.sha256(repr((key, facts)).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr((key, facts, *self._info.left_out)).encode()).hexdigest()[:32]
 
     def _from_video(
         self, position: int, key: str, parts: Sequence[slice]

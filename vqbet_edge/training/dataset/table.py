@@ -41,7 +41,8 @@ class Table:
             numbers = [_to_array(path, read[key], _NUMBER, key)[:, 0] for key in read.column_names]
             parts.append(np.stack(numbers).astype(np.int64))
         index, frame = np.concatenate(parts, axis=1)
-        self._order = np.lexsort((frame, index))
+        order = np.lexsort((frame, index))
+        self._order = order[~np.isin(index[order], info.left_out)] if info.left_out else order
         self._files = np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts])
         index, frame = index[self._order], frame[self._order]
         self.episodes = tuple(e for e in info.episodes if e.length or e.index in index)
