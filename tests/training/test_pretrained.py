@@ -11,9 +11,9 @@ import torch
 from demonstrated import demonstrations
 from safetensors.numpy import load_file
 from sizes import short_run
-from workshop import once
+from workshop import Exported, once
 
-from vqbet_edge.errors import DatasetError, UsageError
+from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.training import trainer
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.cli import parsed
@@ -132,6 +132,19 @@ def test_codes_can_be_learned_further_by_new_statistics(
     assert not torch.equal(*(policy.network.state_dict()[embed] for policy in (ours, theirs)))
 
 
+def test_the_end_of_phase_1_is_a_vqvae_but_no_policy(
+    before: Path, new: Path, tmp_path: Path
+) -> None:
+    ended = before.parents[1] / "000002/pretrained_model"
+    with pytest.raises(CheckpointError, match="saved during phase 1"):
+        pretrained_fields(str(ended))
+    source = pretrained_fields(str(ended), vqvae_alone=True)
+    ours = load_checkpoint(str(train(short_run(new, tmp_path / "run", **{**source, "steps": 1}))))
+    theirs = load_file(ended / "model.safetensors")
+    name = "vqbet.action_head.vqvae_model.vq_layer.layers.0._codebook.embed"
+    np.testing.assert_array_equal(ours.network.state_dict()[name], theirs[name])
+
+
 def test_a_vqvae_can_be_taken_alone(before: Path, tmp_path: Path) -> None:
     data = demonstrations(tmp_path / "data", state=5, camera="wrist", high=2)
     source = pretrained_fields(str(before), vqvae_alone=True)
@@ -144,6 +157,18 @@ def test_a_vqvae_can_be_taken_alone(before: Path, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "run/checkpoints/last/pretrained_model" / STATISTICS)
     column = LeRobotDataset.open(data).column("observation.state")
     np.testing.assert_array_equal(stored["observation.state.min"], column.min(axis=0))
+
+
+def test_a_policy_of_lerobots_is_taken(tiny: Exported, tmp_path: Path) -> None:
+    data = demonstrations(tmp_path / "data", size=tiny.case.image)
+    changes = {"steps": 1, "optimizer_lr": 0, "cameras": ["observation.images.front"]}
+    config = fine_tuning(tiny.checkpoint, data, tmp_path / "run", **changes)
+    ours, theirs = load_checkpoint(str(train(config))), load_checkpoint(str(tiny.checkpoint))
+    for name, tensor in theirs.network.state_dict().items():
+        assert torch.equal(ours.network.state_dict()[name], tensor), name
+    scalings = zip(ours.inputs.values(), theirs.inputs.values(), strict=True)
+    for own, scaling in (*scalings, (ours.action, theirs.action)):
+        np.testing.assert_allclose(own.multiply, scaling.multiply, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

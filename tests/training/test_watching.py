@@ -242,6 +242,8 @@ def test_the_best_and_the_newest_checkpoints_are_kept(
         train(short_run(data, tmp_path / "run", **driving))
     folder = tmp_path / "run/checkpoints"
     assert {path.name for path in folder.iterdir()} == {"000003", "000004", "last"}
+    with pytest.raises(UsageError, match="--eval-episodes 20, now it is 3"):
+        train(short_run(data, tmp_path / "run", resume=True, eval_episodes=3, **driving))
     # What was interrupted is made up for.
     train(short_run(data, tmp_path / "run", resume=True, **driving))
     records = [r for r in lines(tmp_path / "run") if r["kind"] == "episodes"]

@@ -264,6 +264,9 @@ class Checkpoints:
         changed = [k for k in now.keys() - _FREE_FIELDS if k in before and before[k] != now[k]]
         if now["steps"] < before["steps"]:
             changed.append("steps")
+        if now["eval_env"] and before.get("eval_env"):  # what is best is best of the same
+            episodes = "eval_env", "eval_episodes"
+            changed += [name for name in episodes if before[name] != now[name]]
         for name in changed:
             raise UsageError(
                 f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "

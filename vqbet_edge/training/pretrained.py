@@ -167,7 +167,7 @@ class Beginning:
         own = _newest(config.output) if config.resume else None
         if own is not None:
             return cls(statistics={} if config.new_statistics else _kept(own, whole=whole))
-        taken = Pretrained(load_checkpoint(name), whole)
+        taken = Pretrained(load_checkpoint(name, codes_alone=not whole), whole)
         taken.check(config, policy)
         return cls(taken, {} if config.new_statistics else taken.statistics(policy))
 
@@ -187,7 +187,8 @@ def pretrained_fields(
     Raises:
         CheckpointError, HubError: as `load_checkpoint` does.
     """
-    return Pretrained(load_checkpoint(source), not vqvae_alone).fields(others or {})
+    taken = load_checkpoint(source, codes_alone=vqvae_alone)
+    return Pretrained(taken, not vqvae_alone).fields(others or {})
 
 
 def resumed_fields(output: Path) -> dict[str, Any]:

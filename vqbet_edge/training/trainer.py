@@ -188,8 +188,10 @@ class _Trainer:
             self._resumed = None
             means = Means(now.sums, now.summed, device)
         self._reporter.progress(now.step, phase.name)
-        if self._due(phase) and now.driven != now.step and self._drive(phase):
-            self.checkpoints.judged(self._progress)
+        if self._due(phase) and now.driven != now.step:  # it was interrupted there
+            self._drive(phase)
+            if self._accelerator.is_main_process:
+                self.checkpoints.judged(self._progress)
         while self._progress.step < end:
             self._step(phase, end, means, pace)
             self._look(phase, end, means)
