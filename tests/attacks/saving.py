@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from sizes import short_run
 
-from vqbet_edge.training.checkpoints import Checkpoints, Progress
+from vqbet_edge.training.checkpoints import Checkpoints, DataFacts, Progress
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.network import VQBeT
@@ -34,7 +34,7 @@ def scalings() -> Scalings:
 
 def checkpoints(output: Path, *, resume: bool = False) -> Checkpoints:
     """Those of a tiny run."""
-    return Checkpoints(config(output, resume=resume), scalings(), 10.0)
+    return Checkpoints(config(output, resume=resume), scalings(), DataFacts(10.0, {}))
 
 
 @cache

@@ -94,7 +94,7 @@ def test_lerobot_objects_where_we_say_so(
     )
     dataset = LeRobotDataset.open(cameras, cameras=chosen.cameras)
     policy = chosen.policy(dataset)
-    save_pretrained(tmp_path, VQBeT(policy), chosen, Scalings.of(dataset, policy), 10)
+    save_pretrained(tmp_path, VQBeT(policy), chosen, Scalings.of(dataset, policy), {"fps": 10})
     objections = lerobots_objections(policy)
     assert len(objections) == len(ours)
     assert all(part in text for part, text in zip(ours, objections, strict=True))

@@ -272,3 +272,44 @@ def test_image_columns_and_several_cameras_as_lerobot_writes_them(
         got = dataset.episode(position, list(frames))
         for key, values in frames.items():
             np.testing.assert_array_equal(got[key], values)
+
+
+def test_chosen_episodes_are_lerobots(
+    pusht: Path, tmp_path: Path, lerobot: Callable[[str], ModuleType]
+) -> None:
+    whole, some = LeRobotDataset.open(pusht), LeRobotDataset.open(pusht, episodes=["0:2", 3])
+    assert [episode.index for episode in some.info.episodes] == [0, 1, 3]
+    rows = np.r_[whole.bounds[0] : whole.bounds[2], whole.bounds[3] : whole.bounds[4]]
+    np.testing.assert_array_equal(
+        some.frames("observation.image"), whole.frames("observation.image")[rows]
+    )
+    assert some._decoder.digest("observation.image") != whole._decoder.digest("observation.image")
+    copy = Path(shutil.copytree(pusht, tmp_path / "pusht"))
+    info = json.loads((copy / "meta/info.json").read_text())
+    del info["features"]["observation.image"]  # LeRobot needs a decoder that torchvision lacks
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    reference = lerobot("datasets.lerobot_dataset").LeRobotDataset
+    theirs = reference("test/pusht", root=copy, episodes=[0, 1, 3])
+    for key in ("observation.state", "action"):
+        expected = np.stack([np.asarray(row) for row in theirs.hf_dataset[key]])
+        np.testing.assert_array_equal(some.column(key), expected)
+
+
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [
+        ([4], "has no episode 4; they are numbered 0 to 3"),
+        (["2:9"], "has no episode 8; they are"),
+        (
+            ["last"],
+            "--episodes takes numbers, and ranges without their end such as 0:50, got 'last'",
+        ),
+        (["3:3"], "--episodes takes numbers"),
+        ([], "--episodes names none"),
+    ],
+)
+def test_episodes_that_are_not_there_are_named(
+    pusht: Path, episodes: list[int | str], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        LeRobotDataset.open(pusht, episodes=episodes)

@@ -295,7 +295,7 @@ def test_comparison_is_paired() -> None:
 
 
 def test_an_unknown_environment_is_named() -> None:
-    with pytest.raises(UsageError, match="--env chess is unknown; use one of detour"):
+    with pytest.raises(UsageError, match="environment chess is unknown; use one of detour"):
         make_task("chess")
 
 

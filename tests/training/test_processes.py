@@ -139,6 +139,8 @@ def test_many_processes_reach_the_losses_of_one(
     assert {"phase 1 validation", "phase 2 validation"} <= kinds
     records = zip(*(read_metrics(path / "metrics.jsonl") for path in (one, many)), strict=True)
     for expected, got in records:
+        if expected["kind"] == "speed":
+            continue
         assert got.pop("kind") == expected.pop("kind")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
 

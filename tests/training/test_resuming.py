@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from workshop import once
 from vqbet_edge.errors import CheckpointError, UsageError, VQBeTEdgeError
 from vqbet_edge.training import trainer
 from vqbet_edge.training.checkpoint import load_checkpoint
-from vqbet_edge.training.checkpoints import Checkpoints, Progress
+from vqbet_edge.training.checkpoints import Checkpoints, DataFacts, Progress
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.metrics import read_metrics
@@ -29,7 +30,8 @@ from vqbet_edge.training.trainer import train
 
 def checkpoints(run: TrainConfig) -> Checkpoints:
     dataset = LeRobotDataset.open(run.dataset)
-    return Checkpoints(run, Scalings.of(dataset, run.policy(dataset)), dataset.fps)
+    policy = run.policy(dataset)
+    return Checkpoints(run, Scalings.of(dataset, policy), DataFacts.of(dataset, policy))
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,27 @@ def test_another_data_set_does_not_resume(saved: Path, tmp_path: Path, pusht: Pa
         pq.write_table(table.filter(pc.field("episode_index") == 0), path)
     with pytest.raises(UsageError, match=r"action.\w+ was \[.*\], now it is \[.*\], and the"):
         checkpoints(short_run(moved, run, resume=True)).start()
+
+
+def test_other_demonstrations_with_the_same_statistics_do_not_resume(
+    saved: Path, tmp_path: Path, pusht: Path
+) -> None:
+    run = copy(saved, tmp_path / "run")
+    swapped = Path(shutil.copytree(pusht, tmp_path / "swapped"))
+    (path,) = swapped.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    states = table["observation.state"].to_pylist()
+    states[3], states[4] = states[4], states[3]
+    place = table.column_names.index("observation.state")
+    column = pa.chunked_array([pa.array(states, table["observation.state"].type)])
+    pq.write_table(table.set_column(place, "observation.state", column), path)
+    with pytest.raises(UsageError, match=r"swapped is not what .*: sha256 was .*--pretrained"):
+        checkpoints(short_run(swapped, run, resume=True)).start()
+    config = run / "checkpoints/000012/pretrained_model/train_config.json"
+    older = json.loads(config.read_text())
+    assert older.pop("fingerprint")["episodes"] == 4
+    config.write_text(json.dumps(older))
+    assert checkpoints(short_run(swapped, run, resume=True)).start() is not None
 
 
 def test_the_data_sets_rate_is_in_the_checkpoint(saved: Path, pusht: Path, tmp_path: Path) -> None:

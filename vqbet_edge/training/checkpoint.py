@@ -129,12 +129,13 @@ class Checkpoint:
         return self.renamed.get(STATE_KEY, STATE_KEY)
 
 
-def load_checkpoint(source: str) -> Checkpoint:
+def load_checkpoint(source: str, *, codes_alone: bool = False) -> Checkpoint:
     """Load a checkpoint of any of LeRobot's layouts.
 
     Args:
         source: a model.safetensors, its directory, or a Hub id: "user/name" or
             "user/name@revision".
+        codes_alone: nobody acts with it, so the end of our trainer's phase 1 will do.
 
     Raises:
         CheckpointError: the checkpoint is missing, unknown, incomplete, sharded, pickled, or its
@@ -160,7 +161,8 @@ def load_checkpoint(source: str) -> Checkpoint:
     weights = {k: v for k, v in tensors.items() if k not in statistics}
     try:
         found = read_description(directory, config, statistics)
-        network = _build(_config(config, found, weights), weights)
+        learned = codes_alone and _phase_1_ended(directory, run)
+        network = _build(_config(config, found, weights), weights, learned=learned)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"'{directory / CONFIG_NAME}' or its processors lack or misuse {error}; "
@@ -307,8 +309,13 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
     }
 
 
-def _build(config: VQBeTConfig, weights: Mapping[str, Tensor]) -> VQBeT:
-    if not _tensor(weights, "vqbet.action_head.vqvae_model.discretized"):
+def _phase_1_ended(directory: Path, run: Json) -> bool:
+    path = directory.parent / "training_state" / "training_step.json"
+    return path.is_file() and bool(read_json(path)["step"] >= run["n_vqvae_training_steps"])
+
+
+def _build(config: VQBeTConfig, weights: Mapping[str, Tensor], *, learned: bool) -> VQBeT:
+    if not (learned or _tensor(weights, "vqbet.action_head.vqvae_model.discretized")):
         raise CheckpointError(
             "the checkpoint's codebooks are not trained yet (discretized is false): it was saved "
             "during phase 1; export one that was saved after n_vqvae_training_steps"

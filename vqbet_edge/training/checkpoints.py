@@ -3,13 +3,18 @@
 checkpoints/<step>/pretrained_model/    what robots and LeRobot load, see `layouts`
 checkpoints/<step>/training_state/      progress, optimiser, unaveraged weights; no pickle
 checkpoints/last                        link to the newest, for people
+checkpoints/best                        link to the one that did best in --eval-env
 
 The numbered folders are the run. Copying often loses the link, or makes a folder of it.
 """
 
+import hashlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +27,14 @@ import torch
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError, UsageError
-from vqbet_edge.training.config import TrainConfig, flag
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, TrainConfig, VQBeTConfig, flag
+from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.files import (
     new_directory,
     numbered,
     point_to,
+    remove,
+    replace_bytes,
     sweep,
     through_last,
     write_bytes,
@@ -45,8 +53,9 @@ from vqbet_edge.training.normalization import Floats, Scalings
 # What may differ between a run and its continuation, because no loss depends on it, or checked by
 # other means: what matters of the data set is its statistics, and `steps` may grow.
 _FREE_FIELDS = {
-    "dataset", "output", "steps", "resume", "log_every", "validate_every", "save_every",
-    "frame_cache", "stream_frames", "num_workers",
+    "dataset", "revision", "output", "steps", "resume", "log_every", "validate_every", "save_every",
+    "frame_cache", "stream_frames", "num_workers", "keep", "log_with", "eval_env", "eval_every",
+    "eval_episodes",
 }  # fmt: skip
 # What reading half a checkpoint ends in.
 _BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError
@@ -62,6 +71,14 @@ class Progress:
     step: int = 0  # of both phases
     error: float = math.inf  # phase 1's best reconstruction error so far, normalised
     stale: int = 0  # how many looks ago that was
+    # Losses since the last line of the metrics, summed over so many steps.
+    sums: Sequence[float] = ()
+    summed: int = 0
+    # At which step episodes were driven last; the best step, and how it did.
+    driven: int = 0
+    best: int = 0
+    success: float = -1.0
+    max_reward: float = -math.inf
 
     def seen(self, error: float) -> "Progress":
         """After a look at phase 1's reconstruction error."""
@@ -69,10 +86,38 @@ class Progress:
             return replace(self, error=error, stale=0)
         return replace(self, stale=self.stale + 1)
 
+    def drove(self, success: float, max_reward: float) -> "Progress":
+        """After episodes at this step."""
+        driven = replace(self, driven=self.step)
+        if (success, max_reward) <= (self.success, self.max_reward):
+            return driven
+        return replace(driven, best=self.step, success=success, max_reward=max_reward)
+
     @property
     def converged(self) -> bool:
         """Whether phase 1 has stopped learning."""
         return self.stale >= _PATIENCE
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run keeps of its data set, to know it again wherever it then lies."""
+
+    fps: float
+    fingerprint: dict[str, int | str]  # by what people would call it
+
+    @classmethod
+    def of(cls, dataset: LeRobotDataset, policy: VQBeTConfig) -> "DataFacts":
+        """Of what a policy sees of a data set; videos are not read."""
+        features = {**policy.input_features, **policy.output_features}
+        shapes = {key: feature.shape for key, feature in features.items()}
+        lengths = np.diff(dataset.bounds).tolist()
+        numbers = [episode.index for episode in dataset.info.episodes]
+        digest = hashlib.sha256(repr((dataset.fps, shapes, numbers, lengths)).encode())
+        for key in (STATE_KEY, ACTION_KEY):
+            digest.update(np.ascontiguousarray(dataset.column(key)).data)
+        counts = {"episodes": len(lengths), "frames": dataset.num_frames}
+        return cls(dataset.fps, {**counts, "sha256": digest.hexdigest()})
 
 
 @dataclass(frozen=True)
@@ -90,10 +135,10 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, config: TrainConfig, scalings: Scalings, fps: float) -> None:
-        self._config, self._scalings, self._fps = config, scalings, fps
+    def __init__(self, config: TrainConfig, scalings: Scalings, data: DataFacts) -> None:
+        self._config, self._scalings, self._data = config, scalings, data
         self._directory = config.output / "checkpoints"
-        self._link = self._directory / "last"
+        self._link, self._best = self._directory / "last", self._directory / "best"
 
     @property
     def last(self) -> Path:
@@ -120,13 +165,42 @@ class Checkpoints:
             folder.mkdir()
             state.mkdir()
             final = averaged or network
-            save_pretrained(folder, final, self._config, self._scalings, self._fps)
+            save_pretrained(folder, final, self._config, self._scalings, asdict(self._data))
             write_bytes(temporary / _PROGRESS, json.dumps(asdict(progress)).encode())
             write_bytes(state / "optimizer.safetensors", _encode_optimizer(optimizer))
             if averaged is not None:
                 weights = safetensors.torch.save(network.state_dict())
                 write_bytes(state / WEIGHTS_NAME, weights)
         point_to(self._link, path)
+        self._point_to_best(progress)
+        if self._config.keep is not None:
+            for old in numbered(self._directory)[: -self._config.keep]:
+                if int(old.name) != progress.best:
+                    remove(old)
+
+    @contextmanager
+    def trial(self, network: VQBeT) -> Iterator[Path]:
+        """What robots would get of a network now, for as long as the context lasts."""
+        folder = self._directory / ".trial.tmp"
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        try:
+            save_pretrained(folder, network, self._config, self._scalings, asdict(self._data))
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def judged(self, progress: Progress) -> None:
+        """Episodes were driven with the newest checkpoint after it had been saved."""
+        path = self._directory / f"{progress.step:06d}" / _PROGRESS
+        replace_bytes(path, json.dumps(asdict(progress)).encode())
+        self._point_to_best(progress)
+
+    def _point_to_best(self, progress: Progress) -> None:
+        path = self._directory / f"{progress.best:06d}"
+        if path.is_dir() and self._best.resolve() != path.resolve():
+            point_to(self._best, path)
 
     def start(self) -> Resumed | None:
         """What to go on from: None for a new run.
@@ -158,6 +232,7 @@ class Checkpoints:
                 ) from e
             if self._link.resolve() != path.resolve():
                 point_to(self._link, path)
+            self._point_to_best(resumed.progress)
             return resumed
         if known:
             raise CheckpointError(
@@ -190,6 +265,9 @@ class Checkpoints:
         changed = [k for k in now.keys() - _FREE_FIELDS if k in before and before[k] != now[k]]
         if now["steps"] < before["steps"]:
             changed.append("steps")
+        if now["eval_env"] and before.get("eval_env"):  # what is best is best of the same
+            episodes = "eval_env", "eval_episodes"
+            changed += [name for name in episodes if before[name] != now[name]]
         for name in changed:
             raise UsageError(
                 f"the run was started with {flag(name)} {before[name]}, now it is {now[name]}; "
@@ -208,6 +286,15 @@ class Checkpoints:
                     f"started with: {name} was {_text(then)}, now it is {_text(here)}, and the "
                     "policy would mean something else; pass the data set as it was, or start a new "
                     "run in another --output"
+                )
+        known = before.get("fingerprint", self._data.fingerprint)  # older runs have none
+        for name, value in self._data.fingerprint.items():
+            if known.get(name) != value:
+                raise UsageError(
+                    f"{self._config.dataset} is not what the run in {self._config.output} was "
+                    f"started with: {name} was {known.get(name)}, now it is {value}; pass the data "
+                    "set as it was, or train on with what is new in another --output, with "
+                    f"--pretrained {path / 'pretrained_model'}"
                 )
 
 

@@ -3,7 +3,8 @@
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -35,10 +36,29 @@ def _main() -> None:
 
 
 def parsed() -> Arguments:
-    """The command line, with the recipe's defaults; what is required stays so."""
+    """The command line, with the recipe's and the checkpoint's defaults; the required stays so."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES)
-    name = parser.parse_known_args()[0].recipe
-    values = RECIPES[name] if name else {}
-    train = TrainConfig(dataset=tyro.MISSING, output=tyro.MISSING, **values)
-    return parse(Arguments, "vqbet-train", default=Arguments(train, name))
+    known = parser.parse_known_args()[0]
+    train = TrainConfig(dataset=tyro.MISSING, output=tyro.MISSING, **_defaults(known.recipe))
+    return parse(Arguments, "vqbet-train", default=Arguments(train, known.recipe))
+
+
+def _defaults(recipe: Recipe | None) -> dict[str, Any]:
+    values = dict(RECIPES[recipe]) if recipe else {}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pretrained")
+    parser.add_argument("--pretrained-vqvae", "--pretrained_vqvae")
+    parser.add_argument("--output", type=Path)
+    for name in ("--resume", "--help", "-h"):
+        parser.add_argument(name, action="store_true")
+    given = parser.parse_known_args()[0]
+    source = given.pretrained or given.pretrained_vqvae
+    if source is None or given.help or given.h:
+        return values
+    from vqbet_edge.training import pretrained  # noqa: PLC0415 - slow, and seldom needed
+
+    if given.resume and given.output and (own := pretrained.resumed_fields(given.output)):
+        return {**values, **own}
+    alone = given.pretrained is None
+    return pretrained.pretrained_fields(source, vqvae_alone=alone, others=values)

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -23,6 +23,7 @@ Share = Annotated[float, Meta(ge=0, lt=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+Turn = Annotated[float, Meta(ge=-0.5, le=0.5)]
 
 
 # What a backbone makes of an image: a map with so many channels, smaller by the stride.
@@ -101,6 +102,8 @@ def convert_fields(config: Any) -> None:  # noqa: ANN401
         if value is tyro.MISSING:  # the command line still asks for it
             continue
         try:
+            if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
+                value = kind(**value)  # refuses names that it does not know
             converted = msgspec.convert(_plain(value), kind, dec_hook=_decode)
         except (msgspec.ValidationError, TypeError) as error:
             raise UsageError(f"{name} ({flag(name)}): {error}; got {value!r}") from error
@@ -389,6 +392,36 @@ def check_positive(config: object, *names: str) -> None:
             raise UsageError(f"{flag(name)} must be at least 1, got {value}")
 
 
+@dataclass(frozen=True)
+class ImageTransforms:
+    """How pictures are changed while training, under LeRobot's names and defaults.
+
+    Of every sample, all pictures of one camera are changed alike; None leaves a change out.
+    """
+
+    # Change pictures.
+    enable: bool = False
+    # Most changes to one sample, drawn from those below.
+    max_num_transforms: Count = 3
+    # In an order at random, instead of the one below.
+    random_order: bool = False
+    # Factors, from and to; for the hue, shares of the circle to turn by.
+    brightness: tuple[NotNegative, NotNegative] | None = (0.8, 1.2)
+    contrast: tuple[NotNegative, NotNegative] | None = (0.8, 1.2)
+    saturation: tuple[NotNegative, NotNegative] | None = (0.5, 1.5)
+    hue: tuple[Turn, Turn] | None = (-0.05, 0.05)
+    sharpness: tuple[NotNegative, NotNegative] | None = (0.5, 1.5)
+    # Degrees to turn pictures by, from and to, and largest shares of width and height to shift by.
+    affine: tuple[tuple[float, float], tuple[Share, Share]] | None = ((-5.0, 5.0), (0.05, 0.05))
+
+    def __post_init__(self) -> None:
+        convert_fields(self)
+        for name in ("brightness", "contrast", "saturation", "hue", "sharpness"):
+            ends = getattr(self, name)
+            if ends is not None and ends[0] > ends[1]:
+                raise UsageError(f"image_transforms.{name} goes from {ends[0]} to {ends[1]}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Hyperparameters):
     """One training run.
@@ -399,6 +432,10 @@ class TrainConfig(Hyperparameters):
 
     # A LeRobot data set: a folder, or an id on the Hub.
     dataset: Annotated[str, tyro.conf.arg(metavar="DATASET")]
+    # Numbers of the episodes to take, and ranges without their end such as 0:50; None takes all.
+    episodes: Annotated[tuple[int | str, ...] | None, tyro.conf.arg(metavar="N|N:M ...")] = None
+    # Branch, tag or commit of a data set on the Hub.
+    revision: Annotated[str | None, tyro.conf.arg(metavar="REVISION")] = None
     # Keys of the cameras to look through, in this order; None takes all RGB ones that fit together.
     cameras: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="KEY ...")] = None
     # Start the backbone from ImageNet weights, with BatchNorm: the defaults of LeRobot 0.6.
@@ -411,8 +448,18 @@ class TrainConfig(Hyperparameters):
     batch_size: Count = 64
     # Of everything that is drawn at random.
     seed: Annotated[int, Meta(ge=0)] = 0
+    # Change pictures at random while training, as LeRobot does.
+    image_transforms: ImageTransforms = ImageTransforms()
     # Go on from the run's last checkpoint.
     resume: bool = False
+    # Begin from another policy: a checkpoint's folder or Hub id. Its hyperparameters, statistics
+    # and codes are the run's, which is phase 2 alone; with --n-vqvae-training-steps, phase 1 goes
+    # on with its codes before.
+    pretrained: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    # Take a finished VQ-VAE from a checkpoint and skip phase 1; everything else begins anew.
+    pretrained_vqvae: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    # Scale by the statistics of the data set instead of the checkpoint's; phase 1 has to go on.
+    new_statistics: bool = False
 
     # Learning rate of phase 2.
     optimizer_lr: NotNegative = 1e-4
@@ -452,6 +499,17 @@ class TrainConfig(Hyperparameters):
     log_every: Count = 100
     # Steps between checkpoints.
     save_every: Count = 5000
+    # Keep so many checkpoints, the newest, and the best one beside them; none keeps all.
+    keep: Count | None = None
+    # Where to send the metrics too.
+    log_with: Literal["tensorboard", "wandb"] | None = None
+    # Drive episodes while training: an environment that vqbet-eval knows, or your own as
+    # module:Class. checkpoints/best is the checkpoint that did best.
+    eval_env: Annotated[str | None, tyro.conf.arg(metavar="ENV")] = None
+    # Steps of phase 2 between them.
+    eval_every: Count = 5000
+    # Episodes to drive each time.
+    eval_episodes: Count = 20
     # Keep decoded frames in this folder between runs, instead of in memory.
     frame_cache: Path | None = None
     # Decode frames on the way, in every epoch anew; None does what memory does not hold.
@@ -477,11 +535,27 @@ class TrainConfig(Hyperparameters):
             name = f"ResNet{depth}_Weights.IMAGENET1K_V1"
             object.__setattr__(self, "pretrained_backbone_weights", name)
             object.__setattr__(self, "use_group_norm", False)
-        if not 0 < self.n_vqvae_training_steps < self.steps:
+        if self.revision is not None and Path(self.dataset).is_dir():
+            raise UsageError(f"--revision is for the Hub, and {self.dataset} is a folder here")
+        begun = [n for n in ("pretrained", "pretrained_vqvae") if getattr(self, n) is not None]
+        if len(begun) == 2:
+            raise UsageError("--pretrained brings its VQ-VAE; leave --pretrained-vqvae out")
+        if self.new_statistics and not (begun and self.n_vqvae_training_steps):
+            raise UsageError(
+                "--new-statistics is for --pretrained, and its codes have to learn what they then "
+                "stand for: pass --n-vqvae-training-steps N too, or leave it out"
+            )
+        least = 0 if begun else 1
+        if not least <= self.n_vqvae_training_steps < self.steps:
             raise UsageError(
                 f"--steps {self.steps} counts both phases and must be more than "
                 f"--n-vqvae-training-steps {self.n_vqvae_training_steps}"
             )
+
+    @property
+    def source(self) -> str:
+        """The data set, with its revision."""
+        return self.dataset if self.revision is None else f"{self.dataset}@{self.revision}"
 
     def policy(self, dataset: LeRobotDataset) -> VQBeTConfig:
         """The architecture for a data set: its cameras, state and action.

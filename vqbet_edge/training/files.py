@@ -70,6 +70,14 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise
 
 
+def remove(directory: Path) -> None:
+    """Delete a directory, so that a kill leaves it whole or swept."""
+    temporary = _temporary(directory)
+    with writing(directory):
+        directory.replace(temporary)
+        shutil.rmtree(temporary)
+
+
 def point_to(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to its sibling `target`, where the disk has links."""
     temporary = _temporary(link)

@@ -268,13 +268,20 @@ def read_json(path: Path) -> Json:
 
 
 def save_pretrained(
-    directory: Path, network: VQBeT, config: TrainConfig, scalings: Scalings, fps: float
+    directory: Path,
+    network: VQBeT,
+    config: TrainConfig,
+    scalings: Scalings,
+    facts: Mapping[str, object],
 ) -> None:
-    """Write everything but the training state into an existing directory."""
+    """Write everything but the training state into an existing directory.
+
+    `facts` are about the data set, among them its `fps`; they stand beside the run's configuration.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     write_bytes(directory / WEIGHTS_NAME, safetensors.torch.save(tensors))
     _write_json(directory / CONFIG_NAME, _policy_json(network, config))
-    _write_json(directory / TRAIN_CONFIG_NAME, {**config.to_json(), "fps": fps})
+    _write_json(directory / TRAIN_CONFIG_NAME, {**config.to_json(), **facts})
     features = {**network.config.input_features, **network.config.output_features}
     stats = save(statistics(scalings))
     before = [

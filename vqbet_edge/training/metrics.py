@@ -1,10 +1,13 @@
 """What a run reports: metrics.jsonl, a progress bar and curves."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
@@ -15,7 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 
+from vqbet_edge.errors import UsageError
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.files import replace_bytes, writing
 
@@ -33,14 +38,94 @@ _PANELS = [
 ]
 
 
+# So many steps behind the first of a phase say how long the rest takes; of few, nobody asks.
+_ESTIMATED_BY, _WORTH_SAYING = 10, 200
 # Lines of metrics that a mean is taken of: a batch by itself says little.
 _LATEST = 10
 
 
-class Reporter:
-    """Writes metrics, and moves a bar while it is entered; silent but on the first process."""
+class Means:
+    """Losses since the last line, summed where they are computed, so that no step waits for them.
 
-    def __init__(self, config: TrainConfig, step: int, active: bool) -> None:
+    Args:
+        sums, count: what a checkpoint had kept of them.
+        device: where they are computed.
+    """
+
+    def __init__(self, sums: Sequence[float], count: int, device: torch.device) -> None:
+        self._sums = torch.tensor(sums, device=device) if count else None
+        self._count = count
+
+    def add(self, losses: Sequence[Tensor]) -> None:
+        """One step's losses, () each."""
+        values = torch.stack([value.detach() for value in losses])
+        self._sums = values if self._sums is None else self._sums + values
+        self._count += 1
+
+    def kept(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Fields of `Progress`; `reduce` takes the mean over processes."""
+        sums = () if self._sums is None else tuple(reduce(self._sums).tolist())
+        return {"sums": sums, "summed": self._count}
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> list[float]:
+        """The means, and begin anew."""
+        assert self._sums is not None, "no step since the last line"  # noqa: S101
+        means: list[float] = reduce(self._sums / self._count).tolist()
+        self._sums, self._count = None, 0
+        return means
+
+
+class Pace:
+    """How fast one phase's steps are, without what is done between them."""
+
+    def __init__(self, phase: str, batch_size: int, left: int) -> None:
+        self._phase, self._batch_size, self._left = phase, batch_size, left
+        self._steps = self._recent = 0
+        self._seconds = self._waited = self._measured = 0.0
+
+    def add(self, seconds: float, waited: float) -> str:
+        """One step, and how much of it waited for data; at times what to say about the rest."""
+        self._steps += 1
+        self._recent += 1
+        self._seconds += seconds
+        self._waited += waited
+        # The first one decodes or compiles.
+        self._measured += seconds if self._steps > 1 else 0
+        if self._steps != _ESTIMATED_BY + 1 or self._left < _WORTH_SAYING:
+            return ""
+        each = self._measured / _ESTIMATED_BY
+        minutes = (self._left - self._steps) * each / 60
+        time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        return f"{self._phase}: {self._left} steps of {each:.3g} s take about {time}"
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call."""
+        found = {
+            "samples_per_second": self._recent * self._batch_size / max(self._seconds, 1e-9),
+            "data_share": self._waited / max(self._seconds, 1e-9),
+        }
+        self._recent, self._seconds, self._waited = 0, 0.0, 0.0
+        return found
+
+
+class Reporter:
+    """Writes metrics, and moves a bar while it is entered; silent but on the first process.
+
+    Args:
+        config: of the run.
+        step: that it goes on from.
+        active: whether this is the first process.
+        track: takes what else wants to know the metrics, and their step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        step: int,
+        active: bool,
+        track: Callable[[dict[str, float], int], None],
+    ) -> None:
+        self._track = track
         self._path = config.output / "metrics.jsonl"
         self._active = active
         console = Console(stderr=True, quiet=not active)
@@ -69,6 +154,7 @@ class Reporter:
         # Opened for every line, so that a kill costs no more than the line being written.
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        self._track({f"{kind}/{name}": value for name, value in metrics.items()}, step)
 
     def progress(self, step: int, phase: str, metrics: Metrics | None = None) -> None:
         """Move the bar."""
@@ -80,6 +166,26 @@ class Reporter:
     def note(self, text: str) -> None:
         """Say something to the person who waits."""
         self.bar.console.print(text, highlight=False)
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker whose package is not there: accelerate would leave it out.
+
+    Raises:
+        UsageError: says what to install.
+    """
+    if name is not None and name not in map(str, get_available_trackers()):
+        raise UsageError(f"--log-with {name} needs its package: pip install {name}")
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Begin what `--log-with` names, with the run's configuration."""
+    plain = {
+        name: value if isinstance(value, str | int | float) else json.dumps(value)
+        for name, value in config.to_json().items()
+    }
+    own = {"name": config.output.name, "dir": str(config.output)}
+    accelerator.init_trackers("vqbet-train", plain, {"wandb": own})
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -59,6 +59,9 @@ RANGE = "lowest", "highest"
 # Actions are positions near the state when they are so much closer to it than to their mean.
 _NEAR = 0.5
 
+# Demonstrations leave a policy's range when they do so by this share of it.
+_BEYOND = 0.5
+
 # LeRobot's processors replace a range of zero by this.
 EPSILON = Epsilon(1e-8, always=False)
 
@@ -166,10 +169,18 @@ class Scalings:
     advice: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, dataset: LeRobotDataset, config: VQBeTConfig) -> "Scalings":
+    def of(
+        cls,
+        dataset: LeRobotDataset,
+        config: VQBeTConfig,
+        known: Mapping[str, Statistics] | None = None,
+    ) -> "Scalings":
         """What the configuration's `normalization_mapping` makes of the data set's statistics.
 
+        Of features that are `known`, of the statistics of a policy that is trained further.
+
         Raises:
+            CheckpointError: known statistics are not those that the mode needs.
             DatasetError: a feature is missing or damaged, or actions are no positions that could
                 be relative to the state.
         """
@@ -180,7 +191,10 @@ class Scalings:
         for key, feature in {**config.input_features, **config.output_features}.items():
             dim = feature.shape[0]
             mode = config.normalization_mapping[feature.type.value]
-            kept[key] = _statistics(dataset, config, key, advice)
+            if known is not None and key in known:
+                kept[key] = _taken(dataset, config, key, known[key], advice)
+            else:
+                kept[key] = _statistics(dataset, config, key, advice)
             stats = {name: values.reshape(-1) for name, values in kept[key].items()}
             forward[key], backward[key] = affines(mode, stats, EPSILON, dim)
         return cls(forward, backward, kept, tuple(advice))
@@ -224,6 +238,30 @@ def _statistics(
         for i in np.flatnonzero(still).tolist()
     ]
     return {**stats, **demonstrated}
+
+
+def _taken(
+    dataset: LeRobotDataset, config: VQBeTConfig, key: str, known: Statistics, advice: list[str]
+) -> Statistics:
+    """A policy's statistics, and of vectors the range that both it and the data set have shown."""
+    feature = {**config.input_features, **config.output_features}[key]
+    mode = config.normalization_mapping[feature.type.value]
+    found = required_statistics(key, mode, known, feature.shape[0])
+    if feature.type is FeatureType.VISUAL:
+        return {name: value.reshape(3, 1, 1) for name, value in found.items()}
+    low, high = dataset.statistics(key, ("min", "max")).values()
+    before = [known.get(name, own) for name, own in zip(RANGE, (low, high), strict=True)]
+    span = before[1] - before[0]
+    beyond = np.maximum(before[0] - low, high - before[1]) > _BEYOND * span
+    labels = dataset.features[key].names or tuple(map(str, range(len(low))))
+    advice += [
+        f"{key} '{labels[i]}' goes from {low[i]:.4g} to {high[i]:.4g}, and in what the checkpoint "
+        f"was trained on from {before[0][i]:.4g} to {before[1][i]:.4g}: if the units are the same, "
+        "train the codes again with --new-statistics --n-vqvae-training-steps N"
+        for i in np.flatnonzero(beyond).tolist()
+    ]
+    ends = np.minimum(low, before[0]), np.maximum(high, before[1])
+    return {**found, **dict(zip(RANGE, ends, strict=True))}
 
 
 def _distances(dataset: LeRobotDataset) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import tee
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vqbet_edge.training.augmentation import Augmentation
 from vqbet_edge.training.checkpoints import Resumed
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.draws import Share
@@ -24,7 +26,7 @@ from vqbet_edge.training.objectives import (
     VqVaeLosses,
     VqVaeObjective,
 )
-from vqbet_edge.training.windows import WindowedDataset
+from vqbet_edge.training.windows import Shuffle, WindowedDataset
 
 Losses: TypeAlias = VqVaeLosses | PolicyLosses
 
@@ -41,7 +43,7 @@ class Phase(ABC):
         config: TrainConfig,
         accelerator: Accelerator,
         network: VQBeT,
-        objective: nn.Module,
+        objective: VqVaeObjective | PolicyObjective,
         groups: list[dict[str, Any]],
     ) -> None:
         self._config, self._accelerator, self._network = config, accelerator, network
@@ -54,17 +56,20 @@ class Phase(ABC):
         )
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        self.names: Sequence[str] = objective.names
         self._objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
-    def batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]:
-        """What the objective takes of this process's part of batch after batch.
-
-        Of the windows' current frames, int64 (B,) each.
-        """
-        return self._batches(frames[self._own(len(frames)).rows] for frames in windows)
+    def batches(self, steps: Iterable[int], shuffle: Shuffle) -> Generator[Sequence[Tensor]]:
+        """What this process learns from in some steps of the run, its rows of every batch."""
+        own, ahead = tee(steps)
+        rows = self._own(shuffle.batch_size).rows
+        return self._batches((shuffle.batch(step)[rows] for step in ahead), own)
 
     @abstractmethod
-    def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]: ...
+    def _batches(
+        self, windows: Iterable[Indices], steps: Iterable[int] | None = None
+    ) -> Generator[Sequence[Tensor]]:
+        """What the objective takes of windows, int64 (B,) each, and in which steps of learning."""
 
     @abstractmethod
     def rate(self, step: int) -> float:
@@ -82,7 +87,7 @@ class Phase(ABC):
             self._averaged.module.load_state_dict(resumed.averaged)
             self._averaged.n_averaged.fill_(1)
 
-    def update(self, step: int, batch: tuple[Tensor, ...]) -> Losses:
+    def update(self, step: int, batch: Sequence[Tensor]) -> Losses:
         """One optimisation step on this process's rows of a batch.
 
         All that is random in it follows from seed, step and sample.
@@ -102,7 +107,7 @@ class Phase(ABC):
             self._averaged.update_parameters(self._network)
         return losses
 
-    def _backward(self, batch: tuple[Tensor, ...], own: Share, seed: int) -> Losses:
+    def _backward(self, batch: Sequence[Tensor], own: Share, seed: int) -> Losses:
         """Gradients of this process's rows, and their mean losses."""
         found, count = [], self.accumulation
         for part in (own.part(index, count) for index in range(count)):
@@ -150,7 +155,7 @@ class Phase(ABC):
         whole = Share(0, size, size)
         return whole.part(accelerator.process_index, accelerator.num_processes)
 
-    def _losses(self, objective: nn.Module, batch: tuple[Tensor, ...], share: Share) -> Losses:
+    def _losses(self, objective: nn.Module, batch: Sequence[Tensor], share: Share) -> Losses:
         mixed = self._config.mixed_precision == "bf16"
         with torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=mixed):
             losses: Losses = objective(*batch, share if share.size < share.whole else None)
@@ -175,7 +180,11 @@ class VqVaePhase(Phase):
         objective = VqVaeObjective(vqvae, lambda tensor: _sum(accelerator, tensor))
         super().__init__(config, accelerator, network, objective, [group])
 
-    def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]:
+    def _batches(
+        self,
+        windows: Iterable[Indices],
+        steps: Iterable[int] | None = None,  # noqa: ARG002
+    ) -> Generator[Sequence[Tensor]]:
         """Every query's action chunk."""
         for frames in windows:
             yield (self._data.chunks(frames).flatten(0, 1),)
@@ -199,13 +208,16 @@ class PolicyPhase(Phase):
         scalings: Scalings,
     ) -> None:
         self._data = data
+        self._augmentation: Augmentation | None = None
+        if config.image_transforms.enable:
+            self._augmentation = Augmentation(config.image_transforms, config.seed)
         vqvae = network.head.vqvae_model.requires_grad_(False)
         # Marked as learned and frozen, as in LeRobot's checkpoints.
         vqvae.discretized.fill_(True)
         vqvae.vq_layer.freeze_codebook.fill_(True)
         self.accumulation = config.gradient_accumulation_steps
         each = config.crop_per_sample
-        objective: nn.Module = PolicyObjective(network, scalings, crop_per_sample=each)
+        objective = PolicyObjective(network, scalings, crop_per_sample=each)
         objective.to(accelerator.device)
         if config.compile:
             objective.compile()
@@ -215,9 +227,16 @@ class PolicyPhase(Phase):
         groups = parameter_groups(network, config.optimizer_weight_decay)
         super().__init__(config, accelerator, network, objective, groups)
 
-    def _batches(self, windows: Iterable[Indices]) -> Generator[tuple[Tensor, ...]]:
-        """Images, states and chunks."""
-        return self._data.batches(windows)
+    def _batches(
+        self, windows: Iterable[Indices], steps: Iterable[int] | None = None
+    ) -> Generator[Sequence[Tensor]]:
+        """Images, states and chunks; while learning, pictures are changed at random."""
+        if self._augmentation is None or steps is None:
+            yield from self._data.batches(windows)
+            return
+        own, fed = tee(windows)
+        for step, frames, batch in zip(steps, own, self._data.batches(fed), strict=False):
+            yield batch._replace(images=self._augmentation(batch.images, step, frames))
 
     def rate(self, step: int) -> float:
         """Warm-up, then a cosine that reaches its end with the run.

@@ -30,7 +30,12 @@ def accelerate(config: TrainConfig) -> Accelerator:
     # Every step has the same shapes, so that cuDNN's choice among its algorithms pays.
     torch.backends.cudnn.benchmark = True
     # The phases choose what is computed in which precision.
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patient])
+    accelerator = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[patient],
+        log_with=config.log_with,
+        project_dir=config.output,
+    )
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UsageError(

@@ -1,6 +1,9 @@
 """One run from the data set to the last checkpoint: a loop over two phases."""
 
 import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,22 +11,34 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.markup import escape
+from torch import Tensor
 
 from vqbet_edge.cli import keeping_signals
 from vqbet_edge.errors import UsageError, VQBeTEdgeError
-from vqbet_edge.training.checkpoints import Checkpoints, Progress, Resumed
+from vqbet_edge.training.checkpoints import Checkpoints, DataFacts, Progress, Resumed
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
-from vqbet_edge.training.codes.phase1 import report_codes
-from vqbet_edge.training.config import ACTION_KEY, TrainConfig, crop_advice
+from vqbet_edge.training.codes.phase1 import CodeReport, report_codes
+from vqbet_edge.training.config import ACTION_KEY, TrainConfig, VQBeTConfig, crop_advice
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.evaluation.trials import Outcome, Trials
 from vqbet_edge.training.feeding import Feeding, workers_named
 from vqbet_edge.training.files import check_encodable
 from vqbet_edge.training.layouts import lerobots_objections
-from vqbet_edge.training.metrics import Reporter, draw_curves, overfitting, read_metrics
+from vqbet_edge.training.metrics import (
+    Means,
+    Pace,
+    Reporter,
+    check_tracker,
+    draw_curves,
+    overfitting,
+    read_metrics,
+    start_trackers,
+)
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings, relative_advice
-from vqbet_edge.training.phases import Losses, Phase, PolicyPhase, VqVaePhase
+from vqbet_edge.training.phases import Phase, PolicyPhase, VqVaePhase
+from vqbet_edge.training.pretrained import Beginning
 from vqbet_edge.training.processes import (
     accelerate,
     any_process,
@@ -34,7 +49,6 @@ from vqbet_edge.training.processes import (
 )
 from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
 
-VALIDATION_BATCHES = 8
 # Windows that k-means, revival and the reports on codes look at.
 SAMPLE_WINDOWS = 4096
 # So often phase 1's codes are looked at.
@@ -63,13 +77,15 @@ def train(config: TrainConfig) -> Path:
             from.
     """
     check_encodable(config.output)
+    check_tracker(config.log_with)
     accelerator = accelerate(config)
     with machine_first(accelerator):  # which downloads
         dataset = LeRobotDataset.open(
-            config.dataset,
+            config.source,
             cameras=config.cameras,
             cache_dir=config.frame_cache,
             resize_shape=config.resize_shape,
+            episodes=config.episodes,
         )
     trainer = _Trainer(config, accelerator, dataset)
     trainer.run()
@@ -85,9 +101,14 @@ class _Trainer:
     ) -> None:
         self._config, self._accelerator = config, accelerator
         policy = config.policy(dataset)
-        self._scalings = Scalings.of(dataset, policy)
+        self._trials: Trials | None = None
+        if config.eval_env is not None:
+            self._trials = Trials.of(config.eval_env, config.eval_episodes, policy)
+        beginning = Beginning.of(config, policy)
+        self._pretrained = beginning.pretrained
+        self._scalings = Scalings.of(dataset, policy, beginning.statistics)
         torch.manual_seed(config.seed)
-        self.checkpoints = Checkpoints(config, self._scalings, dataset.fps)
+        self.checkpoints = Checkpoints(config, self._scalings, DataFacts.of(dataset, policy))
         # The first process alone puts the run's folder in order; others may not see its disk.
         self._resumed = from_first(accelerator, self.checkpoints.start)
         if self._resumed is not None:  # the backbone's weights are in the checkpoint
@@ -97,6 +118,8 @@ class _Trainer:
         self._progress = self._resumed.progress if self._resumed else Progress()
         if self._resumed is not None:
             _load(self._network, self._resumed, config)
+        elif self._pretrained is not None:
+            self._pretrained.start(self._network)
         here = int(os.getenv("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
         feeding = Feeding.choose(config, dataset, policy.image_keys, here)
         self._data = WindowedDataset(
@@ -108,18 +131,22 @@ class _Trainer:
         self._shuffle = Shuffle(frames, config.batch_size, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
-        # Some validation batches, the same all along the run.
-        kept = np.random.default_rng(config.seed).permutation(
-            current_frames(dataset, split.validation)
-        )[: VALIDATION_BATCHES * config.batch_size]
+        kept = current_frames(dataset, split.validation)
         firsts = range(0, len(kept), config.batch_size)
         self._validation = [kept[first : first + config.batch_size] for first in firsts]
-        self._reporter = Reporter(config, self._progress.step, accelerator.is_main_process)
+        start_trackers(accelerator, config)
+        self._reporter = Reporter(
+            config, self._progress.step, accelerator.is_main_process, accelerator.log
+        )
         self._received: list[KeyboardInterrupt] = []
         self._hosts = hosts(accelerator)
         if config.resume:
             self._reporter.note(_going_on(config, self._resumed))
         self._reporter.note(feeding.text(dataset, policy.image_keys))
+        self._introduce(dataset, policy)
+
+    def _introduce(self, dataset: LeRobotDataset, policy: VQBeTConfig) -> None:
+        """Say what is noticed about the data."""
         left_out = dataset.chosen_cameras.left_out
         for key, what in left_out.items():
             self._reporter.note(f"left out: {key} ({what}); choose cameras with --cameras")
@@ -129,7 +156,8 @@ class _Trainer:
             self._reporter.note(f"[yellow]{escape(advice)}")
         if advice := relative_advice(dataset, policy):
             self._reporter.note(advice)
-        for advice in filter(None, (crop_advice(policy), batch_norm_advice(config, accelerator))):
+        shards = batch_norm_advice(self._config, self._accelerator)
+        for advice in filter(None, (crop_advice(policy), shards)):
             self._reporter.note(f"[yellow]{escape(advice)}")
         for reason in lerobots_objections(policy):
             self._reporter.note(f"LeRobot cannot load this policy's checkpoints: {reason}")
@@ -141,12 +169,14 @@ class _Trainer:
         parts = config, self._accelerator, self._network, self._data
         with self._reporter.bar, workers_named(), keeping_signals() as self._received:
             if self._progress.step < first_steps:
-                if self._resumed is None:
+                if self._resumed is None and self._pretrained is None:
                     chunks = config.batch_size * self._network.config.num_queries
                     initialize(self._network.head.vqvae_model, self._sample, chunks)
                 self._train(VqVaePhase(*parts), first_steps)
             elif self._progress.step == first_steps:
                 self._resumed = None  # the optimiser in the checkpoint is phase 1's
+                if self._pretrained is not None:
+                    self._reporter.note(f"{self._pretrained}\n{self._codes()}")
             self._train(PolicyPhase(*parts, self._scalings), config.steps)
         if self._accelerator.is_main_process:
             records = read_metrics(config.output / "metrics.jsonl")
@@ -156,39 +186,30 @@ class _Trainer:
             # Of the policy as it was saved, on episodes kept for validation if there are.
             page = CodesConfig(
                 policy=str(self.checkpoints.last / "pretrained_model"),
-                data=config.dataset,
+                data=config.source,
                 output=config.output / "codes.html",
             )
-            self._reporter.note(text(write_report(page, self._kept or None)))
+            self._reporter.note(text(write_report(page, self._kept or None, config.episodes)))
 
     def _train(self, phase: Phase, end: int) -> None:
         """Go on with one phase up to step `end` of the run."""
         config = self._config
+        now, device = self._progress, self._accelerator.device
+        means, pace = Means((), 0, device), Pace(phase.name, config.batch_size, end - now.step)
         if self._resumed is not None:
             phase.restore(self._resumed)
             self._resumed = None
-        self._reporter.progress(self._progress.step, phase.name)
-        steps = range(self._progress.step, end)
-        for step, batch in zip(steps, phase.batches(map(self._shuffle.batch, steps)), strict=True):
-            done = step + 1
-            losses = phase.update(step, batch)
-            self._progress = replace(self._progress, step=done)
-            if done % config.log_every == 0 or done == end:
-                self._log(phase, losses)
-            if isinstance(phase, VqVaePhase) and self._look_at_codes():
-                self._progress = replace(self._progress, step=end)  # what is left is skipped
-            last = self._progress.step == end
-            if self._validation and (done % config.validate_every == 0 or last):
-                means = phase.validate(self._validation)
-                self._reporter.record(done, f"{phase.name} validation", means)
-            stopping = self._told_to_stop()
-            if done % config.save_every == 0 or last or stopping:
-                self._save(phase)
-            if stopping and done < config.steps:
-                self._reporter.note(f"stopped after step {done}; go on with --resume")
-                raise self._received[0] if self._received else KeyboardInterrupt
-            if self._progress.step == end:
-                break
+            means = Means(now.sums, now.summed, device)
+        self._reporter.progress(now.step, phase.name)
+        if self._due(phase) and now.driven != now.step:  # it was interrupted there
+            self._drive(phase)
+            if self._accelerator.is_main_process:
+                self.checkpoints.judged(self._progress)
+        steps = range(now.step, end)
+        with closing(phase.batches(steps, self._shuffle)) as batches:
+            while self._progress.step < end:
+                self._step(phase, end, batches, means, pace)
+                self._look(phase, end, means)
 
     def _check(self) -> None:
         """Stop before a step, when a signal has come."""
@@ -199,11 +220,89 @@ class _Trainer:
             )
             raise self._received[0]
 
-    def _log(self, phase: Phase, losses: Losses) -> None:
-        values = losses._asdict()
-        stacked = torch.stack([value.detach() for value in values.values()])
-        means = self._accelerator.reduce(stacked, "mean")
-        metrics = dict(zip(values, means.tolist(), strict=True))
+    def _step(
+        self,
+        phase: Phase,
+        end: int,
+        batches: Iterator[Sequence[Tensor]],
+        means: Means,
+        pace: Pace,
+    ) -> None:
+        """One step of learning, and its line of the metrics where one is due."""
+        done = self._progress.step + 1
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        means.add(phase.update(done - 1, batch))
+        self._progress = replace(self._progress, step=done)
+        due = done % self._config.log_every == 0 or done == end
+        if due:
+            self._log(phase, means.take(self._mean))
+        if estimate := pace.add(time.perf_counter() - started, waited):
+            self._reporter.note(estimate)
+        if due:
+            self._reporter.record(done, "speed", pace.take())
+
+    def _look(self, phase: Phase, end: int, means: Means) -> None:
+        """What is due after a step: codes, validation, episodes, a checkpoint, the end."""
+        config, done = self._config, self._progress.step
+        if isinstance(phase, VqVaePhase) and self._look_at_codes():
+            self._progress = replace(self._progress, step=end)  # what is left is skipped
+        last = self._progress.step == end
+        if self._validation and (done % config.validate_every == 0 or last):
+            found = phase.validate(self._validation)
+            self._reporter.record(done, f"{phase.name} validation", found)
+        stopping, better = self._told_to_stop(), False
+        if self._due(phase) and not stopping:
+            better = self._drive(phase)
+            stopping = self._told_to_stop()
+        if done % config.save_every == 0 or last or stopping or better:
+            self._progress = replace(self._progress, **means.kept(self._mean))
+            self._save(phase)
+        if stopping and done < config.steps:
+            self._reporter.note(f"stopped after step {done}; go on with --resume")
+            raise self._received[0] if self._received else KeyboardInterrupt
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        mean: Tensor = self._accelerator.reduce(tensor, "mean")
+        return mean
+
+    def _due(self, phase: Phase) -> bool:
+        """Whether episodes are driven at this step."""
+        config, step = self._config, self._progress.step
+        if self._trials is None or not isinstance(phase, PolicyPhase):
+            return False
+        at_rest = step % config.eval_every == 0 or step == config.steps
+        return at_rest and step > config.n_vqvae_training_steps
+
+    def _drive(self, phase: Phase) -> bool:
+        """Drive episodes on the first process; True if none before went as well."""
+        outcome = [0.0] * len(Outcome._fields)
+        interrupted = 0
+        if self._trials is not None and self._accelerator.is_main_process:
+            try:
+                with self.checkpoints.trial(phase.averaged or self._network) as folder:
+                    outcome = [*self._trials.drive(folder)]
+            except KeyboardInterrupt as interrupt:  # a checkpoint is saved first
+                self._received.append(interrupt)
+                interrupted = 1
+        device = self._accelerator.device
+        told = torch.tensor([*outcome, interrupted], device=device, dtype=torch.float64)
+        *found, interrupted = self._accelerator.reduce(told, "sum").tolist()
+        if interrupted:
+            return False
+        success, max_reward, steps = found
+        self._progress = self._progress.drove(success, max_reward)
+        figures = {"success": success, "max_reward": max_reward, "episode_steps": steps}
+        self._reporter.record(self._progress.step, "episodes", figures)
+        self._reporter.note(
+            f"step {self._progress.step}: {success:.0%} of {self._config.eval_episodes} episodes "
+            f"in {self._config.eval_env} succeed, highest reward {max_reward:.3g}"
+        )
+        return self._progress.best == self._progress.step
+
+    def _log(self, phase: Phase, means: list[float]) -> None:
+        metrics = dict(zip(phase.names, means, strict=True))
         step = self._progress.step
         if not np.isfinite(metrics["loss"]):
             raise VQBeTEdgeError(f"the loss is {metrics['loss']} at step {step}; {_LOWER}")
@@ -218,12 +317,11 @@ class _Trainer:
         total = config.n_vqvae_training_steps
         if step % max(1, total // CODE_REPORTS) and step != total:
             return False
-        vqvae = self._network.head.vqvae_model
-        report = report_codes(vqvae, self._sample, self._scalings.backward[ACTION_KEY].multiply)
+        report = self._codes()
         self._reporter.record(step, "codes", report.metrics())
         self._progress = self._progress.seen(report.error)
         if step < REVIVAL_SHARE * total:
-            revive(vqvae, self._sample)
+            revive(self._network.head.vqvae_model, self._sample)
         early = config.vqvae_early_stop and self._progress.converged
         if step == total and not self._progress.converged:
             self._reporter.note(
@@ -233,6 +331,10 @@ class _Trainer:
         if step == total or early:
             self._reporter.note(str(report))
         return early
+
+    def _codes(self) -> CodeReport:
+        vqvae = self._network.head.vqvae_model
+        return report_codes(vqvae, self._sample, self._scalings.backward[ACTION_KEY].multiply)
 
     def _save(self, phase: Phase) -> None:
         networks = filter(None, (self._network, phase.averaged))

@@ -50,12 +50,17 @@ class CodesConfig:
             raise UsageError(f"--output is a page, expected NAME.html, got '{self.output}'")
 
 
-def write_report(config: CodesConfig, episodes: Sequence[int] | None = None) -> tuple[Finding, ...]:
+def write_report(
+    config: CodesConfig,
+    episodes: Sequence[int] | None = None,
+    among: Sequence[int | str] | None = None,
+) -> tuple[Finding, ...]:
     """Look at the codes and write the page and its JSON; progress goes to stderr.
 
     Args:
         config: what and where.
         episodes: positions of the episodes to predict on; None chooses from all.
+        among: numbers of a data set's episodes that all this is about; None means all.
 
     Returns:
         What is healthy and what to change.
@@ -66,7 +71,7 @@ def write_report(config: CodesConfig, episodes: Sequence[int] | None = None) -> 
         DiskError: the page cannot be written.
     """
     policy = CodedPolicy(config.policy, *load_backend(config.policy))
-    source = None if config.data is None else open_source(config.data)
+    source = None if config.data is None else open_source(config.data, among)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("predicting", total=None)
         report = examine_codes(

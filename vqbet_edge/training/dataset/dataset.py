@@ -18,6 +18,7 @@ from vqbet_edge.training.dataset.metadata import (
     DatasetFeature,
     DatasetInfo,
     Stats,
+    choose_episodes,
     read_info,
     stored_statistics,
 )
@@ -104,22 +105,28 @@ class LeRobotDataset:
         cameras: Sequence[str] | None = None,
         cache_dir: Path | None = None,
         resize_shape: Size | None = None,
+        episodes: Sequence[int | str] | None = None,
     ) -> "LeRobotDataset":
         """Open and check a data set; one that is corrupt or incomplete is refused here.
 
         Only what a policy needs is looked at: state, action, and the cameras.
 
         Args:
-            source: a folder, or the name of a data set in LeRobot's own folder or on the Hub.
+            source: a folder, or the name of a data set in LeRobot's own folder or on the Hub,
+                where it may end in @ and a revision.
             cameras: keys of the cameras; None takes all RGB ones.
             cache_dir: where to keep decoded frames between runs; None keeps them in memory.
             resize_shape: (height, width) that `frames` shrinks to; None keeps them as they are.
+            episodes: numbers and ranges of those to take, see `choose_episodes`; None takes all.
 
         Raises:
             DatasetError: what is wrong, with the file and the episode.
             HubError: it is not here and not to be had from the Hub.
         """
-        return cls(read_info(_locate(str(source), cameras)), cameras, cache_dir, resize_shape)
+        info = read_info(_locate(str(source), cameras))
+        if episodes is not None:
+            info = choose_episodes(info, episodes)
+        return cls(info, cameras, cache_dir, resize_shape)
 
     @property
     def features(self) -> Mapping[str, DatasetFeature]:

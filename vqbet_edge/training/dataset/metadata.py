@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -94,6 +94,7 @@ class DatasetInfo:
     features: Mapping[str, DatasetFeature]  # those that are not understood are left out
     episodes: tuple[EpisodeInfo, ...]  # in the order of their indices
     video_path: str  # template of the videos' names
+    left_out: tuple[int, ...] = ()  # numbers of episodes that were not chosen
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -182,6 +183,35 @@ def read_info(root: Path) -> DatasetInfo:
             f"{path} has the video_path '{template}', expected one such as {_VIDEO_PATHS[version]}"
         )
     return DatasetInfo(root, version, fps, features, tuple(episodes), template)
+
+
+def choose_episodes(info: DatasetInfo, wanted: Sequence[int | str]) -> DatasetInfo:
+    """The same of some episodes: numbers, and ranges without their end such as "0:50".
+
+    Raises:
+        DatasetError: there is no such episode.
+    """
+    known = [episode.index for episode in info.episodes]
+    numbers: set[int] = set()
+    for each in wanted:
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(each))
+        first = int(match[1]) if match else 0
+        last = int(match[2]) - 1 if match and match[2] else first
+        if match is None or last < first:
+            raise DatasetError(
+                f"--episodes takes numbers, and ranges without their end such as 0:50, got {each!r}"
+            )
+        if not {first, last} <= set(known):
+            raise DatasetError(
+                f"{info.root} has no episode {first if first not in known else last}; they are "
+                f"numbered {known[0]} to {known[-1]}"
+            )
+        numbers.update(index for index in known if first <= index <= last)
+    chosen = tuple(episode for episode in info.episodes if episode.index in numbers)
+    if not chosen:
+        raise DatasetError("--episodes names none; leave it out to take all")
+    left_out = tuple(index for index in known if index not in numbers)
+    return replace(info, episodes=chosen, left_out=left_out)
 
 
 def _feature(raw: Mapping[str, Any]) -> DatasetFeature:

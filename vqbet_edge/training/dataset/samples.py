@@ -73,8 +73,10 @@ class Source(ABC):
         """Arrays (M, ...) of some keys."""
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, episodes: Sequence[int | str] | None = None) -> Source:
     """A folder that `EdgePolicy.record` wrote, or a LeRobot data set; see `LeRobotDataset.open`.
+
+    `episodes` chooses those of a data set.
 
     Raises:
         DatasetError: it is neither, or damaged.
@@ -83,20 +85,20 @@ def open_source(source: str | Path) -> Source:
     folder = Path(source)
     if folder.is_dir() and any(folder.glob(FILE_PATTERN)):
         return _Recording(str(source), sorted(folder.glob(FILE_PATTERN)))
-    return _Dataset(str(source))
+    return _Dataset(str(source), episodes)
 
 
 class _Dataset(Source):
     """A LeRobot data set; only what is asked for is decoded."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, episodes: Sequence[int | str] | None) -> None:
         try:
             from vqbet_edge.training.dataset.dataset import LeRobotDataset  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise UsageError(
                 f"reading a data set needs '{error.name}'; type: {install_command('data')}"
             ) from error
-        self._dataset = LeRobotDataset.open(source, cameras=())
+        self._dataset = LeRobotDataset.open(source, cameras=(), episodes=episodes)
         self.name, self.fps = source, self._dataset.fps
         self.lengths = np.diff(self._dataset.bounds).tolist()
         self.shapes = {key: feature.shape for key, feature in self._dataset.features.items()}

@@ -50,7 +50,8 @@ class Table:
             for part in self._read
         ]
         index, frame = np.concatenate(numbers, axis=1).astype(np.int64)
-        self._order = np.lexsort((frame, index))
+        order = np.lexsort((frame, index))
+        self._order = order[~np.isin(index[order], info.left_out)] if info.left_out else order
         self._files = np.concatenate([part.files for part in self._read])
         index, frame = index[self._order], frame[self._order]
         self.episodes = tuple(e for e in info.episodes if e.length or e.index in index)

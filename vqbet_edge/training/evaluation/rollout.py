@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from vqbet_edge.cli import keeping_signals
-from vqbet_edge.errors import VQBeTEdgeError
+from vqbet_edge.errors import UsageError, VQBeTEdgeError
 from vqbet_edge.training.config import STATE_KEY
 from vqbet_edge.training.evaluation.actors import Actor
 from vqbet_edge.training.evaluation.tasks import Environment
@@ -75,6 +75,7 @@ def run_episodes(
 
     Raises:
         VQBeTEdgeError: an environment's process ended by itself.
+        UsageError: the environment does not say whether an episode was solved.
     """
     vector = AsyncVectorEnv if processes else SyncVectorEnv
     envs = vector([make] * slots, autoreset_mode=AutoresetMode.DISABLED)
@@ -128,10 +129,15 @@ def _episodes(
         observations, rewards, terminated, truncated, info = envs.step(actions)
         if received:
             raise received[0]
-        successes = info.get("is_success", np.zeros(slots, bool))
+        successes = info.get("is_success")
+        if successes is None and (terminated | truncated).any():
+            raise UsageError(
+                "the environment does not say whether an episode was solved: its step() has to "
+                f"return info['is_success'], and returned {', '.join(info) or 'nothing'} at the end"
+            )
         free = terminated | truncated
         for slot, one in enumerate(running):
             one.rewards.append(float(rewards[slot]))
-            one.successes.append(bool(successes[slot]))
+            one.successes.append(successes is not None and bool(successes[slot]))
             if free[slot] and one is not idle:
                 yield one.ended()
