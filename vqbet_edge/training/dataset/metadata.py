@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -101,13 +102,17 @@ class DatasetInfo:
         """Keys of all cameras, depth maps included."""
         return tuple(key for key, feature in self.features.items() if feature.is_image)
 
+    @cached_property
+    def _episodes(self) -> Path:
+        return self.root / "meta" / "episodes"
+
     def clip(self, episode: EpisodeInfo, key: str) -> Clip:
         """Where the video of a camera is.
 
         Raises:
             DatasetError: `meta/` does not say it, or the file is missing.
         """
-        place, where, start = episode.place, self.root / "meta" / "episodes", 0.0
+        place, where, start = episode.place, self._episodes, 0.0
         names: dict[str, Any] = {"video_key": key}
         try:
             if self.version == 3:
