@@ -127,8 +127,9 @@ def test_images_are_cropped_before_they_are_scaled(random: bool) -> None:
     assert all(seen.shape == (6, 3, 40, 32) for seen in backbone)
 
 
+@pytest.mark.parametrize("each", [False, True])
 def test_no_update_waits_for_the_device(
-    pusht: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pusht: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: bool
 ) -> None:
     update, waits = Phase.update, dict[str, list[str]]()
 
@@ -147,7 +148,7 @@ def test_no_update_waits_for_the_device(
         return losses
 
     monkeypatch.setattr(Phase, "update", watched)
-    options = {"ema_decay": 0.0, "sequentially_select": True, "crop_per_sample": True}
+    options = {"ema_decay": 0.0, "sequentially_select": each, "crop_per_sample": each}
     train(short_run(pusht, tmp_path / "run", steps=4, n_vqvae_training_steps=2, **options))
     assert waits == {}
 

@@ -80,8 +80,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float, share: Share | N
 def sampled(probabilities: Tensor, share: Share | None) -> Tensor:
     """One index per row of probabilities (R, C), R as in `drawn`; int64 (R,).
 
-    As `torch.multinomial` draws it, whose look at the probabilities makes the host wait for the
-    device.
+    As `torch.multinomial` draws it, without the checks for which some releases wait for the device.
     """
     waits = drawn(probabilities, share, lambda whole: whole.exponential_())
     return (probabilities / waits).argmax(dim=-1)
