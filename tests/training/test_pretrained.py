@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from demonstrated import demonstrations
 from safetensors.numpy import load_file
 from sizes import short_run
-from workshop import Exported, once
+from workshop import Workshop, once
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.training import trainer
@@ -31,6 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No report on codes, no curves."""
     for name in ("write_report", "draw_curves", "text"):
         monkeypatch.setattr(trainer, name, lambda *_: "")
+    monkeypatch.setenv("COLUMNS", "500")
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +161,14 @@ def test_a_vqvae_can_be_taken_alone(before: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored["observation.state.min"], column.min(axis=0))
 
 
-def test_a_policy_of_lerobots_is_taken(tiny: Exported, tmp_path: Path) -> None:
-    data = demonstrations(tmp_path / "data", size=tiny.case.image)
+def test_a_policy_of_lerobots_is_taken(workshop: Workshop, tmp_path: Path) -> None:
+    source = workshop.checkpoint(oracle.TINY)
+    data = demonstrations(tmp_path / "data", size=oracle.TINY.image)
     changes = {"steps": 1, "optimizer_lr": 0, "cameras": ["observation.images.front"]}
-    config = fine_tuning(tiny.checkpoint, data, tmp_path / "run", **changes)
-    ours, theirs = load_checkpoint(str(train(config))), load_checkpoint(str(tiny.checkpoint))
-    for name, tensor in theirs.network.state_dict().items():
-        assert torch.equal(ours.network.state_dict()[name], tensor), name
+    output = train(fine_tuning(source, data, tmp_path / "run", **changes))
+    ours, theirs = load_checkpoint(str(output)), load_checkpoint(str(source))
+    for name, tensor in theirs.network.named_parameters():
+        assert torch.equal(ours.network.get_parameter(name), tensor), name
     scalings = zip(ours.inputs.values(), theirs.inputs.values(), strict=True)
     for own, scaling in (*scalings, (ours.action, theirs.action)):
         np.testing.assert_allclose(own.multiply, scaling.multiply, rtol=1e-6)
