@@ -139,6 +139,20 @@ def test_a_process_that_is_killed_is_a_sentence(
         seen(LeRobotDataset.open(pusht), Feeding("stream", 1))
 
 
+def test_a_program_ends_with_the_processes_that_decode(pusht: Path) -> None:
+    code = f"""
+import numpy as np, torch
+from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.feeding import Feeder, Feeding
+data = LeRobotDataset.open({str(pusht)!r})
+feeder = Feeder(data, ["{CAMERA}"], Feeding("stream", 2), torch.device("cpu"))
+images = feeder.images([np.arange(6).reshape(3, 2)] * 9)
+print(len(next(images)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
 FREE = 10_000_000  # the frames are 16 MB
 
 

@@ -3,7 +3,10 @@
 All three give the same frames bit for bit, so that the choice is one of memory, disk and time.
 """
 
+import atexit
 import gc
+import multiprocessing
+import multiprocessing.util  # whose own end has to be registered before ours
 import os
 import shutil
 import signal
@@ -285,10 +288,13 @@ class Feeder:
                 running = iter(loader)
             finally:
                 gc.unfreeze()
-            for found in running:
-                if isinstance(found, VQBeTEdgeError):
-                    raise found
-                yield found
+            try:
+                for found in running:
+                    if isinstance(found, VQBeTEdgeError):
+                        raise found
+                    yield found
+            finally:
+                del running  # ends its processes; a traceback would keep them
 
 
 class _Decoding(Dataset[Any]):
@@ -314,6 +320,13 @@ class _Decoding(Dataset[Any]):
 
 def _as_it_is(found: Any) -> Any:  # noqa: ANN401 - torch's
     return found
+
+
+@atexit.register
+def _end() -> None:
+    """Before multiprocessing asks what nobody has ended by a signal that it does not listen to."""
+    for child in filter(lambda child: child.daemon, multiprocessing.active_children()):
+        child.kill()
 
 
 def _begin(number: int) -> None:
