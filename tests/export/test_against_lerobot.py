@@ -13,7 +13,7 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES, Precision
 
 # The rest in `make test-all`.
-FIRST = "default", "sequential"
+FIRST = oracle.TINY.name, "sequential"
 CASES = [
     pytest.param(
         case,
@@ -23,7 +23,7 @@ CASES = [
             *[pytest.mark.extended] * (case.name not in FIRST),
         ],
     )
-    for case in oracle.CASES
+    for case in (*oracle.CASES, oracle.TINY)
 ]
 
 

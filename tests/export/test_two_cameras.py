@@ -32,7 +32,7 @@ from vqbet_edge.training.codes.cli import CodesConfig, write_report
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.evaluation.replay import replay
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS = ["fp32", *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))]
 
 
 def shrunk(frame: np.ndarray, size: tuple[int, int] = RESIZED) -> torch.Tensor:

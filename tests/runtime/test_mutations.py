@@ -100,7 +100,10 @@ def check(bundle: Bundle, other: Bundle, cases: ReferenceCases) -> None:
     assert [name for name, found in tried if not found] == []
 
 
-@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))],
+)
 def test_each_is_refused(shared: Path, precision: Precision) -> None:
     bundle = tiny(shared, precision, 1)
     check(bundle, tiny(shared, precision, 2), ReferenceCases.of(bundle))

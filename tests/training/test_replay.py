@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import int8
@@ -129,7 +129,7 @@ def test_its_checkpoint_decides_the_same(replayed: Replayed) -> None:
 
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", None, *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))],
+    [None, *(pytest.param(p, marks=pytest.mark.extended) for p in get_args(Precision))],
 )
 def test_a_changed_weight_is_found_and_nothing_else(
     replayed: Replayed, precision: Precision | None
