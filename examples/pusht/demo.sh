@@ -27,7 +27,7 @@ mkdir -p "$output"
 # The reports are long; they lie in the bundles.
 beside "$output/fp16.log" vqbet-export $here/checkpoint --fp16 --verify-data $here/frames \
     --output "$output/pusht-fp16.bundle" --force
-run vqbet-export $here/checkpoint --int8 --calibration-data $here/frames \
+run vqbet-export $here/checkpoint --int8 --target cpu --calibration-data $here/frames \
     --output "$output/pusht-int8.bundle" --force >"$output/int8.log"
 joined
 run vqbet-inspect "$output/pusht-fp16.bundle" --prove
