@@ -41,7 +41,7 @@ def compare(name: str, found: object) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_a_command(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     module, _, function = COMMANDS[command].partition(":")
     for name, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
@@ -51,7 +51,7 @@ def test_options_of_a_command(
         getattr(import_module(module), function)()
     assert not ended.value.code
     # Names and what they take; the words that explain them may change.
-    rows = re.findall(r"^│ ([^\s─].*?)(?:  |\s*│$)", capsys.readouterr().out, re.MULTILINE)
+    rows = re.findall(r"^│ ([^\s─].*?)(?:  |\s*│$)", capfd.readouterr().out, re.MULTILINE)
     assert len(rows) >= 2
     compare(command, sorted(" ".join(row.split()) for row in set(rows)))
 
