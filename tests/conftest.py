@@ -10,7 +10,7 @@ import miniature
 import oracle
 import pytest
 from two_cameras import Trained, prepare
-from workshop import Exported, Workshop, once
+from workshop import Exported, Workshop, once, tracing_once
 
 _UNPICKLED: list[str] = []
 
@@ -41,6 +41,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced(shared: Path) -> Iterator[None]:
+    """Whoever exports shares the graphs that are the same."""
+    with tracing_once(shared / "graphs"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Makes each checkpoint and bundle once per test session, whichever worker wants it first."""
 
 import contextlib
+import hashlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import oracle
 import pytest
 import torch
 from environments import alone
+from torch import nn
+from vqbet_export import assembly, graph
 from vqbet_export.exporter import ExportConfig, export
 
 from vqbet_edge.runtime.manifest import Precision
@@ -43,6 +46,30 @@ def plainly() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def tracing_once(folder: Path) -> Iterator[None]:
+    """Trace each graph once per session: most of an export's time, and many export one policy."""
+
+    def export_graph(module: nn.Module, *signature: Any) -> bytes:
+        plain = [
+            {name: value for name, value in vars(part).items() if not name.startswith("_")}
+            for part in module.modules()
+        ]
+        digest = hashlib.sha256(repr((type(module), signature, plain)).encode())
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.detach().numpy().tobytes())
+        path = folder / f"{digest.hexdigest()}.onnx"
+        return once(
+            path, lambda: path.write_bytes(graph.export_graph(module, *signature))
+        ).read_bytes()
+
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "export_graph", export_graph)
+        yield
 
 
 @dataclass(frozen=True)

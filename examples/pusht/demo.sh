@@ -4,21 +4,38 @@ set -euo pipefail
 output=${1:-outputs/demo}
 here=examples/pusht
 
-run() {
+say() {
     printf '\n$ %s\n' "$*" >&2
+}
+run() {
+    say "$@"
     "$@"
 }
+# Besides what follows, on another core; what it prints goes to a file.
+beside() {
+    said=$1 && shift
+    say "$@"
+    OMP_NUM_THREADS=1 "$@" >"$said" 2>&1 </dev/null &
+}
+joined() {
+    wait $! || { cat "$said" >&2 && exit 1; }
+}
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
 rm -rf "$output/episodes"
 mkdir -p "$output"
 # The reports are long; they lie in the bundles.
-for flags in "--fp16 --verify-data" "--int8 --calibration-data"; do
-    precision=${flags:2:4}
-    bundle=$output/pusht-$precision.bundle
-    # shellcheck disable=SC2086
-    run vqbet-export $here/checkpoint $flags $here/frames --output "$bundle" --force >"$output/$precision.log"
-    run vqbet-inspect "$bundle" --prove
-done
+beside "$output/fp16.log" vqbet-export $here/checkpoint --fp16 --verify-data $here/frames \
+    --output "$output/pusht-fp16.bundle" --force
+run vqbet-export $here/checkpoint --int8 --target cpu --calibration-data $here/frames \
+    --output "$output/pusht-int8.bundle" --force >"$output/int8.log"
+joined
+run vqbet-inspect "$output/pusht-fp16.bundle" --prove
+run vqbet-inspect "$output/pusht-int8.bundle" --prove
+beside "$output/codes.log" \
+    vqbet-codes $here/checkpoint --data $here/frames --output "$output/codes.html"
 run vqbet-eval "$output/pusht-int8.bundle" --env pusht_contact --episodes 20 --record "$output/episodes"
 run vqbet-view "$output/episodes" --output "$output/demo.html"
-run vqbet-codes $here/checkpoint --data $here/frames --output "$output/codes.html"
+joined
+cat "$output/codes.log"
 run python -m examples.pusht "$output"

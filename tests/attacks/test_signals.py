@@ -87,7 +87,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(saved.last / "pretrained_model")
 
 
-# Each command by one signal in every run, by the other in `make test-all`.
+# Two commands by one signal each in every run, the rest in `make test-all`.
 INT, TERM = signal.SIGINT, signal.SIGTERM
 MORE = pytest.mark.extended
 
@@ -129,7 +129,8 @@ def test_train(tmp_path: Path, number: signal.Signals) -> None:
     assert (output / "checkpoints" / "last" / "training_state").is_dir()
 
 
-@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=MORE)])
+@pytest.mark.extended
+@pytest.mark.parametrize("number", [TERM, INT])
 def test_eval(checkpoint: str, number: signal.Signals) -> None:
     pytest.importorskip("gym_pusht")
     task = "--env", "pusht", "--episodes", "100000"

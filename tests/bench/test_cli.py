@@ -27,7 +27,8 @@ def bench(*arguments: Any, cwd: Path, **environment: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("peer", [False, pytest.param(True, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("peer", [False, True])
 def test_a_bundle_alone_and_beside_lerobot(tiny: Exported, cwd: Path, peer: bool) -> None:
     options = ["--backend", "onnxruntime", "tensorrt", "-o", "out"]
     if peer:

@@ -22,6 +22,7 @@ from vqbet_edge.runtime.extras import install_command
 COMMAND = [sys.executable, "-c", "from vqbet_bench.cli import main; main()"]
 
 
+@pytest.mark.extended
 def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
     options = ["--serve", "2", "1", "--seconds", "0.5", "--backend", "onnxruntime"]
     command = [*COMMAND, mini, *options, "-o", tmp_path / "out"]

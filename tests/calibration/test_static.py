@@ -149,7 +149,7 @@ def layers_built(graph: bytes, capability: str, folder: Path) -> list[tuple[str,
     return [(m[1], set(re.findall(r"Datatype: (\w+)", m[2]))) for m in found]
 
 
-@pytest.mark.parametrize("capability", ["sm86", "sm120"])
+@pytest.mark.parametrize("capability", ["sm86", pytest.param("sm120", marks=pytest.mark.extended)])
 def test_convolutions_and_products_are_int8_in_the_engine(
     for_tensorrt: dict[StageName, bytes], signed: dict[StageName, Static], capability: str,
     tmp_path: Path,

@@ -16,7 +16,7 @@ import pytest
 from fake_driver import FakeDriver
 from rich.console import Console
 from vqbet_engines import build_command, engines
-from vqbet_engines.builder import Job, build_plan
+from vqbet_engines.builder import Built, Job, build_plan
 from vqbet_engines.engines import EngineBuilder
 
 from vqbet_edge.runtime.backends.cuda import Cuda
@@ -72,6 +72,8 @@ def test_errors(
 
 
 CUDA = Cuda(FakeDriver(integrated=True))
+# A build takes seconds, and what is kept of it is what these tests are about.
+BUILT: dict[bytes, Built] = {}
 
 
 @pytest.fixture
@@ -82,7 +84,10 @@ def builder(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
     """
 
     def build(graph: bytes, job: Job, timing_cache: bytes, on_progress: Any) -> Any:
-        return build_plan(graph, Job(job.flavour, job.options, "sm86"), timing_cache, on_progress)
+        if graph not in BUILT:
+            ahead = Job(job.flavour, job.options, "sm86")
+            BUILT[graph] = build_plan(graph, ahead, timing_cache, on_progress)
+        return BUILT[graph]
 
     monkeypatch.setattr(engines, "build_plan", build)
     monkeypatch.setattr(engines, "prove_plans", mock.MagicMock())

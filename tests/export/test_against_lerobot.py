@@ -13,18 +13,22 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.manifest import STAGES, Precision
 
 # The rest in `make test-all`.
-FIRST = "default", "sequential"
+FIRST = (oracle.TINY.name, "fp32"), (oracle.TINY.name, "fp16"), ("sequential", "fp32")
 CASES = [
     pytest.param(
         case,
-        id=case.name,
+        precision,
+        id=f"{case.name}-{precision}",
         marks=[
             pytest.mark.xdist_group(case.name),
-            *[pytest.mark.extended] * (case.name not in FIRST),
+            *[pytest.mark.extended] * ((case.name, precision) not in FIRST),
         ],
     )
-    for case in oracle.CASES
+    for case in (*oracle.CASES, oracle.TINY)
+    for precision in ("fp32", "fp16")
 ]
+# Of the action's range, and of probabilities.
+LIMITS: dict[Precision, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "fp16": (2e-3, 2e-2)}
 
 
 def force_codes(policy: EdgePolicy, reference: oracle.ReferencePolicy) -> None:
@@ -35,18 +39,9 @@ def force_codes(policy: EdgePolicy, reference: oracle.ReferencePolicy) -> None:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("precision", "action_limit", "probability_limit"),
-    [("fp32", 1e-4, 1e-3), ("fp16", 2e-3, 2e-2)],
-)
-def test_acts_as_select_action(
-    workshop: Workshop,
-    case: oracle.Case,
-    precision: Precision,
-    action_limit: float,
-    probability_limit: float,
-) -> None:
+@pytest.mark.parametrize(("case", "precision"), CASES)
+def test_acts_as_select_action(workshop: Workshop, case: oracle.Case, precision: Precision) -> None:
+    action_limit, probability_limit = LIMITS[precision]
     exported = workshop.bundle(case, precision)
     reference = oracle.ReferencePolicy(workshop.policy(case), case)
     policy = EdgePolicy.load(exported.bundle)
@@ -68,8 +63,7 @@ def test_acts_as_select_action(
         assert 0.99 <= result["whole"]["policy"]["code_agreement"] <= 1
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("case", "precision"), CASES)
 def test_graphs_build_in_tensorrt(
     workshop: Workshop, case: oracle.Case, precision: Precision
 ) -> None:

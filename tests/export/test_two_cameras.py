@@ -32,7 +32,7 @@ from vqbet_edge.training.codes.cli import CodesConfig, write_report
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.evaluation.replay import replay
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS = ["fp32", *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))]
 
 
 def shrunk(frame: np.ndarray, size: tuple[int, int] = RESIZED) -> torch.Tensor:
@@ -68,6 +68,7 @@ def test_what_is_trained_on_is_said_and_the_way_out_named(
             train(config(two_cameras.data, tmp_path / "a", **refused))
 
 
+@pytest.mark.extended
 def test_training_sees_shrunk_frames_and_goes_on_exactly(
     two_cameras: Trained, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_manifest_that_crops_cameras_of_two_sizes_is_refused(two_cameras: Trai
             decode_manifest(encode_manifest(changed))
 
 
+@pytest.mark.extended
 def test_acts_as_lerobot_does_on_shrunk_frames(tmp_path: Path) -> None:
     """LeRobot's own policy, which knows one size only, on what `resize_shape` makes of two."""
     case = oracle.small("shrunk", cameras=2, image=(40, 48), crop_shape=(36, 40), n_obs_steps=3)

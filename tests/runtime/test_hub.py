@@ -22,12 +22,13 @@ LOAD = """
 import json, sys
 from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import VQBeTEdgeError
-try:
-    policy = EdgePolicy.load(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]))
-except VQBeTEdgeError as error:
-    print(json.dumps({"kind": type(error).__name__, "error": str(error)}))
-else:
-    print(json.dumps({"sha256": policy.manifest.manifest_sha256}))
+for name, options in json.loads(sys.argv[1]):
+    try:
+        policy = EdgePolicy.load(name, "onnxruntime", **options)
+    except VQBeTEdgeError as error:
+        print(json.dumps({"kind": type(error).__name__, "error": str(error)}))
+    else:
+        print(json.dumps({"sha256": policy.manifest.manifest_sha256}))
 """
 
 
@@ -41,14 +42,14 @@ def files(bundle: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in bundle.iterdir()}
 
 
-def load(variables: dict[str, str], *arguments: str, **options: str) -> dict[str, Any]:
+def load(variables: dict[str, str], *names: str, revisions: tuple[Any, ...] = (None,)) -> list[Any]:
     """`EdgePolicy.load` in a process of its own: the client reads its settings once."""
-    command = [sys.executable, "-c", LOAD, json.dumps(arguments), json.dumps(options)]
+    calls = [(n, {} if r is None else {"revision": r}) for n in names for r in revisions]
     done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        [sys.executable, "-c", LOAD, json.dumps(calls)],
+        env=os.environ | variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def test_a_bundle_is_downloaded_and_kept(server: hub.Hub, mini: Path, tmp_path: Path) -> None:
@@ -56,12 +57,12 @@ def test_a_bundle_is_downloaded_and_kept(server: hub.Hub, mini: Path, tmp_path: 
     sha256 = Bundle.open(mini).manifest.manifest_sha256
     server.add(NAME, {**files(mini), "README.md": b"# card", "video.mp4": b"\0" * 1000})
     variables = server.variables(tmp_path)
-    assert load(variables, NAME, "onnxruntime") == {"sha256": sha256}
+    assert load(variables, NAME) == [{"sha256": sha256}]
     fetched = {request.rpartition("/")[2] for request in server.requests if "resolve" in request}
     assert fetched == set(files(mini))
     offline = {**variables, "HF_HUB_OFFLINE": "1"}
     server.requests.clear()
-    assert load(offline, NAME, "onnxruntime") == {"sha256": sha256}
+    assert load(offline, NAME) == [{"sha256": sha256}]
     assert server.requests == []
 
 
@@ -70,7 +71,7 @@ def test_a_snapshot_is_a_bundle_unless_its_links_lead_elsewhere(
 ) -> None:
     """Its files are links into the cache's store, which `hf download` prints the path of."""
     commit = server.add(NAME, files(mini))
-    load(server.variables(tmp_path), NAME, "onnxruntime")
+    load(server.variables(tmp_path), NAME)
     (snapshot,) = tmp_path.glob(f"hub/models--*/snapshots/{commit}")
     assert (snapshot / "gpt.onnx").is_symlink()
     assert EdgePolicy.load(snapshot, "onnxruntime").manifest == Bundle.open(mini).manifest
@@ -87,10 +88,8 @@ def test_revisions(server: hub.Hub, mini: Path, tiny: Any, tmp_path: Path) -> No
     server.add(NAME, files(tiny.bundle))
     old, new = (Bundle.open(path).manifest.manifest_sha256 for path in (mini, tiny.bundle))
     variables = server.variables(tmp_path)
-    for revision, expected in (("v1", old), (first, old), ("main", new)):
-        assert load(variables, NAME, revision=revision) == {"sha256": expected}
-    assert load(variables, NAME) == {"sha256": new}
-    found = load(variables, NAME, revision="v7")
+    *digests, found = load(variables, NAME, revisions=("v1", first, "main", None, "v7"))
+    assert digests == [{"sha256": digest} for digest in (old, old, new, new)]
     assert found["kind"] == "BundleError"
     assert "v7" in found["error"]
 
@@ -98,14 +97,13 @@ def test_revisions(server: hub.Hub, mini: Path, tiny: Any, tmp_path: Path) -> No
 def test_what_is_not_there(server: hub.Hub, tmp_path: Path) -> None:
     server.add("ada/checkpoint", {"model.safetensors": b"", "config.json": b"{}"})
     variables = server.variables(tmp_path)
-    missing = load(variables, "ada/nothing")
+    missing, checkpoint = load(variables, "ada/nothing", "ada/checkpoint")
     assert missing["kind"] == "BundleError"
     assert "'ada/nothing' does not exist here, and cannot be read from the Hub" in missing["error"]
-    checkpoint = load(variables, "ada/checkpoint")
     assert "holds no manifest.json, so it is no bundle" in checkpoint["error"]
-    offline = load({**variables, "HF_HUB_OFFLINE": "1"}, NAME)
+    (offline,) = load({**variables, "HF_HUB_OFFLINE": "1"}, NAME)
     assert offline["kind"] == "BundleError"
-    unplugged = load({**variables, "HF_ENDPOINT": "http://127.0.0.1:9"}, NAME)
+    (unplugged,) = load({**variables, "HF_ENDPOINT": "http://127.0.0.1:9"}, NAME)
     assert unplugged["kind"] == "BundleError"
     assert "\n" not in unplugged["error"]
 

@@ -53,6 +53,7 @@ def test_actions_are_the_same_to_rounding(
         assert len({tuple(policy.last.codes) for policy in policies if policy.last}) == 1
 
 
+@pytest.mark.extended
 def test_a_window_of_one_observation(tmp_path: Path) -> None:
     path = miniature.write(tmp_path / "one.bundle", n_obs_steps=1)
     policies = [EdgePolicy.load(path, "onnxruntime", prefetch=mode) for mode in MODES]

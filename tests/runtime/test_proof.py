@@ -133,6 +133,7 @@ def test_near_ties_do_not_decide(bundle: Bundle) -> None:
     assert any("code logits" in line for line in proof.violations)
 
 
+@pytest.mark.extended
 def test_the_file_stays_small_whatever_the_camera(tmp_path: Path) -> None:
     path = miniature.write(tmp_path / "a.bundle", steps=48, size=(480, 640), crop_shape=None)
     bundle = Bundle.open(path)

@@ -188,6 +188,22 @@ def test_a_slow_disk_costs_observations_and_says_so(
             np.testing.assert_array_equal(decision.codes, done[decision.step][1].codes)
 
 
+def test_a_file_that_was_lost_is_a_gap(
+    policy: EdgePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied from a robot without one of its files."""
+    monkeypatch.setattr(recording, "_BLOCK_BYTES", 10 * (ROW_BYTES + 100))
+    act(policy, seen(50), tmp_path / "seen")
+    (whole,) = Recording(tmp_path / "seen").episodes
+    first, lost, *_ = (len(load_file(p)["step"]) for p in sorted((tmp_path / "seen").iterdir()))
+    sorted((tmp_path / "seen").iterdir())[1].unlink()
+    before, after = Recording(tmp_path / "seen").episodes
+    assert before.steps.tolist() == list(range(first))
+    assert after.steps.tolist() == list(range(first + lost, 50))
+    np.testing.assert_array_equal(after.actions, whole.actions[first + lost :])
+    assert not after.history_is_whole(0, 3)
+
+
 def test_a_failing_disk_ends_the_recording_only(policy: EdgePolicy, tmp_path: Path) -> None:
     recorder = policy.record(tmp_path / "seen", decisions=True)
     recorder.__enter__()

@@ -43,10 +43,11 @@ PRODUCT = [
         "engines",
         "bench",
         "integrations",
+        "examples",
         "docs",
     )
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in {".py", ".md", ".yaml"} and "results" not in path.parts
+    if path.suffix in {".py", ".md", ".sh", ".yaml"} and "results" not in path.parts
 ] + [ROOT / "README.md", ROOT / "SECURITY.md"]
 
 

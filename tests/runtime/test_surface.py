@@ -8,9 +8,9 @@ After a change that is meant, write the frozen lists anew:
 import json
 import os
 import re
-import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,16 +40,18 @@ def compare(name: str, found: object) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_of_a_command(command: str) -> None:
+def test_options_of_a_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     module, _, function = COMMANDS[command].partition(":")
-    code = f"from {module} import {function}; {function}()"
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    for name, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(import_module(module), function)()
+    assert not ended.value.code
     # Names and what they take; the words that explain them may change.
-    rows = re.findall(r"^│ ([^\s─].*?)(?:  |\s*│$)", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^│ ([^\s─].*?)(?:  |\s*│$)", capfd.readouterr().out, re.MULTILINE)
     assert len(rows) >= 2
     compare(command, sorted(" ".join(row.split()) for row in set(rows)))
 

@@ -172,7 +172,7 @@ def test_mutated_frames_without_a_network() -> None:
     frame = pack({**observations(0, 1)[0], "session_id": "arm", "endpoint": "infer", "n": [1, {}]})
     metadata = PolicyMetadata("vqbet", "s", "c", {}, 2, 1, 5, 5, "every_step").to_frame()
     read = Counter[str]()
-    for _ in range(cases(5000, 1_000_000)):
+    for _ in range(cases(2000, 1_000_000)):
         with suppress(VQBeTEdgeError):
             for key, value in unpack(mutated(frame, random)).items():
                 assert array(key, value).nbytes <= len(frame) * 2
@@ -180,8 +180,8 @@ def test_mutated_frames_without_a_network() -> None:
         with suppress(VQBeTEdgeError):
             PolicyMetadata.from_frame(mutated(metadata, random))
             read["metadata"] += 1
-    assert read["array"] > 250
-    assert read["metadata"] > 25
+    assert read["array"] > 100
+    assert read["metadata"] > 10
 
 
 def part(**changes: Any) -> dict[bytes, Any]:

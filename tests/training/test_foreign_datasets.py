@@ -165,7 +165,10 @@ HOMES: dict[str, tuple[dict[str, str], str]] = {
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.mark.parametrize("name", HOMES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "nothing" else pytest.param(n, marks=pytest.mark.extended) for n in HOMES],
+)
 def test_lerobots_folder_is_where_lerobot_has_it(healthy: Path, tmp_path: Path, name: str) -> None:
     """By its variables, which no shell may have expanded, with the Hub's client and without."""
     oracle.lerobot("utils.constants")
@@ -184,7 +187,7 @@ print(LeRobotDataset.open("me/pusht").num_frames)
     assert in_home(code, tmp_path, variables) == str(sum(LENGTHS))
 
 
-@pytest.mark.parametrize("tag", ["v3.0", "main"])
+@pytest.mark.parametrize("tag", ["v3.0", pytest.param("main", marks=pytest.mark.extended)])
 def test_what_lerobot_has_downloaded_is_found(healthy: Path, tmp_path: Path, tag: str) -> None:
     """As LeRobot 0.6 downloads it."""
     folder = tmp_path / "home/lr/hub/datasets--me--pusht"

@@ -1,7 +1,7 @@
 """Losses, codes, gradients and codebooks against LeRobot's with the same weights."""
 
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.backend import TorchBackend
 from vqbet_edge.training.checkpoint import Checkpoint
+from vqbet_edge.training.codebooks import revive
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.training.description import without_graphs
 from vqbet_edge.training.evaluation.actors import Siblings
 from vqbet_edge.training.layouts import Layout
-from vqbet_edge.training.network import VQBeT
+from vqbet_edge.training.network import Codebook, VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import PolicyObjective, VqVaeObjective
 
@@ -172,6 +173,24 @@ def test_phase2_losses_and_gradients(
     got.loss.backward()
     assert_same(gradients(network), gradients(reference))
     assert_same(network.head.vqvae_model.state_dict(), frozen)
+
+
+def test_dead_codes_go_where_chunks_are_represented_worst() -> None:
+    """Once; what is used stays where it is, and so do all where none is dead."""
+    book = Codebook(4, 2)
+    book.embed[0] = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [50, 50]])
+    book.cluster_size[0] = torch.tensor([10.0, 10, 10, 0])
+    near = book.embed[0, :3].repeat(20, 1) + 0.01 * torch.randn(60, 2)
+    odd = torch.tensor([5.0, 5]) + torch.rand(16, 2)
+    vqvae: Any = SimpleNamespace(encoder=nn.Identity(), vq_layer=SimpleNamespace(codebooks=[book]))
+    chunks, before = torch.cat([near, odd])[:, None], book.embed.clone()
+    assert revive(vqvae, chunks) == 1
+    assert torch.equal(book.embed[0, :3], before[0, :3])
+    assert (book.embed[0, 3] == odd[odd.norm(dim=-1).argmax()]).all()
+    assert book.cluster_size[0, 3] == 7.5  # an equal share
+    before = book.embed.clone()
+    assert revive(vqvae, chunks) == 0
+    assert torch.equal(book.embed, before)
 
 
 def test_a_checkpoint_acts_as_lerobots_select_action(

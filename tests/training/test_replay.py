@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import int8
@@ -81,7 +81,7 @@ def record(bundle: Path, folder: Path) -> None:
         for number in range(2):
             episode = dataset.episode(number)
             policy.reset(seed=number)
-            for frame, state in zip(episode[IMAGE][:60], episode[STATE][:60], strict=True):
+            for frame, state in zip(episode[IMAGE][:40], episode[STATE][:40], strict=True):
                 policy.act({IMAGE: frame, STATE: state})
 
 
@@ -111,7 +111,7 @@ def decisions(folder: Path) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_same_policy_decides_the_same(replayed: Replayed, precision: Precision) -> None:
     found = run(replayed, replayed.bundle(replayed.checkpoint, precision))
-    assert found.decisions == len(decisions(replayed.recording)) == 24
+    assert found.decisions == len(decisions(replayed.recording)) == 16
     assert (found.differing, found.first, found.skipped) == (0, None, 0)
     if precision == "fp32":
         assert found.near_ties == 0
@@ -121,7 +121,7 @@ def test_the_same_policy_decides_the_same(replayed: Replayed, precision: Precisi
 def test_its_checkpoint_decides_the_same(replayed: Replayed) -> None:
     """PyTorch against the recorded ONNX Runtime, on all decisions."""
     found = run(replayed, replayed.checkpoint)
-    assert (found.decisions, found.differing, found.near_ties) == (24, 0, 0)
+    assert (found.decisions, found.differing, found.near_ties) == (16, 0, 0)
     assert found.largest_action < 1e-4
     assert 0 < found.largest_probability < 1e-4
     assert found.replayed.endswith("fp32 on torch")
@@ -129,7 +129,7 @@ def test_its_checkpoint_decides_the_same(replayed: Replayed) -> None:
 
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", None, *(pytest.param(p, marks=pytest.mark.extended) for p in ("fp16", "int8"))],
+    [None, *(pytest.param(p, marks=pytest.mark.extended) for p in get_args(Precision))],
 )
 def test_a_changed_weight_is_found_and_nothing_else(
     replayed: Replayed, precision: Precision | None
@@ -140,7 +140,7 @@ def test_a_changed_weight_is_found_and_nothing_else(
     expected = [
         (name, d) for name, d in decisions(replayed.recording) if d.codes[0] == replayed.code
     ]
-    assert 0 < len(expected) < 24
+    assert 0 < len(expected) < 16
     assert found.differing == len(expected)
     name, decision = expected[0]
     assert found.first is not None

@@ -19,6 +19,7 @@ from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.runtime.recording import Recorder
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.samples import Sampler, random_pieces
+from vqbet_edge.training.windows import Shuffle
 
 IMAGE, STATE = "observation.image", "observation.state"
 
@@ -169,3 +170,13 @@ def test_random_pieces_fill_the_normalised_range(bundle: Bundle) -> None:
     assert -1.001 < normalized.min() < -0.95
     assert 0.95 < normalized.max() < 1.001
     assert pieces[0].frames.shape == (16, 1, *bundle.manifest.frame_shape)
+
+
+def test_a_shuffle_has_every_frame_once_an_epoch_in_a_new_order() -> None:
+    shuffle = Shuffle(np.arange(100, 160), 8, seed=3)
+    drawn = np.concatenate([shuffle.batch(step) for step in range(15)])  # of two epochs
+    epochs = drawn[:60], drawn[60:]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(100, 160))
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(Shuffle(shuffle.frames, 8, seed=4).batch(0), shuffle.batch(0))

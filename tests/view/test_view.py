@@ -19,6 +19,7 @@ from PIL import Image
 from recordings import record
 from safetensors.numpy import load_file, save_file
 
+from examples.pusht.__main__ import ENLARGED, animate
 from vqbet_edge import EdgePolicy
 from vqbet_edge.errors import DatasetError, DiskError, UsageError
 from vqbet_edge.runtime.extras import install_command
@@ -260,6 +261,27 @@ def test_failures_come_first(mini: Path, tmp_path: Path) -> None:
     assert names == [*expected, "running_4"]
     assert shown[0].name == "failed, seed 2, reward 0.1"
     assert open_episodes(tmp_path / "episodes", [2])[0].name == "failed, seed 1, reward 0.4"
+
+
+@pytest.mark.extended
+def test_the_page_opens_on_an_episode_that_succeeded(mini: Path, tmp_path: Path, tab: Tab) -> None:
+    evaluation(mini, tmp_path / "episodes")
+    tab.open(view(ViewConfig(tmp_path / "episodes")), 1200)
+    chosen = tab.evaluate("$('episode').selectedOptions[0].textContent")
+    assert chosen == "solved, seed 3, reward 1"
+    assert tab.complaints == []
+
+
+def test_the_demo_animates_an_episode_that_succeeded(mini: Path, tmp_path: Path) -> None:
+    evaluation(mini, tmp_path / "episodes")
+    pages = [data(view(ViewConfig(tmp_path / "episodes", episodes=e))) for e in ((), (0, 1))]
+    assert [one["opened"] for one in pages] == [4, 0]  # behind the failures, with their errors
+    assert animate(tmp_path / "episodes", tmp_path / "a.webp") == "solved, seed 3, reward 1"
+    with Image.open(tmp_path / "a.webp") as animation:
+        assert animation.n_frames == 3  # type: ignore[attr-defined]
+        assert animation.size == (ENLARGED * miniature.SIZE,) * 2
+    (tmp_path / "episodes" / INDEX_NAME).unlink()
+    assert animate(tmp_path / "episodes", tmp_path / "a.webp").startswith("episode 1")
 
 
 def test_an_index_opens_nothing_by_name(mini: Path, tmp_path: Path) -> None:

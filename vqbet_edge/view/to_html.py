@@ -48,7 +48,7 @@ class _Frame(NamedTuple):
 
 
 def page(shown: Sequence[ShownEpisode], title: str, max_bytes: int) -> str:
-    """The page.
+    """The page, open on the first episode that succeeded, where that is known.
 
     Args:
         shown: episodes in the order of the page.
@@ -60,8 +60,10 @@ def page(shown: Sequence[ShownEpisode], title: str, max_bytes: int) -> str:
     numbers = len(json.dumps(episodes, separators=(",", ":")))
     for frame in _frames(cuts, max_bytes - numbers):
         episodes[frame.episode]["frames"][frame.camera].append([frame.row, frame.uri])
+    solved = [i for i, cut in enumerate(cuts) if cut.shown.outcome and cut.shown.outcome.success]
     data = {
         "episodes": episodes,
+        "opened": min(solved, default=0),
         "leftOut": len(shown) - len(cuts),
         "outcomes": [outcome.name for outcome in Outcome],
     }
