@@ -325,6 +325,7 @@ def _as_it_is(found: Any) -> Any:  # noqa: ANN401 - torch's
 @atexit.register
 def _end() -> None:
     """Before multiprocessing asks what nobody has ended by a signal that it does not listen to."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say that they have died
     for child in filter(lambda child: child.daemon, multiprocessing.active_children()):
         child.kill()
 
