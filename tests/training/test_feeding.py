@@ -135,7 +135,18 @@ def test_a_process_that_is_killed_is_a_sentence(
     pusht: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LeRobotDataset, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(VQBeTEdgeError, match=r"has ended .*lower --num-workers.* --resume"):
+    with pytest.raises(VQBeTEdgeError, match=r"DataLoader worker .*lower --num-workers.* --resume"):
+        seen(LeRobotDataset.open(pusht), Feeding("stream", 1))
+
+
+def test_want_of_shared_memory_is_a_sentence(pusht: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's queues would drop what they cannot send, and the trainer wait for it for ever."""
+
+    def full(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(VQBeTEdgeError, match=r"unable to allocate shared memory.* --shm-size"):
         seen(LeRobotDataset.open(pusht), Feeding("stream", 1))
 
 
@@ -250,11 +261,14 @@ def test_only_chosen_cameras_come_from_the_hub(pusht: Path, tmp_path: Path) -> N
 from vqbet_edge.training.dataset import LeRobotDataset
 data = LeRobotDataset.open("me/pusht", cameras=["{CAMERA}"])
 print(data.num_frames, len(data.episode(0)["{CAMERA}"]))
+later = LeRobotDataset.open("me/other", cameras=())
+print(len(later.episode(0, ["{CAMERA}"])["{CAMERA}"]))
 """
     with hub.serving() as served:
         served.add("me/pusht", files)
+        served.add("me/other", files)
         home = {"HF_LEROBOT_HOME": str(tmp_path / "lerobot")}
         env = {**os.environ, **served.variables(tmp_path / "home"), **home}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["579", "161"], done.stderr
+    assert done.stdout.split() == ["579", "161", "161"], done.stderr
     assert not any("observation.wrist" in request for request in served.requests)

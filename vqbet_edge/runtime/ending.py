@@ -35,6 +35,12 @@ def computing() -> Iterator[None]:
             RUNNING.discard(call)
             threading.Event().wait()
         yield
+    except RuntimeError as error:
+        # Executors and threads refuse to begin, some time before `_wait` is called.
+        if "interpreter shutdown" not in str(error) or not threading.current_thread().daemon:
+            raise
+        RUNNING.discard(call)
+        threading.Event().wait()
     finally:
         RUNNING.discard(call)
 

@@ -525,6 +525,8 @@ class TrainConfig(Hyperparameters):
                 f"normalization_mapping needs a mode each for {', '.join(sorted(kinds))}, got "
                 f"{', '.join(sorted(self.normalization_mapping)) or 'none'}"
             )
+        if self.imagenet and self.pretrained is not None:
+            raise UsageError("--pretrained brings its backbone's weights; leave --imagenet out")
         if self.imagenet:
             depth = self.vision_backbone.removeprefix("resnet")
             if not depth.isdecimal():

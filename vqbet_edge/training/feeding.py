@@ -23,7 +23,7 @@ import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vqbet_edge.errors import DiskError, UsageError, VQBeTEdgeError
 from vqbet_edge.training.config import TrainConfig
@@ -39,6 +39,7 @@ _MOST_WORKERS = 8
 _FEW_BLOCKS = 64
 # Windows that a process decodes at once.
 _AT_ONCE = 4
+_WORKERS: set[int | None] = set()  # process ids
 _GROUPS = Path("/sys/fs/cgroup")
 # The smaller side of images that policies mostly look at.
 _USUAL = 96
@@ -110,7 +111,8 @@ class Feeding:
 
     def text(self, dataset: LeRobotDataset, keys: Sequence[str]) -> str:
         """What a person who waits is told."""
-        size, by = _text(frame_bytes(dataset, keys)), f"by {max(1, self.workers)} processes"
+        size = _text(frame_bytes(dataset, keys))
+        by = "by one process" if self.workers < 2 else f"by {self.workers} processes"
         match self.way:
             case "memory":
                 return f"{size} of frames: decoded before phase 2 {by}, and kept in memory"
@@ -284,10 +286,13 @@ class Feeder:
             # What a forked process inherits must not be collected there: closing a video waits for
             # its decoder's threads, which only this process has.
             gc.freeze()
+            others = set(multiprocessing.active_children())
             try:
                 running = iter(loader)
             finally:
                 gc.unfreeze()
+            begun = set(multiprocessing.active_children()) - others
+            _WORKERS.update(child.pid for child in begun)
             try:
                 for found in running:
                     if isinstance(found, VQBeTEdgeError):
@@ -307,11 +312,15 @@ class _Decoding(Dataset[Any]):
         try:
             match work:
                 case Block():
-                    return torch.from_numpy(self._dataset.decode(work))
+                    found = torch.from_numpy(self._dataset.decode(work))
                 case Windows(frames):
-                    return torch.stack([self._window(each) for each in frames])
+                    found = torch.stack([self._window(each) for each in frames])
         except VQBeTEdgeError as error:
             return error
+        # Here and not on its way to the trainer, where want of shared memory goes unnoticed.
+        if get_worker_info() is not None:
+            found.share_memory_()  # type: ignore[no-untyped-call]
+        return found
 
     def _window(self, frames: Indices) -> Tensor:
         seen = [torch.from_numpy(self._dataset.window(key, frames)) for key in self._keys]
@@ -325,8 +334,10 @@ def _as_it_is(found: Any) -> Any:  # noqa: ANN401 - torch's
 @atexit.register
 def _end() -> None:
     """Before multiprocessing asks what nobody has ended by a signal that it does not listen to."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say that they have died
-    for child in filter(lambda child: child.daemon, multiprocessing.active_children()):
+    ours = [child for child in multiprocessing.active_children() if child.pid in _WORKERS]
+    if ours:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say that they have died
+    for child in ours:
         child.kill()
 
 
@@ -346,12 +357,12 @@ def workers_named() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = str(error).strip().rpartition("\n")[2]
         raise VQBeTEdgeError(
-            f"a process that decodes frames has ended ({reason}); with too little memory, or too "
+            f"a process that decodes frames has failed ({reason}); with too little memory, or too "
             "little of it shared (docker run --shm-size), lower --num-workers. The last checkpoint "
             "is whole: go on with --resume"
         ) from error

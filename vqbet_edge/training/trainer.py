@@ -203,8 +203,8 @@ class _Trainer:
         self._reporter.progress(now.step, phase.name)
         if self._due(phase) and now.driven != now.step:  # it was interrupted there
             self._drive(phase)
-            if self._accelerator.is_main_process:
-                self.checkpoints.judged(self._progress)
+            if self._told_to_stop():
+                self._stop()
         steps = range(now.step, end)
         with closing(phase.batches(steps, self._shuffle)) as batches:
             while self._progress.step < end:
@@ -252,16 +252,19 @@ class _Trainer:
         if self._validation and (done % config.validate_every == 0 or last):
             found = phase.validate(self._validation)
             self._reporter.record(done, f"{phase.name} validation", found)
-        stopping, better = self._told_to_stop(), False
-        if self._due(phase) and not stopping:
-            better = self._drive(phase)
-            stopping = self._told_to_stop()
-        if done % config.save_every == 0 or last or stopping or better:
+        stopping, due = self._told_to_stop(), self._due(phase)
+        if done % config.save_every == 0 or last or stopping or due:
             self._progress = replace(self._progress, **means.kept(self._mean))
             self._save(phase)
-        if stopping and done < config.steps:
-            self._reporter.note(f"stopped after step {done}; go on with --resume")
-            raise self._received[0] if self._received else KeyboardInterrupt
+        if due and not stopping:  # of what is saved: an environment may fail in any way
+            self._drive(phase)
+            stopping = self._told_to_stop()
+        if stopping and (done < config.steps or due):
+            self._stop()
+
+    def _stop(self) -> None:
+        self._reporter.note(f"stopped after step {self._progress.step}; go on with --resume")
+        raise self._received[0] if self._received else KeyboardInterrupt
 
     def _mean(self, tensor: Tensor) -> Tensor:
         mean: Tensor = self._accelerator.reduce(tensor, "mean")
@@ -275,22 +278,22 @@ class _Trainer:
         at_rest = step % config.eval_every == 0 or step == config.steps
         return at_rest and step > config.n_vqvae_training_steps
 
-    def _drive(self, phase: Phase) -> bool:
-        """Drive episodes on the first process; True if none before went as well."""
+    def _drive(self, phase: Phase) -> None:
+        """Drive episodes on the first process, and judge the newest checkpoint by them."""
         outcome = [0.0] * len(Outcome._fields)
         interrupted = 0
         if self._trials is not None and self._accelerator.is_main_process:
             try:
                 with self.checkpoints.trial(phase.averaged or self._network) as folder:
                     outcome = [*self._trials.drive(folder)]
-            except KeyboardInterrupt as interrupt:  # a checkpoint is saved first
+            except KeyboardInterrupt as interrupt:  # all processes learn it
                 self._received.append(interrupt)
                 interrupted = 1
         device = self._accelerator.device
         told = torch.tensor([*outcome, interrupted], device=device, dtype=torch.float64)
         *found, interrupted = self._accelerator.reduce(told, "sum").tolist()
         if interrupted:
-            return False
+            return
         success, max_reward, steps = found
         self._progress = self._progress.drove(success, max_reward)
         figures = {"success": success, "max_reward": max_reward, "episode_steps": steps}
@@ -299,7 +302,8 @@ class _Trainer:
             f"step {self._progress.step}: {success:.0%} of {self._config.eval_episodes} episodes "
             f"in {self._config.eval_env} succeed, highest reward {max_reward:.3g}"
         )
-        return self._progress.best == self._progress.step
+        if self._accelerator.is_main_process:
+            self.checkpoints.judged(self._progress)
 
     def _log(self, phase: Phase, means: list[float]) -> None:
         metrics = dict(zip(phase.names, means, strict=True))

@@ -328,9 +328,6 @@ class LeRobotDataset:
 
     def _some_frames(self, key: str) -> Iterator[Frames]:
         """Of large data sets frames of all parts, as LeRobot's `sample_indices`."""
-        if self._resize_shape is None and self.num_frames <= _SAMPLED:
-            yield self.frames(key)
-            return
         for block in self.blocks(key)[:: -(-self.num_frames // _SAMPLED)]:
             yield self._decoder.read(block.position, key, block.steps)
 
@@ -367,7 +364,9 @@ def _locate(source: str, cameras: Sequence[str] | None) -> Path:
         named = (name for name in _REVISIONS if (known / "refs" / name).is_file())
         revision = revision or next(named, None)
     folder = fetch(["meta/*"], revision)
-    wanted = [f"videos/*{key}/*" for key in _cameras(read_info(folder), cameras)]
+    # Who checks no camera when opening reads some later.
+    keys = _cameras(read_info(folder), cameras or None)
+    wanted = [f"videos/*{key}/*" for key in keys]
     # A snapshot's name is its commit, so that all files are of one.
     return fetch(["meta/*", "data/*", *wanted], folder.name)
 

@@ -54,7 +54,8 @@ def make_task(name: str) -> Callable[[], Environment]:
     try:
         trial = make()
     except ImportError as e:
-        raise UsageError(f"the environment {name} needs {e.name}: {install_command('sim')}") from e
+        what = install_command("sim") if name in TASKS else f"install {e.name or 'it'}"
+        raise UsageError(f"the environment {name} needs {e.name}: {what}") from e
     except TypeError as e:
         raise UsageError(f"{name} cannot be made without arguments: {e}") from e
     lacking = _lacking(trial)
@@ -80,7 +81,7 @@ def _own(name: str) -> Callable[[], Environment]:
             f"the environment {name} cannot be imported: {e}; the module has to be in this folder "
             "or installed"
         ) from e
-    except (AttributeError, ValueError) as e:
+    except (AttributeError, TypeError, ValueError) as e:  # a path is no module
         raise UsageError(f"the environment {name}: {e}; expected module:Class") from e
     if not callable(made):
         raise UsageError(f"the environment {name} is {made!r}, expected a class")
