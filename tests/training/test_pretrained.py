@@ -105,7 +105,7 @@ def test_what_is_resumed_does_not_need_the_checkpoint_that_it_began_with(
         train(config)
     monkeypatch.setattr(trainer.PolicyPhase, "update", update)
     shutil.rmtree(own)
-    arguments = ["--pretrained", str(own), "--dataset", str(new), "--resume"]
+    arguments = ["--dataset", str(new), "--resume"]  # which knows what it began with
     arguments += ["--output", str(config.output), "--steps", "4", "--batch-size", "4"]
     arguments += ["--log-every", "1", "--scheduler-warmup-steps", "1", "--ema-decay", "0.5"]
     monkeypatch.setattr(sys, "argv", ["vqbet-train", *arguments])

@@ -262,7 +262,9 @@ class Checkpoints:
     def _check_same(self, path: Path) -> None:
         before = _config(path)
         now = self._config.to_json()
-        changed = [k for k in now.keys() - _FREE_FIELDS if k in before and before[k] != now[k]]
+        # What a policy began with decides about others: it is said first.
+        names = sorted(now.keys() - _FREE_FIELDS, key=lambda k: (not k.startswith("pretrained"), k))
+        changed = [k for k in names if k in before and before[k] != now[k]]
         if now["steps"] < before["steps"]:
             changed.append("steps")
         if now["eval_env"] and before.get("eval_env"):  # what is best is best of the same

@@ -54,11 +54,14 @@ def _defaults(recipe: Recipe | None) -> dict[str, Any]:
         parser.add_argument(name, action="store_true")
     given = parser.parse_known_args()[0]
     source = given.pretrained or given.pretrained_vqvae
-    if source is None or given.help or given.h:
+    resumed = given.output if given.resume else None
+    if (source is None and resumed is None) or given.help or given.h:
         return values
     from vqbet_edge.training import pretrained  # noqa: PLC0415 - slow, and seldom needed
 
-    if given.resume and given.output and (own := pretrained.resumed_fields(given.output)):
+    if resumed is not None and (own := pretrained.resumed_fields(resumed)):
         return {**values, **own}
+    if source is None:
+        return values
     alone = given.pretrained is None
     return pretrained.pretrained_fields(source, vqvae_alone=alone, others=values)

@@ -91,8 +91,12 @@ def _decode(kind: type[Any], value: Any) -> Any:  # noqa: ANN401
     return Path(value)
 
 
-def convert_fields(config: Any) -> None:  # noqa: ANN401
+def convert_fields(config: Any, prefix: str = "") -> None:  # noqa: ANN401
     """Give every field of a frozen dataclass its type: texts are paths and modes, lists tuples.
+
+    Args:
+        config: the dataclass.
+        prefix: what the command line has before its fields' names.
 
     Raises:
         UsageError: names the field and what it takes.
@@ -106,7 +110,8 @@ def convert_fields(config: Any) -> None:  # noqa: ANN401
                 value = kind(**value)  # refuses names that it does not know
             converted = msgspec.convert(_plain(value), kind, dec_hook=_decode)
         except (msgspec.ValidationError, TypeError) as error:
-            raise UsageError(f"{name} ({flag(name)}): {error}; got {value!r}") from error
+            spelled = flag(prefix + name)
+            raise UsageError(f"{name} ({spelled}): {error}; got {value!r}") from error
         object.__setattr__(config, name, converted)
 
 
@@ -415,7 +420,7 @@ class ImageTransforms:
     affine: tuple[tuple[float, float], tuple[Share, Share]] | None = ((-5.0, 5.0), (0.05, 0.05))
 
     def __post_init__(self) -> None:
-        convert_fields(self)
+        convert_fields(self, "image_transforms.")
         for name in ("brightness", "contrast", "saturation", "hue", "sharpness"):
             ends = getattr(self, name)
             if ends is not None and ends[0] > ends[1]:

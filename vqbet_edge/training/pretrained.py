@@ -201,6 +201,8 @@ def resumed_fields(output: Path) -> dict[str, Any]:
     names = {f.name for f in fields(Hyperparameters)}
     names |= {"cameras", "pretrained", "pretrained_vqvae"}
     stored = {} if own is None else read_json(own / TRAIN_CONFIG_NAME)
+    if not (stored.get("pretrained") or stored.get("pretrained_vqvae")):
+        return {}
     return {name: value for name, value in stored.items() if name in names}
 
 
