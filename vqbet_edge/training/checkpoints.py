@@ -12,9 +12,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,21 +176,8 @@ class Checkpoints:
                 if int(old.name) != progress.best:
                     remove(old)
 
-    @contextmanager
-    def trial(self, network: VQBeT) -> Iterator[Path]:
-        """What robots would get of a network now, for as long as the context lasts."""
-        folder = self._directory / ".trial.tmp"
-        with writing(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        try:
-            save_pretrained(folder, network, self._config, self._scalings, asdict(self._data))
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
     def judged(self, progress: Progress) -> None:
-        """Episodes were driven with the newest checkpoint after it had been saved."""
+        """Episodes were driven with the newest checkpoint."""
         path = self._directory / f"{progress.step:06d}" / _PROGRESS
         replace_bytes(path, json.dumps(asdict(progress)).encode())
         self._point_to_best(progress)

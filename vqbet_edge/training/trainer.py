@@ -202,7 +202,7 @@ class _Trainer:
             means = Means(now.sums, now.summed, device)
         self._reporter.progress(now.step, phase.name)
         if self._due(phase) and now.driven != now.step:  # it was interrupted there
-            self._drive(phase)
+            self._drive()
             if self._told_to_stop():
                 self._stop()
         steps = range(now.step, end)
@@ -214,11 +214,7 @@ class _Trainer:
     def _check(self) -> None:
         """Stop before a step, when a signal has come."""
         if self._received:
-            self._reporter.note(
-                f"stopped after step {self._progress.step}, while frames were decoded; "
-                "go on with --resume"
-            )
-            raise self._received[0]
+            self._stop(", while frames were decoded")
 
     def _step(
         self,
@@ -257,13 +253,13 @@ class _Trainer:
             self._progress = replace(self._progress, **means.kept(self._mean))
             self._save(phase)
         if due and not stopping:  # of what is saved: an environment may fail in any way
-            self._drive(phase)
+            self._drive()
             stopping = self._told_to_stop()
         if stopping and (done < config.steps or due):
             self._stop()
 
-    def _stop(self) -> None:
-        self._reporter.note(f"stopped after step {self._progress.step}; go on with --resume")
+    def _stop(self, when: str = "") -> None:
+        self._reporter.note(f"stopped after step {self._progress.step}{when}; go on with --resume")
         raise self._received[0] if self._received else KeyboardInterrupt
 
     def _mean(self, tensor: Tensor) -> Tensor:
@@ -278,14 +274,13 @@ class _Trainer:
         at_rest = step % config.eval_every == 0 or step == config.steps
         return at_rest and step > config.n_vqvae_training_steps
 
-    def _drive(self, phase: Phase) -> None:
+    def _drive(self) -> None:
         """Drive episodes on the first process, and judge the newest checkpoint by them."""
         outcome = [0.0] * len(Outcome._fields)
         interrupted = 0
         if self._trials is not None and self._accelerator.is_main_process:
             try:
-                with self.checkpoints.trial(phase.averaged or self._network) as folder:
-                    outcome = [*self._trials.drive(folder)]
+                outcome = [*self._trials.drive(self.checkpoints.last / "pretrained_model")]
             except KeyboardInterrupt as interrupt:  # all processes learn it
                 self._received.append(interrupt)
                 interrupted = 1
