@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vqbet_edge.training.config import TrainConfig
+from vqbet_edge.training.metrics import Record, read_metrics
 
 SMALL: dict[str, Any] = {
     "vision_backbone": "resnet10_small",
@@ -34,3 +35,8 @@ _RUN: dict[str, Any] = {
 def short_run(dataset: Path, output: Path, /, **changes: Any) -> TrainConfig:
     """Some steps of both phases."""
     return TrainConfig(**{"dataset": str(dataset), "output": output, **_RUN, **changes})
+
+
+def losses(output: Path) -> list[Record]:
+    """All that is in a run's metrics but how fast it went."""
+    return [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] != "speed"]

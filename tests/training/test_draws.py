@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import RandomCrop
 
-from vqbet_edge.training.draws import Share, causal_attention, dropout, sampled
+from vqbet_edge.training.draws import Shard, causal_attention, dropout, sampled
 from vqbet_edge.training.objectives import random_crop
 
 BATCH = 6
-WHOLE = Share(0, BATCH, BATCH)
+WHOLE = Shard(0, BATCH, BATCH)
 
 
 def seeded(function: Any, *args: Any, **options: Any) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from sizes import SMALL, short_run
+from sizes import SMALL, losses, short_run
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,8 +13,7 @@ from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training import trainer
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
-from vqbet_edge.training.draws import Share
-from vqbet_edge.training.metrics import Record, read_metrics
+from vqbet_edge.training.draws import Shard
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import PolicyObjective, VqVaeObjective
@@ -22,7 +21,7 @@ from vqbet_edge.training.phases import Phase
 from vqbet_edge.training.trainer import train
 
 KEYS = "observation.image", "observation.state", "action"
-SHARE = Share(1, 4, 8)
+SHARD = Shard(1, 4, 8)
 
 
 def objective(*, each: bool = False, **changes: Any) -> PolicyObjective:
@@ -55,11 +54,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "share", "sequential"),
-    [(True, None, False), (True, SHARE, True), (False, None, True)],
+    ("training", "shard", "sequential"),
+    [(True, None, False), (True, SHARD, True), (False, None, True)],
 )
 def test_a_step_compiles_to_one_graph(
-    training: bool, share: Share | None, sequential: bool
+    training: bool, shard: Shard | None, sequential: bool
 ) -> None:
     torch._dynamo.reset()
     module = objective(sequentially_select=sequential, each=sequential).train(training)
@@ -70,7 +69,7 @@ def test_a_step_compiles_to_one_graph(
             module.compile(backend="eager", fullgraph=True)
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(torch.stack(module(*batch(), share)))
+            found.append(torch.stack(module(*batch(), shard)))
     assert torch.equal(*found)
 
 
@@ -95,10 +94,6 @@ def test_what_codes_and_coordinates_mean_stays_in_float32(monkeypatch: pytest.Mo
         phase1(batch()[2].flatten(0, 1))
     assert seen == {"inside": {torch.float32}, "outside": {torch.bfloat16}}
     assert pooled[0].dtype == torch.float32
-
-
-def losses(output: Path) -> list[Record]:
-    return [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] != "speed"]
 
 
 def test_bf16_learns_what_float32_learns(pusht: Path, tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from sizes import short_run
+from sizes import losses, short_run
 from workshop import once
 
 from vqbet_edge.errors import CheckpointError, DatasetError, UsageError
 from vqbet_edge.training.checkpoint import load_checkpoint
 from vqbet_edge.training.config import NormalizationMode, TrainConfig, flag
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.metrics import overfitting, read_metrics
+from vqbet_edge.training.metrics import overfitting
 from vqbet_edge.training.network import small_backbone
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import PixelScaling, predict
@@ -44,11 +44,6 @@ def run_python(code: str, cwd: Path, *arguments: str) -> subprocess.CompletedPro
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def losses(output: Path) -> list[dict[str, Any]]:
-    """All that is in the metrics but how fast it went."""
-    return [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] != "speed"]
 
 
 def test_a_run_leaves_checkpoints_metrics_and_pictures(whole: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from accelerate import tracking
 from accelerate.utils import LoggerType
 from demonstrated import demonstrations
-from sizes import short_run
+from sizes import losses, short_run
 from workshop import once
 
 from vqbet_edge.errors import UsageError
@@ -99,10 +99,6 @@ def data(shared: Path) -> Path:
     return once(shared / "watched", lambda: demonstrations(shared / "watched"))
 
 
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] != "speed"]
-
-
 def killed(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
     """Train, and end before the tenth step."""
     update = Phase.update
@@ -122,8 +118,8 @@ def test_a_line_is_the_mean_of_its_steps(
 ) -> None:
     train(short_run(data, tmp_path / "each", **OPTIONS))
     train(short_run(data, tmp_path / "some", log_every=5, **OPTIONS))
-    each = {r["step"]: r for r in lines(tmp_path / "each") if r["kind"] == "phase 2"}
-    some = {r["step"]: r for r in lines(tmp_path / "some") if r["kind"] == "phase 2"}
+    each = {r["step"]: r for r in losses(tmp_path / "each") if r["kind"] == "phase 2"}
+    some = {r["step"]: r for r in losses(tmp_path / "some") if r["kind"] == "phase 2"}
     assert list(some) == [5, 10, 12]
     for name in ("loss", "primary", "offset", "primary_accuracy"):
         mean = np.mean([each[step][name] for step in range(6, 11)])
@@ -135,7 +131,7 @@ def test_a_line_is_the_mean_of_its_steps(
     with monkeypatch.context() as patch:
         killed(patch, short_run(data, tmp_path / "halves", log_every=5, save_every=4, **OPTIONS))
     train(short_run(data, tmp_path / "halves", log_every=5, save_every=4, resume=True, **OPTIONS))
-    assert lines(tmp_path / "halves") == lines(tmp_path / "some")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "some")
 
 
 def test_all_that_is_kept_is_validated_on(
@@ -206,8 +202,8 @@ def test_episodes_leave_the_run_as_it_is_and_are_resumed(
     driving = {"eval_env": "own_env:Short", "eval_every": 4, "eval_episodes": 3, **OPTIONS}
     train(short_run(data, tmp_path / "plain", **OPTIONS))
     train(short_run(data, tmp_path / "driven", **driving))
-    driven = lines(tmp_path / "driven")
-    assert [r for r in driven if r["kind"] != "episodes"] == lines(tmp_path / "plain")
+    driven = losses(tmp_path / "driven")
+    assert [r for r in driven if r["kind"] != "episodes"] == losses(tmp_path / "plain")
     episodes = [r for r in driven if r["kind"] == "episodes"]
     assert [r["step"] for r in episodes] == [4, 8, 12]
     assert all(r["episode_steps"] == 3 for r in episodes)
@@ -218,7 +214,7 @@ def test_episodes_leave_the_run_as_it_is_and_are_resumed(
         killed(patch, short_run(data, tmp_path / "halves", **driving))
     (tmp_path / "halves/checkpoints/best").unlink()
     train(short_run(data, tmp_path / "halves", resume=True, **driving))
-    assert lines(tmp_path / "halves") == driven
+    assert losses(tmp_path / "halves") == driven
     assert (tmp_path / "halves/checkpoints/best").resolve().name == link.resolve().name
 
 
@@ -246,7 +242,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(
         train(short_run(data, tmp_path / "run", resume=True, eval_episodes=3, **driving))
     # What was interrupted is made up for.
     train(short_run(data, tmp_path / "run", resume=True, **driving))
-    records = [r for r in lines(tmp_path / "run") if r["kind"] == "episodes"]
+    records = [r for r in losses(tmp_path / "run") if r["kind"] == "episodes"]
     assert [(r["step"], r["success"]) for r in records] == [(4, 0.5), (8, 0.6), (12, 0.6)]
     names = {path.name for path in folder.iterdir()}
     assert names == {"000008", "000011", "000012", "last", "best"}

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import adjust_sharpness
 
 from vqbet_edge.training.config import ImageTransforms
-from vqbet_edge.training.feeding import Indices
+from vqbet_edge.training.dataset.table import Indices
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Rows `start` to `stop` of a batch of `whole` windows are computed at once."""
 
     start: int
@@ -30,57 +30,57 @@ class Share(NamedTuple):
         """How many rows."""
         return self.stop - self.start
 
-    def part(self, index: int, count: int) -> "Share":
+    def part(self, index: int, count: int) -> "Shard":
         """One of `count` parts; there may be none in it."""
         first, end = (self.start + self.size * place // count for place in (index, index + 1))
-        return Share(first, end, self.whole)
+        return Shard(first, end, self.whole)
 
 
-def drawn(like: Tensor, share: Share | None, draw: Callable[[Tensor], Tensor]) -> Tensor:
-    """Random numbers in the shape of `like`, a share's rows of those of the whole batch.
+def drawn(like: Tensor, shard: Shard | None, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """Random numbers in the shape of `like`, a shard's rows of those of the whole batch.
 
     Args:
-        like: (R, ...), R a multiple of the share's windows, which follow each other in it.
-        share: None is a whole batch.
+        like: (R, ...), R a multiple of the shard's windows, which follow each other in it.
+        shard: None is a whole batch.
         draw: fills a tensor.
     """
-    if share is None:
+    if shard is None:
         return draw(torch.empty_like(like))
-    rows = len(like) // share.size
-    whole = draw(like.new_empty(rows * share.whole, *like.shape[1:]))
-    return whole[rows * share.start : rows * share.stop]
+    rows = len(like) // shard.size
+    whole = draw(like.new_empty(rows * shard.whole, *like.shape[1:]))
+    return whole[rows * shard.start : rows * shard.stop]
 
 
 class Dropout(nn.Dropout):
-    """torch's, of a share."""
+    """torch's, of a shard."""
 
-    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
+    def forward(self, x: Tensor, shard: Shard | None = None) -> Tensor:
         """(R, ...), R as in `drawn`."""
-        return dropout(x, self.p, share) if self.training else x
+        return dropout(x, self.p, shard) if self.training else x
 
 
-def dropout(x: Tensor, p: float, share: Share | None) -> Tensor:
-    """`F.dropout` of a share."""
-    if share is None or not p:
+def dropout(x: Tensor, p: float, shard: Shard | None) -> Tensor:
+    """`F.dropout` of a shard."""
+    if shard is None or not p:
         return F.dropout(x, p)
-    return x * drawn(x, share, lambda whole: whole.bernoulli_(1 - p)).div(1 - p)
+    return x * drawn(x, shard, lambda whole: whole.bernoulli_(1 - p)).div(1 - p)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float, share: Share | None) -> Tensor:
-    """`F.scaled_dot_product_attention` of a share, (B, heads, T, D / heads) each."""
-    if share is None or not p:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float, shard: Shard | None) -> Tensor:
+    """`F.scaled_dot_product_attention` of a shard, (B, heads, T, D / heads) each."""
+    if shard is None or not p:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
     # As torch does on a CPU, to the bit.
     scale = math.sqrt(1 / math.sqrt(q.shape[-1]))
     future = q.new_full((q.shape[-2],) * 2, -math.inf).triu(1)
     weights = (q * scale) @ (k.transpose(-2, -1) * scale) + future
-    return dropout(weights.softmax(dim=-1), p, share) @ v
+    return dropout(weights.softmax(dim=-1), p, shard) @ v
 
 
-def sampled(probabilities: Tensor, share: Share | None) -> Tensor:
+def sampled(probabilities: Tensor, shard: Shard | None) -> Tensor:
     """One index per row of probabilities (R, C), R as in `drawn`; int64 (R,).
 
     As `torch.multinomial` draws it, without the checks for which some releases wait for the device.
     """
-    waits = drawn(probabilities, share, lambda whole: whole.exponential_())
+    waits = drawn(probabilities, shard, lambda whole: whole.exponential_())
     return (probabilities / waits).argmax(dim=-1)

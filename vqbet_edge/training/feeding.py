@@ -5,6 +5,7 @@ All three give the same frames bit for bit, so that the choice is one of memory,
 
 import atexit
 import gc
+import math
 import multiprocessing
 import multiprocessing.util  # whose own end has to be registered before ours
 import os
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.dataset import Block
 from vqbet_edge.training.dataset.frames import Frames
+from vqbet_edge.training.dataset.table import Indices
 
 # Of the memory that is free so much is taken for frames.
 _SHARE = 0.5
@@ -43,9 +44,6 @@ _WORKERS: set[int | None] = set()  # process ids
 _GROUPS = Path("/sys/fs/cgroup")
 # The smaller side of images that policies mostly look at.
 _USUAL = 96
-
-
-Indices: TypeAlias = npt.NDArray[np.int64]
 
 
 class Windows(NamedTuple):
@@ -124,7 +122,7 @@ class Feeding:
 
 def frame_bytes(dataset: LeRobotDataset, keys: Sequence[str]) -> int:
     """Bytes of all decoded frames of some cameras."""
-    return sum(int(np.prod(dataset.shape(key), dtype=np.int64)) for key in keys)
+    return sum(math.prod(dataset.shape(key)) for key in keys)
 
 
 def available_memory() -> int:
@@ -152,7 +150,7 @@ def available_memory() -> int:
 def _check_disk(dataset: LeRobotDataset, keys: Sequence[str], folder: Path) -> None:
     files = {key: dataset.cache_file(key) for key in keys}
     needed = sum(
-        int(np.prod(dataset.shape(key), dtype=np.int64)) - _size(path.with_suffix(".partial"))
+        frame_bytes(dataset, [key]) - _size(path.with_suffix(".partial"))
         for key, path in files.items()
         if path is not None and not path.is_file()
     )

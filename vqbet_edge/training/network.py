@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import CenterCrop
 
 from vqbet_edge.errors import HubError, UsageError
 from vqbet_edge.training.config import BACKBONES, NUM_CODE_LAYERS, VQBeTConfig
-from vqbet_edge.training.draws import Dropout, Share, causal_attention
+from vqbet_edge.training.draws import Dropout, Shard, causal_attention
 from vqbet_edge.training.resizing import shrink, shrink_cameras
 
 
@@ -272,16 +272,16 @@ class CausalSelfAttention(nn.Module):
         # LeRobot keeps the mask in the checkpoint, so it is a buffer here too.
         self.register_buffer("bias", torch.ones(block, block).tril().view(1, 1, block, block))
 
-    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
+    def forward(self, x: Tensor, shard: Shard | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
             for part in self.c_attn(x).chunk(3, dim=2)
         )
         dropout = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, dropout, share)
+        y = causal_attention(q, k, v, dropout, shard)
         joined = y.transpose(1, 2).flatten(2)  # (B, T, D)
-        out: Tensor = self.resid_dropout(self.c_proj(joined), share)
+        out: Tensor = self.resid_dropout(self.c_proj(joined), shard)
         return out
 
 
@@ -301,10 +301,10 @@ class Block(nn.Module):
         )
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
+    def forward(self, x: Tensor, shard: Shard | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.attn(self.ln_1(x), share)
-        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)), share)
+        x = x + self.attn(self.ln_1(x), shard)
+        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)), shard)
         return out
 
 
@@ -326,13 +326,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(width, config.gpt_output_dim, bias=False)
         self._init_weights(config.gpt_n_layer)
 
-    def forward(self, tokens: Tensor, share: Share | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, shard: Shard | None = None) -> Tensor:
         """(B, T, gpt_input_dim) -> (B, T, gpt_output_dim), T at most `gpt_block_size`."""
         parts = self.transformer
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = parts["drop"](parts["wte"](tokens) + parts["wpe"](positions), share)
+        x = parts["drop"](parts["wte"](tokens) + parts["wpe"](positions), shard)
         for block in parts["h"]:  # type: ignore[attr-defined]
-            x = block(x, share)
+            x = block(x, shard)
         out: Tensor = self.lm_head(parts["ln_f"](x))
         return out
 
@@ -439,22 +439,22 @@ class VQBeT(nn.Module):
         """Code and offset heads with the RVQ decoder."""
         return self.vqbet.action_head
 
-    def forward(self, images: Tensor, states: Tensor, share: Share | None = None) -> Tensor:
+    def forward(self, images: Tensor, states: Tensor, shard: Shard | None = None) -> Tensor:
         """(B, N, K, 3, H, W) and (B, N, S), normalised -> (B, Q, D): features of action queries.
 
         Images are whole ones, those of cameras of several sizes as `pack_frames` makes them one
         array, or shrunk to `resize_shape`, and cropped, already. In training, dropout is that of a
-        share of a batch.
+        shard of a batch.
         The window's queries come first, then the future's; index N - 1 is the current step, the
         only one used at rollout.
         """
-        return self.features(self.encode_images(images), states, share)
+        return self.features(self.encode_images(images), states, shard)
 
-    def features(self, image_tokens: Tensor, states: Tensor, share: Share | None = None) -> Tensor:
+    def features(self, image_tokens: Tensor, states: Tensor, shard: Shard | None = None) -> Tensor:
         """The same for images that are encoded already, (B, N, K, gpt_input_dim)."""
         per_step = self.config.tokens_per_step
         seen = self.config.n_obs_steps * per_step
-        out = self.vqbet.policy(self._tokens(image_tokens, states), share)  # (B, T, D)
+        out = self.vqbet.policy(self._tokens(image_tokens, states), shard)  # (B, T, D)
         # The query is the last token of its step; behind the window there are queries only.
         return torch.cat([out[:, per_step - 1 : seen : per_step], out[:, seen:]], dim=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqbet_edge.runtime.normalization import Affine
 from vqbet_edge.training.codebooks import Reduce, quantize
-from vqbet_edge.training.draws import Share, drawn, sampled
+from vqbet_edge.training.draws import Shard, drawn, sampled
 from vqbet_edge.training.network import ActionHead, VQBeT, VqVae, full_precision
 from vqbet_edge.training.normalization import Scalings
 
@@ -41,10 +41,10 @@ class VqVaeObjective(nn.Module):
         self.vqvae = vqvae
         self._reduce = reduce
 
-    def forward(self, chunks: Tensor, share: Share | None = None) -> VqVaeLosses:  # noqa: ARG002
+    def forward(self, chunks: Tensor, shard: Shard | None = None) -> VqVaeLosses:  # noqa: ARG002
         """Losses on chunks (M, W, A), normalised; moves the codebooks in training mode.
 
-        Nothing is drawn at random, whatever share of a batch they are.
+        Nothing is drawn at random, whatever shard of a batch they are.
         """
         flat = chunks.flatten(1)  # (M, W * A)
         reduce = self._reduce if self.training else None
@@ -86,16 +86,16 @@ class PolicyObjective(nn.Module):
         return self
 
     def forward(
-        self, images: Tensor, states: Tensor, chunks: Tensor, share: Share | None = None
+        self, images: Tensor, states: Tensor, chunks: Tensor, shard: Shard | None = None
     ) -> PolicyLosses:
-        """Losses on one batch, or a share of one; see `Batch` for the shapes."""
+        """Losses on one batch, or a shard of one; see `Batch` for the shapes."""
         config, head = self.network.config, self.network.head
-        pixels = self.pixels(self._crop(images, share))
-        features = self.network(pixels, states, share).flatten(0, 1)  # (B * Q, D)
+        pixels = self.pixels(self._crop(images, shard))
+        features = self.network(pixels, states, shard).flatten(0, 1)  # (B * Q, D)
         chunks = chunks.flatten(0, 1)  # (B * Q, W, A)
         with torch.no_grad(), full_precision(chunks):
             target = head.vqvae_model.encode(chunks).codes
-        predicted = predict(head, features, config.bet_softmax_temperature, share)
+        predicted = predict(head, features, config.bet_softmax_temperature, shard)
         primary = focal_loss(predicted.logits[:, 0], target[:, 0])
         secondary = focal_loss(predicted.logits[:, 1], target[:, 1])
         offset = F.l1_loss(predicted.chunks, chunks)
@@ -107,19 +107,19 @@ class PolicyObjective(nn.Module):
         hits = (predicted.codes == target).float().mean(0)
         return PolicyLosses(loss, primary.detach(), secondary.detach(), offset.detach(), *hits)
 
-    def _crop(self, images: Tensor, share: Share | None) -> Tensor:
+    def _crop(self, images: Tensor, shard: Shard | None) -> Tensor:
         """uint8 (B, N, K, H, W, 3) -> (B, N, K, *crop, 3), before a pixel becomes four bytes."""
         config = self.network.config
         if config.crop_shape is None:
             return images
         if self.training and config.crop_is_random:
-            return random_crop(images, config.crop_shape, share, each=self._crop_per_sample)
+            return random_crop(images, config.crop_shape, shard, each=self._crop_per_sample)
         centre: Tensor = self.network.vqbet.rgb_encoder.center_crop(images.movedim(-1, -3))
         return centre.movedim(-3, -1).contiguous()
 
 
 def random_crop(
-    images: Tensor, size: tuple[int, int], share: Share | None, *, each: bool
+    images: Tensor, size: tuple[int, int], shard: Shard | None, *, each: bool
 ) -> Tensor:
     """(B, ..., H, W, 3) -> (B, ..., *size, 3), at one place as torchvision's `RandomCrop` draws it.
 
@@ -132,7 +132,7 @@ def random_crop(
         within = torch.arange(side, device=images.device)
         if each:
             windows = torch.arange(len(images), device=images.device)
-            places = drawn(windows, share, partial(torch.randint_like, high=end))
+            places = drawn(windows, shard, partial(torch.randint_like, high=end))
             lines = places[:, None] + within
             images = images.movedim(axis, 1)[windows[:, None], lines].movedim(1, axis)
         else:
@@ -171,12 +171,12 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    head: ActionHead, features: Tensor, temperature: float, share: Share | None = None
+    head: ActionHead, features: Tensor, temperature: float, shard: Shard | None = None
 ) -> Prediction:
     """Sample codes for features (M, D) and predict their chunks."""
 
     def sample(logits: Tensor) -> Tensor:  # (R, C) -> int64 (R,)
-        return sampled((logits.detach().float() / temperature).softmax(dim=-1), share)
+        return sampled((logits.detach().float() / temperature).softmax(dim=-1), shard)
 
     logits = head.code_logits(features)
     if head.sequential:

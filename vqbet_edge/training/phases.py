@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vqbet_edge.training.augmentation import Augmentation
 from vqbet_edge.training.checkpoints import Resumed
 from vqbet_edge.training.config import TrainConfig
-from vqbet_edge.training.draws import Share
-from vqbet_edge.training.feeding import Indices
+from vqbet_edge.training.dataset.table import Indices
+from vqbet_edge.training.draws import Shard
 from vqbet_edge.training.network import VQBeT
 from vqbet_edge.training.normalization import Scalings
 from vqbet_edge.training.objectives import (
@@ -107,7 +107,7 @@ class Phase(ABC):
             self._averaged.update_parameters(self._network)
         return losses
 
-    def _backward(self, batch: Sequence[Tensor], own: Share, seed: int) -> Losses:
+    def _backward(self, batch: Sequence[Tensor], own: Shard, seed: int) -> Losses:
         """Gradients of this process's rows, and their mean losses."""
         found, count = [], self.accumulation
         for part in (own.part(index, count) for index in range(count)):
@@ -140,25 +140,25 @@ class Phase(ABC):
         parts = list(batches)
         own = [self._own(len(frames)) for frames in parts]
         # Who has none of a short batch computes one that does not count: all draw alike.
-        some = [share._replace(stop=max(share.stop, share.start + 1)) for share in own]
-        rows = (frames[share.rows] for frames, share in zip(parts, some, strict=True))
-        for counted, share, batch in zip(own, some, self._batches(rows), strict=True):
-            losses = self._losses(objective, batch, share)
+        some = [shard._replace(stop=max(shard.stop, shard.start + 1)) for shard in own]
+        rows = (frames[shard.rows] for frames, shard in zip(parts, some, strict=True))
+        for counted, shard, batch in zip(own, some, self._batches(rows), strict=True):
+            losses = self._losses(objective, batch, shard)
             values = [torch.ones_like(losses.loss), *losses._asdict().values()]
             sums += counted.size * torch.stack(values)
         count, *totals = _sum(self._accelerator, sums).tolist()
         return {n: t / count for n, t in zip(objective.names, totals, strict=True)}
 
-    def _own(self, size: int) -> Share:
+    def _own(self, size: int) -> Shard:
         """This process's rows of a batch."""
         accelerator = self._accelerator
-        whole = Share(0, size, size)
+        whole = Shard(0, size, size)
         return whole.part(accelerator.process_index, accelerator.num_processes)
 
-    def _losses(self, objective: nn.Module, batch: Sequence[Tensor], share: Share) -> Losses:
+    def _losses(self, objective: nn.Module, batch: Sequence[Tensor], shard: Shard) -> Losses:
         mixed = self._config.mixed_precision == "bf16"
         with torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=mixed):
-            losses: Losses = objective(*batch, share if share.size < share.whole else None)
+            losses: Losses = objective(*batch, shard if shard.size < shard.whole else None)
         return losses
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, VQBeTConfig
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.feeding import Feeder, Feeding, Indices
+from vqbet_edge.training.dataset.table import Indices
+from vqbet_edge.training.feeding import Feeder, Feeding
 from vqbet_edge.training.normalization import Scalings
 
 

@@ -22,7 +22,7 @@ from vqbet_edge.training.dataset.metadata import (
     read_info,
     stored_statistics,
 )
-from vqbet_edge.training.dataset.table import TIME, Array, Table
+from vqbet_edge.training.dataset.table import TIME, Array, Indices, Table
 from vqbet_edge.training.files import check_encodable
 
 # What a policy reads besides the cameras; checked when a data set is opened.
@@ -172,7 +172,7 @@ class LeRobotDataset:
         return int(self.bounds[-1])
 
     @property
-    def bounds(self) -> npt.NDArray[np.int64]:
+    def bounds(self) -> Indices:
         """int64 (episodes + 1,): episode i is frames bounds[i] to bounds[i + 1]."""
         return self._table.bounds
 
@@ -237,7 +237,7 @@ class LeRobotDataset:
 
         return shrink_frames(frames, self._resize_shape)
 
-    def window(self, key: str, frames: npt.NDArray[np.int64]) -> Frames:
+    def window(self, key: str, frames: Indices) -> Frames:
         """uint8 (N, height, width, 3): what `frames(key)[frames]` is, decoded for itself.
 
         Args:

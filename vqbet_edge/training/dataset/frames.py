@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import av
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 
 from vqbet_edge.errors import DatasetError, DiskError
 from vqbet_edge.training.dataset.metadata import Clip, DatasetInfo
@@ -217,28 +219,32 @@ class _Videos:
 
 def _index_times(path: Path, index: int) -> Times:
     """Times of all frames as the container's index has them; none where it has not all."""
-    try:
-        with av.open(str(path), mode="r", options=_VIDEO) as container:
-            stream = container.streams.video[0]
-            entries = list(getattr(stream, "index_entries", ()))  # from PyAV 16 on
-            cut = not entries or entries[-1].pos + entries[-1].size > path.stat().st_size
-            if cut or len(entries) != stream.frames:
-                return np.empty(0)
-            ticks = np.array([entry.timestamp for entry in entries], dtype=np.float64)
-            seconds: Times = (ticks - ticks[0] + (stream.start_time or 0)) * _tick(stream)
-            return seconds
-    except (av.error.FFmpegError, IndexError, OSError) as e:
-        raise _unreadable(path, index, e) from e
+    with _opened(path, index) as container:
+        stream = container.streams.video[0]
+        entries = list(getattr(stream, "index_entries", ()))  # from PyAV 16 on
+        cut = not entries or entries[-1].pos + entries[-1].size > path.stat().st_size
+        if cut or len(entries) != stream.frames:
+            return np.empty(0)
+        ticks = np.array([entry.timestamp for entry in entries], dtype=np.float64)
+        seconds: Times = (ticks - ticks[0] + (stream.start_time or 0)) * _tick(stream)
+        return seconds
 
 
 def _packet_times(path: Path, index: int) -> Times:
+    with _opened(path, index) as container:
+        stream = container.streams.video[0]
+        ticks = [p.pts for p in container.demux(stream) if p.pts is not None and p.size]
+        seconds: Times = np.sort(np.array(ticks, dtype=np.float64)) * _tick(stream)
+        return seconds
+
+
+@contextmanager
+def _opened(path: Path, index: int) -> Iterator[InputContainer]:
+    """A video; what is wrong with it, also while it is read, names the file and the episode."""
     try:
         with av.open(str(path), mode="r", options=_VIDEO) as container:
-            stream = container.streams.video[0]
-            ticks = [p.pts for p in container.demux(stream) if p.pts is not None and p.size]
-            seconds: Times = np.sort(np.array(ticks, dtype=np.float64)) * _tick(stream)
-            return seconds
-    except (av.error.FFmpegError, IndexError) as e:
+            yield container
+    except (av.error.FFmpegError, IndexError, OSError) as e:
         raise _unreadable(path, index, e) from e
 
 
