@@ -16,7 +16,7 @@ from PIL import Image
 from vqbet_edge import EdgePolicy
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.view.episodes import open_episodes
+from vqbet_edge.view.episodes import first_shown, open_episodes
 
 HERE = Path(__file__).parent
 CHECKPOINT, FRAMES = HERE / "checkpoint", HERE / "frames"
@@ -58,7 +58,7 @@ def _observations() -> list[Observation]:
 def animate(episodes: Path, target: Path) -> str:
     """Write the first recorded episode that succeeded, or the first of all; its name."""
     shown = open_episodes(episodes)
-    one = next((e for e in shown if e.outcome is not None and e.outcome.success), shown[0])
+    one = shown[first_shown(shown)]
     camera = one.recording.info.image_keys[0]
     frames = (one.episode.frame(camera, row) for row in range(len(one.episode)))
     first, *others = [

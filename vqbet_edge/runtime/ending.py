@@ -32,17 +32,20 @@ def computing() -> Iterator[None]:
     try:
         # In this order: the end looks at what runs after it has said that it comes.
         if _ending is not None and _ending != threading.get_ident():
-            RUNNING.discard(call)
-            threading.Event().wait()
+            _hold(call)
         yield
     except RuntimeError as error:
         # Executors and threads refuse to begin, some time before `_wait` is called.
         if "interpreter shutdown" not in str(error) or not threading.current_thread().daemon:
             raise
-        RUNNING.discard(call)
-        threading.Event().wait()
+        _hold(call)
     finally:
         RUNNING.discard(call)
+
+
+def _hold(call: object) -> None:
+    RUNNING.discard(call)
+    threading.Event().wait()
 
 
 @atexit.register

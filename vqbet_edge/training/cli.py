@@ -39,20 +39,18 @@ def parsed() -> Arguments:
     """The command line, with the recipe's and the checkpoint's defaults; the required stays so."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES)
-    known = parser.parse_known_args()[0]
-    train = TrainConfig(dataset=tyro.MISSING, output=tyro.MISSING, **_defaults(known.recipe))
-    return parse(Arguments, "vqbet-train", default=Arguments(train, known.recipe))
-
-
-def _defaults(recipe: Recipe | None) -> dict[str, Any]:
-    values = dict(RECIPES[recipe]) if recipe else {}
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--pretrained")
     parser.add_argument("--pretrained-vqvae", "--pretrained_vqvae")
     parser.add_argument("--output", type=Path)
     for name in ("--resume", "--help", "-h"):
         parser.add_argument(name, action="store_true")
     given = parser.parse_known_args()[0]
+    train = TrainConfig(dataset=tyro.MISSING, output=tyro.MISSING, **_defaults(given))
+    return parse(Arguments, "vqbet-train", default=Arguments(train, given.recipe))
+
+
+def _defaults(given: argparse.Namespace) -> dict[str, Any]:
+    values = dict(RECIPES[given.recipe]) if given.recipe else {}
     source = given.pretrained or given.pretrained_vqvae
     resumed = given.output if given.resume else None
     if (source is None and resumed is None) or given.help or given.h:

@@ -89,6 +89,11 @@ def open_episodes(folder: Path, numbers: Sequence[int] = ()) -> list[ShownEpisod
     return [found[number] for number in numbers] if numbers else found
 
 
+def first_shown(shown: Sequence[ShownEpisode]) -> int:
+    """The place of the first that succeeded; of the first of all where none is known to have."""
+    return next((i for i, e in enumerate(shown) if e.outcome and e.outcome.success), 0)
+
+
 def _of_evaluation(folder: Path) -> list[ShownEpisode]:
     inside = sorted(path.parent for path in folder.glob("*/observations_000000.safetensors"))
     if not inside:

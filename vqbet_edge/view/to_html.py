@@ -15,7 +15,7 @@ import numpy as np
 
 from vqbet_edge.runtime.recording_format import Outcome
 from vqbet_edge.runtime.sampling import Decision
-from vqbet_edge.view.episodes import ShownEpisode
+from vqbet_edge.view.episodes import ShownEpisode, first_shown
 from vqbet_edge.view.images import encode
 
 MAX_FRAME_WIDTH = 320
@@ -60,10 +60,9 @@ def page(shown: Sequence[ShownEpisode], title: str, max_bytes: int) -> str:
     numbers = len(json.dumps(episodes, separators=(",", ":")))
     for frame in _frames(cuts, max_bytes - numbers):
         episodes[frame.episode]["frames"][frame.camera].append([frame.row, frame.uri])
-    solved = [i for i, cut in enumerate(cuts) if cut.shown.outcome and cut.shown.outcome.success]
     data = {
         "episodes": episodes,
-        "opened": min(solved, default=0),
+        "opened": first_shown([cut.shown for cut in cuts]),
         "leftOut": len(shown) - len(cuts),
         "outcomes": [outcome.name for outcome in Outcome],
     }
