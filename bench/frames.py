@@ -12,16 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from vqbet_bench.machine import vector_units
+from vqbet_bench.serving import pss_mb
 
+from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
-from vqbet_edge.training.feeding import Feeder, Feeding
-from vqbet_edge.training.windows import Shuffle
+from vqbet_edge.training.feeding import Feeding
+from vqbet_edge.training.normalization import Scalings
+from vqbet_edge.training.windows import Shuffle, WindowedDataset
 
 TURNS = 3
 
@@ -55,25 +60,21 @@ def main() -> None:
         "opening, s": opened,
         "samples a second": rates,
         "ratio": middle["ours"] / middle["LeRobot"],
-        "memory of all processes, MB": memory,
-        "instruction sets": _instructions(),
+        "memory of all processes, MiB": memory,
+        "instruction sets": vector_units(Path("/proc/cpuinfo")),
     }
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
 def _ours(arguments: argparse.Namespace, data: LeRobotDataset) -> Iterator[Any]:
+    config = TrainConfig(
+        dataset=arguments.dataset, output=Path("unused"), n_obs_steps=arguments.observations
+    )
+    policy = config.policy(data)
+    way, device = Feeding("stream", arguments.workers), torch.device("cpu")
+    windows = WindowedDataset(data, policy, Scalings.of(data, policy), device, way)
     shuffle = Shuffle(np.arange(data.num_frames), arguments.batch, seed=0)
-    lengths = np.diff(data.bounds)
-    first = np.repeat(data.bounds[:-1], lengths)
-    before = np.arange(arguments.observations) - arguments.observations + 1
-
-    def windows() -> Iterator[Any]:
-        for step in range(10**9):
-            frames = shuffle.batch(step)
-            yield np.maximum(frames[:, None] + before, first[frames, None])
-
-    way = Feeding("stream", arguments.workers)
-    return Feeder(data, data.image_keys, way, torch.device("cpu")).images(windows())
+    return windows.batches(map(shuffle.batch, count()))
 
 
 def _reference(arguments: argparse.Namespace, data: LeRobotDataset) -> Any:  # noqa: ANN401
@@ -94,7 +95,7 @@ def _theirs(arguments: argparse.Namespace, reference: Any) -> Iterator[Any]:  # 
 
 
 def _measure(batches: Iterator[Any], size: int, seconds: float) -> tuple[float, float]:
-    """Samples a second behind the first batch, and the most memory, MB."""
+    """Samples a second behind the first batch, and the most memory, MiB."""
     next(batches)
     start, count, most = time.perf_counter(), 0, 0.0
     while time.perf_counter() - start < seconds:
@@ -109,17 +110,11 @@ def _measure(batches: Iterator[Any], size: int, seconds: float) -> tuple[float, 
 
 def _memory() -> float:
     own = psutil.Process()
-    total = 0
+    total = 0.0
     for process in (own, *own.children(recursive=True)):
         with suppress(psutil.Error):
-            total += process.memory_full_info().pss
-    return total / 1e6
-
-
-def _instructions() -> list[str]:
-    known = ("avx2", "avx512f", "avx512_vnni", "amx_tile", "asimd")
-    text = Path("/proc/cpuinfo").read_text().split()
-    return [name for name in known if name in text]
+            total += pss_mb(process.pid)
+    return total
 
 
 if __name__ == "__main__":
