@@ -5,6 +5,9 @@ import os
 import signal
 import sys
 import threading
+import time
+import weakref
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,12 +19,25 @@ Arguments = TypeVar("Arguments")
 
 # Shells report a program that a signal ended by 128 and the signal's number.
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# What Python does at a signal unless it is told otherwise.
+_USUAL: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+# Seconds until a signal whose exception was swallowed is sent again.
+_SWALLOWED = 0.05
+# Raised by a signal and on their way; who catches the last one forgets them.
+_ON_THEIR_WAY: "set[weakref.ref[KeyboardInterrupt]]" = set()
 # What a disk says without naming a file: no space, no quota, too large, read-only, broken.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM, raised where SIGINT would raise KeyboardInterrupt."""
+
+
+class _InterruptedError(KeyboardInterrupt):
+    """SIGINT; Python's own class takes no weak references."""
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -32,7 +48,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     code = 0
     try:
-        with _raising_on_sigterm():
+        with _raising_on_signals():
             main()
     except VQBeTEdgeError as error:
         code = _fail(error, error.exit_code)
@@ -61,16 +77,17 @@ def parse(
 
 
 @contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
+def _raising_on_signals() -> Iterator[None]:
     """What is half done is cleaned up after SIGTERM as after SIGINT; an ignored one stays so."""
-    own = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if own:
-        signal.signal(signal.SIGTERM, _terminate)
+    own = [number for number, usual in _USUAL.items() if signal.getsignal(number) is usual]
+    for number in own:
+        signal.signal(number, _raise)
     try:
         yield
     finally:
-        if own:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _ON_THEIR_WAY.clear()
+        for number in own:
+            signal.signal(number, _USUAL[number])
 
 
 @contextmanager
@@ -98,13 +115,34 @@ def keeping_signals() -> Iterator[list[KeyboardInterrupt]]:
             signal.signal(number, handler)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise TerminatedError
+def _raise(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise _interrupt(number)
+
+
+def _interrupt(number: int) -> KeyboardInterrupt:
+    """The exception of a signal, which comes again where something swallows it.
+
+    Python drops what is raised in a destructor or a callback from C, of which an import is full.
+    """
+    error = TerminatedError() if number == signal.SIGTERM else _InterruptedError()
+
+    def again(reference: "weakref.ref[KeyboardInterrupt]") -> None:
+        _ON_THEIR_WAY.discard(reference)
+        start_new_thread(send, ())
+
+    def send() -> None:  # from a thread, lest it is delivered to the same callback
+        time.sleep(_SWALLOWED)
+        os.kill(os.getpid(), number)
+
+    _ON_THEIR_WAY.add(weakref.ref(error, again))
+    return error
 
 
 def _default_in_child() -> None:
-    if signal.getsignal(signal.SIGTERM) is _terminate:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _ON_THEIR_WAY.clear()
+    for number, usual in _USUAL.items():
+        if signal.getsignal(number) is _raise:
+            signal.signal(number, usual)
 
 
 # A forked child's signals are its own.

@@ -162,6 +162,29 @@ def test_handlers_are_given_back(number: signal.Signals, heeding: None) -> None:
     assert [signal.getsignal(each) for each in CODES] == before
 
 
+DYING = """
+import os, sys, time
+from vqbet_edge import cli
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+def work():
+    dying = [Dying()]
+    dying.clear()  # Python drops what is raised in there
+    time.sleep(60)
+
+cli.run(work)
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_in_a_destructor_stops_too(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", HEED_INTERRUPTS + DYING, str(int(number))]
+    assert subprocess.run(command, timeout=30).returncode == CODES[number]
+
+
 def test_a_forked_child_has_the_default_handlers() -> None:
     status = 0
 
