@@ -51,9 +51,9 @@ from vqbet_edge.training.normalization import Floats, Scalings
 # What may differ between a run and its continuation, because no loss depends on it, or checked by
 # other means: what matters of the data set is its statistics, and `steps` may grow.
 _FREE_FIELDS = {
-    "dataset", "revision", "output", "steps", "resume", "log_every", "validate_every", "save_every",
-    "frame_cache", "stream_frames", "num_workers", "keep", "log_with", "eval_env", "eval_every",
-    "eval_episodes",
+    "dataset", "more_datasets", "revision", "output", "steps", "resume", "log_every",
+    "validate_every", "save_every", "frame_cache", "stream_frames", "num_workers", "keep",
+    "log_with", "eval_env", "eval_every", "eval_episodes",
 }  # fmt: skip
 # What reading half a checkpoint ends in.
 _BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError

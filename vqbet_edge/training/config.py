@@ -437,6 +437,10 @@ class TrainConfig(Hyperparameters):
 
     # A LeRobot data set: a folder, or an id on the Hub.
     dataset: Annotated[str, tyro.conf.arg(metavar="DATASET")]
+    # More of the same robot's, behind it; --episodes and --revision are the first one's.
+    more_datasets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET ...")] = ()
+    # How often each data set is drawn from, in proportion; None draws every frame equally often.
+    dataset_weights: Annotated[tuple[Positive, ...] | None, tyro.conf.arg(metavar="W ...")] = None
     # Numbers of the episodes to take, and ranges without their end such as 0:50; None takes all.
     episodes: Annotated[tuple[int | str, ...] | None, tyro.conf.arg(metavar="N|N:M ...")] = None
     # Branch, tag or commit of a data set on the Hub.
@@ -544,6 +548,12 @@ class TrainConfig(Hyperparameters):
             object.__setattr__(self, "use_group_norm", False)
         if self.revision is not None and Path(self.dataset).is_dir():
             raise UsageError(f"--revision is for the Hub, and {self.dataset} is a folder here")
+        weights, count = self.dataset_weights, 1 + len(self.more_datasets)
+        if weights is not None and len(weights) != count:
+            raise UsageError(
+                f"--dataset-weights needs a number for each of {count} data sets, that of "
+                f"--dataset first, got {len(weights)}"
+            )
         begun = [n for n in ("pretrained", "pretrained_vqvae") if getattr(self, n) is not None]
         if len(begun) == 2:
             raise UsageError("--pretrained brings its VQ-VAE; leave --pretrained-vqvae out")

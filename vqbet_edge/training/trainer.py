@@ -14,13 +14,14 @@ from rich.markup import escape
 from torch import Tensor
 
 from vqbet_edge.cli import keeping_signals
-from vqbet_edge.errors import UsageError, VQBeTEdgeError
+from vqbet_edge.errors import DatasetError, UsageError, VQBeTEdgeError
 from vqbet_edge.training.checkpoints import Checkpoints, DataFacts, Progress, Resumed
 from vqbet_edge.training.codebooks import initialize, revive
 from vqbet_edge.training.codes.cli import CodesConfig, text, write_report
 from vqbet_edge.training.codes.phase1 import CodeReport, report_codes
 from vqbet_edge.training.config import ACTION_KEY, TrainConfig, VQBeTConfig, crop_advice
 from vqbet_edge.training.dataset import LeRobotDataset
+from vqbet_edge.training.dataset.joined import JoinedDataset
 from vqbet_edge.training.evaluation.trials import Outcome, Trials
 from vqbet_edge.training.feeding import Feeding, workers_named
 from vqbet_edge.training.files import check_encodable
@@ -47,7 +48,7 @@ from vqbet_edge.training.processes import (
     hosts,
     machine_first,
 )
-from vqbet_edge.training.windows import Shuffle, WindowedDataset, current_frames
+from vqbet_edge.training.windows import Mixture, Shuffle, WindowedDataset, current_frames
 
 # Windows that k-means, revival and the reports on codes look at.
 SAMPLE_WINDOWS = 4096
@@ -80,13 +81,7 @@ def train(config: TrainConfig) -> Path:
     check_tracker(config.log_with)
     accelerator = accelerate(config)
     with machine_first(accelerator):  # which downloads
-        dataset = LeRobotDataset.open(
-            config.source,
-            cameras=config.cameras,
-            cache_dir=config.frame_cache,
-            resize_shape=config.resize_shape,
-            episodes=config.episodes,
-        )
+        dataset = _open(config)
     trainer = _Trainer(config, accelerator, dataset)
     trainer.run()
     accelerator.end_training()
@@ -127,8 +122,8 @@ class _Trainer:
         )
         split = dataset.split(config.validation_fraction, config.seed)
         frames = current_frames(dataset, split.train)
-        self._kept = split.validation
-        self._shuffle = Shuffle(frames, config.batch_size, config.seed)
+        self._kept = tuple(i for i in split.validation if dataset.parts[i] == 0)
+        self._shuffle = Shuffle(frames, config.batch_size, config.seed, _mixture(dataset, config))
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
         kept = current_frames(dataset, split.validation)
@@ -183,7 +178,8 @@ class _Trainer:
             draw_curves(records, config.output / "curves.png")
             if advice := overfitting(records):
                 self._reporter.note(advice)
-            # Of the policy as it was saved, on episodes kept for validation if there are.
+            # Of the policy as it was saved, on episodes kept for validation if there are, of the
+            # first data set.
             page = CodesConfig(
                 policy=str(self.checkpoints.last / "pretrained_model"),
                 data=config.source,
@@ -351,6 +347,38 @@ class _Trainer:
         """Whether any process received a signal; all learn it at the same step."""
         told = bool(self._received)
         return any_process(told, self._hosts)
+
+
+def _open(config: TrainConfig) -> LeRobotDataset:
+    opened = [
+        LeRobotDataset.open(
+            source,
+            cameras=config.cameras,
+            cache_dir=config.frame_cache,
+            resize_shape=config.resize_shape,
+            episodes=config.episodes if number == 0 else None,
+        )
+        for number, source in enumerate((config.source, *config.more_datasets))
+    ]
+    return opened[0] if len(opened) == 1 else JoinedDataset(opened)
+
+
+def _mixture(dataset: LeRobotDataset, config: TrainConfig) -> Mixture | None:
+    if config.dataset_weights is None:
+        return None
+    train = np.array(dataset.split(config.validation_fraction, config.seed).train)
+    frames = [
+        current_frames(dataset, tuple(train[dataset.parts[train] == number]))
+        for number in range(len(config.dataset_weights))
+    ]
+    for number, own in enumerate(frames):
+        if not len(own):
+            source = (config.dataset, *config.more_datasets)[number]
+            raise DatasetError(
+                f"no episode of {source} is left to train on; lower --validation-fraction, or "
+                "leave --dataset-weights out"
+            )
+    return Mixture(tuple(frames), config.dataset_weights)
 
 
 def _load(network: VQBeT, resumed: Resumed, config: TrainConfig) -> None:

@@ -147,6 +147,7 @@ class Shuffle:
     frames: Indices
     batch_size: int
     seed: int
+    mixture: "Mixture | None" = None
 
     def __post_init__(self) -> None:
         if not len(self.frames):
@@ -154,6 +155,8 @@ class Shuffle:
 
     def batch(self, step: int) -> Indices:
         """int64 (batch_size,): the current frames of one step's windows."""
+        if self.mixture is not None:
+            return self.mixture.batch(self.batch_size, np.random.default_rng((self.seed, step)))
         wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(wanted, len(self.frames))
         parts = [
@@ -162,6 +165,27 @@ class Shuffle:
         ]
         found: Indices = self.frames[np.concatenate(parts)]
         return found
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Frames of several data sets, drawn with replacement in a given proportion.
+
+    Attributes:
+        frames: int64 (F,) of each data set.
+        weights: of each data set, above 0.
+    """
+
+    frames: tuple[Indices, ...]
+    weights: tuple[float, ...]
+
+    def batch(self, size: int, random: np.random.Generator) -> Indices:
+        """int64 (size,)."""
+        shares = np.array(self.weights) / sum(self.weights)
+        chosen = random.choice(len(shares), size, p=shares)
+        places = random.random(size)
+        drawn = [self.frames[c][int(p * len(self.frames[c]))] for c, p in zip(chosen, places)]  # noqa: B905
+        return np.array(drawn, np.int64)
 
 
 @lru_cache(maxsize=2)

@@ -15,6 +15,7 @@ from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.hub import download, is_hub_id, parse_id
 from vqbet_edge.training.dataset.frames import Decoder, Frames, kept_frames
 from vqbet_edge.training.dataset.metadata import (
+    BASIC,
     DatasetFeature,
     DatasetInfo,
     Stats,
@@ -25,9 +26,10 @@ from vqbet_edge.training.dataset.metadata import (
 from vqbet_edge.training.dataset.table import TIME, Array, Indices, Table
 from vqbet_edge.training.files import check_encodable
 
+# What an episode was made of, such as the one that it mirrors: twins give each other away.
+SOURCE = "source_episode"
 # What a policy reads besides the cameras; checked when a data set is opened.
-_POLICY_VECTORS = ("observation.state", "action")
-_BASIC = ("min", "max", "mean", "std")
+POLICY_VECTORS = ("observation.state", "action")
 # So many frames are decoded at once: whole episodes would need much of the memory that shrinking
 # saves.
 _AT_ONCE = 32
@@ -87,12 +89,12 @@ class LeRobotDataset:
         self.info, self._resize_shape = info, resize_shape
         self.image_keys = _cameras(info, cameras)
         self._asked_for = cameras is not None
-        self._table = Table(info, [key for key in (*_POLICY_VECTORS, TIME) if key in info.features])
+        self._table = Table(info, [key for key in (*POLICY_VECTORS, TIME) if key in info.features])
         self._cache_dir = cache_dir
         self._decoder = Decoder(info, self._table)
         self._columns: dict[str, Array] = {}
         self._frames: dict[str, Frames] = {}
-        for key in _POLICY_VECTORS:
+        for key in POLICY_VECTORS:
             if key in info.features:
                 self.column(key)
         self._decoder.check(self.image_keys)
@@ -176,7 +178,12 @@ class LeRobotDataset:
         """int64 (episodes + 1,): episode i is frames bounds[i] to bounds[i + 1]."""
         return self._table.bounds
 
-    def statistics(self, key: str, names: Sequence[str] = _BASIC) -> Stats:
+    @property
+    def parts(self) -> Indices:
+        """int64 (episodes,): the number of the data set that each one is from, of joined ones."""
+        return np.zeros(self.num_episodes, np.int64)
+
+    def statistics(self, key: str, names: Sequence[str] = BASIC) -> Stats:
         """Statistics over all frames, float32 (dim,); of cameras in [0, 1], (3, 1, 1).
 
         Vectors' are computed. Cameras' are those of `meta/`, aggregated over the episodes where
@@ -305,7 +312,7 @@ class LeRobotDataset:
             steps: which of its frames; only they are decoded.
         """
         if keys is None:
-            keys = [*(k for k in _POLICY_VECTORS if k in self.features), *self.image_keys]
+            keys = [*(k for k in POLICY_VECTORS if k in self.features), *self.image_keys]
         found: dict[str, Array] = {}
         for key in keys:
             if key in self.info.cameras:
@@ -318,13 +325,24 @@ class LeRobotDataset:
     def split(self, validation_fraction: float, seed: int = 0) -> Split:
         """Split by whole episodes, at random but the same for the same seed.
 
+        Those with one number in the column `source_episode`, such as mirror twins, stay together.
         At least one episode stays for training; a fraction above 0 takes at least one for
         validation when there are two.
         """
-        count = int(np.ceil(self.num_episodes * validation_fraction))
-        count = min(count, self.num_episodes - 1)
-        order = np.random.default_rng(seed).permutation(self.num_episodes).tolist()
-        return Split(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
+        groups = int(self._sources.max()) + 1
+        count = min(int(np.ceil(groups * validation_fraction)), groups - 1)
+        order = np.random.default_rng(seed).permutation(groups)
+        kept = np.isin(self._sources, order[:count])
+        train, validation = (np.flatnonzero(side).tolist() for side in (~kept, kept))
+        return Split(tuple(train), tuple(validation))
+
+    @property
+    def _sources(self) -> Indices:
+        """int64 (episodes,): counted through, which demonstration each one was made of."""
+        if SOURCE not in self.features:
+            return np.arange(self.num_episodes)
+        found: Indices = np.unique(self.column(SOURCE)[self.bounds[:-1], 0], return_inverse=True)[1]
+        return found
 
     def _some_frames(self, key: str) -> Iterator[Frames]:
         """Of large data sets frames of all parts, as LeRobot's `sample_indices`."""

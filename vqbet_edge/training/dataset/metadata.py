@@ -36,6 +36,7 @@ _MISUSED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 Json = dict[str, Any]
 # By name: min, max, mean, std, q01, q10, q50, q90, q99; each (dim,), of images per channel.
 Stats = dict[str, npt.NDArray[np.float32]]
+BASIC = ("min", "max", "mean", "std")
 _Wide = dict[str, npt.NDArray[np.float64]]
 
 
@@ -314,7 +315,7 @@ def stored_statistics(info: DatasetInfo, key: str, names: Sequence[str]) -> Stat
         complete = [part for part in parts if part is not None]
         if not complete or len(complete) < len(parts):
             return None
-        found = _aggregate(complete, names)
+        found = aggregate(complete, names)
     with np.errstate(over="ignore"):
         narrow = {name: found[name].astype(np.float32) for name in names}
     return narrow if all(np.isfinite(value).all() for value in narrow.values()) else None
@@ -358,7 +359,7 @@ def _per_episode(info: DatasetInfo, key: str) -> Iterator[Any]:
             yield {name.removeprefix(prefix): value for name, value in row.items()}
 
 
-def _aggregate(parts: Sequence[_Wide], names: Sequence[str]) -> _Wide:
+def aggregate(parts: Sequence[_Wide], names: Sequence[str]) -> _Wide:
     """Statistics of all episodes from each one's, weighted by their frames.
 
     Quantiles are averaged too, as LeRobot's `aggregate_feature_stats` does it.
