@@ -86,7 +86,7 @@ def in_processes(count: int, folder: Path, options: dict[str, Any]) -> list[tupl
     program.write_text(PROGRAM)
     command = [sys.executable, str(program)]
     for name, value in options.items():
-        if isinstance(value, bool):
+        if isinstance(value, bool) and name != "stream_frames":  # which may be None too
             command.append(flag(name if value else f"no_{name}"))
         else:
             command += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
@@ -114,7 +114,11 @@ def in_processes(count: int, folder: Path, options: dict[str, Any]) -> list[tupl
     ("count", "options"),
     [
         (2, {"crop_per_sample": True, "gradient_accumulation_steps": 2}),
-        pytest.param(4, {"sequentially_select": True}, marks=pytest.mark.extended),
+        pytest.param(
+            4,
+            {"sequentially_select": True, "stream_frames": True, "num_workers": 1},
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 def test_many_processes_reach_the_losses_of_one(
