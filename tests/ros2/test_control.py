@@ -22,6 +22,7 @@ from vqbet_edge_ros.loading import (
     command_joints,
     control_rate,
     load_policy,
+    prediction_time,
     when_stopped,
 )
 from vqbet_edge_ros.parameters import Parameters, parse
@@ -295,6 +296,26 @@ def test_the_rate_is_the_demonstrations(
     read = parameters(mini, rate=given)
     assert control_rate(read, SimpleNamespace(fps=fps)) == rate  # type: ignore[arg-type]
     assert ("3 times as fast" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(0.0, 0.1), (0.03, 0.03), (-1.0, float("inf")), (5.0, 5.0)]
+)
+def test_a_prediction_fits_between_two_steps(given: float, seconds: float) -> None:
+    assert prediction_time(given, 10.0) == seconds
+
+
+def test_a_policy_that_is_too_slow_is_refused(mini: Path) -> None:
+    """Or one that is none of the backends that it must be."""
+    for changed in ({"rate": 1e7}, {"predict_within": 1e-7}):
+        given = parameters(mini, **changed)
+        with load_policy(given) as policy, pytest.raises(BackendError, match="vqbet-doctor '"):
+            Rig(policy, given)
+    given = parameters(mini, rate=1e7, predict_within=-1.0)
+    with load_policy(given) as policy:
+        Rig(policy, given)
+    with pytest.raises(UsageError, match="none of those required: tensorrt"):
+        load_policy(parameters(mini, require=["tensorrt"]))
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def test_what_is_left_out_has_its_default() -> None:
         ("rate", True, "Expected `float`, got `bool`"),
         ("seed", 1.5, "Expected `int`, got `float`"),
         ("rate", float("nan"), "expected 'rate' of 0 or more"),
+        ("predict_within", float("nan"), "expected 'predict_within' in seconds"),
+        ("require", ["cuda"], r"Invalid enum value 'cuda' - at `\$\.require\[0\]`"),
         ("max_repeats", -1, "expected 'max_repeats' of 0 or more"),
         ("resume_within", -1.0, "expected 'resume_within' of 0 or more"),
         ("max_age", 0.0, "expected 'max_age' above 0"),

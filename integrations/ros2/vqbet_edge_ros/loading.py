@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from vqbet_edge import EdgePolicy, UsageError
 from vqbet_edge_ros.anchor import Anchor
 from vqbet_edge_ros.control import Controller, Step
@@ -30,7 +28,7 @@ _MOVES = {"velocity", "displacement"}
 
 
 def load_policy(parameters: Parameters) -> EdgePolicy:
-    """The policy, checked, proven and warm.
+    """The policy, checked and proven.
 
     Raises:
         VQBeTEdgeError: it cannot be loaded, or does not do what its checkpoint did.
@@ -38,7 +36,7 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
     if parameters.backend == "tensorrt":
         # vqbet-build does that: it takes minutes, in which the node would not answer.
         os.environ.setdefault("VQBET_EDGE_BUILD_ENGINES", "0")
-    policy = EdgePolicy.load(
+    return EdgePolicy.load(
         parameters.bundle,
         parameters.backend,
         seed=parameters.seed,
@@ -46,13 +44,8 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         replan_every=parameters.replan_every or None,
         guards=parameters.guards.guards(parameters.max_age),
         prove=parameters.prove,
+        require=parameters.require,
     )
-    try:
-        _warm(policy)
-    except BaseException:
-        policy.close()
-        raise
-    return policy
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,11 @@ def assemble(
 ) -> Assembly:
     """Put it together; `publish` and `acknowledged` as of `Output`, `sent` as of `Controller`.
 
+    The policy is warm afterwards: its first call is slower than all others, and would be late.
+
     Raises:
         UsageError: the parameters do not fit the policy.
+        BackendError: it is too slow for them.
     """
     topics, given = make_inputs(parameters, policy), parameters.command
     stopped = when_stopped(parameters, policy)
@@ -104,6 +100,7 @@ def assemble(
     inputs, statistics = Inputs(topics, parameters.max_skew, parameters.max_repeats), Statistics()
     controller = Controller(policy, inputs, watchdog, statistics, anchor, sent)
     rate = control_rate(parameters, policy)
+    policy.check_prediction_time(prediction_time(parameters.predict_within, rate))
     return Assembly(rate, topics, inputs, joints, statistics, watchdog, controller)
 
 
@@ -124,14 +121,9 @@ def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
     return rate
 
 
-def _warm(policy: EdgePolicy) -> None:
-    """The first call is slower than all others, and would be late; a sibling leaves no trace."""
-    manifest = policy.manifest
-    shapes = manifest.image_shapes.items()
-    blank: dict[str, Any] = {key: np.zeros(shape, np.uint8) for key, shape in shapes}
-    blank[manifest.state_key] = np.zeros(manifest.state_dim, np.float32)
-    with policy.sibling() as other:
-        other.act_chunk(blank)
+def prediction_time(given: float, rate: float) -> float:
+    """Seconds that a prediction may take: as given, else until the next step is due."""
+    return float("inf") if given < 0 else given or 1 / rate
 
 
 def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:

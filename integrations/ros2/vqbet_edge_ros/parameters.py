@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ class Parameters:
 
     bundle: str = ""
     backend: BackendName = "auto"
+    require: tuple[BackendName, ...] = ()
+    predict_within: float = 0.0
     seed: int = 0
     temperature: float = -1.0
     replan_every: int = 0
@@ -118,6 +121,8 @@ class Parameters:
         for name in ("max_age", "max_skew", "timeout", "teleop.timeout"):
             if not 0 < _at(self, name) < float("inf"):
                 raise UsageError(f"expected '{name}' above 0, got {_at(self, name)!r}")
+        if math.isnan(self.predict_within):
+            raise UsageError("expected 'predict_within' in seconds, 0 or -1, got nan")
         for name in ("rate", "resume_within", "max_repeats"):
             if not 0 <= _at(self, name) < float("inf"):
                 raise UsageError(f"expected '{name}' of 0 or more, got {_at(self, name)!r}")
