@@ -132,8 +132,9 @@ class EdgePolicy(ActingPolicy):
     def check_prediction_time(self, within_s: float) -> None:
         """Predict a few times, for nobody, and refuse a backend that is too slow.
 
-        It leaves no trace in this policy. What counts is the median, as in a robot's loop: without
-        what is computed ahead, unless `replan_every` is 1, which leaves no time for that.
+        It leaves no trace in this policy. What counts is the median, of the best of three rounds,
+        as in a robot's loop: without what is computed ahead, unless `replan_every` is 1, which
+        leaves no time for that.
 
         Args:
             within_s: seconds that a prediction may take; infinite, nothing is too slow, and the

@@ -14,12 +14,14 @@ from vqbet_edge.runtime.observation import Observation
 
 # The first runs are slower than all others.
 _WARM_UP, _TIMES = 3, 9
+# A machine that has just been started has more to do: so often is looked again.
+_ROUNDS = 3
 
 
 def check_prediction_time(
     bundle: Bundle, backend: Backend, within_s: float, *, prefetch: Prefetch, replan_every: int
 ) -> None:
-    """Refuse a backend whose predictions take longer, in the median of a few.
+    """Refuse a backend whose predictions take longer, in the median of a few, again and again.
 
     They are those of a robot's loop: what is computed ahead is not counted where steps lie between
     two predictions (`replan_every` above 1), for which it has the time.
@@ -30,14 +32,17 @@ def check_prediction_time(
     """
     if not within_s > 0:
         raise UsageError(f"expected predict_within_s above 0, got {within_s!r}")
-    found = _predict(bundle, backend, prefetch, pause=replan_every > 1)
-    if found > within_s:
-        expected = f"expected {1e3 * within_s:.3g} ms at most"
-        raise BackendError(
-            f"a prediction takes {1e3 * found:.3g} ms here on '{backend.name}' (the median of "
-            f"{_TIMES}), {expected}; what a faster backend lacks says: vqbet-doctor "
-            f"'{bundle.path}'; or allow more time (predict_within)"
-        )
+    found = math.inf
+    for _ in range(_ROUNDS):
+        found = min(found, _predict(bundle, backend, prefetch, pause=replan_every > 1))
+        if found <= within_s:
+            return
+    expected = f"expected {1e3 * within_s:.3g} ms at most"
+    raise BackendError(
+        f"a prediction takes {1e3 * found:.3g} ms here on '{backend.name}' (the lowest median of "
+        f"{_TIMES} in {_ROUNDS} rounds), {expected}; what a faster backend lacks says: "
+        f"vqbet-doctor '{bundle.path}'; or allow more time (predict_within)"
+    )
 
 
 def _predict(bundle: Bundle, backend: Backend, prefetch: Prefetch, *, pause: bool) -> float:
