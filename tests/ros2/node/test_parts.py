@@ -54,11 +54,13 @@ def test_an_arm_on_a_base(robot: Robot) -> None:
         joints = joint_message(observation[STATE], ("x",))
         simulator.publish(image_message(observation[IMAGE]), joints, stamp)
 
+    def moving() -> list[TwistStamped]:
+        """Before the first observation the base is told to stand."""
+        return [each for each in driven if each.twist.linear.x]
+
     sent = []
     for number, observation in enumerate(seen):
         command = simulator.answer(lambda o=observation: show(o))
-        # Before the first observation the base is told to stand.
-        moving = lambda: [each for each in driven if each.twist.linear.x]  # noqa: E731
         base = wait(lambda n=number: moving()[n:])[0]
         sent.append([*command.data, base.twist.linear.x])
         assert base.header.stamp.sec
