@@ -46,8 +46,9 @@ def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
         assert 0 <= each["late"] <= 1
         assert each["memory_mb"] > 10
         assert each["steps_per_s"] == each["steps"] / 0.5
-        # Of two cores for about as long, warm-up included.
-        assert 0 < each["cpu_ms"] < 1e3
+        # Of another process it is told in hundredths of a second.
+        assert 0 <= each["cpu_ms"] < 1e3
+        assert each["cpu_ms"] > 0 or each["way"] != "processes"
     assert done.stdout.count("\n|") == 1 + len(results)
     assert done.stdout in (tmp_path / "out/serve.md").read_text()
 
