@@ -99,6 +99,7 @@ class FakeDriver:
 
     def __init__(self, *, integrated: bool = False) -> None:
         self.integrated = integrated
+        self.names = [b"Orin"]
         self.lock = threading.RLock()
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
@@ -205,12 +206,18 @@ class FakeDriver:
         return 12060
 
     @call(anywhere=True)
+    def cuDeviceGetCount(self) -> int:
+        return len(self.names)
+
+    @call(anywhere=True)
     def cuDeviceGet(self, ordinal: int) -> int:
+        if ordinal >= len(self.names):
+            raise RefusedError(CUresult.CUDA_ERROR_NO_DEVICE)
         return ordinal
 
     @call(anywhere=True)
-    def cuDeviceGetName(self, size: int, _device: int) -> bytes:
-        return b"Orin".ljust(size, b"\0")
+    def cuDeviceGetName(self, size: int, device: int) -> bytes:
+        return self.names[device].ljust(size, b"\0")
 
     @call(anywhere=True)
     def cuDeviceGetAttribute(self, attribute: int, _device: int) -> int:

@@ -6,7 +6,6 @@ all processes together.
 """
 
 import asyncio
-import json
 import math
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from multiprocessing.synchronize import Barrier, Lock
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import msgspec
 import numpy as np
 import psutil
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from vqbet_serve.server import DEFAULT_WAIT_MS
 from websockets.asyncio.client import connect
 
 from vqbet_bench.arguments import Arguments
+from vqbet_bench.machine import describe_machine
 from vqbet_edge import EdgePolicy, VQBeTEdgeError
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.bundle import Bundle
@@ -43,6 +44,8 @@ _WARM_STEPS = 20
 _LOADING_S = 600.0
 # Of the memory that is there, what the processes of one measurement may take.
 _SHARE = 0.8
+# Of the machine, what stands below the table.
+_FACTS = ("processor", "vector units", "cores", "onnxruntime")
 
 Way: TypeAlias = Literal["server", "server, each alone", "processes"]
 
@@ -60,6 +63,17 @@ class Load:
     def steps(self) -> int:
         """Per robot."""
         return round(self.seconds * self.rate)
+
+
+class Driven(NamedTuple):
+    """What robots measured, and of the server or all processes memory (2**20 bytes) and CPU time.
+
+    The time is in seconds, of all the steps that were acted, those before the measured ones too.
+    """
+
+    robots: list["Paced"]
+    memory_mb: float
+    cpu_s: float
 
 
 class Paced(NamedTuple):
@@ -82,6 +96,7 @@ def measure_serving(arguments: Arguments, rate: float, progress: Callable[[str],
         raise UsageError("--serve measures one of vqbet-serve's backends")
     results: list[dict[str, Any]] = []
     notes: list[str] = []
+    machine = describe_machine()
     for source in arguments.bundles:
         load = Load(Bundle.open(source), rate, arguments.seconds, arguments.backend[0])
         per_process = 0.0
@@ -93,14 +108,22 @@ def measure_serving(arguments: Arguments, rate: float, progress: Callable[[str],
                     notes.append(f"{Path(source).name}: {note}")
                     continue
                 progress(f"{Path(source).name}: {robots} robots, {way}")
-                driven, memory = drive(load, way, robots)
+                driven = drive(load, way, robots)
                 if way == "processes":
-                    per_process = memory / robots
+                    per_process = driven.memory_mb / robots
                 what = {"bundle": Path(source).name, "way": way, "robots": robots}
-                results.append({**what, **summarized(driven, 1 / rate), "memory_mb": memory})
-    text = "\n\n".join([_table(results), *notes]) + "\n"
-    numbers = {"processors": os.cpu_count(), "rate": rate, "notes": notes}
-    data = json.dumps({**numbers, "results": results}, indent=1) + "\n"
+                figures = summarized(driven.robots, 1 / rate)
+                acted = figures["steps"] + robots * _WARM_STEPS
+                results.append({
+                    **what, **figures, "steps_per_s": figures["steps"] / load.seconds,
+                    "memory_mb": driven.memory_mb, "cpu_ms": 1e3 * driven.cpu_s / acted,
+                })  # fmt: skip
+    known = (name for name in _FACTS if name in machine.facts)
+    facts = ", ".join(f"{name} {machine.facts[name]}" for name in known)
+    text = "\n\n".join([_table(results), f"{facts}.", *machine.warnings, *notes]) + "\n"
+    numbers = {"machine": machine, "rate": rate, "notes": notes}
+    encoded = msgspec.json.encode({**numbers, "results": results})
+    data = msgspec.json.format(encoded, indent=1).decode() + "\n"
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "serve.json").write_text(data)
@@ -119,8 +142,8 @@ def too_much(robots: int, per_process: float) -> str:
     )
 
 
-def drive(load: Load, way: Way, robots: int) -> tuple[list[Paced], float]:
-    """Drive so many robots; what each measured, and the memory in 2**20 bytes.
+def drive(load: Load, way: Way, robots: int) -> Driven:
+    """Drive so many robots.
 
     Raises:
         VQBeTEdgeError: the server, or a policy, cannot start.
@@ -128,7 +151,9 @@ def drive(load: Load, way: Way, robots: int) -> tuple[list[Paced], float]:
     if way == "processes":
         return _in_processes(load, robots)
     with _server(load, robots, DEFAULT_WAIT_MS if way == "server" else 0.0) as (pid, url):
-        return asyncio.run(_served(url, load, robots)), pss_mb(pid)
+        before = _cpu_s(pid)
+        driven = asyncio.run(_served(url, load, robots))
+        return Driven(driven, pss_mb(pid), _cpu_s(pid) - before)
 
 
 def summarized(robots: list[Paced], period: float) -> dict[str, Any]:
@@ -179,6 +204,12 @@ async def paced(
 def pss_mb(pid: int) -> float:
     """A process's share of the pages that it uses, in 2**20 bytes."""
     return float(psutil.Process(pid).memory_full_info().pss) / 2**20
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds that a process has computed."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 @contextmanager
@@ -232,7 +263,7 @@ async def _served(url: str, load: Load, robots: int) -> list[Paced]:
     return await asyncio.gather(*tasks)
 
 
-def _in_processes(load: Load, robots: int) -> tuple[list[Paced], float]:
+def _in_processes(load: Load, robots: int) -> Driven:
     """Robots with a policy each, in processes of their own."""
     context = multiprocessing.get_context("spawn")
     # A policy that is being loaded takes more memory than one that acts.
@@ -249,7 +280,8 @@ def _in_processes(load: Load, robots: int) -> tuple[list[Paced], float]:
                 f"one of {robots} processes with a policy each ended before its time, perhaps for "
                 "want of memory; measure fewer with --serve"
             ) from error
-    return [robot for robot, _ in driven], sum(memory for _, memory in driven)
+    paced_robots, memory, cpu = zip(*driven, strict=True)
+    return Driven(list(paced_robots), sum(memory), sum(cpu))
 
 
 _turns: tuple[Lock, Barrier]
@@ -260,8 +292,10 @@ def _take_turns(*turns: Any) -> None:
     _turns = turns
 
 
-def _alone(bundle: str, backend: Any, rate: float, steps: int, place: int) -> tuple[Paced, float]:
-    """A robot in this process: its steps and its memory."""
+def _alone(
+    bundle: str, backend: Any, rate: float, steps: int, place: int
+) -> tuple[Paced, float, float]:
+    """A robot in this process: its steps, its memory and the seconds that it computed."""
     loading, together = _turns
     with loading:
         policy = EdgePolicy.load(bundle, backend)
@@ -274,20 +308,23 @@ def _alone(bundle: str, backend: Any, rate: float, steps: int, place: int) -> tu
         asyncio.run(act(0))
         together.wait(_LOADING_S)
         start = time.monotonic() + place / (rate * together.parties)
+        before = time.process_time()
         found = asyncio.run(paced(act, steps, start, 1 / rate))
+        computed = time.process_time() - before
         together.wait(_LOADING_S)
         memory = pss_mb(os.getpid())
         # The others' memory is looked at while all are there.
         together.wait(_LOADING_S)
-    return found, memory
+    return found, memory, computed
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    rows = ["| bundle | robots | | p50 ms | p95 ms | p99 ms | worst ms | late | memory MiB |"]
-    rows.append("|---|---:|---|---:|---:|---:|---:|---:|---:|")
+    names = "bundle", "robots", "", "steps/s", "p50 ms", "p95 ms", "p99 ms", "worst ms", "late"
+    rows = [f"| {' | '.join([*names, 'memory MiB', 'CPU ms/step'])} |"]
+    rows.append("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     rows += [
-        "| {bundle} | {robots} | {way} | {p50:.1f} | {p95:.1f} | {p99:.1f} | {worst:.1f} "
-        "| {late:.1%} | {memory_mb:.0f} |".format(**each)
+        "| {bundle} | {robots} | {way} | {steps_per_s:.1f} | {p50:.1f} | {p95:.1f} | {p99:.1f} "
+        "| {worst:.1f} | {late:.1%} | {memory_mb:.0f} | {cpu_ms:.1f} |".format(**each)
         for each in results
     ]
     return "\n".join(rows)

@@ -16,7 +16,7 @@ from typing import Literal
 from msgspec import Struct
 
 from vqbet_edge.errors import BackendError, DiskError
-from vqbet_edge.runtime.backends.cuda import create_cuda
+from vqbet_edge.runtime.backends.cuda import VISIBLE_VARIABLE, create_cuda
 from vqbet_edge.runtime.backends.onnxruntime import import_onnxruntime
 from vqbet_edge.runtime.backends.private_files import (
     CACHE_VARIABLE,
@@ -210,7 +210,8 @@ def _access(machine: Machine) -> Iterator[Finding]:
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
     try:
-        device = create_cuda().device
+        cuda = create_cuda()
+        device, count = cuda.device, len(cuda.visible())
     except BackendError as error:
         # A wheel for aarch64 too, unlike pycuda's. Bindings of CUDA 13 need a driver of CUDA 13.
         release = machine.jetpack
@@ -221,6 +222,8 @@ def _gpu(machine: Machine) -> Iterator[Finding]:
         return
     kind = "integrated" if device.integrated else "discrete"
     text = f"{device.name} (compute capability {device.compute_capability}, {kind})"
+    if count > 1:
+        text += f", the first of {count}; {VISIBLE_VARIABLE} chooses another"
     yield Finding("GPU", "ok", text)
     yield Finding("CUDA driver", "ok", device.driver)
 

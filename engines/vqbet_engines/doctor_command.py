@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vqbet_edge.cli import parse, run
-from vqbet_edge.errors import BackendError, VerificationError
+from vqbet_edge.errors import BackendError, UsageError, VerificationError
 from vqbet_edge.runtime.backends import BackendName, create_backend
+from vqbet_edge.runtime.backends.private_files import user_cache
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.proof import prove
 from vqbet_engines.doctor import Finding, Fix, Machine, examine
+from vqbet_engines.prune import find_unusable
 
 _DOCS = "docs/engines.md"
 
@@ -27,6 +29,13 @@ class DoctorArguments:
     # cases that every backend that is here computes the policy that was trained. Nothing is built.
     bundle: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[BUNDLE]")] = None
 
+    # List the engines in the cache that no TensorRT, driver and GPU of this machine, as this Python
+    # sees it, can load; nothing else is done, and with --yes they are deleted.
+    prune: bool = False
+
+    # With --prune: delete what it lists.
+    yes: bool = False
+
     # Print the findings as JSON, each fix with the documentation that it was checked against.
     json: bool = False
 
@@ -38,6 +47,11 @@ def main() -> None:
 
 def _main() -> None:
     arguments = parse(DoctorArguments, "vqbet-doctor")
+    if arguments.prune:
+        _prune(delete=arguments.yes)
+        return
+    if arguments.yes:
+        raise UsageError("--yes goes with --prune alone; nothing was done")
     bundle = None if arguments.bundle is None else Bundle.open(arguments.bundle)
     findings, names = examine(Machine()), [n for n in get_args(BackendName) if n != "auto"]
     proofs = [] if bundle is None else [_prove(name, bundle) for name in names]
@@ -55,6 +69,21 @@ def _main() -> None:
         raise VerificationError(f"{wrong} failed; do not let it move a robot")
     if problems := _problems(findings):
         raise BackendError(f"problems with {problems}; see the commands that fix them")
+
+
+def _prune(*, delete: bool) -> None:
+    table, found = Table("engine", "MiB", "built for"), find_unusable()
+    for engine in found:
+        if delete:
+            engine.remove()
+        table.add_row(str(engine.plan), f"{engine.size / 2**20:.1f}", engine.built_for)
+    table.columns[0].overflow = "fold"
+    console = Console(markup=False, highlight=False)
+    if not found:
+        console.print(f"every engine in '{user_cache()}' can be loaded here")
+        return
+    console.print(table)
+    console.print("deleted" if delete else "nothing was deleted; type: vqbet-doctor --prune --yes")
 
 
 def _prove(name: BackendName, bundle: Bundle) -> Finding:

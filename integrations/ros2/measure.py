@@ -131,6 +131,7 @@ def main() -> None:
     parameters = {
         "bundle": str(bundle.path.resolve()),
         "rate": given.rate,
+        "predict_within": -1.0,  # how long it takes is what is measured
         "autostart": True,
         "cameras.keys": list(manifest.image_keys),
         "cameras.topics": [f"/camera_{number}" for number in range(len(manifest.image_keys))],

@@ -28,7 +28,9 @@ def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
     command = [*COMMAND, mini, *options, "-o", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out/serve.json").read_text())["results"]
+    written = json.loads((tmp_path / "out/serve.json").read_text())
+    results = written["results"]
+    assert written["machine"]["facts"]["processor"] in done.stdout
     ways = [(each["robots"], each["way"]) for each in results]
     assert ways == [
         (1, "server"),
@@ -43,7 +45,11 @@ def test_a_server_beside_processes(mini: Path, tmp_path: Path) -> None:
         assert 0 < each["p50"] <= each["p95"] <= each["p99"] <= each["worst"]
         assert 0 <= each["late"] <= 1
         assert each["memory_mb"] > 10
-    assert done.stdout.count("\n") == 2 + len(results)
+        assert each["steps_per_s"] == each["steps"] / 0.5
+        # Of another process it is told in hundredths of a second.
+        assert 0 <= each["cpu_ms"] < 1e3
+        assert each["cpu_ms"] > 0 or each["way"] != "processes"
+    assert done.stdout.count("\n|") == 1 + len(results)
     assert done.stdout in (tmp_path / "out/serve.md").read_text()
 
 

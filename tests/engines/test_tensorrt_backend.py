@@ -226,3 +226,29 @@ def test_auto_goes_on_when_the_warm_up_fails(
     trt.module.driver.log.clear()
     monkeypatch.setattr("fake_tensorrt.Context.execute_async_v3", lambda *_arguments: False)
     assert create_backend("auto", bundle).name != "tensorrt"
+
+
+def test_what_auto_must_be_one_of_is_not_replaced(
+    bundle: Bundle, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update of the driver makes the engines useless, and the CPU is no surprise."""
+    store(bundle, trt)
+    monkeypatch.setattr(backend_module, "import_tensorrt", lambda: trt)
+    monkeypatch.setattr(backend_module, "create_cuda", lambda: Cuda(trt.module.driver))
+    assert create_backend("auto", bundle, require=["tensorrt"]).name == "tensorrt"
+    assert create_backend("auto", bundle, require=["onnxruntime"]).name == "onnxruntime"
+    monkeypatch.setattr(FakeDriver, "cuDriverGetVersion", lambda _: (0, 13000))
+    said = r"it was built for driver 12\.6, needed is 13\.0; build the engines with: vqbet-build"
+    with pytest.raises(BackendError, match=said):
+        create_backend("auto", bundle, require=["tensorrt"])
+    assert create_backend("auto", bundle, require=["tensorrt", "onnxruntime"]).name == "onnxruntime"
+
+
+def test_a_gpu_that_nobody_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    driver.names = []
+    with pytest.raises(BackendError, match="CUDA_ERROR_NO_DEVICE; see vqbet-doctor"):
+        Cuda(driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(BackendError, match="NO_DEVICE with CUDA_VISIBLE_DEVICES='3', which shows"):
+        Cuda(driver)

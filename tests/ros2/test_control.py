@@ -19,12 +19,12 @@ from vqbet_edge_ros.control import Loop, Step
 from vqbet_edge_ros.diagnostics import ERROR, LEVELS, OK, WARN, Statistics
 from vqbet_edge_ros.loading import (
     assemble,
-    command_joints,
     control_rate,
     load_policy,
-    when_stopped,
+    prediction_time,
 )
 from vqbet_edge_ros.parameters import Parameters, parse
+from vqbet_edge_ros.parts import command_joints, when_stopped
 from vqbet_edge_ros.watchdog import Mode
 
 from vqbet_edge import BackendError, DeadlineError, EdgePolicy, NonFiniteError, UsageError
@@ -36,6 +36,7 @@ def parameters(mini: Path, **changed: Any) -> Parameters:
         "bundle": str(mini), "backend": "onnxruntime", "cameras.topics": ["/camera"],
         "state.joints": ["a", "b"], "command.topic": "/out", "seed": 5, "max_age": 5.0,
         "max_skew": 1.0, "timeout": 60.0, "resume_within": 60.0, "command.when_stopped": "hold", "rate": 30.0,
+        "predict_within": -1.0,  # others are at work here
     }  # fmt: skip
     return parse(given | changed)
 
@@ -51,7 +52,7 @@ class Rig:
 
     def __post_init__(self) -> None:
         made = assemble(
-            self.given, self.policy, lambda rows: self.sent.append(rows.tolist()), lambda: True,
+            self.given, self.policy, lambda _, rows: self.sent.append(rows.tolist()), lambda _: True,
             self.steps.append,
         )  # fmt: skip
         self.inputs, self.dog, self.controller = made.topics, made.watchdog, made.controller
@@ -68,7 +69,7 @@ class Rig:
         joints = SimpleNamespace(name=["b", "other", "a"], position=[b, 1e9, a])
         now = time.monotonic()
         self.inputs[IMAGE].offer(image, now, now)
-        self.inputs[STATE].offer(joints, now, now)
+        self.inputs["/joint_states"].offer(joints, now, now)
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ SLOW = {"guards.max_change": [LIMIT, LIMIT], "guards.action_limits": "none"}
         ({"command.joints": ["b", "a"]}, "measured"),
         ({"command.joints": ["a", "c"]}, "last"),
         ({"command.when_stopped": "silence"}, "last"),
-        ({"command.when_stopped": "zero", "command.scale": [2.0, 2.0]}, "last"),
+        ({"command.when_stopped": "zero", "command.scale": [2.0, 2.0]}, "zero"),
     ],
 )
 def test_an_episodes_first_action_is_no_jump(
@@ -120,22 +121,24 @@ def test_an_episodes_first_action_is_no_jump(
     given = parameters(mini, **SLOW, **changed)
     with load_policy(given) as policy:
         rig = Rig(policy, given)
-        scale = np.array(given.command.scale or [1.0, 1.0])
+        scale = np.array(given.commands[""].scale or [1.0, 1.0])
         # Joint b is the action's first number where commands begin with it.
-        order = [1, 0] if given.command.joints == ("b", "a") else [0, 1]
+        order = [1, 0] if given.commands[""].joints == ("b", "a") else [0, 1]
         sent = []
         for observation in observations(4):
             before = rig.policy.guard_counts.slowed
             rig.see(observation)
             rig.controller.tick()
             sent.append(np.array(rig.sent.pop()[0]) * scale)
-            start = observation[STATE][order] if anchor == "measured" else sent[-2:-1]
+            starts = {"measured": observation[STATE][order], "zero": [0, 0]}
+            start = sent[-2:-1] or starts.get(anchor, ())
+            start = starts["measured"] if anchor == "measured" else start
             if len(start):
                 np.testing.assert_allclose(sent[-1], np.ravel(start), atol=LIMIT * 1.001)
                 assert rig.policy.guard_counts.slowed == before + 1
             assert rig.dog.request_reset()
     said = caplog.text.count("does not hold on this episode's first action")
-    assert said == (0 if anchor == "measured" else 1)
+    assert said == (1 if anchor == "last" else 0)
 
 
 def test_trajectories_are_the_chunks(mini: Path) -> None:
@@ -298,6 +301,26 @@ def test_the_rate_is_the_demonstrations(
 
 
 @pytest.mark.parametrize(
+    ("given", "seconds"), [(0.0, 0.1), (0.03, 0.03), (-1.0, float("inf")), (5.0, 5.0)]
+)
+def test_a_prediction_fits_between_two_steps(given: float, seconds: float) -> None:
+    assert prediction_time(given, 10.0) == seconds
+
+
+def test_a_policy_that_is_too_slow_is_refused(mini: Path) -> None:
+    """Or one that is none of the backends that it must be."""
+    for changed in ({"rate": 1e7, "predict_within": 0.0}, {"predict_within": 1e-7}):
+        given = parameters(mini, **changed)
+        with load_policy(given) as policy, pytest.raises(BackendError, match="vqbet-doctor '"):
+            Rig(policy, given)
+    given = parameters(mini, rate=1e7)
+    with load_policy(given) as policy:
+        Rig(policy, given)
+    with pytest.raises(UsageError, match="none of those required: tensorrt"):
+        load_policy(parameters(mini, require=["tensorrt"]))
+
+
+@pytest.mark.parametrize(
     ("kinds", "message", "given", "found"),
     [
         ((), "array", "", None),
@@ -317,19 +340,16 @@ def test_what_stops_the_robot_is_chosen_or_certain(
     mini: Path, kinds: Any, message: str, given: str, found: str | None
 ) -> None:
     read = parameters(mini, **{"command.type": message, "command.when_stopped": given})
-    manifest = SimpleNamespace(policy=SimpleNamespace(action_kinds=kinds))
-    policy: Any = SimpleNamespace(manifest=manifest)
+    command = read.commands[""]
     if found is not None:
-        assert when_stopped(read, policy) == found
+        assert when_stopped(command, set(kinds)) == found
         return
     with pytest.raises(UsageError, match=r"expected command\.when_stopped"):
-        when_stopped(read, policy)
+        when_stopped(command, set(kinds))
 
 
 DEGREES = {"state.units": "degrees", "state.scale": [2.0, 4.0], "state.offset": [10.0, 20.0]}
 SWAPPED = {"command.joints": ["b", "a"]}
-# Of a policy, what its joints are asked of.
-TWO: Any = SimpleNamespace(manifest=SimpleNamespace(state_dim=2, action_dim=2))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +370,8 @@ TWO: Any = SimpleNamespace(manifest=SimpleNamespace(state_dim=2, action_dim=2))
 def test_what_commands_are_not_given_they_have_of_the_state(
     mini: Path, given: Any, ros: Any
 ) -> None:
-    joints = command_joints(parameters(mini, **given), TWO, positions=True)
+    read = parameters(mini, **given)
+    joints = command_joints(read.commands[""], read, positions=True)
     action = np.array([370.0, 740.0])
     np.testing.assert_allclose(joints.to_ros(action), ros)
     np.testing.assert_allclose(joints.from_ros(joints.to_ros(action)), action)
@@ -363,8 +384,9 @@ def test_what_need_not_be_the_states_has_to_be_given(mini: Path, field: str, oth
     given = {f"state.{field}": DEGREES[f"state.{field}"]}
     if other == "joints":
         given["command.joints"] = ["a", "c"]
+    read = parameters(mini, **given)
     with pytest.raises(UsageError, match=f"command.{field} is missing"):
-        command_joints(parameters(mini, **given), TWO, positions=other == "joints")
+        command_joints(read.commands[""], read, positions=other == "joints")
 
 
 def test_figures_for_diagnostics() -> None:

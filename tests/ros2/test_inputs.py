@@ -342,9 +342,9 @@ def test_the_newest_message_decides_even_if_it_is_wrong() -> None:
 
 
 def test_two_publishers_are_a_conflict() -> None:
-    assert conflicts({"/camera": 1, "/joints": 0, "/commands": 1}, "/commands") == ""
-    assert "'/camera' has 2 publishers" in conflicts({"/camera": 2, "/commands": 1}, "/commands")
-    assert "another node sends commands" in conflicts({"/camera": 1, "/commands": 2}, "/commands")
+    assert conflicts({"/camera": 1, "/joints": 0, "/commands": 1}, ["/commands"]) == ""
+    assert "'/camera' has 2 publishers" in conflicts({"/camera": 2, "/commands": 1}, ["/commands"])
+    assert "another node sends commands" in conflicts({"/camera": 1, "/commands": 2}, ["/commands"])
     camera, joints, inputs = make()
     camera.offer("x", 1.0, 1.0)
     joints.offer(state(a=1.0), 1.0, 1.0)

@@ -23,8 +23,8 @@ def test_the_example_has_every_parameter_with_its_default() -> None:
     given = yaml.safe_load(text)["/**"]["ros__parameters"]
     parse(given)
     # What it shows in a comment counts too.
-    everything = yaml.safe_load(re.sub(r"(?m)^    # ((state|command|guards)\.)", r"    \1", text))
-    assert set(everything["/**"]["ros__parameters"]) == set(defaults())
+    shown = re.sub(r"(?m)^    # ((state\.|command\.|guards\.|require:))", r"    \1", text)
+    assert set(yaml.safe_load(shown)["/**"]["ros__parameters"]) == set(defaults())
     example = {
         "bundle", "cameras.keys", "cameras.topics", "state.joints", "command.topic",
         "command.when_stopped", "rate",
@@ -40,9 +40,10 @@ def test_the_readme_names_parameters_that_there_are() -> None:
     snippets = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     given = [yaml.safe_load(each) for each in snippets]
     ours = [each for each in given if set(map(_group, each)) <= groups]
-    assert len(ours) == 2
+    assert len(ours) == 3
     for each in ours:
-        parse(NEEDED | each)
+        whole = {"state.joints", "command.topic"} if "command.parts" in each else set()
+        parse({name: value for name, value in NEEDED.items() if name not in whole} | each)
     named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)(?:: [a-z_]+)?`", text)
     counts = {"guards." + name for name in GuardCounts._fields}
     dotted = {name for name in named if _group(name) in groups and "." in name}
@@ -62,8 +63,8 @@ def _group(name: str) -> str:
 
 def test_what_is_left_out_has_its_default() -> None:
     parsed = parse(NEEDED)
-    default = Parameters("x.bundle", cameras=parsed.cameras, state=parsed.state,
-                         command=parsed.command)  # fmt: skip
+    default = Parameters("x.bundle", cameras=parsed.cameras, states=parsed.states,
+                         commands=parsed.commands)  # fmt: skip
     assert parsed == default
     assert parse(defaults() | NEEDED) == parsed
     # ROS reads an empty list of a file as nothing at all.
@@ -75,13 +76,15 @@ def test_what_is_left_out_has_its_default() -> None:
     [
         ("teleop.after", "stop", r"Invalid enum value 'stop' - at `\$\.teleop\.after`"),
         ("backend", "cuda", r"Invalid enum value 'cuda' - at `\$\.backend`"),
-        ("command.type", "twist", r"at `\$\.command\.type`; config/pusht\.yaml explains"),
+        ("command.type", "gripper", r"at `\$\.command\.type`; config/pusht\.yaml explains"),
         ("max_agee", 0.1, "did you mean 'max_age'"),
         ("guards.max_chang", [1.0], "did you mean 'guards.max_change'"),
         ("rate", "fast", r"Expected `float`, got `str` - at `\$\.rate`"),
         ("rate", True, "Expected `float`, got `bool`"),
         ("seed", 1.5, "Expected `int`, got `float`"),
         ("rate", float("nan"), "expected 'rate' of 0 or more"),
+        ("predict_within", float("nan"), "expected 'predict_within' in seconds"),
+        ("require", ["cuda"], r"Invalid enum value 'cuda' - at `\$\.require\[0\]`"),
         ("max_repeats", -1, "expected 'max_repeats' of 0 or more"),
         ("resume_within", -1.0, "expected 'resume_within' of 0 or more"),
         ("max_age", 0.0, "expected 'max_age' above 0"),
@@ -98,7 +101,7 @@ def test_wrong_parameters_are_refused(name: str, value: Any, said: str) -> None:
 
 def test_a_trajectory_is_held_and_not_slowed() -> None:
     trajectory = NEEDED | {"command.type": "trajectory"}
-    assert parse(trajectory).command.type == "trajectory"
+    assert parse(trajectory).commands[""].type == "trajectory"
     for wrong in (
         {"command.when_stopped": "silence"},
         {"command.when_stopped": "zero"},

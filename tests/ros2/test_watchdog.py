@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from vqbet_edge_ros.inputs import Refusal
 from vqbet_edge_ros.joints import Joints
-from vqbet_edge_ros.outputs import Output
+from vqbet_edge_ros.outputs import Output, Outputs
 from vqbet_edge_ros.watchdog import Mode, Ticket, Watchdog
 
 from vqbet_edge import ObservationError
@@ -28,7 +28,7 @@ class Robot:
             lambda rows: self.sent.append(rows.tolist()), lambda: self.acknowledged,
         )  # fmt: skip
         given = {"timeout": 0.2, "resume_within": 1.0, "teleop_timeout": 0.5} | options
-        self.dog = Watchdog(output, 2, **given)
+        self.dog = Watchdog(Outputs([output]), **given)
 
     def took(self) -> list[list[list[float]]]:
         """What was sent since the last look."""
@@ -251,7 +251,7 @@ def test_the_last_word_is_said_until_it_is_heard(
     """A velocity goes on, and a chunk too, if the message that ends it gets lost."""
     robot = running(kind=kind, when_stopped="zero" if kind == "array" else "hold")
     answers = iter([False] * lost + [True] * 9)
-    robot.dog._output._acknowledged = lambda: next(answers)
+    robot.dog._output._outputs[0].acknowledged = lambda: next(answers)
     now = 10.1
     if end == "operator":
         robot.dog.teleoperate(np.array([7.0, 8.0]), now)

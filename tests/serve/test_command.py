@@ -52,6 +52,12 @@ EdgePolicy.act = slow
         (["--host", "0.0.0.0", "--api-key-file", "short"], 2, "expected a key of 16 or more"),  # noqa: S104
         (["--api-key-file", "none"], 5, "No such file"),
         (["--tls-cert", "cert"], 2, "belong together"),
+        (
+            ["--backend", "onnxruntime", "--require", "tensorrt"],
+            2,
+            "none of those required: tensorrt",
+        ),
+        (["--predict-within-s", "1e-9"], 6, "ms here on"),
         (["--port", "TAKEN"], 1, "address already in use"),
     ],
 )

@@ -1,7 +1,7 @@
 """`EdgePolicy`: observations in, actions out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +19,7 @@ from vqbet_edge.runtime.guards.limits import tell_of_limits
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.recording import Recorder
 from vqbet_edge.runtime.recording_format import PolicyInfo
+from vqbet_edge.runtime.timing import check_prediction_time
 
 
 class EdgePolicy(ActingPolicy):
@@ -43,6 +44,8 @@ class EdgePolicy(ActingPolicy):
         prefetch: Prefetch | None = None,
         guards: Guards | None = None,
         prove: bool = False,
+        require: Collection[BackendName] = (),
+        predict_within_s: float | None = None,
     ) -> "EdgePolicy":
         """Load a bundle that `vqbet-export` wrote.
 
@@ -64,15 +67,19 @@ class EdgePolicy(ActingPolicy):
                 takes `Guards()`, which clamps actions to the training data's range and a margin.
             prove: act the bundle's reference cases out first, which takes about a second: the
                 proof that this machine computes the policy that was trained.
+            require: backends of which it must be one: `auto` takes the first of them that is there,
+                and none is an error. Empty: any.
+            predict_within_s: what a prediction may take on this machine; see
+                `check_prediction_time`. None: as long as it takes.
 
         Raises:
             BundleError: the bundle is missing, incomplete or altered.
             VerificationError: the backend computes something else.
-            BackendError: the backend is missing or refuses the bundle.
+            BackendError: the backend is missing, refuses the bundle or is too slow.
             UsageError: an argument is out of range.
         """
         opened = Bundle.open(bundle, revision)
-        loaded = create_backend(backend, opened)
+        loaded = create_backend(backend, opened, require=require)
         try:
             policy = cls(
                 opened,
@@ -88,6 +95,8 @@ class EdgePolicy(ActingPolicy):
             tell_of_limits(policy._guards, policy._actions.limits, inferred=inferred)
             if prove:
                 proof.prove(opened, loaded)
+            if predict_within_s is not None:
+                policy.check_prediction_time(predict_within_s)
         except BaseException:
             loaded.close()  # a device's memory is not Python's to collect
             raise
@@ -118,6 +127,30 @@ class EdgePolicy(ActingPolicy):
             replan_every=self._replan_every,
             prefetch=self._prefetch,
             guards=self._guards,
+        )
+
+    def check_prediction_time(self, within_s: float) -> None:
+        """Predict a few times, for nobody, and refuse a backend that is too slow.
+
+        It leaves no trace in this policy. What counts is the median, of the best of three rounds,
+        as in a robot's loop: without what is computed ahead, unless `replan_every` is 1, which
+        leaves no time for that.
+
+        Args:
+            within_s: seconds that a prediction may take; infinite, nothing is too slow, and the
+                policy is warm afterwards.
+
+        Raises:
+            BackendError: it takes longer here.
+            UsageError: `within_s` is not above 0.
+        """
+        self._check_usable()
+        check_prediction_time(
+            self._bundle,
+            self._backend,
+            within_s,
+            prefetch=self._prefetch,
+            replan_every=self._replan_every,
         )
 
     def __enter__(self) -> "EdgePolicy":  # noqa: PYI034 - Self needs Python 3.11

@@ -1,6 +1,6 @@
 """The newest message of every topic, and when together they are an observation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -44,13 +44,15 @@ class _Sample(NamedTuple):
 
 
 class Input:
-    """The newest message of one topic.
+    """The newest message of one topic; `kind` is what it is a message of.
 
     Messages are offered by one thread and read by another; both see a sample whole.
     """
 
-    def __init__(self, name: str, decode: Callable[[Any], Any], max_age: float) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, decode: Callable[[Any], Any], max_age: float, kind: str = "joint_state"
+    ) -> None:
+        self.name, self.kind = name, kind
         self._decode, self._max_age = decode, max_age
         self.clear()
 
@@ -111,13 +113,21 @@ class Inputs:
     """All topics of a policy.
 
     Args:
-        inputs: feature of the policy -> its topic.
+        inputs: feature of the policy, or part of one -> its topic.
         max_skew: most that the times of an observation's parts may differ.
         max_repeats: how often in a row a part may be used again, beside parts that are new.
+        join: makes features of what is read, where parts are no features.
     """
 
-    def __init__(self, inputs: Mapping[str, Input], max_skew: float, max_repeats: int) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, Input],
+        max_skew: float,
+        max_repeats: int,
+        join: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         self._inputs, self._max_skew, self._max_repeats = dict(inputs), max_skew, max_repeats
+        self._join = join
         self._latest = float("-inf")
         self.conflict = ""
 
@@ -150,7 +160,7 @@ class Inputs:
         times = [sample.taken for sample in samples.values()]
         self._latest = max(times)
         repeated = tuple(each.name for each in self._inputs.values() if each.repeats)
-        return Observed(values, max(times), min(times), repeated)
+        return Observed(self._join(values), max(times), min(times), repeated)
 
     def _compare(self, samples: Mapping[str, _Sample], now: float) -> Refusal | None:
         """Why the samples are no observation together, or not another one."""
@@ -170,15 +180,15 @@ class Inputs:
         return None
 
 
-def conflicts(publishers: Mapping[str, int], command: str) -> str:
+def conflicts(publishers: Mapping[str, int], commands: Collection[str]) -> str:
     """Who publishes where nobody should; empty: nobody.
 
     Args:
         publishers: topic -> how many publish it, this node included.
-        command: the topic of the commands.
+        commands: the topics of commands.
     """
     for topic, count in publishers.items():
         if count > 1:
-            who = "another node sends commands" if topic == command else "its messages are mixed"
+            who = "another node sends commands" if topic in commands else "its messages are mixed"
             return f"'{topic}' has {count} publishers, expected 1: {who}; stop one of them"
     return ""

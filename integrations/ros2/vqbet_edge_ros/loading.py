@@ -17,20 +17,19 @@ from vqbet_edge_ros.control import Controller, Step
 from vqbet_edge_ros.diagnostics import Statistics
 from vqbet_edge_ros.images import decode_compressed, decode_image
 from vqbet_edge_ros.inputs import Input, Inputs
-from vqbet_edge_ros.joints import Joints, Values
-from vqbet_edge_ros.outputs import Output
-from vqbet_edge_ros.parameters import Parameters, WhenStopped
+from vqbet_edge_ros.joints import NUMBERS, Values
+from vqbet_edge_ros.outputs import Output, Outputs
+from vqbet_edge_ros.parameters import Parameters
+from vqbet_edge_ros.parts import CommandPart, StatePart, command_parts, state_parts
 from vqbet_edge_ros.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 COMPRESSED = "/compressed"
-# Of `PolicySpec.action_kinds`: a robot that is told the same again stays, or moves on.
-_POSITIONS = {"position", "angle", "rotation_vector", "gripper"}
-_MOVES = {"velocity", "displacement"}
+_Pieces = dict[int, Values]
 
 
 def load_policy(parameters: Parameters) -> EdgePolicy:
-    """The policy, checked, proven and warm.
+    """The policy, checked and proven.
 
     Raises:
         VQBeTEdgeError: it cannot be loaded, or does not do what its checkpoint did.
@@ -38,7 +37,7 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
     if parameters.backend == "tensorrt":
         # vqbet-build does that: it takes minutes, in which the node would not answer.
         os.environ.setdefault("VQBET_EDGE_BUILD_ENGINES", "0")
-    policy = EdgePolicy.load(
+    return EdgePolicy.load(
         parameters.bundle,
         parameters.backend,
         seed=parameters.seed,
@@ -46,13 +45,8 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         replan_every=parameters.replan_every or None,
         guards=parameters.guards.guards(parameters.max_age),
         prove=parameters.prove,
+        require=parameters.require,
     )
-    try:
-        _warm(policy)
-    except BaseException:
-        policy.close()
-        raise
-    return policy
 
 
 @dataclass(frozen=True)
@@ -61,14 +55,15 @@ class Assembly:
 
     Attributes:
         rate: of the control loop, in steps per second.
-        topics: feature of the policy -> its topic; `inputs` joins them.
-        joints: of commands.
+        topics: feature of the policy, or part of one -> its topic; `inputs` joins them.
+        state, command: the parts of a state and of an action, in their order.
     """
 
     rate: float
     topics: dict[str, Input]
     inputs: Inputs
-    joints: Joints
+    state: list[StatePart]
+    command: list[CommandPart]
     statistics: Statistics
     watchdog: Watchdog
     controller: Controller
@@ -77,34 +72,42 @@ class Assembly:
 def assemble(
     parameters: Parameters,
     policy: EdgePolicy,
-    publish: Callable[[Values], None],
-    acknowledged: Callable[[], bool],
+    publish: Callable[[CommandPart, Values], None],
+    acknowledged: Callable[[CommandPart], bool],
     sent: Callable[[Step], None],
 ) -> Assembly:
-    """Put it together; `publish` and `acknowledged` as of `Output`, `sent` as of `Controller`.
+    """Put it together; `publish` and `acknowledged` as of an `Output`, `sent` as of `Controller`.
+
+    The policy is warm afterwards: its first call is slower than all others, and would be late.
 
     Raises:
         UsageError: the parameters do not fit the policy.
+        BackendError: it is too slow for them.
     """
-    topics, given = make_inputs(parameters, policy), parameters.command
-    stopped = when_stopped(parameters, policy)
-    positions = stopped == "hold"
-    joints = command_joints(parameters, policy, positions=positions)
+    topics, state = make_inputs(parameters, policy), state_parts(parameters, policy)
+    command = command_parts(parameters, policy)
+    outputs = Outputs([
+        Output(
+            part.joints, part.given.type, part.when_stopped,
+            partial(publish, part), partial(acknowledged, part),
+        )
+        for part in command
+    ])  # fmt: skip
     watchdog = Watchdog(
-        Output(joints, given.type, stopped, publish, acknowledged),
-        len(joints.names),
+        outputs,
         timeout=parameters.timeout,
         resume_within=parameters.resume_within,
         teleop_timeout=parameters.teleop.timeout,
         teleop_resumes=parameters.teleop.after == "resume",
     )
-    limited = bool(parameters.guards.max_change)
-    state = state_joints(parameters, policy)
-    anchor = Anchor(state, joints, positions=positions, limited=limited)
-    inputs, statistics = Inputs(topics, parameters.max_skew, parameters.max_repeats), Statistics()
+    anchor = Anchor(state, command, limited=bool(parameters.guards.max_change))
+    join = partial(_join, policy.manifest.state_key)
+    inputs = Inputs(topics, parameters.max_skew, parameters.max_repeats, join)
+    statistics = Statistics()
     controller = Controller(policy, inputs, watchdog, statistics, anchor, sent)
     rate = control_rate(parameters, policy)
-    return Assembly(rate, topics, inputs, joints, statistics, watchdog, controller)
+    policy.check_prediction_time(prediction_time(parameters.predict_within, rate))
+    return Assembly(rate, topics, inputs, state, command, statistics, watchdog, controller)
 
 
 def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
@@ -124,66 +127,13 @@ def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
     return rate
 
 
-def _warm(policy: EdgePolicy) -> None:
-    """The first call is slower than all others, and would be late; a sibling leaves no trace."""
-    manifest = policy.manifest
-    shapes = manifest.image_shapes.items()
-    blank: dict[str, Any] = {key: np.zeros(shape, np.uint8) for key, shape in shapes}
-    blank[manifest.state_key] = np.zeros(manifest.state_dim, np.float32)
-    with policy.sibling() as other:
-        other.act_chunk(blank)
-
-
-def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
-    """The joints of the policy's state."""
-    state, dim = parameters.state, policy.manifest.state_dim
-    if len(state.joints) != dim:
-        raise UsageError(f"expected {dim} joints in state.joints, got {list(state.joints)}")
-    return Joints(state.joints, state.units, state.scale, state.offset)
-
-
-def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
-    """What is sent while the policy is stopped; `hold` says that commands are positions."""
-    given, kinds = parameters.command, set(policy.manifest.policy.action_kinds)
-    positions = bool(kinds) and kinds <= _POSITIONS
-    if given.when_stopped is None and (positions or (given.type != "array" and not kinds & _MOVES)):
-        return "hold"
-    wrong = {"hold": kinds & _MOVES, "zero": kinds & _POSITIONS, "silence": ()}
-    if given.when_stopped is None or wrong[given.when_stopped]:
-        raise UsageError(
-            "expected command.when_stopped of 'hold' where commands are positions, 'zero' where "
-            "they are velocities or efforts, with which a controller goes on, or 'silence'; got "
-            f"{given.when_stopped or 'nothing'!r}, and actions are {sorted(kinds) or ['unknown']}"
-        )
-    return given.when_stopped
-
-
-def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: bool) -> Joints:
-    """The joints of commands.
-
-    Units, scale and offset are the state's where not given, of positions of the state's joints; of
-    other commands, those that the state has must be given.
-    """
-    given, state, dim = parameters.command, parameters.state, policy.manifest.action_dim
-    names = given.joints or state.joints
-    if len(names) != dim:
-        raise UsageError(f"expected {dim} joints in command.joints, got {list(names)}")
-    state_joints(parameters, policy)
-    inherits = positions and set(names) <= set(state.joints)
-    for field in ("units", "scale", "offset"):
-        if not (inherits or getattr(given, field)) and getattr(state, field) not in {"as_is", ()}:
-            raise UsageError(
-                f"command.{field} is missing: there is state.{field}, and commands that are not "
-                "positions of the state's joints may have the same or another; give it"
-            )
-    places = [state.joints.index(name) for name in names] if inherits else []
-    scale = given.scale or tuple(state.scale[place] for place in places if state.scale)
-    offset = given.offset or tuple(state.offset[place] for place in places if state.offset)
-    return Joints(names, given.units or state.units, scale, offset)
+def prediction_time(given: float, rate: float) -> float:
+    """Seconds that a prediction may take: as given, else until the next step is due."""
+    return float("inf") if given < 0 else given or 1 / rate
 
 
 def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
-    """Feature of the policy -> its topic."""
+    """Feature of the policy, or part of the state by its topic -> the topic."""
     manifest = policy.manifest
     keys, topics = parameters.cameras.keys, parameters.cameras.topics
     wanted = manifest.image_keys
@@ -197,12 +147,40 @@ def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
     inputs: dict[str, Input] = {}
     for key, topic in zip(keys, topics, strict=True):
         decode: Any = decode_image
+        kind = "image"
         if topic.endswith(COMPRESSED):
             if importlib.util.find_spec("PIL") is None:
                 raise UsageError(f"'{topic}' takes Pillow to decode: sudo apt install python3-pil")
-            decode = decode_compressed
+            decode, kind = decode_compressed, "compressed"
         shape = manifest.image_shapes[key]
-        inputs[key] = Input(topic, partial(decode, shape=shape), parameters.max_age)
-    joints = state_joints(parameters, policy)
-    inputs[manifest.state_key] = Input(parameters.state.topic, joints.read, parameters.max_age)
+        inputs[key] = Input(topic, partial(decode, shape=shape), parameters.max_age, kind)
+    by_topic: dict[str, list[StatePart]] = {}
+    for part in state_parts(parameters, policy):
+        by_topic.setdefault(part.given.topic, []).append(part)
+    if shared := by_topic.keys() & set(topics):
+        raise UsageError(f"{sorted(shared)} cannot be of a camera and of the state")
+    for topic, parts in by_topic.items():
+        # Types of joints are fields of one message, others are messages of their own.
+        messages = {part.given.type if part.given.type in NUMBERS else "joints" for part in parts}
+        if len(messages) > 1:
+            raise UsageError(f"'{topic}' cannot have messages of {sorted(messages)} at once")
+        decode = partial(_read_state, parts)
+        inputs[topic] = Input(topic, decode, parameters.max_age, parts[0].given.type)
     return inputs
+
+
+def _read_state(parts: list[StatePart], message: Any) -> _Pieces:
+    """A message's pieces of the state, by where they begin."""
+    return {part.places.start: part.joints.read(message, part.given.type) for part in parts}
+
+
+def _join(key: str, values: dict[str, Any]) -> dict[str, Any]:
+    """All pieces as the feature `key`, float64 (S,), beside the frames."""
+    pieces: _Pieces = {}
+    frames: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pieces |= value
+        else:
+            frames[name] = value
+    return {**frames, key: np.concatenate([pieces[start] for start in sorted(pieces)])}

@@ -2,13 +2,16 @@
 
 import array
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import PoseStamped, Twist, TwistStamped
+from nav_msgs.msg import Odometry
 from numpy.typing import NDArray
 from rclpy.duration import Duration
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -19,6 +22,16 @@ COMMANDS: dict[str, Any] = {
     "array": Float64MultiArray,
     "trajectory": JointTrajectory,
     "joint_state": JointState,
+    "twist": Twist,
+    "twist_stamped": TwistStamped,
+}
+# By the kind of an `Input`.
+INPUTS: dict[str, Any] = {
+    "image": Image,
+    "compressed": CompressedImage,
+    **dict.fromkeys(("joint_state", "joint_velocity", "joint_effort"), JointState),
+    "pose": PoseStamped,
+    "odometry": Odometry,
 }
 
 
@@ -42,9 +55,26 @@ def command(
                 for step, row in enumerate(rows)
             ]
             return message
+        case "twist":
+            return _with_numbers(Twist(), names, rows[0])
+        case "twist_stamped":
+            message = _with_numbers(TwistStamped(), names, rows[0])
+            message.header.stamp = stamp
+            return message
 
 
-def joint_state(names: tuple[str, ...], values: NDArray[np.floating], stamp: Any) -> Any:
+def _with_numbers(message: Any, names: tuple[str, ...], values: NDArray[np.float64]) -> Any:
+    """The message with numbers at places such as `twist.linear.x`; all others are 0."""
+    for name, value in zip(names, values.tolist(), strict=True):
+        *path, last = name.split(".")
+        place = message
+        for each in path:
+            place = getattr(place, each)
+        setattr(place, last, value)
+    return message
+
+
+def joint_state(names: Sequence[str], values: NDArray[np.floating], stamp: Any) -> Any:
     """Values by name."""
     message = JointState(name=list(names), position=np.asarray(values, np.float64).tolist())
     message.header.stamp = stamp

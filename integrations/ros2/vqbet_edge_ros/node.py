@@ -28,10 +28,7 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
         self._logs = _ToRos(self.get_logger())
         logging.getLogger("vqbet_edge").addHandler(self._logs)
         logging.getLogger("vqbet_edge_ros").addHandler(self._logs)
-        # An empty list has no type, and a whole number may stand for a real one.
-        free = ParameterDescriptor(dynamic_typing=True)
-        for name, default in defaults().items():
-            self.declare_parameter(name, default, free)
+        self._declare(defaults())
         self.add_on_set_parameters_callback(self._on_parameters)
 
     def stop(self, reason: str) -> None:
@@ -94,12 +91,22 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
             self.get_logger().error(f"while stopping: {type(error).__name__}: {error}")
         return TransitionCallbackReturn.SUCCESS
 
+    def _declare(self, wanted: dict[str, Any]) -> None:
+        # An empty list has no type, and a whole number may stand for a real one.
+        free = ParameterDescriptor(dynamic_typing=True)
+        for name, default in wanted.items():
+            if not self.has_parameter(name):
+                self.declare_parameter(name, default, free)
+
     def _read_parameters(self) -> Parameters:
         # rclpy shows the names that nobody declared nowhere else.
         overrides = dict.fromkeys(getattr(self, "_parameter_overrides", ()))
         ours = {name: None for name in overrides if not name.startswith(("use_sim_time", "qos_"))}
-        check_names(ours)
-        parameters = parse({name: self.get_parameter(name).value for name in defaults()})
+        parts = {name: self.get_parameter(name).value for name in ("state.parts", "command.parts")}
+        check_names(ours | parts)
+        wanted = defaults(parts)
+        self._declare(wanted)
+        parameters = parse({name: self.get_parameter(name).value for name in wanted})
         if self.get_parameter("use_sim_time").value and parameters.stamps == "header":
             raise UsageError(
                 "simulated time does not pass as time.monotonic() does; with use_sim_time set the "
@@ -108,7 +115,8 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]  # rclpy has no types
         return parameters
 
     def _on_parameters(self, changed: list[Any]) -> SetParametersResult:
-        ours = [each.name for each in changed if each.name in defaults()]
+        groups = {name.partition(".")[0] for name in defaults()}
+        ours = [each.name for each in changed if each.name.partition(".")[0] in groups]
         if self._resources is None or not ours:
             return SetParametersResult(successful=True)
         return SetParametersResult(

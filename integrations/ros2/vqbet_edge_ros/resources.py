@@ -14,7 +14,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import CompressedImage, Image, JointState
+from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
@@ -25,8 +25,9 @@ from vqbet_edge_ros.control import Loop, Step
 from vqbet_edge_ros.diagnostics import ERROR, LEVELS
 from vqbet_edge_ros.inputs import Input, Refusal, conflicts
 from vqbet_edge_ros.joints import Values
-from vqbet_edge_ros.loading import COMPRESSED, assemble, load_policy
+from vqbet_edge_ros.loading import assemble, load_policy
 from vqbet_edge_ros.parameters import Parameters
+from vqbet_edge_ros.parts import CommandPart
 from vqbet_edge_ros.watchdog import Mode
 
 # The newest is all that counts; a camera's frame that got lost is not sent again.
@@ -57,7 +58,9 @@ class Resources:
     def _assemble(self) -> None:
         given, policy = self._parameters, self._policy
         made = assemble(given, policy, self._publish_command, self._acknowledged, self._sent)
-        self._rate, self._joints, self._statistics = made.rate, made.joints, made.statistics
+        self._rate, self._statistics = made.rate, made.statistics
+        self._command_names = [name for part in made.command for name in part.joints.names]
+        self._state_names = [name for part in made.state for name in part.given.joints]
         self._topics, self._inputs = made.topics, made.inputs
         self._controller, self.watchdog = made.controller, made.watchdog
         self._stamps = StampClock(given.max_skew)
@@ -111,8 +114,10 @@ class Resources:
 
     def _advertise(self) -> None:
         given, manifest = self._parameters, self._policy.manifest
-        kind = messages.COMMANDS[given.command.type]
-        self._commands = self._publisher(kind, given.command.topic)
+        self._commands = {
+            each.topic: self._publisher(messages.COMMANDS[each.type], each.topic)
+            for each in given.commands.values()
+        }
         self._diagnostics = self._publisher(DiagnosticArray, "/diagnostics", 10)
         self._decisions = self._publisher(String, "~/decision", 10)
         self._metadata = self._publisher(String, "~/metadata", _LATCHED)
@@ -125,10 +130,8 @@ class Resources:
 
     def _subscribe(self) -> None:
         given = self._parameters
-        for key, each in self._topics.items():
-            kind = JointState if key == self._policy.manifest.state_key else Image
-            if kind is Image and each.name.endswith(COMPRESSED):
-                kind = CompressedImage
+        for each in self._topics.values():
+            kind = messages.INPUTS[each.kind]
             self._subscription(kind, each.name, functools.partial(self._received, each))
         if given.teleop.topic:
             self._subscription(Float64MultiArray, given.teleop.topic, self._teleoperated)
@@ -208,12 +211,11 @@ class Resources:
 
     def _look_for_conflicts(self) -> None:
         topics = [each.name for each in self._topics.values()]
-        command = self._parameters.command.topic
         counts = {
             name: self._node.count_publishers(self._node.resolve_topic_name(name))
-            for name in (*topics, command)
+            for name in (*topics, *self._commands)
         }
-        self._inputs.conflict = conflicts(counts, command)
+        self._inputs.conflict = conflicts(counts, self._commands)
         if self._inputs.conflict:
             self.watchdog.refuse(Refusal("conflict", self._inputs.conflict), time.monotonic())
 
@@ -225,17 +227,19 @@ class Resources:
         if self._loop is not None:
             self._node.trigger_deactivate()
 
-    def _publish_command(self, rows: Values) -> None:
-        kind, names = self._parameters.command.type, self._joints.names
-        self._commands.publish(messages.command(kind, names, rows, 1 / self._rate, self._now()))
+    def _publish_command(self, part: CommandPart, rows: Values) -> None:
+        period, names = 1 / self._rate, part.joints.names
+        made = messages.command(part.given.type, names, rows, period, self._now())
+        self._commands[part.given.topic].publish(made)
 
-    def _acknowledged(self) -> bool:
+    def _acknowledged(self, part: CommandPart) -> bool:
         """Whether all who listen have the latest command; who takes best effort never says so."""
-        found = self._node.get_subscriptions_info_by_topic(self._commands.topic_name)
+        publisher = self._commands[part.given.topic]
+        found = self._node.get_subscriptions_info_by_topic(publisher.topic_name)
         if any(each.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT for each in found):
             time.sleep(_SETTLE_S)
             return False
-        return bool(self._commands.wait_for_all_acked(Duration(seconds=_ACKNOWLEDGE_S)))
+        return bool(publisher.wait_for_all_acked(Duration(seconds=_ACKNOWLEDGE_S)))
 
     def _sent(self, step: Step) -> None:
         """Show what was done to those who want to see it."""
@@ -248,9 +252,9 @@ class Resources:
                 publisher.publish(messages.image(step.observation[key], stamp))
         if self._states.get_subscription_count():
             values = step.observation[manifest.state_key]
-            self._states.publish(messages.joint_state(self._parameters.state.joints, values, stamp))
+            self._states.publish(messages.joint_state(self._state_names, values, stamp))
         if self._actions.get_subscription_count():
-            self._actions.publish(messages.joint_state(self._joints.names, step.action, stamp))
+            self._actions.publish(messages.joint_state(self._command_names, step.action, stamp))
 
     def _diagnose(self) -> None:
         mode, reason, counts = self.watchdog.mode, self.watchdog.reason, self._policy.guard_counts

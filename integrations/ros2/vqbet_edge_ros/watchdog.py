@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vqbet_edge import ObservationError
 from vqbet_edge_ros.inputs import Refusal
 from vqbet_edge_ros.joints import Values
-from vqbet_edge_ros.outputs import Output
+from vqbet_edge_ros.outputs import Outputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ class Watchdog:
 
     Args:
         output: where commands go.
-        width: joints of a command.
         timeout: seconds without a command until the robot is stopped.
         resume_within: seconds after which the policy does not begin or go on by itself: since the
             last command, or since it was armed, where an observation has `timeout` at least.
@@ -69,15 +68,14 @@ class Watchdog:
 
     def __init__(
         self,
-        output: Output,
-        width: int,
+        output: Outputs,
         *,
         timeout: float,
         resume_within: float,
         teleop_timeout: float,
         teleop_resumes: bool = False,
     ) -> None:
-        self._output, self._width = output, width
+        self._output, self._width = output, output.width
         self._timeout, self._resume_within = timeout, resume_within
         self._teleop_timeout, self._teleop_resumes = teleop_timeout, teleop_resumes
         self._lock = threading.Lock()

@@ -62,6 +62,10 @@ class Options:
 class Arguments(Options):
     """Drive robots over the network with a bundle (openpi's websocket protocol)."""
 
+    # Backends of which it must be one: auto takes the first of them that is there.
+    require: Annotated[tuple[BackendName, ...], tyro.conf.arg(metavar="BACKEND ...")] = ()
+    # Seconds that one robot's prediction may take, measured at the start; slower is refused.
+    predict_within_s: float | None = None
     # Certificate and private key, for wss://.
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -79,11 +83,13 @@ def _main() -> None:
     if config.keys is not None and config.tls is None:
         _LOG.warning("without --tls-cert, the key and the images can be read on the way")
     bundle = Bundle.open(arguments.bundle)
-    backend = create_backend(arguments.backend, bundle)
+    backend = create_backend(arguments.backend, bundle, require=arguments.require)
     policy = EdgePolicy(bundle, backend)
     check = ReferenceStep(policy, bundle)
     del bundle  # the graphs' bytes are as large as the weights
     with closing(backend), policy:
+        if arguments.predict_within_s is not None:
+            policy.check_prediction_time(arguments.predict_within_s)
         asyncio.run(run_until_stopped(PolicyServer(policy, config, backend, check)))
 
 

@@ -41,7 +41,7 @@ PARAMETERS: dict[str, Any] = {
     "bundle": BUNDLE, "backend": "onnxruntime", "seed": 7, "cameras.topics": ["/camera"],
     "state.topic": "/joints", "state.joints": ["x", "y"], "command.topic": "/commands",
     "command.when_stopped": "silence", "rate": 100.0, "autostart": True, "max_age": 5.0,
-    "max_skew": 0.002, "max_repeats": 1000, "timeout": 60.0, "resume_within": 60.0,
+    "predict_within": -1.0, "max_skew": 0.002, "max_repeats": 1000, "timeout": 60.0, "resume_within": 60.0,
 }  # fmt: skip
 
 Observation = dict[str, np.ndarray]

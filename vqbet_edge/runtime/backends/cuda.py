@@ -11,6 +11,8 @@ from typing import Any
 from vqbet_edge.errors import BackendError
 
 _INSTALL = "pip install cuda-bindings (with JetPack 6: pip install 'cuda-bindings<13')"
+# The driver's own: GPUs that it leaves out are not there, and the first that it names is device 0.
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _LOG = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class Device:
 class Cuda:
     """The driver and its device 0; to describe it opens no context.
 
+    Of several GPUs, $CUDA_VISIBLE_DEVICES chooses, for every library in this process.
+
     Raises:
         BackendError: the bindings, the driver or the GPU is missing.
     """
@@ -48,7 +52,12 @@ class Cuda:
         self.driver = driver or _import_driver()
         self.call("cuInit", 0)
         self.ordinal = self.call("cuDeviceGet", 0)
-        self.device = self._describe()
+        self.device = self._describe(self.ordinal)
+
+    def visible(self) -> list[Device]:
+        """All GPUs that the driver shows this process."""
+        count = self.call("cuDeviceGetCount")
+        return [self._describe(self.call("cuDeviceGet", index)) for index in range(count)]
 
     def call(self, function: str, *arguments: Any) -> Any:  # noqa: ANN401
         """Call the driver; its result, if it has one, or a list of them.
@@ -61,7 +70,10 @@ class Cuda:
         except RuntimeError as error:  # libcuda cannot be loaded, or is too old for the function
             raise BackendError(f"the CUDA driver is missing or too old: {error}") from error
         if status:
-            reason = getattr(status, "name", status)
+            reason = str(getattr(status, "name", status))
+            chosen = os.environ.get(VISIBLE_VARIABLE)
+            if reason.endswith("NO_DEVICE") and chosen is not None:
+                reason += f" with {VISIBLE_VARIABLE}='{chosen}', which shows no GPU of this machine"
             raise BackendError(f"{function} failed: {reason}; see vqbet-doctor")
         return results[0] if len(results) == 1 else results
 
@@ -72,13 +84,13 @@ class Cuda:
         except BackendError as error:
             _LOG.debug("%s", error)
 
-    def _describe(self) -> Device:
+    def _describe(self, ordinal: Any) -> Device:  # noqa: ANN401
         def get(name: str) -> int:
             attribute = getattr(self.driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-            return int(self.call("cuDeviceGetAttribute", attribute, self.ordinal))
+            return int(self.call("cuDeviceGetAttribute", attribute, ordinal))
 
         major, minor = get("COMPUTE_CAPABILITY_MAJOR"), get("COMPUTE_CAPABILITY_MINOR")
-        name: bytes = self.call("cuDeviceGetName", 256, self.ordinal)
+        name: bytes = self.call("cuDeviceGetName", 256, ordinal)
         return Device(
             name=name.split(b"\0")[0].decode(),
             compute_capability=f"{major}.{minor}",

@@ -114,6 +114,15 @@ class EngineCache:
         return folder / f"{key.file_stem}.plan"
 
 
+def read_record(path: Path) -> EngineRecord:
+    """A record that only root or this user can have written; else a RejectedError says why not."""
+    check_folder(path.parent)
+    try:
+        return msgspec.json.decode(read_private(path, _MAX_RECORD_BYTES), type=EngineRecord)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RejectedError(f"the engine's record is damaged ({error})") from error
+
+
 def _load(path: Path, key: EngineKey) -> bytes:
     """The plan of a record, after every check; otherwise a RejectedError with the reason."""
     try:
@@ -123,11 +132,7 @@ def _load(path: Path, key: EngineKey) -> bytes:
         raise RejectedError(text) from error
     except OSError as error:  # such as another user's home
         raise RejectedError(f"'{path}' cannot be read ({error.strerror})") from error
-    check_folder(path.parent)
-    try:
-        record = msgspec.json.decode(read_private(path, _MAX_RECORD_BYTES), type=EngineRecord)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RejectedError(f"the engine's record is damaged ({error})") from error
+    record = read_record(path)
     for name in key.__struct_fields__:
         have, need = getattr(record.key, name), getattr(key, name)
         if have != need and not (name == "options" and need is None):
