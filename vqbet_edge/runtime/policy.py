@@ -217,6 +217,7 @@ class EdgePolicy(ActingPolicy):
             replan_every=self._replan_every,
             n_obs_steps=manifest.policy.n_obs_steps,
             action_limits=limits and (tuple(limits[0].tolist()), tuple(limits[1].tolist())),
+            fps=manifest.fps,
         )
         kept, policy = self._window.kept, info if decisions else None
         self._recorder = recorder = Recorder(manifest, Path(folder), max_bytes, policy, kept, keep)

@@ -85,6 +85,7 @@ class PolicyInfo(Struct, frozen=True):
         replan_every: actions executed of every chunk.
         n_obs_steps: observations in a window.
         action_limits: what chunks were clamped to, lowest and highest (A,); None is nothing.
+        fps: observations a second of the demonstrations; None where not known, and in older files.
     """
 
     bundle: Text
@@ -96,6 +97,7 @@ class PolicyInfo(Struct, frozen=True):
     replan_every: int
     n_obs_steps: Positive
     action_limits: tuple[Limit, Limit] | None
+    fps: Annotated[float, Meta(gt=0)] | None = None
 
 
 class RecordingInfo(Struct, frozen=True):
