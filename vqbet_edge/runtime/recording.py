@@ -143,17 +143,8 @@ class Recorder:
         if keep not in {"first", "last"}:
             raise UsageError(f"unknown keep '{keep}'; known: first, last")
         self._manifest, self.folder = manifest, folder
-        columns = dict(fmt.row_columns(manifest.state_key, manifest.state_dim, manifest.action_dim))
-        columns |= {key: ("uint8", shape) for key, shape in manifest.image_shapes.items()}
-        self._decision_bytes = 0
-        if policy is None:
-            for key in set(fmt.OWN) - {fmt.EPISODE, fmt.STEP}:
-                del columns[key]
-        else:
-            sizes = manifest.policy
-            chunk = sizes.action_chunk_size, manifest.action_dim
-            # And four stages' seconds.
-            self._decision_bytes = 32 + _row_bytes(fmt.decision_columns(sizes.vqvae_n_embed, chunk))
+        columns = _columns(manifest, with_decisions=policy is not None)
+        self._decision_bytes = 0 if policy is None else _decision_bytes(manifest)
         self._row_bytes = _row_bytes(columns)
         whole = self._row_bytes + self._decision_bytes
         needed = whole if keep == "first" else whole * _RING_FILES
@@ -195,6 +186,8 @@ class Recorder:
         self._failed = self._late = False
         self._period = math.inf if manifest.fps is None else 1 / manifest.fps
         self._writer = Worker("vqbet-recording", finish=True)
+        # From Python 3.12 on, no thread begins at Python's end, where `close` may be called.
+        self._writer.submit(lambda: None)
         self._writing: Backlog[None] = Backlog()
         self._error: DiskError | None = None
         self._full = False
@@ -377,6 +370,21 @@ def _write_file(path: Path, arrays: Mapping[str, Array], metadata: dict[str, str
     # Otherwise a robot that is switched off may have the name without the bytes.
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _columns(manifest: Manifest, *, with_decisions: bool) -> fmt.Columns:
+    """Key -> dtype and shape of a row."""
+    columns = dict(fmt.row_columns(manifest.state_key, manifest.state_dim, manifest.action_dim))
+    if not with_decisions:
+        for key in set(fmt.OWN) - {fmt.EPISODE, fmt.STEP}:
+            del columns[key]
+    return columns | {key: ("uint8", shape) for key, shape in manifest.image_shapes.items()}
+
+
+def _decision_bytes(manifest: Manifest) -> int:
+    chunk = manifest.policy.action_chunk_size, manifest.action_dim
+    # And four stages' seconds.
+    return 32 + _row_bytes(fmt.decision_columns(manifest.policy.vqvae_n_embed, chunk))
 
 
 def _row_bytes(columns: fmt.Columns) -> int:
