@@ -103,7 +103,7 @@ def test_an_error_in_the_middle_ends_an_episode(recorded: Recording, tmp_path: P
     (path,) = sorted(recorded.folder.with_name("more").iterdir())
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
-    arrays = dict(load_file(path))
+    arrays = {key: values.copy() for key, values in load_file(path).items()}
     arrays["action"][2] = arrays["seconds"][2] = np.nan
     arrays["outcome"][2] = 2
     (tmp_path / "seen").mkdir()
