@@ -29,6 +29,7 @@ def _command(module: str, extra: str) -> Callable[[], None]:
 bench = _command("vqbet_bench.cli", "bench")
 build = _command("vqbet_engines.build_command", "cli")
 codes = _command("vqbet_edge.training.codes.cli", "train")
+dataset = _command("vqbet_edge.training.dataset.from_recordings", "train")
 doctor = _command("vqbet_engines.doctor_command", "cli")
 evaluate = _command("vqbet_edge.training.evaluation.cli", "train")
 export = _command("vqbet_export.cli", "export")

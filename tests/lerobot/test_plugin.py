@@ -1,5 +1,6 @@
 """The plugin in this process: rows, seeds, options, refusals."""
 
+import gc
 import json
 import shutil
 from importlib.metadata import Distribution
@@ -15,6 +16,8 @@ from peers import PUSHT, Robot
 
 from vqbet_edge import BundleError, EdgePolicy, Guards, ObservationError, UsageError
 from vqbet_edge.errors import HistoryError
+from vqbet_edge.runtime.recorded import Recording
+from vqbet_edge.runtime.recording_format import Outcome
 
 oracle.lerobot("policies.factory")
 
@@ -24,6 +27,7 @@ from lerobot_policy_vqbet_edge import (  # noqa: E402
     VqbetEdgeConfig,
     VqbetEdgePolicy,
     make_vqbet_edge_pre_post_processors,
+    modeling_vqbet_edge,
 )
 
 IMAGE, STATE = "observation.image", "observation.state"
@@ -129,6 +133,79 @@ def test_options_are_flags(robot: Robot) -> None:
     assert config.guards == Guards(action_limits=(0, 1), max_change=5)
     action = policy.select_action(*batches(1, 1))
     assert 0 <= action.min() <= action.max() <= 1
+
+
+def test_after_a_hand_over_the_first_action_is_near_the_arm(robot: Robot) -> None:
+    """Whatever the policy would do by itself, and whatever it did before."""
+    flags = "--start_from_state=true", '--guards={"max_change": 3, "action_limits": null}'
+    policy, free = load(robot.bundle, *flags), load(robot.bundle)
+    first, *others = batches(4, 2)
+    # Where the operator leaves the arms.
+    left = {**first, STATE: torch.tensor([[10.0, 500.0], [400.0, 20.0]])}
+    assert (free.select_action(left) - left[STATE]).abs().max() > 10
+    for batch in (first, *others):
+        policy.select_action(batch)
+    broken = {**left, STATE: torch.full((2, 2), torch.nan)}
+    for _ in range(2):
+        policy.reset()  # as LeRobot does where an operator hands back
+        assert all(not each._queue for each in policy.rows)
+        with pytest.raises(ObservationError, match="expected finite values"):
+            policy.select_action(broken)
+        policy.reset()
+        before = left[STATE]
+        for _ in range(3):
+            action = policy.select_action(left)
+            assert (action - before).abs().max() <= 3 + 1e-4
+            before = action
+    with pytest.raises(UsageError, match="max_change, which is not set"):
+        load(robot.bundle, "--start_from_state=true")
+
+
+def test_rows_are_recorded(robot: Robot, tmp_path: Path) -> None:
+    """The newest, until the policy is let go."""
+    folder, seen = tmp_path / "seen", batches(6, 2)
+    policy = load(robot.bundle, f"--record={folder}", "--record_max_bytes=2000000")
+    actions = [policy.select_action(batch).numpy() for batch in seen]
+    del policy
+    gc.collect()
+    for number in range(2):
+        (episode,) = Recording(folder / f"row_{number}").episodes
+        np.testing.assert_array_equal(episode.actions, [action[number] for action in actions])
+        assert set(episode.outcomes.tolist()) == {Outcome.ACTED}
+    with pytest.raises(UsageError, match="holds a recording already"):
+        load(robot.bundle, f"--record={folder}")
+
+
+def test_the_loops_rate_beside_the_demonstrations(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(modeling_vqbet_edge.time, "monotonic", lambda: clock)
+    said = []
+    for period in (1 / 30, 1 / 60):
+        pace = modeling_vqbet_edge._Pace(30.0)
+        caplog.clear()
+        for _ in range(3):  # episodes with pauses between
+            clock += 10
+            pace.begin()
+            for _ in range(40):
+                clock += period
+                pace.tick()
+        said.append([record.getMessage() for record in caplog.records])
+    assert said[0] == []
+    (text,) = said[1]
+    assert "60 actions a second, the demonstrations have 30: a robot moves 2 times" in text
+
+
+def test_a_bundle_that_computes_something_else_is_refused(
+    robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven = []
+    monkeypatch.setattr("vqbet_edge.runtime.proof.prove", lambda *given: proven.append(given))
+    load(robot.bundle)
+    assert not proven
+    load(robot.bundle, "--prove=true")
+    assert len(proven) == 1
 
 
 @pytest.mark.parametrize(

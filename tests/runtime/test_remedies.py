@@ -24,7 +24,8 @@ FROZEN = Path(__file__).with_name("frozen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 COMMANDS = {
-    "vqbet-bench": "bench", "vqbet-build": "cli", "vqbet-codes": "train", "vqbet-doctor": "cli",
+    "vqbet-bench": "bench", "vqbet-build": "cli", "vqbet-codes": "train",
+    "vqbet-dataset": "train", "vqbet-doctor": "cli",
     "vqbet-eval": "train", "vqbet-export": "export", "vqbet-inspect": "cli",
     "vqbet-serve": "serve", "vqbet-train": "train", "vqbet-view": "view",
 }  # fmt: skip

@@ -209,6 +209,7 @@ def test_mcap_reads_back_equal(recorded: Recording, tmp_path: Path) -> None:
         "camera": "foxglove.CompressedImage",
         "step": "vqbet_edge.Step",
         "decision": "vqbet_edge.Decision",
+        "mark": "vqbet_edge.Mark",
     }
     for place, episode in enumerate(recorded.episodes):
         root = f"/episode_{place:03}"
@@ -228,6 +229,12 @@ def test_mcap_reads_back_equal(recorded: Recording, tmp_path: Path) -> None:
             assert stamp["sec"] * 10**9 + stamp["nsec"] == time == episode.times[row]
             assert (m["format"], m["frame_id"]) == ("png", miniature.IMAGE)
             same_frame(base64.b64decode(m["data"]), episode, row)
+        marked = [
+            (mark.time, {"step": int(episode.steps[row]), "text": mark.text})
+            for row, marks in episode.marks.items()
+            for mark in marks
+        ]
+        assert messages.get(f"{root}/mark", []) == marked
         made = messages.get(f"{root}/decision", [])
         assert [m["step"] for _, m in made] == [d.step for d in episode.decisions.values()]
         for (_, m), expected in zip(made, episode.decisions.values(), strict=True):

@@ -242,7 +242,7 @@ class ActingPolicy:
         self._reader.read(observation, slot.frames, slot.state)
         self._clock.accept(stamp)
         if self._recorder is not None:
-            self._recorder.append(observation)
+            self._recorder.append(observation, stamp)
         return self._window.take_slot()
 
     def _check_history(self) -> None:
@@ -344,5 +344,9 @@ class ActingPolicy:
                 )
             try:
                 yield
+            except Exception as error:
+                if self._recorder is not None:
+                    self._recorder.failed(error)
+                raise
             finally:
                 self._lock.release()

@@ -17,7 +17,7 @@ from vqbet_edge.runtime.guards.actions import GuardCounts
 from vqbet_edge.runtime.guards.config import Guards
 from vqbet_edge.runtime.guards.limits import tell_of_limits
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_edge.runtime.recording import Recorder
+from vqbet_edge.runtime.recording import Keep, Recorder
 from vqbet_edge.runtime.recording_format import PolicyInfo
 from vqbet_edge.runtime.timing import check_prediction_time
 
@@ -213,6 +213,7 @@ class EdgePolicy(ActingPolicy):
         *,
         decisions: bool = False,
         max_bytes: int = 1 << 30,
+        keep: Keep = "first",
     ) -> Iterator[None]:
         """Write every observation, as it came, to a folder: `with policy.record("seen"): ...`.
 
@@ -223,11 +224,13 @@ class EdgePolicy(ActingPolicy):
         Args:
             folder: where to; one recording per folder.
             decisions: write actions, their times and everything about decisions too.
-            max_bytes: recording ends, with a warning, before there is more than this.
+            max_bytes: there is never more than this, but for one file that is being written.
+            keep: what of a recording that is full: `first`, and it ends with a warning, or `last`,
+                and its oldest files make room, so that what has just happened is in it.
 
         Raises:
-            UsageError: the policy records already, the folder holds a recording, or the limit is
-                below one observation.
+            UsageError: the policy records already, the folder holds a recording, the limit is
+                below one observation (four with `last`), or `keep` is neither.
             DiskError: the folder cannot be written; raised at the block's end if it failed later
                 or was too slow.
         """
@@ -247,11 +250,30 @@ class EdgePolicy(ActingPolicy):
             replan_every=self._replan_every,
             n_obs_steps=manifest.policy.n_obs_steps,
             action_limits=limits and (tuple(limits[0].tolist()), tuple(limits[1].tolist())),
+            fps=manifest.fps,
         )
         kept, policy = self._window.kept, info if decisions else None
-        self._recorder = recorder = Recorder(manifest, Path(folder), max_bytes, policy, kept)
+        self._recorder = recorder = Recorder(manifest, Path(folder), max_bytes, policy, kept, keep)
         try:
             yield
         finally:
             self._recorder = None
             recorder.close()
+
+    def mark(self, text: str) -> None:
+        """Mark this moment in the recording, for `vqbet-view` to find; any thread may call this.
+
+        The first of failed calls in a row and the first of late ones are marked by themselves.
+
+        Args:
+            text: what happened; a line of 1000 characters at most, the rest is cut.
+
+        Raises:
+            UsageError: the policy does not record, or this is no text.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            raise UsageError("nothing is recorded; call mark inside `with policy.record(...): ...`")
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"expected a text that says what happened, got {text!r}")
+        recorder.mark(text)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime import recording_format as fmt
-from vqbet_edge.runtime.recording_format import Array, Outcome, PolicyInfo, RecordingInfo
+from vqbet_edge.runtime.recording_format import Array, Mark, Outcome, PolicyInfo, RecordingInfo
 from vqbet_edge.runtime.sampling import Decision
 
 _WITHOUT = (
@@ -35,21 +35,25 @@ class RecordedEpisode:
         number: in its recording; grows.
         steps: int64 (T,), observations since the reset; the first is 0 unless something is missing.
         times: int64 (T,), when each came, ns since 1970.
+        observation_times: int64 (T,), when each was taken, likewise; 0 where not known.
         states: float32 (T, S), in the robot's units.
         actions: float32 (T, A), handed out; NaN where `act` raised.
         seconds: float64 (T,), that `act` took; NaN where it raised.
         outcomes: uint8 (T,), see `Outcome`.
         decisions: row -> what was decided on it.
+        marks: row -> what was marked when it was the newest.
     """
 
     number: int
     steps: NDArray[np.int64]
     times: NDArray[np.int64]
+    observation_times: NDArray[np.int64]
     states: NDArray[np.float32]
     actions: NDArray[np.float32]
     seconds: NDArray[np.float64]
     outcomes: NDArray[np.uint8]
     decisions: Mapping[int, Decision]
+    marks: Mapping[int, tuple[Mark, ...]]
     _recording: "Recording"
     _first: int
 
@@ -83,6 +87,7 @@ class Recording:
         info: what its files say about it.
         policy: whose decisions they are.
         episodes: in order.
+        marks: in order, also those of observations that are not here any more.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -92,7 +97,8 @@ class Recording:
             DatasetError: it holds no recording, one without decisions, or a damaged one.
         """
         self.folder = Path(folder)
-        self._paths = sorted(self.folder.glob(fmt.FILE_PATTERN))
+        self._paths = fmt.files(self.folder)
+        self.marks: list[Mark] = []
         if not self._paths:
             raise DatasetError(
                 f"'{folder}' holds no recording: expected files {fmt.FILE_PATTERN}; record "
@@ -125,9 +131,14 @@ class Recording:
 
     def _read(self, path: Path) -> dict[str, Array]:
         with safe_open(path, "numpy") as file:
-            self.info = _info(path, (file.metadata() or {}).get(fmt.METADATA))
+            metadata = file.metadata() or {}
+            self.info = _info(path, metadata.get(fmt.METADATA))
+            # A DecodeError is a ValueError.
+            self.marks += msgspec.json.decode(metadata.get(fmt.MARKS, "[]"), type=list[Mark])
             keys = [k for k in file.keys() if k in fmt.OWN or k.startswith(fmt.DECISION)]  # noqa: SIM118
             arrays = {key: file.get_tensor(key) for key in (*keys, self.info.state_key)}
+        # Files of before it was kept.
+        arrays.setdefault(fmt.OBSERVATION_TIME, np.zeros(len(arrays[fmt.EPISODE]), np.int64))
         wrong = _misfit(arrays, self.info)
         if wrong is not None:
             raise self._unreadable(f"{path.name}: {wrong} is not as the format has it")
@@ -145,6 +156,10 @@ class Recording:
             for row, episode in enumerate(part.get(fmt.DECISION_EPISODE, np.zeros(0)).tolist())
             for decision in (fmt.unpack_decision(part, row),)
         }
+        marked: dict[tuple[int, int], tuple[Mark, ...]] = {}
+        for mark in self.marks:
+            place = mark.episode, mark.step
+            marked[place] = (*marked.get(place, ()), mark)
         for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True):
             part = slice(first, last)
             at = [(int(numbers[first]), step) for step in steps[part].tolist()]
@@ -152,11 +167,13 @@ class Recording:
                 number=int(numbers[first]),
                 steps=steps[part],
                 times=rows[fmt.TIME][part],
+                observation_times=rows[fmt.OBSERVATION_TIME][part],
                 states=rows[state][part],
                 actions=rows[fmt.ACTION][part],
                 seconds=rows[fmt.SECONDS][part],
                 outcomes=rows[fmt.OUTCOME][part],
                 decisions={row: made[place] for row, place in enumerate(at) if place in made},
+                marks={row: marked[place] for row, place in enumerate(at) if place in marked},
                 _recording=self,
                 _first=first,
             )
@@ -185,9 +202,10 @@ def _misfit(arrays: Mapping[str, Array], info: RecordingInfo) -> str | None:
     limits = None if info.policy is None else info.policy.action_limits
     if limits is not None and {len(limit) for limit in limits} != {width}:
         return "the number of action limits"
+    times = dict.fromkeys((fmt.TIME, fmt.OBSERVATION_TIME), 1 << 63)
     # MCAP has 32 bits for a step.
     steps = dict.fromkeys((fmt.STEP, fmt.DECISION_STEP), 1 << 32)
-    ranges = {f"{fmt.DECISION}codes": codes, fmt.OUTCOME: len(Outcome), fmt.TIME: 1 << 63, **steps}
+    ranges = {f"{fmt.DECISION}codes": codes, fmt.OUTCOME: len(Outcome), **times, **steps}
     for key, end in ranges.items():
         if key in arrays and not ((arrays[key] >= 0) & (arrays[key] < end)).all():
             return f"a value of '{key}'"

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from vqbet_edge.errors import DiskError, UsageError
 from vqbet_edge.runtime import recording_format as fmt
 from vqbet_edge.runtime.manifest import Manifest
-from vqbet_edge.runtime.recording_format import Array, Outcome, PolicyInfo, RecordingInfo
+from vqbet_edge.runtime.recording_format import Array, Mark, Outcome, PolicyInfo, RecordingInfo
 from vqbet_edge.runtime.sampling import Decision
 from vqbet_edge.runtime.worker import Backlog, Worker
 
@@ -31,9 +31,16 @@ _BLOCK_BYTES = 8 << 20
 _BLOCK_SECONDS = 5.0
 # Blocks that may be filled, waiting or being written at the same time.
 _BLOCKS = 8
+# A ring consists of so many files at least, so that it is never empty but for the newest.
+_RING_FILES = 4
+# Of a mark's text.
+_MARK_LENGTH = 1000
 # That a file of a block may take; a disk that hangs takes for ever.
 _PATIENCE_S = 30.0
 _LOG = logging.getLogger(__name__)
+
+#: What a full recording keeps: it ends, or its oldest files make room.
+Keep = Literal["first", "last"]
 
 
 class _Block:
@@ -50,6 +57,7 @@ class _Block:
         """Begin a new file."""
         self.rows, self._began = 0, 0.0
         self.decisions: list[tuple[int, Decision]] = []
+        self.marks: list[Mark] = []
 
     def ended(self, now: float) -> bool:
         """Whether the next row belongs to another file."""
@@ -69,14 +77,42 @@ class _Block:
         for key, value in row.items():
             self._arrays[key][self.rows - 1] = value
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to write."""
+        return not (self.rows or self.decisions or self.marks)
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside it."""
+        return {fmt.MARKS: msgspec.json.encode(self.marks).decode()} if self.marks else {}
+
     def contents(self) -> dict[str, Array]:
         """What the file holds."""
         rows = {key: column[: self.rows] for key, column in self._arrays.items()}
         return rows | fmt.pack_decisions(self.decisions)
 
 
+class _Ring:
+    """The files of a recording that keeps the newest; used by the writer's thread alone."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._left = max_bytes
+        self._files: deque[tuple[Path, int]] = deque()
+
+    def take(self, path: Path, size: int) -> None:
+        """Count a file that gets its name now; the oldest go until there is room for it."""
+        while self._files and self._left < size:
+            oldest, freed = self._files.popleft()
+            oldest.unlink(missing_ok=True)
+            self._left += freed
+        self._files.append((path, size))
+        self._left -= size
+
+
 class Recorder:
-    """Writes observations, and decisions if asked to, to a folder until a size limit is reached.
+    """Writes observations, and decisions if asked to, to a folder of limited size.
+
+    A full one ends, or with `keep="last"` the oldest files make room for the newest.
 
     Files are written by a thread of their own, from a fixed number of blocks: acting never waits
     for the disk, and memory does not grow. While a disk is so slow that no block is free, rows are
@@ -85,11 +121,13 @@ class Recorder:
     and `close` reports them.
 
     `policy` says whose decisions are recorded too, None for observations alone; `step` how many
-    observations the current episode has had already.
+    observations the current episode has had already. Marks are made by `mark`, at the first of
+    failed calls in a row and at the first of late ones: late for the guards, or longer than the
+    period of the demonstrations where that is known.
 
     Raises:
-        UsageError: the folder holds a recording, the limit is below one row, or a feature has a
-            name that the recording needs.
+        UsageError: the folder holds a recording, the limit is below one row (below four with
+            `keep="last"`), or a feature has a name that the recording needs.
         DiskError: the folder cannot be made.
     """
 
@@ -100,25 +138,19 @@ class Recorder:
         max_bytes: int,
         policy: PolicyInfo | None = None,
         step: int = 0,
+        keep: Keep = "first",
     ) -> None:
+        if keep not in {"first", "last"}:
+            raise UsageError(f"unknown keep '{keep}'; known: first, last")
         self._manifest, self.folder = manifest, folder
-        columns = dict(fmt.row_columns(manifest.state_key, manifest.state_dim, manifest.action_dim))
-        columns |= {key: ("uint8", shape) for key, shape in manifest.image_shapes.items()}
-        self._decision_bytes = 0
-        if policy is None:
-            for key in (fmt.TIME, fmt.ACTION, fmt.SECONDS, fmt.OUTCOME):
-                del columns[key]
-        else:
-            sizes = manifest.policy
-            chunk = sizes.action_chunk_size, manifest.action_dim
-            # And four stages' seconds.
-            self._decision_bytes = 32 + _row_bytes(fmt.decision_columns(sizes.vqvae_n_embed, chunk))
-        self._row_bytes, self._bytes_left = _row_bytes(columns), max_bytes
-        if not self._has_room():
-            raise UsageError(
-                f"one observation has {self._row_bytes + self._decision_bytes} bytes, more than "
-                f"the limit of {max_bytes}"
-            )
+        columns = _columns(manifest, with_decisions=policy is not None)
+        self._decision_bytes = 0 if policy is None else _decision_bytes(manifest)
+        self._row_bytes = _row_bytes(columns)
+        whole = self._row_bytes + self._decision_bytes
+        needed = whole if keep == "first" else whole * _RING_FILES
+        if needed > max_bytes:
+            of = "one observation has" if keep == "first" else f"{_RING_FILES} observations have"
+            raise UsageError(f"{of} {needed} bytes, more than the limit of {max_bytes}")
         features = *manifest.image_keys, manifest.state_key
         if taken := [key for key in features if not fmt.is_feature(key)]:
             raise UsageError(
@@ -127,14 +159,20 @@ class Recorder:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.glob(fmt.FILE_PATTERN)):
+            if fmt.files(folder):
                 raise UsageError(f"'{folder}' holds a recording already; choose another folder")
         except OSError as error:
             raise DiskError(f"cannot record to '{folder}': {error.strerror}") from error
         info = RecordingInfo(fmt.FORMAT_VERSION, manifest.image_keys, manifest.state_key, policy)
         self._metadata = {fmt.METADATA: msgspec.json.encode(info).decode()}
         self._with_decisions = policy is not None
-        rows = max(1, min(_BLOCK_BYTES, max_bytes) // self._row_bytes)
+        if keep == "first":
+            self._bytes_left: float = max_bytes
+            self._ring: _Ring | None = None
+            rows = max(1, min(_BLOCK_BYTES, max_bytes) // self._row_bytes)
+        else:
+            self._bytes_left, self._ring = math.inf, _Ring(max_bytes)
+            rows = max(1, min(_BLOCK_BYTES, max_bytes // _RING_FILES) // whole)
         self._free = [_Block(columns, rows) for _ in range(_BLOCKS)]
         self._block: _Block | None = self._free.pop()
         self._episode, self._step, self._files, self._lost = 0, step, 0, 0
@@ -142,7 +180,14 @@ class Recorder:
         self._gap = self._kept = False
         # From the thread that plans, which may be another than the one that acts.
         self._decided: deque[Decision] = deque()
+        # From any thread.
+        self._marked: deque[Mark] = deque()
+        # Whether the latest call failed; whether the latest action was late; when one is.
+        self._failed = self._late = False
+        self._period = math.inf if manifest.fps is None else 1 / manifest.fps
         self._writer = Worker("vqbet-recording", finish=True)
+        # From Python 3.12 on, no thread begins at Python's end, where `close` may be called.
+        self._writer.submit(lambda: None)
         self._writing: Backlog[None] = Backlog()
         self._error: DiskError | None = None
         self._full = False
@@ -155,8 +200,11 @@ class Recorder:
         self._episode += 1
         self._step, self._gap = 0, False
 
-    def append(self, observation: Mapping[str, Any]) -> None:
-        """Take a copy of an observation that has been checked; nothing once the limit is met."""
+    def append(self, observation: Mapping[str, Any], taken: float | None = None) -> None:
+        """Take a copy of an observation that has been checked; nothing once the limit is met.
+
+        `taken` is when it was, in seconds of `time.monotonic()`, None where that is not known.
+        """
         step, self._step = self._step, self._step + 1
         now = time.monotonic()
         block = self._block_for_row(now)
@@ -169,6 +217,7 @@ class Recorder:
         own: dict[str, Any] = {fmt.EPISODE: self._episode, fmt.STEP: step}
         if self._with_decisions:
             own[fmt.TIME] = self._epoch + time.monotonic_ns()
+            own[fmt.OBSERVATION_TIME] = 0 if taken is None else self._epoch + int(taken * 1e9)
             own |= {fmt.ACTION: np.nan, fmt.SECONDS: np.nan, fmt.OUTCOME: Outcome.RAISED}
         block.append(row | own, now)
         self._bytes_left -= self._row_bytes
@@ -178,8 +227,31 @@ class Recorder:
         if self._with_decisions:
             self._decided.append(decision)
 
+    def mark(self, text: str) -> None:
+        """Mark this moment; any thread may call this."""
+        plain = "".join(c if c.isprintable() else " " for c in text[:_MARK_LENGTH])
+        step, now = max(self._step - 1, 0), self._epoch + time.monotonic_ns()
+        if not self._full:
+            self._marked.append(Mark(self._episode, step, now, plain))
+
+    def failed(self, error: Exception) -> None:
+        """A call raised."""
+        if self._failed:
+            return
+        self._failed = True
+        self.mark(f"{type(error).__name__}: {error}")
+        # The next thing may be the switch.
+        if self._ring is not None:
+            self._take_decisions()
+            self._hand_over_marks()
+
     def acted(self, action: NDArray[np.float32], seconds: float, outcome: Outcome) -> None:
         """The action (A,) for the newest observation, as handed out after so many seconds."""
+        slow = outcome == Outcome.ACTED and seconds > self._period
+        late = slow or outcome == Outcome.LATE
+        if late and not self._late:
+            self.mark(f"late: {seconds * 1e3:.1f} ms")
+        self._failed, self._late = False, late
         if self._with_decisions:
             if self._block is not None and self._kept:
                 self._block.amend({fmt.ACTION: action, fmt.SECONDS: seconds, fmt.OUTCOME: outcome})
@@ -196,7 +268,7 @@ class Recorder:
                 is not written yet because the disk hangs.
         """
         self._take_decisions()
-        self._hand_over()
+        self._hand_over_marks()
         self._full = True
         if self._writing.running(_PATIENCE_S):
             raise DiskError(
@@ -255,18 +327,32 @@ class Recorder:
     def _hand_over(self) -> None:
         """Let the current block be written."""
         block, self._block = self._block, None
-        if block is not None and (block.rows or block.decisions):
+        if block is None:
+            return
+        while self._marked:
+            block.marks.append(self._marked.popleft())
+        if block.empty:
+            self._free.append(block)
+        else:
             path = self.folder / fmt.FILE_PATTERN.replace("*", f"{self._files:06}")
             self._files += 1
             self._writing.check()
             self._writing.add(self._writer.submit(lambda: self._write(path, block)))
+
+    def _hand_over_marks(self) -> None:
+        """Let the current block be written, or one for marks alone."""
+        if self._block is None and self._free and self._marked and not self._full:
+            self._block = self._free.pop()
+        self._hand_over()
 
     def _write(self, path: Path, block: _Block) -> None:
         """On the writer's thread."""
         if self._error is None:
             partial = path.with_suffix(".partial")
             try:
-                _write_file(partial, block.contents(), self._metadata)
+                _write_file(partial, block.contents(), self._metadata | block.metadata())
+                if self._ring is not None:
+                    self._ring.take(path, partial.stat().st_size)
                 partial.rename(path)
             except Exception as error:  # noqa: BLE001 - whatever it is, the robot acts on
                 reason = getattr(error, "strerror", None) or error
@@ -284,6 +370,21 @@ def _write_file(path: Path, arrays: Mapping[str, Array], metadata: dict[str, str
     # Otherwise a robot that is switched off may have the name without the bytes.
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _columns(manifest: Manifest, *, with_decisions: bool) -> fmt.Columns:
+    """Key -> dtype and shape of a row."""
+    columns = dict(fmt.row_columns(manifest.state_key, manifest.state_dim, manifest.action_dim))
+    if not with_decisions:
+        for key in set(fmt.OWN) - {fmt.EPISODE, fmt.STEP}:
+            del columns[key]
+    return columns | {key: ("uint8", shape) for key, shape in manifest.image_shapes.items()}
+
+
+def _decision_bytes(manifest: Manifest) -> int:
+    chunk = manifest.policy.action_chunk_size, manifest.action_dim
+    # And four stages' seconds.
+    return 32 + _row_bytes(fmt.decision_columns(manifest.policy.vqvae_n_embed, chunk))
 
 
 def _row_bytes(columns: fmt.Columns) -> int:

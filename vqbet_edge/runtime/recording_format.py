@@ -10,6 +10,7 @@ Each file, `observations_000000.safetensors` and on, holds consecutive observati
 With decisions, every row also has
 
     time                     int64   (T,)            when it came, ns since 1970; never jumps
+    observation_time         int64   (T,)            when it was taken, likewise; 0 where not known
     action                   float32 (T, A)          what was handed out; NaN where `act` raised
     seconds                  float64 (T,)            that `act` took; NaN where it raised
     outcome                  uint8   (T,)            see `Outcome`
@@ -19,11 +20,13 @@ and D of the rows have a decision, which `decision.episode` and `decision.step` 
     decision.<field>         (D, ...)                the fields of `Decision`
     decision.seconds.<stage> float64 (D,)            NaN where that stage had not run yet
 
-The file's metadata has one entry, `recording`: the JSON of `RecordingInfo`.
+The file's metadata has `recording`, the JSON of `RecordingInfo`, and, where something was marked,
+`marks`, that of a list of `Mark`.
 """
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -35,10 +38,10 @@ from vqbet_edge.runtime.sampling import Decision
 
 FORMAT_VERSION: Literal[2] = 2
 FILE_PATTERN = "observations_*.safetensors"
-METADATA = "recording"
+METADATA, MARKS = "recording", "marks"
 #: A recording's own columns, beside those of features.
-OWN = EPISODE, STEP, TIME, ACTION, SECONDS, OUTCOME = (
-    *("episode", "step", "time", "action", "seconds", "outcome"),
+OWN = EPISODE, STEP, TIME, OBSERVATION_TIME, ACTION, SECONDS, OUTCOME = (
+    *("episode", "step", "time", "observation_time", "action", "seconds", "outcome"),
 )
 DECISION = "decision."
 DECISION_EPISODE, DECISION_STEP = f"{DECISION}{EPISODE}", f"{DECISION}{STEP}"
@@ -82,6 +85,7 @@ class PolicyInfo(Struct, frozen=True):
         replan_every: actions executed of every chunk.
         n_obs_steps: observations in a window.
         action_limits: what chunks were clamped to, lowest and highest (A,); None is nothing.
+        fps: observations a second of the demonstrations; None where not known, and in older files.
     """
 
     bundle: Text
@@ -93,6 +97,7 @@ class PolicyInfo(Struct, frozen=True):
     replan_every: int
     n_obs_steps: Positive
     action_limits: tuple[Limit, Limit] | None
+    fps: Annotated[float, Meta(gt=0)] | None = None
 
 
 class RecordingInfo(Struct, frozen=True):
@@ -104,6 +109,27 @@ class RecordingInfo(Struct, frozen=True):
     policy: PolicyInfo | None = None
 
 
+class Mark(Struct, frozen=True):
+    """A moment that somebody will look for.
+
+    Attributes:
+        episode: in which it was.
+        step: of the newest observation then, since the reset.
+        time: ns since 1970, by the clock of rows.
+        text: what `EdgePolicy.mark` was told, an error's words, or how late a step was.
+    """
+
+    episode: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    step: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+    time: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    text: Text
+
+
+def files(folder: Path) -> list[Path]:
+    """A recording's files in their order; none where there is no recording."""
+    return sorted(folder.glob(FILE_PATTERN), key=lambda path: (len(path.name), path.name))
+
+
 def row_columns(state_key: str, state_dim: int, action_dim: int) -> Columns:
     """Key -> dtype and shape of one row with decisions, but for frames."""
     return {
@@ -111,6 +137,7 @@ def row_columns(state_key: str, state_dim: int, action_dim: int) -> Columns:
         STEP: ("int64", ()),
         state_key: ("float32", (state_dim,)),
         TIME: ("int64", ()),
+        OBSERVATION_TIME: ("int64", ()),
         ACTION: ("float32", (action_dim,)),
         SECONDS: ("float64", ()),
         OUTCOME: ("uint8", ()),

@@ -10,7 +10,7 @@ from msgspec import Struct
 from vqbet_edge.errors import DatasetError, UsageError
 from vqbet_edge.runtime.manifest import Text
 from vqbet_edge.runtime.recorded import RecordedEpisode, Recording
-from vqbet_edge.runtime.recording_format import FILE_PATTERN
+from vqbet_edge.runtime.recording_format import files
 
 INDEX_NAME = "episodes.json"
 
@@ -78,7 +78,7 @@ def open_episodes(folder: Path, numbers: Sequence[int] = ()) -> list[ShownEpisod
         DatasetError: there is no recording with decisions, or a damaged one.
         UsageError: a number is too large.
     """
-    if any(folder.glob(FILE_PATTERN)):
+    if files(folder):
         recording = Recording(folder)
         found = [ShownEpisode(recording, episode, None) for episode in recording.episodes]
     else:
@@ -95,7 +95,7 @@ def first_shown(shown: Sequence[ShownEpisode]) -> int:
 
 
 def _of_evaluation(folder: Path) -> list[ShownEpisode]:
-    inside = sorted(path.parent for path in folder.glob("*/observations_000000.safetensors"))
+    inside = sorted(path for path in folder.glob("*") if files(path))
     if not inside:
         Recording(folder)  # says what was expected
     outcomes = _outcomes(folder / INDEX_NAME)

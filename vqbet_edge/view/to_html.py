@@ -108,6 +108,11 @@ def _episode(cut: _Cut) -> dict[str, Any]:
         "states": _rounded(episode.states[rows]),
         "milliseconds": _rounded(episode.seconds[rows] * 1e3),
         "outcomes": episode.outcomes[rows].tolist(),
+        "marks": [
+            [row - cut.first, "; ".join(mark.text for mark in marks)]
+            for row, marks in sorted(episode.marks.items())
+            if row >= cut.first
+        ],
         "codes": [column.tolist() for column in columns],
         "decisions": [
             {

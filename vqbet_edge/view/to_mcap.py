@@ -37,6 +37,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "seconds": {"type": ["number", "null"]},
         "outcome": {"enum": [outcome.name for outcome in Outcome]},
     },
+    "vqbet_edge.Mark": {"step": _INTEGER, "text": {"type": "string"}},
     "vqbet_edge.Decision": {
         "step": _INTEGER,
         **{name: {"type": "array"} for name in DECISION_ARRAYS},
@@ -51,7 +52,7 @@ def write(shown: Sequence[ShownEpisode], path: Path) -> None:
 
     Topics `/episode_000/...` and on: `camera/<key>` (foxglove.CompressedImage, PNG, so that every
     value stays), `step` with state, action, seconds and outcome, `decision` with the fields of
-    `Decision`. The log time is when the observation came.
+    `Decision`, `mark` with a text. The log time is when the observation came, a mark's its own.
     """
     with path.open("wb") as file:
         writer = Writer(file)
@@ -99,6 +100,9 @@ def _send_row(send: _Send, root: str, shown: ShownEpisode, row: int) -> None:
         "outcome": Outcome(int(episode.outcomes[row])).name,
     }
     send(f"{root}/step", "vqbet_edge.Step", message, time, step)
+    for mark in episode.marks.get(row, ()):
+        text = {"step": step, "text": mark.text}
+        send(f"{root}/mark", "vqbet_edge.Mark", text, mark.time, step)
     if row in episode.decisions:
         decision = episode.decisions[row]
         arrays = {name: _plain(getattr(decision, name)) for name in DECISION_ARRAYS}

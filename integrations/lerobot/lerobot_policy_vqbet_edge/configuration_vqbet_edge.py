@@ -68,6 +68,16 @@ class VqbetEdgeConfig(PreTrainedConfig):
     prefetch: str | None = None
     # JSON: '{"action_limits": [-90, 90], "max_change": 5, "deadline_s": 0.03, "on_late": "hold"}'.
     guards: Guards = field(default_factory=Guards)
+    # Act the bundle's reference cases out first, which takes about a second.
+    prove: bool = False
+    # The first action after a reset, also where an operator hands back, is at most the guards'
+    # max_change from the measured state. For arms whose state and action are the same joints, in
+    # the same order and units.
+    start_from_state: bool = False
+    # New folder to record to, with decisions: the newest of it, in row_0 and on for a batch's rows.
+    record: str | None = None
+    # Of each row's recording.
+    record_max_bytes: int = 1 << 30
     # Of a repository on the Hub: a branch, tag or commit. LeRobot 0.4.4 lacks it.
     pretrained_revision: str | None = None
     _made = False
@@ -89,6 +99,11 @@ class VqbetEdgeConfig(PreTrainedConfig):
             raise UsageError(
                 "expected neither use_peft nor pretrained_path of a bundle's configuration; name "
                 "the bundle with --policy.path=NAME.bundle"
+            )
+        if self.start_from_state and self.guards.max_change is None:
+            raise UsageError(
+                "--policy.start_from_state limits the first action by the guards' max_change, "
+                "which is not set: add --policy.guards='{\"max_change\": 5}'"
             )
         super().__post_init__()
         self._made = True

@@ -2,7 +2,10 @@
 
 import logging
 import os
+import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +18,13 @@ from torch import Tensor
 
 from lerobot_policy_vqbet_edge.configuration_vqbet_edge import NO_TRAINING, VqbetEdgeConfig
 from vqbet_edge import EdgePolicy
-from vqbet_edge.errors import HistoryError, ObservationError, UsageError
+from vqbet_edge.errors import HistoryError, ObservationError, UsageError, VQBeTEdgeError
 from vqbet_edge.runtime.manifest import FeatureSpec, Manifest
 
 _LOG = logging.getLogger(__name__)
 _Row = dict[str, NDArray[Any]]
+# Calls after which the loop's rate is known, and what it may differ by.
+_PACED, _RATES_DIFFER = 30, 0.1
 
 
 class VqbetEdgePolicy(PreTrainedPolicy):
@@ -43,10 +48,21 @@ class VqbetEdgePolicy(PreTrainedPolicy):
         if policy is None:
             raise UsageError(f"pass a bundle with --policy.path=NAME.bundle; {NO_TRAINING}")
         _check_features(config, policy.manifest)
+        if config.start_from_state and policy.manifest.state_dim != policy.manifest.action_dim:
+            raise UsageError(
+                f"--policy.start_from_state: the state has {policy.manifest.state_dim} values and "
+                f"the action {policy.manifest.action_dim}, expected the same joints"
+            )
         # One per row; those of rows that are not there now wait for a larger batch.
         self._rows = [policy]
         self._batch_size: int | None = None
         self._broken = False
+        self._begins = True
+        self._pace = _Pace(policy.fps)
+        # LeRobot does not say when it is done with a policy.
+        self._recordings = ExitStack()
+        weakref.finalize(self, _close, self._recordings)
+        self._record(0)
         self.eval()
 
     @classmethod
@@ -87,6 +103,7 @@ class VqbetEdgePolicy(PreTrainedPolicy):
             replan_every=config.replan_every,
             prefetch=config.prefetch,  # type: ignore[arg-type] # checked there
             guards=config.guards,
+            prove=config.prove,
         )
         if (fps := policy.fps) is not None:  # LeRobot does not tell how fast its loop is
             how = "the demonstrations have %g observations a second: drive as fast, with --fps=%g"
@@ -102,7 +119,8 @@ class VqbetEdgePolicy(PreTrainedPolicy):
         """Forget every row's history and queue; the next batch may have another size."""
         for policy in self._rows:
             policy.reset()
-        self._batch_size, self._broken = None, False
+        self._batch_size, self._broken, self._begins = None, False, True
+        self._pace.begin()
 
     def drop_queued_actions(self) -> None:
         """Forget every row's queue but not its history, as LeRobot asks where the task changes."""
@@ -125,6 +143,7 @@ class VqbetEdgePolicy(PreTrainedPolicy):
             UsageError: the batch has another size than since `reset`, or is not on the CPU.
             HistoryError: an earlier call failed after some rows had acted.
         """
+        self._pace.tick()
         return self._each(batch, EdgePolicy.act)
 
     @torch.no_grad()
@@ -166,10 +185,12 @@ class VqbetEdgePolicy(PreTrainedPolicy):
             )
         rows = _rows(batch, self._rows[0].manifest)
         self._set_batch_size(len(rows))
+        if self._begins and self.config.start_from_state:
+            self._anchor(rows)
         # Of one row, the runtime itself knows whether its history still holds.
         self._broken = len(rows) > 1
         actions = [act(policy, row) for policy, row in zip(self._rows, rows, strict=False)]
-        self._broken = False
+        self._broken = self._begins = False
         return torch.from_numpy(np.stack(actions))
 
     def _set_batch_size(self, size: int) -> None:
@@ -181,6 +202,62 @@ class VqbetEdgePolicy(PreTrainedPolicy):
         self._batch_size = size
         for row in range(len(self._rows), size):
             self._rows.append(self._rows[0].sibling(seed=self.config.seed + row))
+            self._record(row)
+
+    def _anchor(self, rows: Sequence[_Row]) -> None:
+        """Begin where each robot stands; what is no state is refused by `act`."""
+        for policy, row in zip(self._rows, rows, strict=False):
+            state = row[policy.manifest.state_key]
+            if np.isfinite(state).all():
+                policy.reset(from_action=state)
+
+    def _record(self, row: int) -> None:
+        """Record a row, if asked to, until LeRobot lets go of the policy.
+
+        Raises:
+            UsageError, DiskError: as `EdgePolicy.record` does.
+        """
+        if self.config.record is not None:
+            folder, most = Path(self.config.record) / f"row_{row}", self.config.record_max_bytes
+            recording = self._rows[row].record(folder, decisions=True, max_bytes=most, keep="last")
+            self._recordings.enter_context(recording)
+
+
+class _Pace:
+    """How often LeRobot asks, beside how often the demonstrations were observed; said once."""
+
+    def __init__(self, fps: float | None) -> None:
+        self._fps = fps
+        self.begin()
+
+    def begin(self) -> None:
+        """A pause does not count."""
+        self._calls, self._first = 0, 0.0
+
+    def tick(self) -> None:
+        """An action is asked for."""
+        if self._fps is None or self._calls > _PACED:
+            return
+        now = time.monotonic()
+        if self._calls == 0:
+            self._first = now
+        elif self._calls == _PACED:
+            rate = _PACED / max(now - self._first, 1e-9)
+            if abs(rate / self._fps - 1) > _RATES_DIFFER:
+                _LOG.warning(
+                    "the loop takes %.3g actions a second, the demonstrations have %g: a robot "
+                    "moves %.2g times as fast as in them (a simulator does not wait)",
+                    rate, self._fps, rate / self._fps,
+                )  # fmt: skip
+                self._fps = None
+        self._calls += 1
+
+
+def _close(recordings: ExitStack) -> None:
+    try:
+        recordings.close()
+    except VQBeTEdgeError as error:
+        _LOG.error("%s", error)
 
 
 def _check_features(config: VqbetEdgeConfig, manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import ssl
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from vqbet_edge.runtime.backends import BackendName, create_backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_serve.keys import Keys
 from vqbet_serve.readiness import ReferenceStep
+from vqbet_serve.recordings import Recordings
 from vqbet_serve.server import DEFAULT_WAIT_MS, PolicyServer, ServeConfig, run_until_stopped
 
 _LOG = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class Arguments(Options):
     # Certificate and private key, for wss://.
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    # Folder to record every session to: what its robot saw and what was decided.
+    record: Path | None = None
+    # Of all recordings together, ended ones included; the oldest make room.
+    record_megabytes: int = 10240
 
 
 def main() -> None:
@@ -79,6 +84,11 @@ def main() -> None:
 def _main() -> None:
     arguments = cli.parse(Arguments, "vqbet-serve")
     config = arguments.config(_tls(arguments))
+    if arguments.record is not None:
+        most = arguments.record_megabytes << 20
+        config = replace(
+            config, recordings=Recordings(arguments.record, most, arguments.max_robots)
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if config.keys is not None and config.tls is None:
         _LOG.warning("without --tls-cert, the key and the images can be read on the way")

@@ -30,6 +30,7 @@ from vqbet_serve.keys import UNNAMED, Keys
 from vqbet_serve.metadata import PolicyMetadata
 from vqbet_serve.metrics import CONTENT_TYPE, Metrics
 from vqbet_serve.readiness import Readiness
+from vqbet_serve.recordings import Recordings
 from vqbet_serve.sessions import Sessions
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class ServeConfig:
         idle_s: seconds without a request after which a robot's place may be given to another one;
             and seconds in which a request that has begun must be whole.
         batch_wait_s: how long a robot waits for others to share a run with; 0 runs each alone.
+        recordings: of every session; None: nothing is recorded.
 
     Raises:
         UsageError: a value is out of range, or an open address has no key.
@@ -74,6 +76,7 @@ class ServeConfig:
     max_robots: int = 16
     idle_s: float = 30.0
     batch_wait_s: float = DEFAULT_WAIT_MS / 1e3
+    recordings: Recordings | None = None
 
     def __post_init__(self) -> None:
         if self.host not in _LOOPBACK and self.keys is None:
@@ -122,7 +125,7 @@ class PolicyServer:
             min(_THREADS, config.max_robots) if self._gatherer else None, "vqbet-serve"
         )
         step = nullcontext if self._gatherer is None else self._gatherer.step
-        self.sessions = Sessions(policy, config.seed, config.max_robots, step)
+        self.sessions = Sessions(policy, config.seed, config.max_robots, step, config.recordings)
         self._shared = Shared(
             self.sessions, self.metrics, self._pool, metadata.to_frame(), config.idle_s
         )

@@ -4,13 +4,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, ObservationError, UsageError
 from vqbet_serve.frames import Message, array
+from vqbet_serve.recordings import Recordings
 
 # How many of a request's keys are named where one is missing.
 _SHOWN = 16
@@ -35,6 +36,9 @@ class Session:
         self._made_of = self._sessions.policy
         start = self._sessions.start(self.name) if seed is None else seed
         self._policy = self._made_of.sibling(seed=start)
+        self._recording = ExitStack()
+        if self._sessions.recordings is not None:
+            self._recording.enter_context(self._sessions.recordings.recording(self._policy))
 
     def act(self, request: Message) -> NDArray[Any]:
         """The action (A,) for a request's observation.
@@ -59,12 +63,14 @@ class Session:
         if self._made_of is self._sessions.policy:
             self._policy.reset(seed=seed)
             return
-        before = self._policy
+        before, recording = self._policy, self._recording
         self._begin(seed)
+        recording.close()
         before.close()
 
     def close(self) -> None:
         """Free the robot's memory."""
+        self._recording.close()
         self._policy.close()
 
 
@@ -75,16 +81,25 @@ class Sessions:
         policy: whose siblings the robots get. It may be exchanged for one with the same
             observations and actions; robots then take the new one at their next `reset`.
         step: see `Step`.
+        recordings: of every session; None: nothing is recorded.
 
     Args:
         policy: the first.
         seed: where the random sequence of a session without an id starts.
         most: robots at the same time.
         step: see `Step`.
+        recordings: likewise.
     """
 
-    def __init__(self, policy: EdgePolicy, seed: int, most: int, step: Step = nullcontext) -> None:
-        self.policy, self.step = policy, step
+    def __init__(
+        self,
+        policy: EdgePolicy,
+        seed: int,
+        most: int,
+        step: Step = nullcontext,
+        recordings: Recordings | None = None,
+    ) -> None:
+        self.policy, self.step, self.recordings = policy, step, recordings
         self._seed, self._most = seed, most
         self._names: list[str | None] = []
         self._lock = threading.Lock()

@@ -21,7 +21,7 @@ from vqbet_edge.runtime.cameras import pack_frames
 from vqbet_edge.runtime.extras import install_command
 from vqbet_edge.runtime.manifest import Manifest
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.runtime.recording_format import EPISODE, FILE_PATTERN, is_feature
+from vqbet_edge.runtime.recording_format import EPISODE, files, is_feature
 
 # Long enough for the window to fill and move on.
 PIECE_STEPS = 16
@@ -83,8 +83,8 @@ def open_source(source: str | Path, episodes: Sequence[int | str] | None = None)
         UsageError: it is a data set, and the packages that read one are not installed.
     """
     folder = Path(source)
-    if folder.is_dir() and any(folder.glob(FILE_PATTERN)):
-        return _Recording(str(source), sorted(folder.glob(FILE_PATTERN)))
+    if folder.is_dir() and (paths := files(folder)):
+        return _Recording(str(source), paths)
     return _Dataset(str(source), episodes)
 
 

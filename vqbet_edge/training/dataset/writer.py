@@ -1,7 +1,9 @@
 """Writing a small LeRobot data set, format v3.0, with images as PNG columns."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,34 +15,42 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Array = npt.NDArray[Any]
-# By key: float32 (T, dim), or uint8 (T, height, width, 3).
+# By key: float32 or bool (T, dim), or uint8 (T, height, width, 3).
 Demonstration = Mapping[str, Array]
 
 _FILE = "chunk-000/file-000.parquet"
 
 
 def write_dataset(
-    root: Path, demonstrations: Sequence[Demonstration], fps: float, task: str
+    root: Path, demonstrations: Iterable[Demonstration], fps: float, task: str
 ) -> None:
     """Write demonstrations, all with the same keys and shapes, into a new folder.
 
-    `LeRobotDataset.open` and LeRobot read it; `task` says in words what is demonstrated.
+    One is taken, and held in memory, at a time; there is one at least. `LeRobotDataset.open` and
+    LeRobot read the folder; `task` says in words what is demonstrated.
     """
-    lengths = [len(d["action"]) for d in demonstrations]
-    merged = {key: np.concatenate([d[key] for d in demonstrations]) for key in demonstrations[0]}
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    frame = np.concatenate([np.arange(length) for length in lengths])
-    merged |= {
-        "timestamp": (frame / fps).astype(np.float32)[:, None],
-        "frame_index": frame[:, None],
-        "episode_index": np.repeat(np.arange(len(lengths)), lengths)[:, None],
-        "index": np.arange(len(frame))[:, None],
-        "task_index": np.zeros((len(frame), 1), np.int64),
-    }
     for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
         (root / folder).mkdir(parents=True)
-    columns = {key: _column(values) for key, values in merged.items()}
-    pq.write_table(pa.table(columns), root / "data" / _FILE)
+    lengths: list[int] = []
+    vectors: dict[str, list[Array]] = defaultdict(list)
+    pixels: dict[str, _Pixels] = defaultdict(_Pixels)
+    features: dict[str, Any] = {}
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for demonstration in demonstrations:
+            rows = _with_places(demonstration, sum(lengths), len(lengths), fps)
+            table = pa.table({key: _column(values) for key, values in rows.items()})
+            if writer is None:
+                features = {key: _feature(values) for key, values in rows.items()}
+                writer = stack.enter_context(pq.ParquetWriter(root / "data" / _FILE, table.schema))
+            writer.write_table(table)
+            lengths.append(len(demonstration["action"]))
+            for key, values in rows.items():
+                if values.dtype == np.uint8:
+                    pixels[key].add(values)
+                else:
+                    vectors[key].append(values)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
     episodes = {
         "episode_index": np.arange(len(lengths)),
         "tasks": [[task]] * len(lengths),
@@ -61,8 +71,24 @@ def write_dataset(
     index |= {"column_indexes": []}
     tasks = pa.table({"task_index": [0], name: [task]}, metadata={"pandas": json.dumps(index)})
     pq.write_table(tasks, root / "meta/tasks.parquet")
-    _write_json(root / "meta/info.json", _info(merged, lengths, fps))
-    _write_json(root / "meta/stats.json", {key: _stats(v) for key, v in merged.items()})
+    _write_json(root / "meta/info.json", _info(features, lengths, fps))
+    stats = {key: _stats(np.concatenate(parts)) for key, parts in vectors.items()}
+    _write_json(root / "meta/stats.json", stats | {key: p.stats() for key, p in pixels.items()})
+
+
+def _with_places(
+    demonstration: Demonstration, first: int, episode: int, fps: float
+) -> dict[str, Array]:
+    """A demonstration's columns and those that say where each row is."""
+    frame = np.arange(len(demonstration["action"]))[:, None]
+    return {
+        **demonstration,
+        "timestamp": (frame / fps).astype(np.float32),
+        "frame_index": frame,
+        "episode_index": np.full_like(frame, episode),
+        "index": frame + first,
+        "task_index": np.zeros_like(frame),
+    }
 
 
 def _column(values: Array) -> pa.Array:
@@ -89,7 +115,7 @@ def encode_pngs(images: npt.NDArray[np.uint8]) -> list[bytes]:
     return [bytes(packet) for packet in packets]
 
 
-def _info(columns: Mapping[str, Array], lengths: Sequence[int], fps: float) -> dict[str, Any]:
+def _info(features: Mapping[str, Any], lengths: Sequence[int], fps: float) -> dict[str, Any]:
     return {
         "codebase_version": "v3.0",
         "robot_type": None,
@@ -103,7 +129,7 @@ def _info(columns: Mapping[str, Array], lengths: Sequence[int], fps: float) -> d
         "splits": {"train": f"0:{len(lengths)}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": None,
-        "features": {key: _feature(values) for key, values in columns.items()},
+        "features": features,
     }
 
 
@@ -115,13 +141,38 @@ def _feature(values: Array) -> dict[str, Any]:
 
 
 def _stats(values: Array) -> dict[str, Any]:
-    if values.dtype == np.uint8:
-        # Per channel in [0, 1], shaped (3, 1, 1); of some frames, as LeRobot's writer does it.
-        some = values[:: max(1, len(values) // 200)]
-        values = some.reshape(-1, 3, 1, 1) / np.float32(255)
+    values = values.astype(np.float64) if values.dtype == np.bool_ else values
     parts = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0, dtype=np.float64)}
     parts["std"] = values.std(0, dtype=np.float64)
     return {name: value.tolist() for name, value in parts.items()} | {"count": [len(values)]}
+
+
+class _Pixels:
+    """Statistics per channel in [0, 1] of some frames, as LeRobot's writer does it."""
+
+    def __init__(self) -> None:
+        self._lowest, self._highest = np.full(3, 255), np.zeros(3)
+        self._sum, self._squares = np.zeros(3), np.zeros(3)
+        self._count = 0
+
+    def add(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Count an episode's frames, 200 or a few more of them at most."""
+        for frame in frames[:: max(1, len(frames) // 200)]:
+            pixels = frame.reshape(-1, 3)
+            self._lowest = np.minimum(self._lowest, pixels.min(0))
+            self._highest = np.maximum(self._highest, pixels.max(0))
+            self._sum += pixels.sum(0)
+            self._squares += np.square(pixels, dtype=np.float64).sum(0)
+            self._count += len(pixels)
+
+    def stats(self) -> dict[str, Any]:
+        """Shaped (3, 1, 1)."""
+        mean = self._sum / self._count
+        # Never negative but for rounding.
+        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0))
+        parts = {"min": self._lowest, "max": self._highest, "mean": mean, "std": std}
+        shaped = {name: (part / 255).reshape(3, 1, 1).tolist() for name, part in parts.items()}
+        return shaped | {"count": [self._count]}
 
 
 def _write_json(path: Path, value: object) -> None:
