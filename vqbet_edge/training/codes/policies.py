@@ -104,7 +104,7 @@ class CodedPolicy:
         self._policy.reset()
         for start in range(place.start, place.stop, _FRAMES):
             part = place._replace(start=start, stop=min(start + _FRAMES, place.stop))
-            piece = read_piece(source, part, list(shapes), state_key)
+            piece = read_piece(source, part, self.manifest)
             for frames, state in zip(piece.frames, piece.states, strict=True):
                 self._policy.act_chunk({**unpack_frames(frames, shapes), state_key: state})
                 decisions.append(self._policy.last)
