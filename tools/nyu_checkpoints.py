@@ -210,7 +210,9 @@ def write_diffusion(path: Path) -> None:
 
     cfg = configuration("run_diffusion", ("++model.model_name=resnet34", "++model.pretrained=false"))
     model = hydra.utils.instantiate(cfg.model)
-    loss_fn = hydra.utils.instantiate(cfg.loss_fn, model=model)
+    # Which is no module, and whose constructor changed since diffusers 0.11.
+    with mock.patch("models.policies.diffusion_policy.EMAModel"):
+        loss_fn = hydra.utils.instantiate(cfg.loss_fn, model=model)
 
     def cut(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: v[(slice(0, 2),) * v.ndim].clone() for k, v in states.items()}
