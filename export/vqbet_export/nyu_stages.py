@@ -54,11 +54,14 @@ def _embedding(network: NyuVQBeT) -> tuple[AffineMap, AffineMap | None]:
 
 
 def bicubic_matrix() -> Tensor:
-    """float32 (ENCODER_SIZE, CAMERA_SIZE): torch's interpolation of one row of pixels."""
-    pixels = torch.eye(CAMERA_SIZE, dtype=torch.float64)[:, None, None]  # one lit pixel each
-    size = (1, ENCODER_SIZE)
-    rows = F.interpolate(pixels, size, mode="bicubic", antialias=False)
-    return rows[:, 0, 0].T.float().contiguous()
+    """float32 (ENCODER_SIZE, CAMERA_SIZE): torch's interpolation of one row of pixels.
+
+    With its rounding: the places that it interpolates at are float32, as far off as 1e-5 of a
+    picture, which a deep encoder magnifies.
+    """
+    lit = torch.eye(CAMERA_SIZE)[:, None, None]  # (CAMERA_SIZE, 1, 1, CAMERA_SIZE), one pixel each
+    rows = F.interpolate(lit, (1, ENCODER_SIZE), mode="bicubic", antialias=False)
+    return rows[:, 0, 0].T.contiguous()
 
 
 class VisionEncoderStage(nn.Module):

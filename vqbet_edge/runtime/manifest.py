@@ -139,6 +139,11 @@ class SourceSpec(Strict, frozen=True):
     sha256: Sha256
     layout: Layout
 
+    @property
+    def writer(self) -> str:
+        """Whose code lays a checkpoint out so."""
+        return f"LeRobot {self.layout}" if self.layout[0].isdigit() else self.layout
+
 
 class CalibrationSpec(Strict, frozen=True):
     """What INT8 was calibrated on: `sha256` is over all sampled observations and their places."""

@@ -90,7 +90,8 @@ def _check_consistency(manifest: Manifest) -> None:
     widths = [len(shape) for shape in (*states, *actions.values())]
     _refuse_if(
         set(widths) != {1} or list(actions) != ["action"],
-        f"expected a state and one 'action' of shape (dim,), got {states} and {actions}",
+        f"expected one state, goal or neither, and one 'action', of shape (dim,), got {states} and "
+        f"{actions}",
     )
     relative, kinds, dim = policy.relative_actions, policy.action_kinds, manifest.action_dim
     _refuse_if(
@@ -103,10 +104,11 @@ def _check_consistency(manifest: Manifest) -> None:
         f"expected action_kinds for {dim} actions, got {len(kinds)}; export again",
     )
     cameras = len(manifest.image_keys)
+    possible = [cameras, cameras + 2] if vectors else [cameras]
     _refuse_if(
-        policy.tokens_per_step not in {cameras, cameras + 2},
-        f"expected {cameras + 2} tokens_per_step (cameras, state, query) or {cameras} (cameras), "
-        f"got {policy.tokens_per_step}; install a newer vqbet_edge on the robot",
+        policy.tokens_per_step not in possible,
+        f"expected {possible} tokens_per_step (cameras; or with a state and a query), got "
+        f"{policy.tokens_per_step}; install a newer vqbet_edge on the robot",
     )
     crop, (height, width, _) = manifest.crop, manifest.frame_shape
     outside = crop.top + crop.height > height or crop.left + crop.width > width

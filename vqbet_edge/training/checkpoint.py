@@ -122,7 +122,8 @@ def locate_checkpoint(source: str) -> Path:
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "
-            f"with LeRobot's save_pretrained and pass its {WEIGHTS_NAME}"
+            f"with LeRobot's save_pretrained and pass its {WEIGHTS_NAME}. One of Robot Utility "
+            "Models or Contact-Anchored Policies can be exported: vqbet-export takes its tensors"
         )
     if path.is_file():
         if path.name != WEIGHTS_NAME:

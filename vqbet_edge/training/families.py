@@ -16,7 +16,6 @@ def load_any(source: str) -> AnyCheckpoint:
     Raises:
         CheckpointError, UsageError, HubError: as `load_checkpoint` and `load_nyu_checkpoint` do.
     """
-    path = Path(source)
-    if path.suffix in PICKLE_SUFFIXES and path.is_file():
+    if Path(source).suffix in PICKLE_SUFFIXES:
         return load_nyu_checkpoint(source)
     return load_checkpoint(source)

@@ -90,17 +90,22 @@ def load_nyu_checkpoint(source: str) -> NyuCheckpoint:
     """
     path = Path(source)
     check_encodable(path)
+    if not path.is_file():
+        raise CheckpointError(f"'{source}' does not exist, or is no file; download it again")
     saved = _read(source)
     settings = _Settings(source, saved["cfg"])
     policy = _tensors(source, "loss_fn", saved["loss_fn"])
     encoder = _tensors(source, "model", saved["model"])
     _check_kind(source, settings, policy)
-    config = _config(settings, encoder, policy)
-    network = _network(source, config, encoder, policy)
-    trained = settings.cfg.get("temperature")
+    try:
+        config = _config(settings, encoder, policy)
+        network = _network(source, config, encoder, policy)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        flat = " ".join(str(error).split())[:600]
+        raise CheckpointError(f"'{source}' is another policy than its sizes say: {flat}") from error
     note = (
         f"codes are drawn at temperature {RUN_TEMPERATURE:g}, as its authors run it; its training "
-        f"says {trained!r}: pass temperature= to EdgePolicy.load for another"
+        f"says {settings.get('temperature')!r}: pass temperature= to EdgePolicy.load for another"
     )
     return NyuCheckpoint(
         network=network,
@@ -119,12 +124,13 @@ def _read(source: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of a file's format
             saved = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - what others' bytes make a parser raise is not ours to list
-        named = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-        if named and "weights_only" in str(error):
+    except Exception as error:  # noqa: BLE001 - whatever a parser makes of others' bytes
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named:
             raise CheckpointError(
                 f"'{source}' wants to load '{named[1]}', which can run code, and only tensors and "
-                "plain containers are loaded; save its cfg, model and loss_fn as those"
+                "plain containers are loaded; where you trust it, save what is needed alone: "
+                "torch.save({k: saved[k] for k in ('cfg', 'model', 'loss_fn')}, NEW)"
             ) from None
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -168,14 +174,10 @@ class _Settings:
 
 
 def _tensors(source: str, part: str, found: object) -> dict[str, Tensor]:
-    """A part of the file, in float32."""
+    """What is needed of a part of the file."""
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise CheckpointError(f"'{source}': expected a dictionary of tensors in its '{part}'")
-    used = {str(name): value for name, value in found.items() if not _UNUSED.match(str(name))}
-    for name, value in used.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(f"'{source}': '{name}' is not finite; the training diverged")
-    return {name: x.float() if x.is_floating_point() else x for name, x in used.items()}
+    return {str(name): x for name, x in found.items() if not _UNUSED.match(str(name))}
 
 
 def _check_kind(source: str, settings: _Settings, policy: Tensors) -> None:
@@ -227,7 +229,7 @@ def _config(settings: _Settings, encoder: Tensors, policy: Tensors) -> NyuConfig
         (hidden % heads, f"{heads} heads of {hidden} together"),
         (window > block, f"a window of {window} and positions for {block}"),
         # Of several, their code executes the last.
-        (chunk not in {None, 1}, f"chunks of {chunk!r} actions"),
+        (chunk is not None and chunk != 1, f"chunks of {chunk!r} actions"),
     ):
         if wrong:
             raise CheckpointError(f"'{settings.source}' has {what}, which cannot be exported")
@@ -299,7 +301,7 @@ def _is_shrunk(settings: _Settings) -> bool:
     parts = settings.cfg, settings.get("loss_fn")
     shrinks = any(isinstance(part, dict) and "goal_dim" in part for part in parts)
     name, known = settings.get("model", "model_name"), _SHRUNK if shrinks else _CROPPED
-    if name not in known:
+    if name not in sorted(known):
         raise CheckpointError(
             f"'{settings.source}': its cfg names the encoder {name!r}, expected one of "
             f"{sorted(known)}: what another does to a frame before it sees it is not known here"
@@ -308,19 +310,17 @@ def _is_shrunk(settings: _Settings) -> bool:
 
 
 def _network(source: str, config: NyuConfig, encoder: Tensors, policy: Tensors) -> NyuVQBeT:
-    weights = {re.sub(r"^model\.", "encoder.", name): x for name, x in encoder.items()}
-    weights |= {_renamed(name, config): x for name, x in policy.items()}
-    for name, x in weights.items():
-        if name.startswith("head.vqvae_model.codebooks."):
-            weights[name] = x[0]
+    for name, x in (*encoder.items(), *policy.items()):
+        if x.is_floating_point() and not x.isfinite().all():
+            raise CheckpointError(f"'{source}': '{name}' is not finite; the training diverged")
         if name.endswith(".attn.bias") and not torch.equal(x, torch.ones_like(x).tril()):
             raise CheckpointError(f"'{source}': '{name}' is no causal mask: it is another policy")
+    weights = {re.sub(r"^model\.", "encoder.", name): x for name, x in encoder.items()}
+    weights |= {_renamed(name, config): x for name, x in policy.items()}
+    for name in [name for name in weights if name.startswith("head.vqvae_model.codebooks.")]:
+        weights[name] = weights[name][0]
     network = NyuVQBeT(config)
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        flat = " ".join(str(error).split())[:600]
-        raise CheckpointError(f"'{source}' is another policy than its sizes say: {flat}") from error
+    network.load_state_dict(weights, strict=True)
     return network.eval().requires_grad_(False)
 
 

@@ -48,6 +48,7 @@ def load_policy(parameters: Parameters) -> EdgePolicy:
         prove=parameters.prove,
     )
     try:
+        _check_observed(policy)
         _warm(policy)
     except BaseException:
         policy.close()
@@ -122,6 +123,17 @@ def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
             rate, fps, rate / fps,
         )  # fmt: skip
     return rate
+
+
+def _check_observed(policy: EdgePolicy) -> None:
+    """The node makes a state of joints, and has nothing to make a goal of."""
+    manifest = policy.manifest
+    if all(feature.type != "STATE" for feature in manifest.input_features.values()):
+        raise UsageError(
+            f"the policy observes {list(manifest.observation_shapes)} and no state of joints, "
+            "which this node moves a robot by; drive it with EdgePolicy.act instead "
+            "(docs/robot-utility-models.md)"
+        )
 
 
 def _warm(policy: EdgePolicy) -> None:
