@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vqbet_export.assembly import DTYPES, MODULES
+from vqbet_export.assembly import DTYPES
+from vqbet_export.stages import lerobot_cuts
 
 from vqbet_edge.errors import BackendError, VerificationError
 from vqbet_edge.runtime.backends.cuda import Cuda
@@ -88,11 +89,9 @@ class TorchStages(CudaBackend):
         super().__init__(bundle, device.cuda)
 
     def _load(self, bundle: Bundle) -> None:
-        stages = bundle.manifest.stages
+        stages, cuts = bundle.manifest.stages, lerobot_cuts(self._checkpoint).stages
         self._modules: dict[StageName, nn.Module] = {
-            name: MODULES[name](self._checkpoint, DTYPES[stages[name].precision])
-            .eval()
-            .to(self._device.name)
+            name: cuts[name](DTYPES[stages[name].precision]).eval().to(self._device.name)
             for name in bundle.stages_to_load
         }
 

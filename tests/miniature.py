@@ -90,7 +90,7 @@ def write(
     config = ExportConfig("miniature", path, precision, verify_steps=steps)
     if calibration is not None:
         config = replace(config, calibration_data=str(calibration), calibration_steps=96)
-    with mock.patch.object(exporter, "load_checkpoint", return_value=policy):
+    with mock.patch.object(exporter, "load_any", return_value=policy):
         exporter.export(config)
     return path
 

@@ -86,7 +86,7 @@ def _summary(manifest: Manifest) -> "Table":
     selection = "sequentially" if policy.sequentially_select else "jointly"
     table.add_row("codes", f"2 x {policy.vqvae_n_embed}, selected {selection}")
     table.add_row("temperature", f"{policy.bet_softmax_temperature:g}")
-    table.add_row("checkpoint", f"{source.name} (LeRobot {source.layout}, {source.sha256[:12]})")
+    table.add_row("checkpoint", f"{source.name} ({source.writer}, {source.sha256[:12]})")
     checked = manifest.verification
     if checked is not None:
         table.add_row(

@@ -71,7 +71,8 @@ def gpt_feeds(bundle: Bundle, pieces: Iterable[Piece]) -> Iterator[Feed]:
         tokens = encoder.run_first(_encoder_inputs(bundle, piece))
         windows = (sliding_windows(x, length) for x in (tokens, _scaled_states(bundle, piece)))
         for image_tokens, states in zip(*windows, strict=True):
-            yield {"image_tokens": image_tokens[None], "states": states[None]}
+            vectors = {"states": states[None]} if states.size else {}
+            yield {"image_tokens": image_tokens[None], **vectors}
 
 
 def _encoder_inputs(bundle: Bundle, piece: Piece) -> list[list[Array]]:
@@ -158,7 +159,8 @@ class Chain:
 
     def _gpt_inputs(self, tokens: Floats) -> Inputs:
         rows = zip(self._windows(tokens), self._states, strict=True)
-        return [[window[None], states[None]] for window, states in rows]
+        # A policy that observes cameras alone has states of no width, and its graph none.
+        return [[x[None] for x in row if x.size] for row in rows]
 
     def _windows(self, rows: NDArray[np.float32]) -> Floats:
         """(T, ...) -> (T', N, ...): the windows of the observations that the transformer sees."""

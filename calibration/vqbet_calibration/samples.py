@@ -125,6 +125,8 @@ def _digest_checked(pieces: Pieces, manifest: Manifest, scaling: Affine) -> str:
                 f"all frames of '{key}' are the same; is the camera covered or disconnected? "
                 "Calibrate on what the robot sees while it works"
             )
+    if not manifest.state_dim:
+        return digest.hexdigest()
     seen = np.concatenate(states)
     medians = np.median(np.abs(scaling.apply(seen, np.empty_like(seen))), axis=0)
     worst = int(medians.argmax())

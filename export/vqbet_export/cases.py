@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from vqbet_edge.errors import VerificationError
 from vqbet_edge.runtime.cases import Case, ReferenceCases, prints
 from vqbet_edge.runtime.comparison import clear_of_ties, code_leads
-from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset.samples import Piece
 from vqbet_edge.training.description import runtime_crop
+from vqbet_edge.training.family import AnyCheckpoint
 from vqbet_export.assembly import is_tabulated
 from vqbet_export.reference import Reference, action_spread, constants, run_reference
 
@@ -43,7 +43,7 @@ class CaseChooser:
         candidates: pieces that it may choose from.
     """
 
-    def __init__(self, checkpoint: Checkpoint, frame: ReferenceCases) -> None:
+    def __init__(self, checkpoint: AnyCheckpoint, frame: ReferenceCases) -> None:
         self._checkpoint, self._frame = checkpoint, frame
         self.candidates: list[Candidate] = []
 
@@ -100,8 +100,8 @@ class CaseChooser:
 
     def _case(self, candidate: Candidate, moved: float) -> Case:
         """A candidate with what PyTorch computes for it as it is stored."""
-        config = self._checkpoint.config
-        images = self._frame.images(candidate.frames, (*config.frame_size, 3))
+        size = self._checkpoint.frame_size
+        images = self._frame.images(candidate.frames, (*size, 3))
         outputs = run_reference(self._checkpoint, Piece(images, candidate.states)).outputs
         return Case(
             frames=candidate.frames,
@@ -111,7 +111,7 @@ class CaseChooser:
         )
 
 
-def frame_of(checkpoint: Checkpoint, reference: Reference) -> ReferenceCases:
+def frame_of(checkpoint: AnyCheckpoint, reference: Reference) -> ReferenceCases:
     """What all reference cases have in common: no cases yet.
 
     Frames are stored as coarsely as keeps the file small.
@@ -121,9 +121,9 @@ def frame_of(checkpoint: Checkpoint, reference: Reference) -> ReferenceCases:
         reference: of any observations.
     """
     config = checkpoint.config
-    crop = runtime_crop(config)
-    per_frame = MAX_FRAME_BYTES / (CASES * STEPS * len(config.image_keys) * 3)
-    codes = torch.arange(config.vqvae_n_embed if is_tabulated(config) else 0)
+    crop = runtime_crop(checkpoint)
+    per_frame = MAX_FRAME_BYTES / (CASES * STEPS * len(checkpoint.image_keys) * 3)
+    codes = torch.arange(config.vqvae_n_embed if is_tabulated(checkpoint) else 0)
     pairs = torch.cartesian_prod(codes, codes).view(len(codes), len(codes), 2)
     return ReferenceCases(
         crop=crop,

@@ -93,11 +93,13 @@ def _export() -> None:
 def default_output(source: str, precision: Precision) -> Path:
     """`<name>-<precision>.bundle` in the working directory.
 
-    The name is the checkpoint's directory; for `outputs/<run>/checkpoints/<step>/pretrained_model`,
-    as training lays it out, it is the run.
+    The name is the file's, or the checkpoint's directory where files are all named alike; for
+    `outputs/<run>/checkpoints/<step>/pretrained_model`, as training lays it out, it is the run.
     """
     path = Path(source)
-    directory = (path.parent if path.name == WEIGHTS_NAME else path).absolute()
+    if path.suffix == ".pt":
+        path = path.with_suffix("")
+    directory = (path.parent if path.name in {WEIGHTS_NAME, "checkpoint"} else path).absolute()
     if directory.name == "pretrained_model" and len(directory.parents) > 2:
         directory = directory.parents[2]
     return Path(f"{directory.name or 'policy'}-{precision}.bundle")

@@ -17,7 +17,8 @@ class ExportConfig:
 
     Attributes:
         checkpoint: a model.safetensors that LeRobot or vqbet-train wrote, its directory, or a Hub
-            id (user/name, user/name@revision).
+            id (user/name, user/name@revision); or a .pt of Robot Utility Models or
+            Contact-Anchored Policies.
         output: the bundle to write.
         precision: of convolutions and matrix products; INT8 needs `calibration_data`.
         verify_data: a LeRobot data set (folder or Hub id) to verify on, besides random

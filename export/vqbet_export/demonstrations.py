@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from vqbet_edge.errors import DatasetError, UsageError
 from vqbet_edge.runtime.manifest import ActionKind, Manifest
-from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode
+from vqbet_edge.training.config import ACTION_KEY, NormalizationMode
 from vqbet_edge.training.dataset.dataset import at_hand
 from vqbet_edge.training.dataset.samples import Sampler, Source, open_source
 from vqbet_edge.training.description import describe
+from vqbet_edge.training.family import AnyCheckpoint
 from vqbet_edge.training.layouts import Normalization
 from vqbet_edge.training.normalization import RANGE
 from vqbet_export.config import ExportConfig
@@ -35,7 +35,7 @@ class Demonstrations:
     sampler: Sampler | None = None
     notes: tuple[str, ...] = ()
 
-    def complete(self, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
+    def complete(self, checkpoint: AnyCheckpoint, config: ExportConfig) -> AnyCheckpoint:
         """The checkpoint, with what its own files do not say: rate, ranges, kinds of actions.
 
         Raises:
@@ -43,11 +43,11 @@ class Demonstrations:
         """
         fps = config.fps or checkpoint.fps or (None if self.source is None else self.source.fps)
         scalings = dict(checkpoint.normalization)
-        if checkpoint.state_range is None:
-            self._add_range(scalings, STATE_KEY, checkpoint.state_key)
+        if checkpoint.state_dim and checkpoint.state_range is None:
+            self._add_range(scalings, checkpoint.vector_key, checkpoint.state_key)
         if checkpoint.action_range is None:
             self._add_range(scalings, ACTION_KEY, ACTION_KEY)
-        kinds = self._kinds(config.action_kinds, checkpoint.config.action_dim)
+        kinds = self._kinds(config.action_kinds, checkpoint.action_dim) or checkpoint.action_kinds
         return replace(checkpoint, fps=fps, normalization=scalings, action_kinds=kinds)
 
     def _add_range(self, scalings: dict[str, Normalization], key: str, named: str) -> None:
@@ -77,7 +77,7 @@ def _kind(name: str) -> ActionKind:
     return next((kind for ending, kind in _KINDS.items() if name.endswith(ending)), "unknown")
 
 
-def find_demonstrations(checkpoint: Checkpoint, config: ExportConfig) -> Demonstrations:
+def find_demonstrations(checkpoint: AnyCheckpoint, config: ExportConfig) -> Demonstrations:
     """The data that the user names, else what the checkpoint names where it is at hand.
 
     Raises:
@@ -110,10 +110,10 @@ def find_demonstrations(checkpoint: Checkpoint, config: ExportConfig) -> Demonst
 
 
 def notes_on(
-    manifest: Manifest, checkpoint: Checkpoint, results: Sequence[Verification]
+    manifest: Manifest, checkpoint: AnyCheckpoint, results: Sequence[Verification]
 ) -> list[str]:
     """What a user should know about a bundle."""
-    found = []
+    found = list(checkpoint.notes)
     if checkpoint.action_range is None:
         found.append(
             "nobody says which actions were demonstrated, so none are clamped: pass --verify-data "

@@ -14,8 +14,9 @@ from vqbet_edge.runtime.cases import CASES_NAME
 from vqbet_edge.runtime.lerobot_files import lerobot_files
 from vqbet_edge.runtime.manifest import MANIFEST_NAME, TARGETS
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.training.checkpoint import Checkpoint, load_checkpoint
 from vqbet_edge.training.dataset.samples import PIECE_STEPS, Piece, Sampler, random_pieces
+from vqbet_edge.training.families import load_any
+from vqbet_edge.training.family import AnyCheckpoint
 from vqbet_export.assembly import assemble
 from vqbet_export.cases import CASES, CaseChooser, frame_of
 from vqbet_export.config import ExportConfig
@@ -53,7 +54,7 @@ def export(config: ExportConfig, progress: Progress = lambda _: None) -> ExportR
     """
     _check(config)
     progress("loading the checkpoint")
-    checkpoint = load_checkpoint(config.checkpoint)
+    checkpoint = load_any(config.checkpoint)
     data = find_demonstrations(checkpoint, config)  # what does not fit is said before the work
     checkpoint = data.complete(checkpoint, config)
     draft = _draft(checkpoint, config, progress)
@@ -107,7 +108,7 @@ class _Draft(NamedTuple):
         return random_pieces(manifest, scaling, steps)
 
 
-def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> _Draft:
+def _draft(checkpoint: AnyCheckpoint, config: ExportConfig, progress: Progress) -> _Draft:
     if config.calibration_data is None:
         made = assemble(checkpoint, config.output, config.precision, progress, config.targets)
         return _Draft(made)
@@ -127,7 +128,7 @@ def _draft(checkpoint: Checkpoint, config: ExportConfig, progress: Progress) -> 
 
 def _verify(
     draft: _Draft,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     config: ExportConfig,
     real: Sampler | None,
     progress: Progress,

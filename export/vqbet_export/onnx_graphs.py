@@ -47,8 +47,12 @@ class StageSession:
         self._session = GraphSession(graph, optimize=not exact)
 
     def run(self, *inputs: Array) -> list[Array]:
-        """The outputs for each of M inputs (M, ...), which are in the graph's order."""
-        rows = ([*(x[i : i + 1] for x in inputs), *self._rest] for i in range(len(inputs[0])))
+        """The outputs for each of M inputs (M, ...), which are in the graph's order.
+
+        States of no width are none of its inputs.
+        """
+        given = [x for x in inputs if x.size]
+        rows = ([*(x[i : i + 1] for x in given), *self._rest] for i in range(len(given[0])))
         outputs = zip(*self._session.run_all(rows), strict=True)
         return [np.concatenate(parts) for parts in outputs]
 

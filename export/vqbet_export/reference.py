@@ -16,9 +16,9 @@ from torch import Tensor
 from vqbet_edge.runtime.bundle import CAUSAL_MASK, TOKEN_CONSTANTS
 from vqbet_edge.runtime.cases import PolicyOutputs, prints
 from vqbet_edge.runtime.manifest import ACTION_RANGE, STATE_RANGE
-from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode
+from vqbet_edge.training.config import ACTION_KEY, NormalizationMode
 from vqbet_edge.training.dataset.samples import Piece
+from vqbet_edge.training.family import AnyCheckpoint
 from vqbet_edge.training.layouts import Normalization
 
 Floats = NDArray[np.float32]
@@ -55,11 +55,11 @@ class Reference(NamedTuple):
 
 
 @torch.no_grad()
-def run_reference(checkpoint: Checkpoint, piece: Piece) -> Reference:
+def run_reference(checkpoint: AnyCheckpoint, piece: Piece) -> Reference:
     """Run the training network over a piece: each frame once, then all windows at once."""
     network, head, config = checkpoint.network, checkpoint.network.head, checkpoint.config
-    encoded = _encode(checkpoint, piece)  # (M, K, gpt_input_dim)
-    scaled = normalized(piece.states, checkpoint.normalization.get(STATE_KEY))
+    encoded = _encode(checkpoint, piece)  # (M, K, E)
+    scaled = normalized(piece.states, checkpoint.normalization.get(checkpoint.vector_key))
     states = torch.from_numpy(scaled.astype(np.float32))
     windows = _windows(encoded, config.n_obs_steps), _windows(states, config.n_obs_steps)
     features = network.features(*windows)[:, config.n_obs_steps - 1]
@@ -69,7 +69,7 @@ def run_reference(checkpoint: Checkpoint, piece: Piece) -> Reference:
     codes = torch.stack([primary, given.argmax(dim=-1)], dim=-1)
     decoded = head.vqvae_model.decode(codes)
     chosen = offsets[rows, 0, codes[:, 0]] + offsets[rows, 1, codes[:, 1]]
-    tokens = network.vqbet.policy.transformer["wte"](encoded)
+    tokens = network.embed(encoded)
     secondary = logits[:, 1:] - logits[:, 1:].mean(dim=-1, keepdim=True)
     return Reference(
         image_tokens=_windows(tokens, config.n_obs_steps).numpy(),
@@ -92,7 +92,7 @@ def run_reference(checkpoint: Checkpoint, piece: Piece) -> Reference:
 
 
 @torch.no_grad()
-def action_spread(checkpoint: Checkpoint, reference: Reference) -> Floats:
+def action_spread(checkpoint: AnyCheckpoint, reference: Reference) -> Floats:
     """float32 (A,): deviation of the actions that the policy chooses among, in the robot's units.
 
     Taken over the chunks of all code pairs, offsets included, at a piece's first observation: how
@@ -111,21 +111,18 @@ def action_spread(checkpoint: Checkpoint, reference: Reference) -> Floats:
 
 
 @torch.no_grad()
-def constants(checkpoint: Checkpoint) -> dict[str, Floats]:
+def constants(checkpoint: AnyCheckpoint) -> dict[str, Floats]:
     """What a bundle's runtime needs as arrays, by name, from the network's own parts."""
-    config, trunk = checkpoint.config, checkpoint.network.vqbet
-    parts, tokens = trunk.policy.transformer, config.n_obs_steps * config.tokens_per_step
-    places = parts["wpe"](torch.arange(tokens)).view(config.n_obs_steps, -1, config.gpt_hidden_dim)
-    places[:, -1] += parts["wte"](trunk.action_token)[0]
+    tokens = checkpoint.config.n_obs_steps * checkpoint.config.tokens_per_step
     ranges = {STATE_RANGE: checkpoint.state_range, ACTION_RANGE: checkpoint.action_range}
     return {
         **{name: found for name, found in ranges.items() if found is not None},
-        TOKEN_CONSTANTS: places.numpy(),
+        TOKEN_CONSTANTS: checkpoint.network.places().numpy(),
         CAUSAL_MASK: np.where(np.tri(tokens) > 0, 0, _UNSEEN).astype(np.float32),
     }
 
 
-def code_pairs(checkpoint: Checkpoint) -> Tensor:
+def code_pairs(checkpoint: AnyCheckpoint) -> Tensor:
     """int64 (P, 2): all code pairs; of a large codebook as many, spread evenly."""
     size = checkpoint.config.vqvae_n_embed
     pairs = torch.linspace(0, size**2 - 1, min(size**2, _MAX_PAIRS)).long()
@@ -168,7 +165,7 @@ def _span(
     return np.where(high == low, how.epsilon.value, high - low)
 
 
-def _actions(checkpoint: Checkpoint, chunks: Floats, states: Floats) -> Floats:
+def _actions(checkpoint: AnyCheckpoint, chunks: Floats, states: Floats) -> Floats:
     """Chunks (M, W, A), normalised -> the robot's units; relative ones from their state on."""
     actions = unnormalized(chunks, checkpoint.normalization.get(ACTION_KEY))
     for i, relative in enumerate(checkpoint.config.relative_actions):
@@ -177,7 +174,7 @@ def _actions(checkpoint: Checkpoint, chunks: Floats, states: Floats) -> Floats:
     return actions.astype(np.float32)
 
 
-def _all_logits(checkpoint: Checkpoint, features: Tensor) -> Tensor:
+def _all_logits(checkpoint: AnyCheckpoint, features: Tensor) -> Tensor:
     """(M, F) -> (M, 1 + R, C): the secondary logits given every primary code."""
     head = checkpoint.network.head
     if not head.sequential:
@@ -189,22 +186,20 @@ def _all_logits(checkpoint: Checkpoint, features: Tensor) -> Tensor:
     return torch.cat([every[:, :1, 0], every[:, :, 1]], dim=1)
 
 
-def _encode(checkpoint: Checkpoint, piece: Piece) -> Tensor:
-    """(M, K, gpt_input_dim): every frame's token."""
-    network, config = checkpoint.network, checkpoint.config
-    frames = torch.from_numpy(piece.frames).permute(0, 1, 4, 2, 3)  # (M, K, 3, H, W)
-    if config.resize_shape is None:
-        # The same pixels as after scaling, and only they are ever float.
-        frames = network.vqbet.rgb_encoder.center_crop(frames)
+def _encode(checkpoint: AnyCheckpoint, piece: Piece) -> Tensor:
+    """(M, K, E): every frame, encoded."""
+    network = checkpoint.network
+    # The same pixels as after scaling, and only they are ever float.
+    frames = network.crop(torch.from_numpy(piece.frames).permute(0, 1, 4, 2, 3))  # (M, K, 3, H, W)
     rows = max(1, _MAX_VALUES // frames[0].numel())
     images = (_images(part, checkpoint)[:, None] for part in torch.split(frames, rows))
     return torch.cat([network.encode_images(part)[:, 0] for part in images])
 
 
-def _images(frames: Tensor, checkpoint: Checkpoint) -> Tensor:
+def _images(frames: Tensor, checkpoint: AnyCheckpoint) -> Tensor:
     """uint8 (M, K, 3, H, W) -> float32, normalised."""
     images = frames / 255
-    for k, key in enumerate(checkpoint.config.image_keys):
+    for k, key in enumerate(checkpoint.image_keys):
         # An affine map is known by what it makes of 0 and 1.
         how, channels = checkpoint.normalization.get(key), np.ones(frames.shape[2])
         zero, one = (normalized(channels * x, how) for x in (0, 1))

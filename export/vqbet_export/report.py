@@ -39,7 +39,7 @@ def report_markdown(data: Mapping[str, Any], bundle: Bundle) -> str:
         f"# Verification of {source['name']}",
         "",
         f"Precision {data['precision']}, compared with the network in PyTorch (float32).",
-        f"The checkpoint has LeRobot's {source['layout']} layout and SHA-256 `{source['sha256']}`.",
+        f"The checkpoint is {bundle.manifest.source.writer}'s, with SHA-256 `{source['sha256']}`.",
     ]
     lines += ["", *(f"- {note}" for note in data["notes"])]
     for result in data["results"]:

@@ -1,8 +1,8 @@
-"""The policy cut into four inference modules.
+"""The policy cut into four inference modules: LeRobot's, and what all families share.
 
 Letters in shapes: B batch, N window, K cameras, H and W height and width of a frame as the runtime
-crops it, S state width, D `gpt_hidden_dim`, T tokens (N * (K + 2)), C codes per layer, W actions
-per chunk, A action width.
+crops it, S width of the state or goal, D `gpt_hidden_dim`, P tokens of a step, T of a window, C
+codes per layer, W actions per chunk, A action width.
 
 Differences from the training network, all exact but for rounding:
 - scaling of uint8, image normalisation and resize are part of the encoder, the crop too where a
@@ -19,17 +19,50 @@ the borders of the graphs stay float32.
 
 import copy
 import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import NUM_CODE_LAYERS
 from vqbet_edge.training.description import center_crop
-from vqbet_edge.training.network import Block
+from vqbet_edge.training.family import Rvq
+from vqbet_edge.training.network import GPT, Block
 from vqbet_edge.training.resizing import shrink, shrink_cameras
 from vqbet_export.folding import AffineMap, fold_batch_norms
+
+Modules = Mapping[StageName, Callable[[torch.dtype], nn.Module]]
+
+
+class Cuts(NamedTuple):
+    """A policy as inference modules, which are made in a type of number."""
+
+    stages: Modules  # of all four
+    cached_gpt: Callable[[torch.dtype], "CachedGptStage"]
+    constants: Tensor  # float32 (N, P, D), what every token has from its place
+
+
+def lerobot_cuts(checkpoint: Checkpoint) -> Cuts:
+    """Those of a LeRobot checkpoint."""
+    trunk, constants = checkpoint.network.vqbet, token_constants(checkpoint)
+    vqvae = checkpoint.network.head.vqvae_model
+    projector = AffineMap.of(trunk.state_projector[0])
+    parts = GptParts(trunk.policy, token_embedding(checkpoint).after(projector), constants)
+    return Cuts(
+        {
+            "vision_encoder": lambda dtype: VisionEncoderStage(checkpoint, dtype),
+            "gpt": lambda dtype: GptStage(parts, dtype),
+            "code_heads": lambda dtype: CodeHeadsStage(checkpoint, dtype),
+            "rvq_decoder": lambda dtype: RvqDecoderStage(vqvae, dtype),
+        },
+        lambda dtype: CachedGptStage(parts, dtype),
+        constants,
+    )
+
 
 # Finite, so that no row of the softmax can become NaN; below any score; within float16.
 MASKED_SCORE = -1e4
@@ -176,30 +209,49 @@ def token_constants(checkpoint: Checkpoint) -> Tensor:
     return constants
 
 
-class _Transformer(nn.Module):
-    """Tokens of some steps -> feature of the newest action query; the trunk of both GPT stages."""
+class GptParts(NamedTuple):
+    """What both GPT stages are made of.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    Attributes:
+        gpt: the network's.
+        vector: from the state or goal to its token, `wte` included; None without one.
+        constants: float32 (N, P, D), what every token has from its place. Of K tokens a step, the
+            vector is added to the frames'; of K + 2 it is one of its own, before the query.
+    """
+
+    gpt: GPT
+    vector: AffineMap | None
+    constants: Tensor
+
+
+class _Transformer(nn.Module):
+    """Tokens of some steps -> feature of the newest one; the trunk of both GPT stages."""
+
+    def __init__(self, made_of: GptParts, dtype: torch.dtype) -> None:
         super().__init__()
-        trunk = checkpoint.network.vqbet
-        parts = trunk.policy.transformer
-        self.dtype = dtype
-        projector = AffineMap.of(trunk.state_projector[0])
-        self.project_state = token_embedding(checkpoint).after(projector).layer(torch.float32)
+        parts = made_of.gpt.transformer
+        self.dtype, self.per_step = dtype, made_of.constants.shape[1]
+        if made_of.vector is not None:
+            self.project_state = made_of.vector.layer(torch.float32)
         blocks = list(parts["h"])  # type: ignore[call-overload]
         self.blocks = nn.ModuleList(
             _Block(block, dtype, last_row=block is blocks[-1]) for block in blocks
         )
         self.norm = _Norm(parts["ln_f"])  # type: ignore[arg-type]
-        self.lm_head = AffineMap.of(trunk.policy.lm_head).layer(dtype)
+        self.lm_head = AffineMap.of(made_of.gpt.lm_head).layer(dtype)
 
-    def tokens(self, image_tokens: Tensor, states: Tensor, constants: Tensor) -> Tensor:
-        """(B, n, K, D), (B, n, S) and (n, K + 2, D) -> (B * T, D)."""
-        state_tokens = self.project_state(states)[:, :, None]
-        # A product, because a tensor of zeros would have to ask for its shape at run time.
-        queries = state_tokens * 0
-        steps = torch.cat([image_tokens, state_tokens, queries], dim=2) + constants
-        return steps.flatten(0, 2).to(self.dtype)
+    def tokens(self, image_tokens: Tensor, states: Tensor | None, constants: Tensor) -> Tensor:
+        """(B, n, K, D), (B, n, S) and (n, P, D) -> (B * n * P, D)."""
+        steps = image_tokens
+        if states is not None:
+            state_tokens = self.project_state(states)[:, :, None]
+            if self.per_step == image_tokens.shape[2]:
+                steps = image_tokens + state_tokens
+            else:
+                # A product, because a tensor of zeros would have to ask for its shape at run time.
+                queries = state_tokens * 0
+                steps = torch.cat([image_tokens, state_tokens, queries], dim=2)
+        return (steps + constants).flatten(0, 2).to(self.dtype)
 
     def feature(self, x: Tensor) -> Tensor:
         """(B, D) -> float32 (B, gpt_output_dim)."""
@@ -207,22 +259,21 @@ class _Transformer(nn.Module):
 
 
 class GptStage(_Transformer):
-    """Window of frame tokens and states -> feature of the current action query."""
+    """Window of frame tokens and states -> feature of the current step."""
 
     constants: Tensor
     mask: Tensor
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(checkpoint, dtype)
-        self.register_buffer("constants", token_constants(checkpoint))
-        tokens = checkpoint.config.n_obs_steps * checkpoint.config.tokens_per_step
-        self.register_buffer("mask", causal_mask(tokens))
+    def __init__(self, made_of: GptParts, dtype: torch.dtype) -> None:
+        super().__init__(made_of, dtype)
+        self.register_buffer("constants", made_of.constants)
+        self.register_buffer("mask", causal_mask(made_of.constants.shape[:2].numel()))
 
-    def forward(self, image_tokens: Tensor, states: Tensor) -> Tensor:
+    def forward(self, image_tokens: Tensor, states: Tensor | None = None) -> Tensor:
         """float32 (B, N, K, D) and (B, N, S), normalised -> float32 (B, gpt_output_dim)."""
         x = self.tokens(image_tokens, states, self.constants)
         for block in self.blocks:
-            x, _, _ = block(x, self.mask, states.shape[0])
+            x, _, _ = block(x, self.mask, image_tokens.shape[0])
         return self.feature(x)
 
 
@@ -244,14 +295,19 @@ class CachedGptStage(_Transformer):
     """
 
     def forward(
-        self, image_tokens: Tensor, states: Tensor, constants: Tensor, mask: Tensor, past: Tensor
+        self,
+        image_tokens: Tensor,
+        states: Tensor | None,
+        constants: Tensor,
+        mask: Tensor,
+        past: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Run over n steps of T tokens.
 
         Args:
             image_tokens: float32 (B, n, K, D).
-            states: float32 (B, n, S), normalised.
-            constants: float32 (n, K + 2, D), these steps' part of `token_constants`.
+            states: float32 (B, n, S), normalised; None of a policy that observes none.
+            constants: float32 (n, P, D), these steps' part of `token_constants`.
             mask: float32 (T, P + T), 0 where a token sees another, `MASKED_SCORE` elsewhere.
             past: float32 (2 L, B, heads, P, D / heads), every block's keys, then its values.
 
@@ -262,7 +318,7 @@ class CachedGptStage(_Transformer):
         present = []
         for layer, block in enumerate(self.blocks):
             known = past[2 * layer], past[2 * layer + 1]
-            x, keys, values = block(x, mask, states.shape[0], known)
+            x, keys, values = block(x, mask, image_tokens.shape[0], known)
             present += [keys, values]
         return self.feature(x), torch.stack(present).float()
 
@@ -310,13 +366,12 @@ class RvqDecoderStage(nn.Module):
     primary: Tensor
     secondary: Tensor
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, vqvae: Rvq, dtype: torch.dtype) -> None:
         super().__init__()
-        vqvae = checkpoint.network.head.vqvae_model
-        primary, secondary = vqvae.vq_layer.codebooks
+        primary, secondary = vqvae.code_vectors
         self.dtype, self.chunk_shape = dtype, vqvae.chunk_shape
-        self.register_buffer("primary", primary.embed[0].clone())  # (C, latent)
-        self.register_buffer("secondary", secondary.embed[0].clone())
+        self.register_buffer("primary", primary.detach().clone())  # (C, latent)
+        self.register_buffer("secondary", secondary.detach().clone())
         self.decoder = copy.deepcopy(vqvae.decoder).to(dtype)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -325,9 +380,9 @@ class RvqDecoderStage(nn.Module):
         return self.decoder(latents.to(self.dtype)).float().reshape(-1, *self.chunk_shape)  # type: ignore[no-any-return]
 
 
-def decode_table(checkpoint: Checkpoint) -> Tensor:
+def decode_table(vqvae: Rvq) -> Tensor:
     """float32 (C, C, W, A): the chunk of every code pair, primary first."""
-    codes = torch.arange(checkpoint.config.vqvae_n_embed)
-    return checkpoint.network.head.vqvae_model.decode(torch.cartesian_prod(codes, codes)).reshape(
-        len(codes), len(codes), *checkpoint.network.head.vqvae_model.chunk_shape
-    )
+    size = len(vqvae.code_vectors[0])
+    codes = torch.arange(size)
+    table = vqvae.decode(torch.cartesian_prod(codes, codes))
+    return table.reshape(size, size, *vqvae.chunk_shape)

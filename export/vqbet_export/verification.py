@@ -23,8 +23,8 @@ from vqbet_edge.runtime.comparison import (
 )
 from vqbet_edge.runtime.manifest import Precision, StageName, Target, VerificationSpec
 from vqbet_edge.runtime.proof import PolicyCheck, Proof, act_out
-from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.dataset.samples import Piece
+from vqbet_edge.training.family import AnyCheckpoint
 from vqbet_export.onnx_graphs import StageSession, TensorRTGraphs
 from vqbet_export.reference import Reference, code_pairs, run_reference
 
@@ -108,7 +108,7 @@ class Verifier:
     def __init__(
         self,
         bundle: Bundle,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         frame: ReferenceCases,
         targets: Sequence[Target | None] = (None,),
     ) -> None:
@@ -153,7 +153,11 @@ class _Graphs:
     """One target's graphs beside the reference, end to end and stage by stage."""
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Checkpoint, frame: ReferenceCases, target: Target | None
+        self,
+        bundle: Bundle,
+        checkpoint: AnyCheckpoint,
+        frame: ReferenceCases,
+        target: Target | None,
     ) -> None:
         self._bundle, self._checkpoint, self._frame = bundle, checkpoint, frame
         self._target, on_tensorrt = target, target == "tensorrt"

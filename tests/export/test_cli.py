@@ -92,7 +92,7 @@ def test_overflow_in_float16_is_a_failed_verification(
     [
         (["nowhere"], 4, "'nowhere' does not exist"),
         (["nowhere", "--verify-steps", "0"], 2, "--verify-steps must be at least 1"),
-        (["policy.pt"], 4, "pickled file"),
+        (["policy.pt"], 4, "'policy.pt' does not exist"),
         (["nowhere", "--int8", "--fp16"], 2, "--fp16 and --int8 exclude each other"),
         (["nowhere", "--fp16", "--calibration-data", "x"], 2, "--calibration-data is for --int8"),
         (["nowhere", "--int8"], 2, "Random numbers"),

@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(path: Path, checkpoint: Checkpoint, **options: Any) -> ExportResult:
     config = ExportConfig("miniature", path, verify_steps=16, targets=("cpu",), **options)
-    with mock.patch.object(exporter, "load_checkpoint", return_value=checkpoint):
+    with mock.patch.object(exporter, "load_any", return_value=checkpoint):
         return export(config)
 
 

@@ -80,14 +80,17 @@ EDITED: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda m: m["input_features"]["observation.image"].update(shape=[1, 24, 24]),
         "expected cameras",
     ),
-    "no state": (lambda m: m["input_features"].pop("observation.state"), "expected one state"),
-    "no action": (lambda m: m["output_features"].clear(), "expected one state and one 'action'"),
-    "a goal": (
+    "no state": (
+        lambda m: m["input_features"].pop("observation.state"),
+        r"expected \[1\] tokens_per_step",
+    ),
+    "no action": (lambda m: m["output_features"].clear(), "neither, and one 'action'"),
+    "a goal besides the state": (
         lambda m: m["input_features"].update(goal={"type": "ENV", "shape": [2]}),
         "the policy observes",
     ),
     "action kinds": (policy(action_kinds=["angle"]), "expected action_kinds for 2"),
-    "tokens": (policy(tokens_per_step=4), "expected 3 tokens_per_step"),
+    "tokens": (policy(tokens_per_step=4), r"expected \[1, 3\] tokens_per_step"),
     "heads that do not divide": (policy(gpt_n_head=7), "no multiple of gpt_n_head"),
     "crop outside": (lambda m: m["crop"].update(top=10), "leaves the image"),
     "gigantic tokens": (policy(gpt_hidden_dim=1 << 30), "more than any robot's"),

@@ -31,8 +31,10 @@ Target = Literal["tensorrt", "cpu"]
 ActionKind = Literal[
     "unknown", "position", "displacement", "velocity", "angle", "rotation_vector", "gripper"
 ]
-# Releases of LeRobot that lay a checkpoint out alike.
-Layout = Literal["0.1", "0.2-0.3", "0.4+"]
+# Who lays a checkpoint out so: releases of LeRobot, or the code of a paper.
+Layout = Literal["0.1", "0.2-0.3", "0.4+", "Robot Utility Models", "Contact-Anchored Policies"]
+# Types of features that are vectors and observed.
+VECTORS = "STATE", "ENV"
 STAGES: tuple[StageName, ...] = ("vision_encoder", "gpt", "code_heads", "rvq_decoder")
 TARGETS: tuple[Target, ...] = ("tensorrt", "cpu")
 
@@ -95,10 +97,11 @@ class PolicySpec(Strict, frozen=True, omit_defaults=True):
     """What the runtime needs of the policy's configuration, under LeRobot's field names.
 
     `tokens_per_step` are what an observation is to the transformer: of LeRobot's policies one per
-    camera, the state and the action query. With `sequentially_select` the secondary code is drawn
-    knowing the primary one. `relative_actions` says for every action whether it is a distance from
-    the state, and is empty where none is: see `ActionScaling`. `action_kinds` says what each
-    number of an action is, and is empty where nobody said.
+    camera, the state and the action query; where it is one per camera, a state or goal is part of
+    those. With `sequentially_select` the secondary code is drawn knowing the primary one.
+    `relative_actions` says for every action whether it is a distance from the state, and is empty
+    where none is: see `ActionScaling`. `action_kinds` says what each number of an action is, and is
+    empty where nobody said.
     """
 
     n_obs_steps: Positive
@@ -135,6 +138,11 @@ class SourceSpec(Strict, frozen=True):
     name: Text
     sha256: Sha256
     layout: Layout
+
+    @property
+    def writer(self) -> str:
+        """Whose code lays a checkpoint out so."""
+        return f"LeRobot {self.layout}" if self.layout[0].isdigit() else self.layout
 
 
 class CalibrationSpec(Strict, frozen=True):
@@ -207,18 +215,24 @@ class Manifest(Strict, frozen=True):
 
     @property
     def state_key(self) -> str:
-        """Key of the robot's state."""
-        return next(key for key, f in self.input_features.items() if f.type == "STATE")
+        """Key of the one vector that the policy observes: the robot's state, or a goal.
+
+        Of a policy that observes cameras alone, the name that a state would have.
+        """
+        keys = (key for key, f in self.input_features.items() if f.type in VECTORS)
+        return next(keys, "observation.state")
 
     @property
     def state_dim(self) -> int:
-        """Width of the state."""
-        return self.input_features[self.state_key].shape[0]
+        """Width of that vector; 0 where the policy observes cameras alone."""
+        feature = self.input_features.get(self.state_key)
+        return 0 if feature is None else feature.shape[0]
 
     @property
     def observation_shapes(self) -> dict[str, Shape]:
-        """Of everything that the policy observes: the cameras' frames and the state."""
-        return {**self.image_shapes, self.state_key: (self.state_dim,)}
+        """Of everything that the policy observes: the cameras' frames, the state or goal if any."""
+        vector = {self.state_key: (self.state_dim,)} if self.state_dim else {}
+        return {**self.image_shapes, **vector}
 
     @property
     def secondary_rows(self) -> int:

@@ -74,23 +74,24 @@ def _check_consistency(manifest: Manifest) -> None:
     unverified = manifest.verification is None
     _refuse_if(unverified, "the bundle was never verified against its checkpoint; export again")
     inputs = manifest.input_features
-    further = [key for key, f in inputs.items() if f.type in {"ENV", "ACTION"}]
+    vectors = [key for key, f in inputs.items() if f.type != "VISUAL"]
     _refuse_if(
-        further,
-        f"the policy observes {further} besides cameras and a state, which this version of "
-        "vqbet_edge does not; install a newer one on the robot",
+        len(vectors) > 1 or any(inputs[key].type == "ACTION" for key in vectors),
+        f"the policy observes {vectors} besides cameras, and this version of vqbet_edge one state "
+        "or goal; install a newer one on the robot",
     )
     images = {feature.shape for feature in inputs.values() if feature.type == "VISUAL"}
     _refuse_if(
         not images or any(len(shape) != 3 or shape[0] != 3 for shape in images),
         f"expected cameras of shape (3, H, W), got {sorted(images)}",
     )
-    states = [feature.shape for feature in inputs.values() if feature.type == "STATE"]
+    states = [inputs[key].shape for key in vectors]
     actions = {name: feature.shape for name, feature in manifest.output_features.items()}
     widths = [len(shape) for shape in (*states, *actions.values())]
     _refuse_if(
-        widths != [1, 1] or "action" not in actions,
-        f"expected one state and one 'action' of shape (dim,), got {states} and {actions}",
+        set(widths) != {1} or list(actions) != ["action"],
+        f"expected one state, goal or neither, and one 'action', of shape (dim,), got {states} and "
+        f"{actions}",
     )
     relative, kinds, dim = policy.relative_actions, policy.action_kinds, manifest.action_dim
     _refuse_if(
@@ -102,10 +103,11 @@ def _check_consistency(manifest: Manifest) -> None:
         kinds and len(kinds) != dim,
         f"expected action_kinds for {dim} actions, got {len(kinds)}; export again",
     )
-    tokens = len(manifest.image_keys) + 2
+    cameras = len(manifest.image_keys)
+    possible = [cameras, cameras + 2] if vectors else [cameras]
     _refuse_if(
-        policy.tokens_per_step != tokens,
-        f"expected {tokens} tokens_per_step (cameras, state, query), got "
+        policy.tokens_per_step not in possible,
+        f"expected {possible} tokens_per_step (cameras; or with a state and a query), got "
         f"{policy.tokens_per_step}; install a newer vqbet_edge on the robot",
     )
     crop, (height, width, _) = manifest.crop, manifest.frame_shape

@@ -7,6 +7,7 @@ The data contract:
                         or   float32 (3, h, w), values in [0, 1]  as LeRobot passes it
         ... one per camera, under the checkpoint's keys and of its own size ...
         "observation.state": float32 or float64 (S,), finite, in the robot's units
+        ... or, under its own key, a goal like that; a policy may observe neither ...
     }
 
 A leading batch axis of 1 is accepted. Other keys are ignored. A float32 frame is rounded to the 256
@@ -48,7 +49,7 @@ class ObservationReader:
             columns = slice(len(range(*self._columns.indices(shape[1]))))
             self._cameras.append((key, shape, (camera, rows, columns)))
         self._state_key, self._state_dim = manifest.state_key, manifest.state_dim
-        self._keys = [*manifest.image_shapes, self._state_key]
+        self._keys = list(manifest.observation_shapes)
         self._scaling, self._states = state_scaling, states
 
     def read(self, observation: Observation, frames: Frames, state: Floats) -> None:
@@ -68,7 +69,8 @@ class ObservationReader:
         for key, shape, place in self._cameras:
             image = feature_array(observation, key, self._keys)
             self._read_image(key, shape, image, frames[place])
-        self._read_state(feature_array(observation, self._state_key, self._keys), state)
+        if self._state_dim:
+            self._read_state(feature_array(observation, self._state_key, self._keys), state)
 
     def _read_image(
         self, key: str, shape: ImageShape, image: NDArray[Any], out: NDArray[np.uint8]

@@ -210,8 +210,9 @@ class PolicyCheck:
         if not np.isfinite(wanted.scaled_states).all():
             return
         state = observation[self._bundle.manifest.state_key]
-        scaled = self._state.apply(state.astype(np.float32))
-        self._compare("state scaling", scaled, wanted.scaled_states)
+        if state.size:
+            scaled = self._state.apply(state.astype(np.float32))
+            self._compare("state scaling", scaled, wanted.scaled_states)
         chunk = wanted.decoded_chunk + wanted.offset_chunk
         errors = action_errors(self._action.apply(chunk, wanted.scaled_states), wanted.actions)
         spread = np.maximum(self._reference.spread, 1e-12)

@@ -213,7 +213,8 @@ class Recorder:
             return
         manifest = self._manifest
         row = {key: np.asarray(observation[key]) for key in manifest.image_keys}
-        row[manifest.state_key] = np.asarray(observation[manifest.state_key]).reshape(-1)
+        state = observation[manifest.state_key] if manifest.state_dim else ()
+        row[manifest.state_key] = np.asarray(state).reshape(-1)
         own: dict[str, Any] = {fmt.EPISODE: self._episode, fmt.STEP: step}
         if self._with_decisions:
             own[fmt.TIME] = self._epoch + time.monotonic_ns()

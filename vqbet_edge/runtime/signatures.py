@@ -1,9 +1,9 @@
 """The I/O signature of every graph: what goes in and what comes out.
 
 It follows from the policy's sizes, so no bundle stores it. Letters in shapes: N window, K cameras,
-H and W height and width of a frame as the runtime crops it, S state width, D `gpt_hidden_dim`,
-F `gpt_output_dim`, C codes per layer, R `secondary_rows`, W actions per chunk, A action width,
-L transformer blocks. The leading 1 is the batch axis.
+H and W height and width of a frame as the runtime crops it, S width of the state or goal, P tokens
+of a step, D `gpt_hidden_dim`, F `gpt_output_dim`, C codes per layer, R `secondary_rows`, W actions
+per chunk, A action width, L transformer blocks. The leading 1 is the batch axis.
 """
 
 import math
@@ -39,7 +39,8 @@ def signature(manifest: Manifest, stage: StageName) -> Signature:
     """Inputs and outputs of a stage's graph.
 
     vision_encoder  frames uint8 (1, K, H, W, 3) -> frame_tokens (1, K, D)
-    gpt             image_tokens (1, N, K, D), states (1, N, S) -> feature (1, F)
+    gpt             image_tokens (1, N, K, D), states (1, N, S) -> feature (1, F); a policy that
+                    observes cameras alone has no states
     code_heads      feature (1, F) -> logits (1, 1 + R, C), offsets (1, 2, C, W, A)
     rvq_decoder     codes int64 (1, 2) -> decoded (1, W, A)
     """
@@ -53,7 +54,8 @@ def signature(manifest: Manifest, stage: StageName) -> Signature:
             return Signature((frames,), (_floats("frame_tokens", cameras, width),))
         case "gpt":
             tokens = _floats("image_tokens", window, cameras, width)
-            return Signature((tokens, _floats("states", window, manifest.state_dim)), (feature,))
+            states = (_floats("states", window, manifest.state_dim),) * bool(manifest.state_dim)
+            return Signature((tokens, *states), (feature,))
         case "code_heads":
             logits = _floats("logits", 1 + manifest.secondary_rows, codes)
             return Signature((feature,), (logits, _floats("offsets", 2, codes, *chunk)))
@@ -65,8 +67,8 @@ def signature(manifest: Manifest, stage: StageName) -> Signature:
 def cached_gpt_signature(manifest: Manifest, batch: int = 1) -> Signature:
     """Inputs and outputs of the CPU's gpt; every axis of steps or tokens at its longest.
 
-    constants (N, K + 2, D), mask (T, 2 T), past (2 L, B, heads, T, D / heads) -> present, as past,
-    with T = N (K + 2), besides what `signature` gives for the stage, with B in the leading 1's
+    constants (N, P, D), mask (T, 2 T), past (2 L, B, heads, T, D / heads) -> present, as past, with
+    T = N P, besides what `signature` gives for the stage, with B in the leading 1's
     place.
 
     Args:

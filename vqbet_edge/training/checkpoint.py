@@ -6,21 +6,18 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vqbet_edge.errors import CheckpointError
-from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.hub import download, is_hub_id
-from vqbet_edge.runtime.manifest import ActionKind, Text
-from vqbet_edge.runtime.normalization import ActionScaling, Affine
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, NormalizationMode, VQBeTConfig
+from vqbet_edge.runtime.manifest import Text
+from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, VQBeTConfig
+from vqbet_edge.training.family import AnyCheckpoint
 from vqbet_edge.training.files import check_encodable, remedy, through_last
 from vqbet_edge.training.layouts import (
     CONFIG_NAME,
@@ -28,21 +25,12 @@ from vqbet_edge.training.layouts import (
     WEIGHTS_NAME,
     Description,
     Json,
-    Layout,
-    Normalization,
     read_description,
     read_json,
 )
 from vqbet_edge.training.network import VQBeT
-from vqbet_edge.training.normalization import (
-    RANGE,
-    Floats,
-    affines,
-    required_statistics,
-    still_warning,
-)
 
-_PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+PICKLE_SUFFIXES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 # Where a checkpoint's directory is below a step's, below all of them, and below a run's.
 _INSIDE_A_RUN = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
 _FILES = [CONFIG_NAME, TRAIN_CONFIG_NAME, WEIGHTS_NAME, "policy_*.json", "policy_*.safetensors"]
@@ -50,83 +38,15 @@ _NORMALIZERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A policy ready to be exported."""
+class Checkpoint(AnyCheckpoint):
+    """A policy of LeRobot's or of `vqbet-train`, ready to be exported."""
 
-    network: VQBeT  # float32, in eval mode, on the CPU
-    # By the policy's key, as its files have it; absent means unchanged.
-    normalization: Mapping[str, Normalization]
-    renamed: Mapping[str, str]  # the policy's key -> the robot's, where they differ
-    layout: Layout
-    name: str  # where it was loaded from, as the user wrote it
-    sha256: str  # of model.safetensors
-    license: str | None = None
-    # Observations a second and name or folder of the demonstrations, where its files tell.
-    fps: float | None = None
-    dataset: str | None = None
-    action_kinds: tuple[ActionKind, ...] = ()  # of each number of an action, where somebody said
-
-    @cached_property
-    def inputs(self) -> Mapping[str, Affine]:
-        """By the policy's key: robot units -> network units, images from [0, 1]."""
-        return {key: self._scaling(key)[0] for key in self.config.input_features}
-
-    @cached_property
-    def action(self) -> Affine:
-        """Network units -> robot units; see `action_scaling`."""
-        return self._scaling(ACTION_KEY)[1]
-
-    def _scaling(self, key: str) -> tuple[Affine, Affine]:
-        features = {**self.config.input_features, **self.config.output_features}
-        # (dim,) for vectors; for images (3, height, width) it is the channels that are scaled.
-        dim = features[key].shape[0]
-        how = self.normalization.get(key, Normalization(NormalizationMode.IDENTITY))
-        stats = required_statistics(key, how.mode, how.stats, dim)
-        if key == STATE_KEY and stats and (text := still_warning(key, how.mode, stats)):
-            warnings.warn(text, stacklevel=4)
-        return affines(how.mode, stats, how.epsilon, dim)
-
-    @property
-    def state_range(self) -> Floats | None:
-        """float32 (2, S): lowest and highest demonstrated state in the robot's units, if known."""
-        return self._demonstrated(STATE_KEY, self.config.state_dim)
-
-    @property
-    def action_range(self) -> Floats | None:
-        """The same of the actions, (2, A)."""
-        return self._demonstrated(ACTION_KEY, self.config.action_dim)
-
-    def _demonstrated(self, key: str, dim: int) -> Floats | None:
-        stats = self.normalization[key].stats if key in self.normalization else {}
-        # LeRobot's own, where ours are not: of relative actions those are distances.
-        relative = key == ACTION_KEY and self.config.use_relative_actions
-        names = RANGE if relative or stats.keys() >= set(RANGE) else ("min", "max")
-        found = [np.asarray(stats[name]).reshape(-1) for name in names if name in stats]
-        if [len(values) for values in found] != [dim, dim] or not np.isfinite(found).all():
-            return None
-        return np.stack(found).astype(np.float32)
-
-    @property
-    def action_scaling(self) -> ActionScaling:
-        """What turns the network's chunks into the robot's actions."""
-        relative = self.config.relative_actions
-        return ActionScaling.of(self.action, self.inputs[STATE_KEY], relative, self.action_range)
+    network: VQBeT
 
     @property
     def config(self) -> VQBeTConfig:
         """The network's configuration."""
         return self.network.config
-
-    @property
-    def image_shapes(self) -> dict[str, ImageShape]:
-        """(height, width, 3) of every camera's frame, under the robot's keys, in token order."""
-        sizes = zip(self.config.image_keys, self.config.image_sizes, strict=True)
-        return {self.renamed.get(key, key): (*size, 3) for key, size in sizes}
-
-    @property
-    def state_key(self) -> str:
-        """The state's key on the robot."""
-        return self.renamed.get(STATE_KEY, STATE_KEY)
 
 
 def load_checkpoint(source: str, *, codes_alone: bool = False) -> Checkpoint:
@@ -199,10 +119,11 @@ def locate_checkpoint(source: str) -> Path:
     """
     path = through_last(Path(source))
     check_encodable(path)
-    if path.suffix in _PICKLE_SUFFIXES:
+    if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"'{source}' is a pickled file, which can run code when it is loaded; save the policy "
-            f"with LeRobot's save_pretrained and pass its {WEIGHTS_NAME}"
+            f"with LeRobot's save_pretrained and pass its {WEIGHTS_NAME}. One of Robot Utility "
+            "Models or Contact-Anchored Policies can be exported: vqbet-export takes its tensors"
         )
     if path.is_file():
         if path.name != WEIGHTS_NAME:
@@ -227,7 +148,7 @@ def locate_checkpoint(source: str) -> Path:
         hint = f"pass '{meant}'"
     elif any(re.search(r"-of-\d+|\.index\.json$|\.distcp$|fsdp", name) for name in names):
         hint = f"it is sharded: gather it into one {WEIGHTS_NAME} with save_pretrained first"
-    elif any(Path(name).suffix in _PICKLE_SUFFIXES for name in names):
+    elif any(Path(name).suffix in PICKLE_SUFFIXES for name in names):
         hint = "pickled weights are never loaded: save the policy with save_pretrained"
     else:
         hint = f"it holds {names[:8]}"

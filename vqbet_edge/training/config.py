@@ -46,6 +46,7 @@ class FeatureType(str, Enum):
 
     VISUAL = "VISUAL"
     STATE = "STATE"
+    ENV = "ENV"
     ACTION = "ACTION"
 
 

@@ -23,20 +23,20 @@ from vqbet_edge.runtime.manifest import (
     StageSpec,
     Target,
 )
-from vqbet_edge.training.checkpoint import Checkpoint
-from vqbet_edge.training.config import ACTION_KEY, STATE_KEY, Feature, VQBeTConfig
+from vqbet_edge.training.config import ACTION_KEY, Feature
+from vqbet_edge.training.family import AnyCheckpoint
 
 CACHED_GPT_NAME = "gpt_cached.onnx"
 
 
-def without_graphs(checkpoint: Checkpoint) -> Bundle:
+def without_graphs(checkpoint: AnyCheckpoint) -> Bundle:
     """A checkpoint as `EdgePolicy` takes it, for a backend that has the network itself."""
     manifest = describe(checkpoint, "fp32")
     return Bundle(Path(checkpoint.name), manifest, {}, scaling_arrays(checkpoint))
 
 
 def describe(
-    checkpoint: Checkpoint, precision: Precision, targets: Sequence[Target] = TARGETS
+    checkpoint: AnyCheckpoint, precision: Precision, targets: Sequence[Target] = TARGETS
 ) -> Manifest:
     """The manifest of a bundle that has neither files nor been verified."""
     graphs: dict[StageName, StageSpec] = {
@@ -66,7 +66,7 @@ def describe(
         ),
         input_features=inputs,
         output_features={ACTION_KEY: _feature(policy.output_features[ACTION_KEY])},
-        crop=runtime_crop(policy),
+        crop=runtime_crop(checkpoint),
         stages=stages,
         cpu_stages=for_cpu if "cpu" in targets else {},
         fps=checkpoint.fps,
@@ -83,9 +83,9 @@ def _feature(feature: Feature) -> FeatureSpec:
     return FeatureSpec(type=feature.type.value, shape=feature.shape)
 
 
-def scaling_arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+def scaling_arrays(checkpoint: AnyCheckpoint) -> dict[str, NDArray[np.float32]]:
     """Scalings and demonstrated ranges, by the names that docs/bundle.md gives them."""
-    scalings = {"state": checkpoint.inputs[STATE_KEY], "action": checkpoint.action}
+    scalings = {"state": checkpoint.state_scaling, "action": checkpoint.action}
     arrays = {
         f"{key}.{term}": getattr(scaling, term)
         for key, scaling in scalings.items()
@@ -101,10 +101,10 @@ def center_crop(size: tuple[int, ...], crop: tuple[int, int]) -> CropSpec:
     return CropSpec(top, left, *crop)
 
 
-def runtime_crop(config: VQBeTConfig) -> CropSpec:
+def runtime_crop(checkpoint: AnyCheckpoint) -> CropSpec:
     """What the runtime cuts out of every frame before the encoder sees it.
 
     The crop costs nothing while the frame is copied; only behind a resize the graph has to do it.
     """
-    full = config.frame_size
+    full, config = checkpoint.frame_size, checkpoint.config
     return center_crop(full, config.encoder_shape if config.resize_shape is None else full)

@@ -56,11 +56,13 @@ _OWN_FIELDS = {"optimizer_grad_clip_norm"}
 
 
 class Layout(str, Enum):
-    """Which releases of LeRobot write a checkpoint so."""
+    """Who writes a checkpoint so: releases of LeRobot, or the code of a paper (see `nyu`)."""
 
     V0_1 = "0.1"
     V0_2 = "0.2-0.3"
     V0_4 = "0.4+"
+    RUM = "Robot Utility Models"
+    CAP = "Contact-Anchored Policies"
 
 
 @dataclass(frozen=True)

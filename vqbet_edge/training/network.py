@@ -16,7 +16,7 @@ import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -240,6 +240,11 @@ class VqVae(nn.Module):
         self.encoder = mlp(flat, hidden, hidden, latent)
         self.decoder = mlp(latent, hidden, hidden, flat)
 
+    @property
+    def code_vectors(self) -> list[Tensor]:
+        """(C, D) of every layer, primary first."""
+        return [codebook.embed[0] for codebook in self.vq_layer.codebooks]
+
     def encode(self, chunks: Tensor) -> Quantized:
         """(M, W, A), normalised -> code pairs and their latents."""
         result: Quantized = self.vq_layer(self.encoder(chunks.flatten(1)))  # (M, W * A) inside
@@ -247,8 +252,8 @@ class VqVae(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """int64 (..., 2) -> (..., W, A), normalised."""
-        primary, secondary = self.vq_layer.codebooks
-        latents = primary.embed[0, codes[..., 0]] + secondary.embed[0, codes[..., 1]]
+        primary, secondary = self.code_vectors
+        latents = primary[codes[..., 0]] + secondary[codes[..., 1]]
         flat: Tensor = self.decoder(latents)  # (..., W * A)
         return flat.view(*codes.shape[:-1], *self.chunk_shape)
 
@@ -256,12 +261,35 @@ class VqVae(nn.Module):
 # ---- GPT (figure 2, middle): LeRobot's `GPT`, which is nanoGPT's.
 
 
+class GptSizes(Protocol):
+    """What a configuration says of its GPT."""
+
+    @property
+    def gpt_hidden_dim(self) -> int: ...  # noqa: D102 - LeRobot's names
+    @property
+    def gpt_input_dim(self) -> int: ...  # noqa: D102
+    @property
+    def gpt_output_dim(self) -> int: ...  # noqa: D102
+    @property
+    def gpt_block_size(self) -> int: ...  # noqa: D102
+    @property
+    def gpt_n_layer(self) -> int: ...  # noqa: D102
+    @property
+    def gpt_n_head(self) -> int: ...  # noqa: D102
+    @property
+    def dropout(self) -> float: ...  # noqa: D102
+
+
+# Of torch's two, by its own names: exact, or the approximation of GPT-2.
+Gelu = Literal["none", "tanh"]
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and the tokens before it."""
 
     bias: Tensor
 
-    def __init__(self, config: VQBeTConfig) -> None:
+    def __init__(self, config: GptSizes) -> None:
         super().__init__()
         width, block = config.gpt_hidden_dim, config.gpt_block_size
         self.num_heads = config.gpt_n_head
@@ -288,7 +316,7 @@ class CausalSelfAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: VQBeTConfig) -> None:
+    def __init__(self, config: GptSizes, gelu: Gelu = "none") -> None:
         super().__init__()
         width = config.gpt_hidden_dim
         self.ln_1 = nn.LayerNorm(width)
@@ -296,7 +324,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width),
-            nn.GELU(),
+            nn.GELU(approximate=gelu),
             nn.Linear(4 * width, width),
         )
         self.dropout = Dropout(config.dropout)
@@ -311,7 +339,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens of width `gpt_input_dim` -> features of width `gpt_output_dim`."""
 
-    def __init__(self, config: VQBeTConfig) -> None:
+    def __init__(self, config: GptSizes, gelu: Gelu = "none") -> None:
         super().__init__()
         width = config.gpt_hidden_dim
         self.transformer = nn.ModuleDict(
@@ -319,7 +347,7 @@ class GPT(nn.Module):
                 "wte": nn.Linear(config.gpt_input_dim, width),
                 "wpe": nn.Embedding(config.gpt_block_size, width),
                 "drop": Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.gpt_n_layer)),
+                "h": nn.ModuleList(Block(config, gelu) for _ in range(config.gpt_n_layer)),
                 "ln_f": nn.LayerNorm(width),
             }
         )
@@ -457,6 +485,26 @@ class VQBeT(nn.Module):
         out = self.vqbet.policy(self._tokens(image_tokens, states), shard)  # (B, T, D)
         # The query is the last token of its step; behind the window there are queries only.
         return torch.cat([out[:, per_step - 1 : seen : per_step], out[:, seen:]], dim=1)
+
+    def crop(self, frames: Tensor) -> Tensor:
+        """(..., H, W) -> what the encoder looks at of them: behind a resize it crops itself."""
+        if self.config.resize_shape is not None:
+            return frames
+        cropped: Tensor = self.vqbet.rgb_encoder.center_crop(frames)
+        return cropped
+
+    def embed(self, image_tokens: Tensor) -> Tensor:
+        """(..., gpt_input_dim) -> (..., gpt_hidden_dim): frames as the GPT's blocks take them."""
+        embedded: Tensor = self.vqbet.policy.transformer["wte"](image_tokens)
+        return embedded
+
+    def places(self) -> Tensor:
+        """(N, K + 2, gpt_hidden_dim): what every token has from its place: position, query."""
+        parts, steps = self.vqbet.policy.transformer, self.config.n_obs_steps
+        positions = torch.arange(steps * self.config.tokens_per_step)
+        places: Tensor = parts["wpe"](positions).view(steps, -1, self.config.gpt_hidden_dim)
+        places[:, -1] += parts["wte"](self.vqbet.action_token)[0]
+        return places
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, N, K, 3, H, W) -> (B, N, K, gpt_input_dim): one token per frame."""

@@ -55,13 +55,16 @@ class PolicyMetadata(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, manifest: Manifest) -> "PolicyMetadata":
         """What a bundle's manifest says."""
-        images = {key: Feature("uint8", shape) for key, shape in manifest.image_shapes.items()}
-        state = Feature("float32", (manifest.state_dim,))
+        cameras = manifest.image_shapes
+        observed = {
+            key: Feature("uint8" if key in cameras else "float32", shape)
+            for key, shape in manifest.observation_shapes.items()
+        }
         return cls(
             policy="vqbet",
             server=f"vqbet_edge {__version__}",
             checkpoint=manifest.source.name,
-            observation={**images, manifest.state_key: state},
+            observation=observed,
             action_dim=manifest.action_dim,
             action_horizon=1,
             action_chunk_size=manifest.policy.action_chunk_size,

@@ -49,7 +49,7 @@ class Session:
         """
         self.used = time.monotonic()
         manifest = self._policy.manifest
-        keys = (*manifest.image_keys, manifest.state_key)
+        keys = tuple(manifest.observation_shapes)
         if missing := [key for key in keys if key not in request]:
             came = [ascii(key)[1:-1][:40] for key in sorted(request)[:_SHOWN]]
             raise ObservationError(f"'{missing[0]}' is missing: expected {list(keys)}, got {came}")

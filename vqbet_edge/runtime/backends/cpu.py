@@ -36,7 +36,9 @@ class CpuBackend(Backend):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
         self.manifest: Manifest = bundle.manifest
-        constants = cached_gpt_signature(bundle.manifest).inputs[2].shape
+        constants = next(
+            t.shape for t in cached_gpt_signature(bundle.manifest).inputs if t.name == "constants"
+        )
         tokens = constants[0] * constants[1]
         self.token_constants = bundle.array(TOKEN_CONSTANTS, constants)
         self.causal_mask = bundle.array(CAUSAL_MASK, (tokens, tokens))
@@ -91,7 +93,8 @@ class CpuWindow(Window):
         tensors = [tensor for each in signatures for tensor in each.tensors]
         self._arrays = {t.name: np.zeros(t.shape, t.dtype) for t in tensors}
         self._window: Floats = self._arrays["image_tokens"]  # (1, N, K, D)
-        self._states: Floats = self._arrays["states"]  # (1, N, S)
+        nothing = np.zeros((*self._window.shape[:2], 0), np.float32)
+        self._states: Floats = self._arrays.get("states", nothing)  # (1, N, S)
         # The newest observation's part of them, side by side for a graph.
         self._newest_state: Floats = np.zeros_like(self._states[:, -1:])
         self._newest_tokens: Floats = self._arrays["frame_tokens"][:, None]
@@ -116,7 +119,7 @@ class CpuWindow(Window):
             run()
 
     def _bind_gpt(self, graph: Graph, backend: CpuBackend) -> None:
-        window, per_step = self._window.shape[1], self._window.shape[2] + 2
+        window, per_step, _ = backend.token_constants.shape
         *_, longest = cached_gpt_signature(backend.manifest).outputs
         blocks, batch, heads, _, part = longest.shape
         known = (window - 1) * per_step
@@ -126,7 +129,8 @@ class CpuWindow(Window):
 
         def over(images: Floats, states: Floats, first: int, seen: Floats) -> Arrays:
             constants = backend.gpt_constants(slice(first, first + images.shape[1]))
-            return {"image_tokens": images, "states": states, **constants, "past": seen}
+            vectors = {"states": states} if states.size else {}
+            return {"image_tokens": images, **vectors, **constants, "past": seen}
 
         self.parts["window"] = Bound(over(self._window, self._states, 0, nothing), feature)
         if known:

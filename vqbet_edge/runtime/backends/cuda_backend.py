@@ -167,7 +167,8 @@ class CudaWindow(Window):
         """GPT and heads over the window, in one launch."""
         self._forget_seconds(done=True)
         with self._using("predict") as execution:
-            execution.write("states", states)
+            if states.size:
+                execution.write("states", states)
             self._graphs.get("predict", self._put_predict)()
             return self._finished(execution)
 
@@ -177,7 +178,8 @@ class CudaWindow(Window):
         self._forget_seconds(done=True)
         with self._using("replan") as execution:
             execution.write("frames", frames)
-            execution.write("states", states)
+            if states.size:
+                execution.write("states", states)
             self._graphs.get("replan", self._put_replan)()
             return self._finished(execution)
 
@@ -235,7 +237,8 @@ class CudaWindow(Window):
         stream, buffers = self._execution.stream, self._execution.buffers
         size = self._length * self._row_size
         stream.copy(buffers["image_tokens"].address, self._history, size)
-        stream.upload(buffers["states"])
+        if "states" in buffers:
+            stream.upload(buffers["states"])
         self._execution.stages["gpt"]()
         self._execution.stages["code_heads"]()
         stream.download(buffers["logits"])

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vqbet_edge import EdgePolicy, Guards
+from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.backends.base import Backend
 from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.cameras import unpack_frames
@@ -68,6 +69,12 @@ class CodedPolicy:
 
     def __init__(self, name: str, bundle: Bundle, backend: Backend) -> None:
         self.manifest, policy = bundle.manifest, bundle.manifest.policy
+        if policy.tokens_per_step == len(self.manifest.image_keys):
+            raise UsageError(
+                f"'{name}' is a policy of {self.manifest.source.writer}, whose secondary logits "
+                "depend on the primary code in another way at every step; the report on codes is "
+                "for LeRobot's policies"
+            )
         torch_backend = backend if isinstance(backend, TorchBackend) else None
         self.vqvae = None if torch_backend is None else torch_backend.network.head.vqvae_model
         self.facts = CodedFacts(
@@ -104,7 +111,7 @@ class CodedPolicy:
         self._policy.reset()
         for start in range(place.start, place.stop, _FRAMES):
             part = place._replace(start=start, stop=min(start + _FRAMES, place.stop))
-            piece = read_piece(source, part, list(shapes), state_key)
+            piece = read_piece(source, part, self.manifest)
             for frames, state in zip(piece.frames, piece.states, strict=True):
                 self._policy.act_chunk({**unpack_frames(frames, shapes), state_key: state})
                 decisions.append(self._policy.last)

@@ -2,7 +2,8 @@
 
 The source is a data set in LeRobot's format, or what `EdgePolicy.record` wrote on the robot.
 
-Letters: M steps of a piece, K cameras, H and W image height and width, S state width.
+Letters: M steps of a piece, K cameras, H and W image height and width, S width of the state or
+goal, 0 where there is none.
 """
 
 from abc import ABC, abstractmethod
@@ -221,24 +222,25 @@ class Sampler:
 
     def read(self, place: Place) -> Piece:
         """The observations of one place; see `read_piece`."""
-        return read_piece(self.source, place, self.manifest.image_keys, self.manifest.state_key)
+        return read_piece(self.source, place, self.manifest)
 
 
-def read_piece(source: Source, place: Place, image_keys: Sequence[str], state_key: str) -> Piece:
-    """The observations of one place.
+def read_piece(source: Source, place: Place, manifest: Manifest) -> Piece:
+    """The observations of one place, as a policy makes them.
 
     Raises:
         DatasetError: they are damaged, or a state is not finite.
     """
-    arrays = source.read(place, (*image_keys, state_key))
-    states = arrays[state_key].astype(np.float32)
+    arrays = source.read(place, tuple(manifest.observation_shapes))
+    none = np.zeros((place.stop - place.start, 0))
+    states = arrays.get(manifest.state_key, none).astype(np.float32)
     finite = np.isfinite(states).all(axis=1)
     if not finite.all():
         raise DatasetError(
             f"the state of episode {place.episode}, step {place.start + int(finite.argmin())} "
             f"is not finite in '{source.name}'; repair the data or leave the episode out"
         )
-    return Piece(pack_frames([arrays[key] for key in image_keys]), states)
+    return Piece(pack_frames([arrays[key] for key in manifest.image_keys]), states)
 
 
 def check_features(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
