@@ -49,8 +49,8 @@ def _predict(bundle: Bundle, backend: Backend, prefetch: Prefetch, *, pause: boo
     """Median seconds of a prediction, by a window of its own."""
     manifest = bundle.manifest
     blank: Observation = {
-        **{key: np.zeros(shape, np.uint8) for key, shape in manifest.image_shapes.items()},
-        manifest.state_key: np.zeros(manifest.state_dim, np.float32),
+        key: np.zeros(shape, np.uint8 if key in manifest.image_shapes else np.float32)
+        for key, shape in manifest.observation_shapes.items()
     }
     policy = _Unguarded(bundle, backend, prefetch)
     try:

@@ -133,11 +133,11 @@ def control_rate(parameters: Parameters, policy: EdgePolicy) -> float:
     return rate
 
 
-<<<<<<< HEAD
 def prediction_time(given: float, rate: float) -> float:
     """Seconds that a prediction may take: as given, else until the next step is due."""
     return float("inf") if given < 0 else given or 1 / rate
-=======
+
+
 def _check_observed(policy: EdgePolicy) -> None:
     """The node makes a state of joints, and has nothing to make a goal of."""
     manifest = policy.manifest
@@ -147,65 +147,6 @@ def _check_observed(policy: EdgePolicy) -> None:
             "which this node moves a robot by; drive it with EdgePolicy.act instead "
             "(docs/robot-utility-models.md)"
         )
-
-
-def _warm(policy: EdgePolicy) -> None:
-    """The first call is slower than all others, and would be late; a sibling leaves no trace."""
-    manifest = policy.manifest
-    shapes = manifest.image_shapes.items()
-    blank: dict[str, Any] = {key: np.zeros(shape, np.uint8) for key, shape in shapes}
-    blank[manifest.state_key] = np.zeros(manifest.state_dim, np.float32)
-    with policy.sibling() as other:
-        other.act_chunk(blank)
-
-
-def state_joints(parameters: Parameters, policy: EdgePolicy) -> Joints:
-    """The joints of the policy's state."""
-    state, dim = parameters.state, policy.manifest.state_dim
-    if len(state.joints) != dim:
-        raise UsageError(f"expected {dim} joints in state.joints, got {list(state.joints)}")
-    return Joints(state.joints, state.units, state.scale, state.offset)
-
-
-def when_stopped(parameters: Parameters, policy: EdgePolicy) -> WhenStopped:
-    """What is sent while the policy is stopped; `hold` says that commands are positions."""
-    given, kinds = parameters.command, set(policy.manifest.policy.action_kinds)
-    positions = bool(kinds) and kinds <= _POSITIONS
-    if given.when_stopped is None and (positions or (given.type != "array" and not kinds & _MOVES)):
-        return "hold"
-    wrong = {"hold": kinds & _MOVES, "zero": kinds & _POSITIONS, "silence": ()}
-    if given.when_stopped is None or wrong[given.when_stopped]:
-        raise UsageError(
-            "expected command.when_stopped of 'hold' where commands are positions, 'zero' where "
-            "they are velocities or efforts, with which a controller goes on, or 'silence'; got "
-            f"{given.when_stopped or 'nothing'!r}, and actions are {sorted(kinds) or ['unknown']}"
-        )
-    return given.when_stopped
-
-
-def command_joints(parameters: Parameters, policy: EdgePolicy, *, positions: bool) -> Joints:
-    """The joints of commands.
-
-    Units, scale and offset are the state's where not given, of positions of the state's joints; of
-    other commands, those that the state has must be given.
-    """
-    given, state, dim = parameters.command, parameters.state, policy.manifest.action_dim
-    names = given.joints or state.joints
-    if len(names) != dim:
-        raise UsageError(f"expected {dim} joints in command.joints, got {list(names)}")
-    state_joints(parameters, policy)
-    inherits = positions and set(names) <= set(state.joints)
-    for field in ("units", "scale", "offset"):
-        if not (inherits or getattr(given, field)) and getattr(state, field) not in {"as_is", ()}:
-            raise UsageError(
-                f"command.{field} is missing: there is state.{field}, and commands that are not "
-                "positions of the state's joints may have the same or another; give it"
-            )
-    places = [state.joints.index(name) for name in names] if inherits else []
-    scale = given.scale or tuple(state.scale[place] for place in places if state.scale)
-    offset = given.offset or tuple(state.offset[place] for place in places if state.offset)
-    return Joints(names, given.units or state.units, scale, offset)
->>>>>>> nyucore
 
 
 def make_inputs(parameters: Parameters, policy: EdgePolicy) -> dict[str, Input]:
