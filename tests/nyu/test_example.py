@@ -35,7 +35,7 @@ def test_the_example_acts_as_their_controller_was_saved_to(
     robot_utility_models.main(exported(shared, "rum"), str(tmp_path))
     *steps, last = capsys.readouterr().out.splitlines()
     assert len(steps) == len(golden["actions"])
-    assert max(json.loads(last.partition(": ")[2])) < 2e-3
+    assert max(json.loads(last.partition(": ")[2])) < 0.03  # 0.7 with red for blue
 
 
 def test_the_example_drives_both_with_a_synthetic_camera(
