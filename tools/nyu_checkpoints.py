@@ -1,4 +1,4 @@
-"""Write random checkpoints in the exact format of Robot Utility Models or Contact-Anchored Policies.
+"""Write random checkpoints in the format of Robot Utility Models or Contact-Anchored Policies.
 
 python tools/nyu_checkpoints.py --repository CLONE --out tests/nyu/data   # tiny, golden actions
 python tools/nyu_checkpoints.py --repository CLONE --out FOLDER --full    # their sizes, 20-200 MB
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nyu_reference import (  # noqa: E402
+from nyu_reference import (
     Family,
     Sizes,
     Theirs,
@@ -68,7 +68,7 @@ def _randomise(policy: torch.nn.Module) -> None:
                 buffer.uniform_(1, 100)
             case "initted":
                 buffer.fill_(1)
-    torch.nn.init.normal_(policy.loss_fn._obs_mask_token)  # noqa: SLF001
+    torch.nn.init.normal_(policy.loss_fn._obs_mask_token)
 
 
 def _settle_statistics(encoder: torch.nn.Module, images: torch.Tensor) -> None:
@@ -104,11 +104,11 @@ def _random_weights(policy: Any, family: Family, frames: int) -> None:
     pictures = torch.from_numpy(np.stack([frame(each) for each in grids(random, frames)]))
     images = pictures.permute(0, 3, 1, 2).float().div(255).reshape(-1, 3, 3, 256, 256)
     points = torch.from_numpy(goals(random, frames)).reshape(-1, 3, 3)
-    bet = policy.loss_fn._vqbet  # noqa: SLF001
+    bet = policy.loss_fn._vqbet
     _randomise(policy)
     if family.goal:
-        policy.loss_fn._goal_adapter.linear.weight.mul_(5)  # noqa: SLF001
-    decoder, offsets = bet._vqvae_model.decoder.fc, bet._map_to_cbet_preds_offset  # noqa: SLF001
+        policy.loss_fn._goal_adapter.linear.weight.mul_(5)
+    decoder, offsets = bet._vqvae_model.decoder.fc, bet._map_to_cbet_preds_offset
     decoder.weight.mul_(_SCALE[:, None])
     decoder.bias.mul_(_SCALE)[-1] += _GRIPPER
     last = offsets[-2]
@@ -123,9 +123,9 @@ def _random_weights(policy: Any, family: Family, frames: int) -> None:
             policy.loss_fn.step((None, point[None]), window[None])
 
     for layer in (
-        bet._gpt_model.transformer.wte,  # noqa: SLF001
-        bet._map_to_cbet_preds_bin1[-2],  # noqa: SLF001
-        bet._map_to_cbet_preds_bin2[-2],  # noqa: SLF001
+        bet._gpt_model.transformer.wte,
+        bet._map_to_cbet_preds_bin1[-2],
+        bet._map_to_cbet_preds_bin2[-2],
     ):
         _centre(layer, 1.0, run)
 
@@ -135,18 +135,20 @@ def _optimisers(cfg: Any, policy: Any) -> dict[str, Any]:
     import hydra
     from torch.optim.lr_scheduler import LRScheduler
 
-    loss_fn, bet = policy.loss_fn, policy.loss_fn._vqbet  # noqa: SLF001
-    offset = list(bet._map_to_cbet_preds_offset.parameters())  # noqa: SLF001
+    loss_fn, bet = policy.loss_fn, policy.loss_fn._vqbet
+    offset = list(bet._map_to_cbet_preds_offset.parameters())
     own = (
-        policy.model, loss_fn._obs_adapter, bet._gpt_model,  # noqa: SLF001
-        bet._map_to_cbet_preds_bin1, bet._map_to_cbet_preds_bin2,  # noqa: SLF001
+        policy.model, loss_fn._obs_adapter, bet._gpt_model,
+        bet._map_to_cbet_preds_bin1, bet._map_to_cbet_preds_bin2,
     )  # fmt: skip
     first = list(itertools.chain.from_iterable(each.parameters() for each in own))
     init, states = LRScheduler.__init__, {}
     for number, parameters in enumerate((first, offset), 1):
         optimiser = hydra.utils.instantiate(cfg.optimizer, params=parameters, lr=3e-4)
         # Their scheduler passes `verbose`, which newer versions of torch no longer take.
-        with mock.patch.object(LRScheduler, "__init__", lambda self, opt, last, _: init(self, opt, last)):
+        with mock.patch.object(
+            LRScheduler, "__init__", lambda self, opt, last, _: init(self, opt, last)
+        ):
             scheduler = hydra.utils.instantiate(cfg.scheduler, optimizer=optimiser)
         states[f"optimizer{number}"] = optimiser.state_dict()
         states[f"scheduler{number}"] = scheduler.state_dict()
@@ -208,7 +210,9 @@ def write_diffusion(path: Path) -> None:
     import hydra
     from omegaconf import OmegaConf
 
-    cfg = configuration("run_diffusion", ("++model.model_name=resnet34", "++model.pretrained=false"))
+    cfg = configuration(
+        "run_diffusion", ("++model.model_name=resnet34", "++model.pretrained=false")
+    )
     model = hydra.utils.instantiate(cfg.model)
     # Which is no module, and whose constructor changed since diffusers 0.11.
     with mock.patch("models.policies.diffusion_policy.EMAModel"):

@@ -1,8 +1,8 @@
 """The policies of New York University, run by their own code; nothing of it is copied here.
 
 Robot Utility Models (haritheja-e/robot-utility-models 82c4691) and Contact-Anchored Policies
-(jeffacce/cap-policy 8ab1117), both MIT. Their packages have the same names (`models`, `utils`, ...),
-so one process runs one of them. Needs timm and hydra-core beside what vqbet_edge needs.
+(jeffacce/cap-policy 8ab1117), both MIT. Their packages have the same names (`models`, ...), so one
+process runs one of them. Needs timm and hydra-core beside what vqbet_edge needs.
 """
 
 import sys
@@ -98,14 +98,16 @@ def configuration(name: str, overrides: Sequence[str]) -> Any:
     """One of their configurations as Hydra composes it."""
     import hydra
 
-    root = next(Path(each) for each in sys.path if (Path(each) / "configs/run_vqbet.yaml").is_file())
+    root = next(
+        Path(each) for each in sys.path if (Path(each) / "configs/run_vqbet.yaml").is_file()
+    )
     with hydra.initialize_config_dir(str(root / "configs"), version_base="1.2"):
         return hydra.compose(name, overrides=list(overrides))
 
 
 @contextmanager
-def _narrow_resnets(sizes: Sizes) -> Iterator[None]:
-    """timm's ResNet with fewer channels under the names and data configuration of the wide one."""
+def _narrow_resnets(blocks: tuple[int, ...], channels: tuple[int, ...]) -> Iterator[None]:
+    """Timm's ResNet with fewer channels under the names and data configuration of the wide one."""
     import timm
     from timm.models.resnet import make_blocks
 
@@ -113,8 +115,6 @@ def _narrow_resnets(sizes: Sizes) -> Iterator[None]:
 
     def narrow(name: str, **options: Any) -> Any:
         model = create(name, **options)
-        assert sizes.resnet is not None
-        blocks, channels = sizes.resnet
         model.conv1 = torch.nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
         model.bn1 = torch.nn.BatchNorm2d(channels[0])
         kind = type(model.layer1[0])
@@ -127,21 +127,21 @@ def _narrow_resnets(sizes: Sizes) -> Iterator[None]:
         model.num_features = channels[-1] * kind.expansion
         return model
 
-    with mock.patch.object(timm, "create_model", narrow if sizes.resnet else create):
+    with mock.patch.object(timm, "create_model", narrow):
         yield
 
 
 def _narrow_heads(policy: Any, width: int) -> None:
-    """Their own MLPs, with hidden layers of `width`; their code has 128, 512 and 1024 written in."""
+    """Their own MLPs with hidden layers of `width`, which their code has written in."""
     from models.bet.utils import MLP
     from models.bet.vqvae.vqvae import EncoderMLP
 
-    bet = policy.loss_fn._vqbet  # noqa: SLF001
-    rvq, features = bet._vqvae_model, bet._gpt_model.config.output_dim  # noqa: SLF001
+    bet = policy.loss_fn._vqbet
+    rvq, features = bet._vqvae_model, bet._gpt_model.config.output_dim
     codes, act = rvq.vqvae_n_embed, rvq.input_dim_w
-    bet._map_to_cbet_preds_bin1 = MLP(features, [width, width, codes])  # noqa: SLF001
-    bet._map_to_cbet_preds_bin2 = MLP(features + codes, [width, codes])  # noqa: SLF001
-    bet._map_to_cbet_preds_offset = MLP(features, [width, width, 2 * codes * act])  # noqa: SLF001
+    bet._map_to_cbet_preds_bin1 = MLP(features, [width, width, codes])
+    bet._map_to_cbet_preds_bin2 = MLP(features + codes, [width, codes])
+    bet._map_to_cbet_preds_offset = MLP(features, [width, width, 2 * codes * act])
     rvq.encoder = EncoderMLP(act, rvq.n_latent_dims, hidden_dim=width)
     rvq.decoder = EncoderMLP(rvq.n_latent_dims, act, hidden_dim=width)
 
@@ -152,7 +152,8 @@ def instantiate(cfg: Any, sizes: Sizes) -> Any:
     from run import WrapperPolicy
 
     with ExitStack() as stack:
-        stack.enter_context(_narrow_resnets(sizes))
+        if sizes.resnet is not None:
+            stack.enter_context(_narrow_resnets(*sizes.resnet))
         model = hydra.utils.instantiate(cfg.model)
         policy = WrapperPolicy(model, hydra.utils.instantiate(cfg.loss_fn, model=model))
     if sizes.head_width is not None:
@@ -219,13 +220,13 @@ class Theirs:
 
     def decide(self, frame: NDArray[np.uint8], goal: NDArray[np.float32] | None) -> Step:
         """`step`, and what was seen of its inside by hooks on its modules."""
-        bet = self.policy.loss_fn._vqbet  # noqa: SLF001
+        bet = self.policy.loss_fn._vqbet
         seen: dict[str, torch.Tensor] = {}
 
         def keep(name: str) -> Any:
             return lambda _module, _inputs, output: seen.__setitem__(name, output)
 
-        draw = bet._vqvae_model.draw_code_forward  # noqa: SLF001
+        draw = bet._vqvae_model.draw_code_forward
 
         def drawing(codes: torch.Tensor) -> torch.Tensor:
             seen["codes"] = codes
@@ -235,7 +236,7 @@ class Theirs:
             for name in ("bin1", "bin2"):
                 head = getattr(bet, f"_map_to_cbet_preds_{name}")
                 stack.callback(head.register_forward_hook(keep(name)).remove)
-            stack.enter_context(mock.patch.object(bet._vqvae_model, "draw_code_forward", drawing))  # noqa: SLF001
+            stack.enter_context(mock.patch.object(bet._vqvae_model, "draw_code_forward", drawing))
             action = self.step(frame, goal)
         logits = torch.stack([seen["bin1"][-1], seen["bin2"][-1]])
         return Step(action.numpy(), seen["codes"][-1].numpy(), logits.numpy())
