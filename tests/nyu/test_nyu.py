@@ -29,7 +29,7 @@ from vqbet_edge.runtime.bundle import Bundle
 from vqbet_edge.runtime.recorded import Recording
 from vqbet_edge.training.backend import load_backend
 from vqbet_edge.training.codes.policies import CodedPolicy
-from vqbet_edge.training.dataset.samples import Piece, Sampler
+from vqbet_edge.training.dataset.samples import Piece, Place, Sampler
 from vqbet_edge.training.nyu import load_nyu_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -174,7 +174,7 @@ def test_a_recording_is_decided_again_and_is_data(
         for row, seen in enumerate(golden.observations):
             found = episode.observation(row)
             assert all((found[key] == value).all() for key, value in seen.items())
-        (piece,) = Sampler.open(tmp_path / "seen", policy.manifest).pieces(12)
+        piece = Sampler.open(tmp_path / "seen", policy.manifest).read(Place(0, 0, 12, 0))
     np.testing.assert_array_equal(piece.frames, golden.piece.frames)
     np.testing.assert_array_equal(piece.states, golden.piece.states)
 
