@@ -48,6 +48,8 @@ class Demonstrations:
         if checkpoint.action_range is None:
             self._add_range(scalings, ACTION_KEY, ACTION_KEY)
         kinds = self._kinds(config.action_kinds, checkpoint.action_dim) or checkpoint.action_kinds
+        # Whole numbers are spelled otherwise in a manifest than they are read.
+        fps = None if fps is None else float(fps)
         return replace(checkpoint, fps=fps, normalization=scalings, action_kinds=kinds)
 
     def _add_range(self, scalings: dict[str, Normalization], key: str, named: str) -> None:

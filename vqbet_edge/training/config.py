@@ -529,7 +529,7 @@ class TrainConfig(Hyperparameters):
 
     def __post_init__(self) -> None:
         convert_fields(self)
-        kinds = {kind.value for kind in FeatureType}
+        kinds = {kind.value for kind in FeatureType if kind is not FeatureType.ENV}
         if set(self.normalization_mapping) != kinds:
             raise UsageError(
                 f"normalization_mapping needs a mode each for {', '.join(sorted(kinds))}, got "
