@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from vqbet_edge_ros.loading import load_policy
-from vqbet_edge_ros.parameters import Cameras, Command, Parameters, State
+from vqbet_edge_ros.parameters import parse
 from vqbet_engines.builder import Job, build_plan
 from vqbet_export.config import ExportConfig
 from vqbet_export.exporter import ExportResult, export
@@ -187,14 +187,8 @@ def test_the_report_on_codes_is_for_others(bundle: Path) -> None:
 
 
 def test_the_ros_node_is_for_robots_with_a_state(bundle: Path) -> None:
-    parameters = Parameters(
-        bundle=str(bundle),
-        backend="onnxruntime",
-        prove=False,
-        cameras=Cameras(topics=("/camera",)),
-        state=State(joints=("a",)),
-        command=Command(topic="/command"),
-    )
+    topics = {"cameras.topics": ["/camera"], "state.joints": ["a"], "command.topic": "/command"}
+    parameters = parse({"bundle": str(bundle), "backend": "onnxruntime", "prove": False} | topics)
     with pytest.raises(UsageError, match=r"no state of joints.*EdgePolicy\.act"):
         load_policy(parameters)
 
