@@ -22,6 +22,8 @@ ROBOTS, STEPS, SIZE = 8, 40, 24
 SECONDS = 90.0
 # The steps before which a replica is killed, and before which another is and a bundle rolled out.
 KILL_AT, ROLL_OUT_AT = 12, 25
+# A robot's steps before all replicas are killed, and for how long it waits for an answer.
+LOST_AT, HELD_S = 6, 5.0
 
 
 def observations(seed: int, count: int) -> list[dict[str, np.ndarray]]:
@@ -57,18 +59,23 @@ def act(number: int, url: str, headers: dict[str, str], steps: Any) -> list[list
     return actions
 
 
-def replicas(marker: str, name: str) -> list[int]:
-    """Processes of this cluster that are replicas of an application."""
-    found = []
+def processes(title: str) -> list[int]:
+    """Of this cluster, by what they are called."""
+    marker, found = os.environ["VQBET_FLEET"].encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            title = (folder / "cmdline").read_bytes()
-            ours = marker.encode() in (folder / "environ").read_bytes()
+            named = title.encode() in (folder / "cmdline").read_bytes()
+            ours = marker in (folder / "environ").read_bytes()
         except OSError:
             continue
-        if ours and f"ServeReplica:{name}:Policy".encode() in title:
+        if ours and named:
             found.append(int(folder.name))
     return found
+
+
+def replicas(name: str) -> list[int]:
+    """Processes that are replicas of an application."""
+    return processes(f"ServeReplica:{name}:Policy")
 
 
 def applications() -> dict[str, str]:
@@ -133,6 +140,48 @@ def causes() -> dict[str, str]:
     return {type(error.cause).__name__: repr(ray_app.own_error(error)) for error in found}
 
 
+def lose_all(name: str, url: str, key: str) -> dict[str, Any]:
+    """All replicas are killed at once, and none starts anew before its robots were told."""
+    from vqbet_serve import RemotePolicy
+    from vqbet_serve.frames import pack
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    from vqbet_edge import Guards, HistoryError
+
+    guards, seen = Guards(deadline_s=HELD_S, on_late="hold"), observations(500, STEPS)
+    options: dict[str, Any] = {"api_key": key, "session_id": "lost", "connect_s": SECONDS}
+    headers = {"Authorization": f"Api-Key {key}"}
+    with RemotePolicy(url, guards=guards, **options) as policy:
+        before = [policy.act(each).tolist() for each in seen[:LOST_AT]]
+        [controller] = processes("ServeController")
+        during, told = list[list[float]](), ""
+        os.kill(controller, signal.SIGSTOP)
+        try:
+            for replica in replicas(name):
+                os.kill(replica, signal.SIGKILL)
+            for each in seen[LOST_AT:]:
+                try:
+                    during.append(policy.act(each).tolist())
+                except HistoryError as error:  # noqa: PERF203
+                    told = str(error)
+                    break
+            with connect(url, additional_headers=headers, compression=None, proxy=None) as client:
+                client.recv(SECONDS)
+                client.send(pack(seen[0]))
+                said = str(client.recv(SECONDS))
+                try:
+                    client.recv(SECONDS)
+                except ConnectionClosed:
+                    said += f" {client.close_code}"
+        finally:
+            os.kill(controller, signal.SIGCONT)
+        until(lambda: len(replicas(name)) == 2 and applications()[name] == "RUNNING")
+        policy.reset(from_action=(before + during)[-1])
+        after = [policy.act(each).tolist() for each in seen]
+    return {"before": before, "during": during, "told": told, "said": said, "after": after}
+
+
 def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict[str, Any]:
     import ray_app
 
@@ -166,12 +215,12 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
         step += 1
 
     def kill() -> None:
-        killed.append(replicas(os.environ["VQBET_FLEET"], "policy-1")[0])
+        killed.append(replicas("policy-1")[0])
         os.kill(killed[-1], signal.SIGKILL)
 
     def lose_one() -> None:
         """Until Ray says that the policy, of which one replica acts, is not in order."""
-        until(lambda: len(replicas(os.environ["VQBET_FLEET"], "policy-1")) == 2)
+        until(lambda: len(replicas("policy-1")) == 2)
         until(lambda: applications()["policy-1"] == "RUNNING")
         kill()
         until(lambda: applications()["policy-1"] != "RUNNING")
@@ -180,9 +229,12 @@ def drive(first: Path, second: Path, misfit: Path, key: Path, port: int) -> dict
     with ThreadPoolExecutor(ROBOTS) as pool:
         acting = [pool.submit(act, number, url, headers, steps) for number in range(ROBOTS)]
         actions = [each.result() for each in acting]
+    running = applications()
+    lost = lose_all(names[-1], url, key.read_text())
     return {
+        "lost": lost,
         "names": names,
-        "applications": applications(),
+        "applications": running,
         "killed": len(killed),
         "refused": refused,
         "actions": actions,

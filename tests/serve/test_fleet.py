@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from environments import ROOT, prepare
-from serve.fleet_peer import ROBOTS, STEPS, observations
+from serve.fleet_peer import LOST_AT, ROBOTS, STEPS, observations
 from vqbet_serve.asgi import AsgiConnection
 from vqbet_serve.remote_graphs import GraphRunner, RemoteBackend, Request
 from vqbet_serve.sessions import Sessions, derived_seed
@@ -59,6 +59,24 @@ def alone(bundle: Path, seed: int, seen: list[dict[str, np.ndarray]]) -> np.ndar
         return np.stack([policy.act(each) for each in seen])
 
 
+def comes_back(lost: dict[str, Any], bundle: Path) -> None:
+    """What a robot was told whose policy has lost all replicas at once: no motion of its own."""
+    seen = observations(500, STEPS)
+    expected = alone(bundle, derived_seed(0, "lost"), seen)
+    acted = np.array(lost["before"] + lost["during"], np.float32)
+    # What was planned before is executed; then the last action is held.
+    planned = np.abs(acted - expected[: len(acted)]).max(axis=-1) <= LIMIT
+    count = int(planned.argmin()) if not planned.all() else len(acted)
+    assert LOST_AT <= count < len(acted)
+    assert (acted[count:] == acted[count - 1]).all()
+    assert "BackendError" in lost["told"]
+    assert "reset()" in lost["told"]
+    assert lost["said"].startswith("BackendError")
+    assert lost["said"].endswith(" 1011")
+    # A new connection begins the random sequence anew.
+    assert (np.abs(np.array(lost["after"], np.float32) - expected) <= LIMIT).all()
+
+
 @pytest.mark.extended
 def test_a_replica_is_lost_and_a_bundle_rolled_out(
     mini: Path, other: Path, misfit: Path, tmp_path: Path
@@ -90,6 +108,7 @@ def test_a_replica_is_lost_and_a_bundle_rolled_out(
             expected = alone(bundle, seed, observations(number + 100 * episode, STEPS))
             got = actions[episode * STEPS : (episode + 1) * STEPS]
             assert (np.abs(got - expected) <= LIMIT).all()
+    comes_back(told["lost"], other)
     refused = told["refused"]
     for name in ("no key", "wrong key", "web page"):
         assert refused[name] == "403"
