@@ -14,8 +14,8 @@ import torch
 from environments import ROOT
 from serve.serving import serving
 from two_cameras import SCENE, STATE, WRIST, Trained
-from vqbet_edge_ros.inputs import Inputs, Refusal
-from vqbet_edge_ros.loading import load_policy, make_inputs
+from vqbet_edge_ros.inputs import Refusal
+from vqbet_edge_ros.loading import assemble, load_policy
 from vqbet_edge_ros.parameters import parse
 from vqbet_serve import RemotePolicy
 from vqbet_serve.remote_graphs import GraphRunner, RemoteBackend
@@ -54,11 +54,11 @@ def ros(bundle: Path) -> Iterator[Act]:
         "bundle": str(bundle), "backend": "onnxruntime", "cameras.keys": [WRIST, SCENE],
         "cameras.topics": ["/wrist", "/scene"], "state.topic": "/joints",
         "state.joints": ["a", "b"], "command.topic": "/out", "max_age": 5.0, "max_skew": 1.0,
+        "rate": 10.0, "predict_within": -1.0, "command.when_stopped": "silence",
     })  # fmt: skip
     with load_policy(given) as policy:
-        parts = make_inputs(given, policy)
-        assert {key: part.name for key, part in parts.items()} == topics
-        joined = Inputs(parts, given.max_skew, given.max_repeats)
+        node = assemble(given, policy, lambda *_: None, lambda _: True, lambda _: None)
+        assert {part.name for part in node.topics.values()} == set(topics.values())
 
         def act(observation: dict[str, np.ndarray]) -> np.ndarray:
             now = time.monotonic()
@@ -68,8 +68,9 @@ def ros(bundle: Path) -> Iterator[Act]:
                     height, width, _ = value.shape
                     message = SimpleNamespace(height=height, width=width, encoding="rgb8",
                                               step=3 * width, data=value.tobytes())  # fmt: skip
-                parts[key].offer(message, now, now)
-            seen = joined.observe(now)
+                name = key if key in node.topics else topics[key]
+                node.topics[name].offer(message, now, now)
+            seen = node.inputs.observe(now)
             if isinstance(seen, Refusal):
                 raise ObservationError(seen.reason)
             return policy.act(seen.values)
