@@ -65,7 +65,7 @@ def comes_back(lost: dict[str, Any], bundle: Path) -> None:
     expected = alone(bundle, derived_seed(0, "lost"), seen)
     acted = np.array(lost["before"] + lost["during"], np.float32)
     # What was planned before is executed; then the last action is held.
-    planned = np.abs(acted - expected[: len(acted)]).max(axis=-1) <= LIMIT
+    planned = (np.abs(acted - expected[: len(acted)]) <= LIMIT).all(axis=-1)
     count = int(planned.argmin()) if not planned.all() else len(acted)
     assert LOST_AT <= count < len(acted)
     assert (acted[count:] == acted[count - 1]).all()
