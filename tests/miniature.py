@@ -103,3 +103,9 @@ def observation(
         **{key: random.integers(0, 256, (SIZE, SIZE, 3), np.uint8) for key in cameras},
         STATE: random.uniform(LOW, HIGH).astype(np.float32),
     }
+
+
+def observations(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Random ones, the same for the same seed."""
+    random = np.random.default_rng(seed)
+    return [observation(random) for _ in range(count)]

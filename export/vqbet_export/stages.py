@@ -30,8 +30,7 @@ from vqbet_edge.runtime.manifest import StageName
 from vqbet_edge.training.checkpoint import Checkpoint
 from vqbet_edge.training.config import NUM_CODE_LAYERS
 from vqbet_edge.training.description import center_crop
-from vqbet_edge.training.family import Rvq
-from vqbet_edge.training.network import GPT, Block
+from vqbet_edge.training.network import GPT, Block, PairDecoder
 from vqbet_edge.training.resizing import shrink, shrink_cameras
 from vqbet_export.folding import AffineMap, fold_batch_norms
 
@@ -366,7 +365,7 @@ class RvqDecoderStage(nn.Module):
     primary: Tensor
     secondary: Tensor
 
-    def __init__(self, vqvae: Rvq, dtype: torch.dtype) -> None:
+    def __init__(self, vqvae: PairDecoder, dtype: torch.dtype) -> None:
         super().__init__()
         primary, secondary = vqvae.code_vectors
         self.dtype, self.chunk_shape = dtype, vqvae.chunk_shape
@@ -380,7 +379,7 @@ class RvqDecoderStage(nn.Module):
         return self.decoder(latents.to(self.dtype)).float().reshape(-1, *self.chunk_shape)  # type: ignore[no-any-return]
 
 
-def decode_table(vqvae: Rvq) -> Tensor:
+def decode_table(vqvae: PairDecoder) -> Tensor:
     """float32 (C, C, W, A): the chunk of every code pair, primary first."""
     size = len(vqvae.code_vectors[0])
     codes = torch.arange(size)

@@ -80,8 +80,7 @@ def rig(mini: Path) -> Iterator[Rig]:
 
 
 def observations(count: int) -> list[dict[str, np.ndarray]]:
-    random = np.random.default_rng(3)
-    return [miniature.observation(random) for _ in range(count)]
+    return miniature.observations(count, seed=3)
 
 
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])

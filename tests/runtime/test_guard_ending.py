@@ -21,11 +21,6 @@ from vqbet_edge.runtime import acting, recording
 LATE = Guards(deadline_s=0.05, on_late="hold")
 
 
-def seen(count: int) -> list[dict[str, np.ndarray]]:
-    random = np.random.default_rng(0)
-    return [miniature.observation(random) for _ in range(count)]
-
-
 @contextmanager
 def hanging(policy: EdgePolicy, stage: str) -> Iterator[None]:
     """A stage that does not return before the block's end."""
@@ -57,7 +52,7 @@ def test_a_prefetch_that_hangs_does_not_hold_reset_and_close(
     monkeypatch.setattr(acting, "_PATIENCE_S", 0.1)
     policy = EdgePolicy.load(mini, "onnxruntime", guards=guards, prefetch="thread", replan_every=2)
     plain = EdgePolicy.load(mini, "onnxruntime", prefetch="thread", replan_every=2)
-    observations, deadline = seen(6), policy._deadline
+    observations, deadline = miniature.observations(6), policy._deadline
 
     def in_step(place: int) -> None:
         if deadline is not None:
@@ -89,7 +84,7 @@ def test_a_prefetch_that_hangs_does_not_hold_reset_and_close(
 def test_a_policy_that_is_dropped_does_not_wait_for_its_prefetch(mini: Path) -> None:
     policy = EdgePolicy.load(mini, "onnxruntime", prefetch="thread", replan_every=1)
     with hanging(policy, "prefill"):
-        policy.act(seen(1)[0])
+        policy.act(miniature.observations(1)[0])
         del policy
         gc.collect()
 
@@ -108,21 +103,21 @@ def test_a_disk_that_hangs_is_told_at_the_blocks_end(
     policy = EdgePolicy.load(mini, "onnxruntime")
     with pytest.raises(DiskError, match=r"the disk hangs.*was not written"):  # noqa: SIM117
         with policy.record(tmp_path / "seen"):
-            policy.act(seen(1)[0])
+            policy.act(miniature.observations(1)[0])
     disk.set()
-    policy.act(seen(1)[0])
+    policy.act(miniature.observations(1)[0])
 
 
 def test_a_policy_records_to_one_folder_at_a_time(mini: Path, tmp_path: Path) -> None:
     policy = EdgePolicy.load(mini, "onnxruntime")
     with policy.record(tmp_path / "first"):
-        policy.act(seen(1)[0])
+        policy.act(miniature.observations(1)[0])
         with (
             pytest.raises(UsageError, match=r"records to '.*first' already; leave that block"),
             policy.record(tmp_path / "second"),
         ):
             pass
-        policy.act(seen(1)[0])
+        policy.act(miniature.observations(1)[0])
     assert not (tmp_path / "second").exists()
     (file,) = (tmp_path / "first").iterdir()
     assert len(load_file(file)["step"]) == 2

@@ -29,11 +29,6 @@ def policy(mini: Path) -> EdgePolicy:
     return EdgePolicy.load(mini, seed=5)
 
 
-def seen(count: int) -> list[dict[str, np.ndarray]]:
-    random = np.random.default_rng(0)
-    return [miniature.observation(random) for _ in range(count)]
-
-
 def act(policy: EdgePolicy, observations: list[dict[str, np.ndarray]], folder: Path) -> list[Any]:
     """Act and record; every step's action and decision."""
     with policy.record(folder, decisions=True):
@@ -41,8 +36,8 @@ def act(policy: EdgePolicy, observations: list[dict[str, np.ndarray]], folder: P
 
 
 def test_what_was_decided_comes_back(policy: EdgePolicy, tmp_path: Path) -> None:
-    observations = seen(23)
-    policy.act(seen(1)[0])
+    observations = miniature.observations(23)
+    policy.act(miniature.observations(1)[0])
     done = act(policy, observations, tmp_path / "seen")
     recorded = Recording(tmp_path / "seen")
     (episode,) = recorded.episodes
@@ -77,7 +72,7 @@ def test_what_was_decided_comes_back(policy: EdgePolicy, tmp_path: Path) -> None
 
 def test_what_the_robot_saw_is_recorded(policy: EdgePolicy, tmp_path: Path) -> None:
     """For any reader of safetensors, uint8 and float frames alike; what was refused is not."""
-    observations = seen(6)
+    observations = miniature.observations(6)
     with policy.record(tmp_path / "seen"):
         for step, observation in enumerate(observations):
             if step == 4:
@@ -104,7 +99,7 @@ def test_what_the_robot_saw_is_recorded(policy: EdgePolicy, tmp_path: Path) -> N
 def test_recording_changes_no_action(mini: Path, tmp_path: Path, decisions: bool) -> None:
     plain, recorded = (EdgePolicy.load(mini, seed=3) for _ in range(2))
     with recorded.record(tmp_path / "seen", decisions=decisions):
-        for observation in seen(20):
+        for observation in miniature.observations(20):
             np.testing.assert_array_equal(plain.act(observation), recorded.act(observation))
 
 
@@ -118,7 +113,7 @@ def test_an_error_leaves_a_row_without_an_action(mini: Path, tmp_path: Path) -> 
 
 def test_a_chunk_is_recorded_by_its_first_action(policy: EdgePolicy, tmp_path: Path) -> None:
     with policy.record(tmp_path / "seen", decisions=True):
-        policy.act_chunk(seen(1)[0])
+        policy.act_chunk(miniature.observations(1)[0])
     (episode,) = Recording(tmp_path / "seen").episodes
     assert episode.outcomes.tolist() == [Outcome.CHUNK]
     np.testing.assert_array_equal(episode.actions[0], episode.decisions[0].action_chunk[0])
@@ -132,7 +127,11 @@ def test_late_actions_are_marked_and_late_decisions_kept(
     monkeypatch.setattr(recording, "_BLOCK_BYTES", block_bytes)
     guards = Guards(deadline_s=0.3, on_late="hold")
     policy = EdgePolicy.load(mini, guards=guards, replan_every=1)
-    replan, wait, observations = policy._window.graphs.replan, threading.Event(), seen(3)
+    replan, wait, observations = (
+        policy._window.graphs.replan,
+        threading.Event(),
+        miniature.observations(3),
+    )
 
     def slow(*arguments: Any, **options: Any) -> Any:
         wait.wait(60)
@@ -165,7 +164,7 @@ def test_a_slow_disk_costs_observations_and_says_so(
         write(*arguments)
 
     monkeypatch.setattr(recording, "_write_file", stuck)
-    observations = seen(60)
+    observations = miniature.observations(60)
     recorder = policy.record(tmp_path / "seen", decisions=True)
     recorder.__enter__()
     done = [(policy.act(o), policy.last) for o in observations[:50]]
@@ -193,7 +192,7 @@ def test_a_file_that_was_lost_is_a_gap(
 ) -> None:
     """Copied from a robot without one of its files."""
     monkeypatch.setattr(recording, "_BLOCK_BYTES", 10 * (ROW_BYTES + 100))
-    act(policy, seen(50), tmp_path / "seen")
+    act(policy, miniature.observations(50), tmp_path / "seen")
     (whole,) = Recording(tmp_path / "seen").episodes
     first, lost, *_ = (len(load_file(p)["step"]) for p in sorted((tmp_path / "seen").iterdir()))
     sorted((tmp_path / "seen").iterdir())[1].unlink()
@@ -208,7 +207,7 @@ def test_a_failing_disk_ends_the_recording_only(policy: EdgePolicy, tmp_path: Pa
     recorder = policy.record(tmp_path / "seen", decisions=True)
     recorder.__enter__()
     (tmp_path / "seen").rmdir()
-    assert np.isfinite(policy.act(seen(1)[0])).all()
+    assert np.isfinite(policy.act(miniature.observations(1)[0])).all()
     with pytest.raises(DiskError, match="recording has ended"):
         recorder.__exit__(None, None, None)
 
@@ -216,7 +215,7 @@ def test_a_failing_disk_ends_the_recording_only(policy: EdgePolicy, tmp_path: Pa
 def test_the_size_limit_counts_decisions(policy: EdgePolicy, tmp_path: Path, caplog: Any) -> None:
     limit = 60_000
     with policy.record(tmp_path / "seen", decisions=True, max_bytes=limit):
-        for observation in seen(60):
+        for observation in miniature.observations(60):
             policy.act(observation)
     assert "is full" in caplog.text
     arrays = load_file(next((tmp_path / "seen").iterdir()))
@@ -265,10 +264,10 @@ def test_other_recordings_are_refused_in_words(policy: EdgePolicy, tmp_path: Pat
     with pytest.raises(DatasetError, match="holds no recording: expected files"):
         Recording(tmp_path)
     with policy.record(tmp_path / "plain"):
-        policy.act(seen(1)[0])
+        policy.act(miniature.observations(1)[0])
     with pytest.raises(DatasetError, match="without decisions"):
         Recording(tmp_path / "plain")
-    act(policy, seen(5), tmp_path / "seen")
+    act(policy, miniature.observations(5), tmp_path / "seen")
     (path,) = (tmp_path / "seen").iterdir()
     arrays = load_file(path)
     for text, message in (
@@ -300,7 +299,7 @@ def test_what_no_recorder_writes_is_refused(
     policy: EdgePolicy, tmp_path: Path, key: str, spoil: Any
 ) -> None:
     """A recording may come from anybody, and is read as data."""
-    act(policy, seen(8), tmp_path / "seen")
+    act(policy, miniature.observations(8), tmp_path / "seen")
     (path,) = (tmp_path / "seen").iterdir()
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()

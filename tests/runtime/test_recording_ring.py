@@ -23,11 +23,6 @@ def policy(mini: Path) -> EdgePolicy:
     return EdgePolicy.load(mini, seed=5)
 
 
-def seen(count: int) -> list[dict[str, np.ndarray]]:
-    random = np.random.default_rng(0)
-    return [miniature.observation(random) for _ in range(count)]
-
-
 def used(folder: Path) -> int:
     return sum(path.stat().st_size for path in recording_format.files(folder))
 
@@ -40,7 +35,7 @@ def test_a_ring_ends_with_the_newest(
     actions, folder = [], tmp_path / "seen"
     with policy.record(folder, decisions=True, max_bytes=LIMIT, keep="last"):
         policy._recorder._files = number_of_the_first  # type: ignore[union-attr]
-        for observation in seen(200):
+        for observation in miniature.observations(200):
             actions.append(policy.act(observation))
             assert used(folder) <= LIMIT
             # The disk of this test is never the slow one.
@@ -51,7 +46,7 @@ def test_a_ring_ends_with_the_newest(
     np.testing.assert_array_equal(episode.actions, actions[int(episode.steps[0]) :])
     for row, number in ((0, int(episode.steps[0])), (len(episode) - 1, 199)):
         frame = episode.frame(miniature.IMAGE, row)
-        np.testing.assert_array_equal(frame, seen(200)[number][miniature.IMAGE])
+        np.testing.assert_array_equal(frame, miniature.observations(200)[number][miniature.IMAGE])
 
 
 def test_a_ring_needs_room_for_four(policy: EdgePolicy, tmp_path: Path) -> None:
@@ -62,7 +57,7 @@ def test_a_ring_needs_room_for_four(policy: EdgePolicy, tmp_path: Path) -> None:
 
 
 def test_marks_stand_where_they_were_made(policy: EdgePolicy, tmp_path: Path) -> None:
-    observations = seen(12)
+    observations = miniature.observations(12)
     broken = {**observations[0], miniature.STATE: np.full(2, np.nan, np.float32)}
     with pytest.raises(UsageError, match="nothing is recorded"):
         policy.mark("too early")
@@ -100,7 +95,9 @@ def test_the_first_of_late_steps_is_marked(mini: Path, tmp_path: Path) -> None:
     policy = EdgePolicy.load(mini, seed=5, guards=Guards(deadline_s=30, on_late="hold"))
     with policy.record(tmp_path / "seen", decisions=True):
         recorder: Any = policy._recorder
-        for step, (period, observation) in enumerate(zip((60, 0, 0, 60, 0), seen(5), strict=True)):
+        for step, (period, observation) in enumerate(
+            zip((60, 0, 0, 60, 0), miniature.observations(5), strict=True)
+        ):
             recorder._period = period
             policy.act(observation)
             assert len(recorder._marked) == (0, 1, 1, 1, 2)[step]
@@ -113,11 +110,11 @@ def test_the_first_of_late_steps_is_marked(mini: Path, tmp_path: Path) -> None:
 
 def test_when_an_observation_was_taken_is_kept(policy: EdgePolicy, tmp_path: Path) -> None:
     with policy.record(tmp_path / "seen", decisions=True):
-        for observation in seen(3):
+        for observation in miniature.observations(3):
             policy.act(observation, observation_time=time.monotonic() - 0.05)
             time.sleep(0.002)
         policy.reset()
-        policy.act(seen(1)[0])
+        policy.act(miniature.observations(1)[0])
     stamped, without = Recording(tmp_path / "seen").episodes
     ages = stamped.times - stamped.observation_times
     assert (ages >= 50_000_000).all()
@@ -140,7 +137,7 @@ def test_marks_that_no_recorder_writes_are_refused(
     policy: EdgePolicy, tmp_path: Path, marks: str
 ) -> None:
     with policy.record(tmp_path / "seen", decisions=True):
-        policy.act(seen(1)[0])
+        policy.act(miniature.observations(1)[0])
     (path,) = (tmp_path / "seen").iterdir()
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()

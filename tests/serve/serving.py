@@ -114,8 +114,7 @@ def get(url: str, path: str, **headers: str) -> tuple[int, str]:
 
 def observations(seed: int, count: int) -> list[Seen]:
     """What the miniature policy may see."""
-    random = np.random.default_rng(seed)
-    return [miniature.observation(random) for _ in range(count)]
+    return miniature.observations(count, seed)
 
 
 def descriptors(process: int | str = "self") -> int:

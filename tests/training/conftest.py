@@ -10,6 +10,8 @@ import torch
 import two_ways
 from workshop import once
 
+from vqbet_edge.training import trainer
+
 
 @pytest.fixture(scope="session")
 def lerobot() -> Callable[[str], ModuleType]:
@@ -28,6 +30,13 @@ def two_ways_run(shared: Path) -> Path:
     """The folder of a task with two ways: its `data`, and the `run` of a policy for it."""
     root = shared / "two_ways"
     return once(root, lambda: two_ways.prepare(root))
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training ends without its report on codes and its curves, which take longer than small runs."""
+    for name in ("write_report", "draw_curves", "text"):
+        monkeypatch.setattr(trainer, name, lambda *_: "")
 
 
 @pytest.fixture

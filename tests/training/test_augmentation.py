@@ -11,7 +11,6 @@ from demonstrated import demonstrations
 from sizes import short_run
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training import trainer
 from vqbet_edge.training.augmentation import Augmentation
 from vqbet_edge.training.config import ImageTransforms, TrainConfig
 from vqbet_edge.training.metrics import read_metrics
@@ -57,11 +56,10 @@ def test_what_is_drawn_follows_from_seed_step_and_sample() -> None:
     assert change(images, 5, frames).dtype == torch.uint8
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_run_with_changed_pictures_is_resumed_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
     data = demonstrations(tmp_path / "data")
     options = {"steps": 6, "n_vqvae_training_steps": 2, "save_every": 3, "validate_every": 100}
 

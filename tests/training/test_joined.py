@@ -9,7 +9,6 @@ import pytest
 from sizes import losses, short_run
 
 from vqbet_edge.errors import DatasetError, UsageError
-from vqbet_edge.training import trainer
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.dataset.dataset import SOURCE
 from vqbet_edge.training.dataset.joined import JoinedDataset
@@ -74,11 +73,10 @@ def test_two_are_as_one_of_all_episodes(
             assert np.array_equal(value, expected[key])
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_run_on_two_is_that_on_all_and_resumes(
-    written: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
     one, two, both = written
     # Cameras' statistics are of the same frames, but rounded at another place.
     visual = {"VISUAL": "IDENTITY", "STATE": "MIN_MAX", "ACTION": "MIN_MAX"}

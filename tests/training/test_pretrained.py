@@ -28,10 +28,7 @@ STATISTICS = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No report on codes, no curves."""
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
+def quick(monkeypatch: pytest.MonkeyPatch, without_report: None) -> None:  # noqa: ARG001
     monkeypatch.setenv("COLUMNS", "500")
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from sizes import SMALL, losses
 
-from vqbet_edge.training import trainer
 from vqbet_edge.training.config import TrainConfig, flag
 from vqbet_edge.training.dataset.writer import write_dataset
 from vqbet_edge.training.metrics import read_metrics
@@ -110,6 +109,7 @@ def in_processes(count: int, folder: Path, options: dict[str, Any]) -> list[tupl
     return [(process.returncode, *text) for process, text in zip(running, said, strict=True)]
 
 
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize(
     ("count", "options"),
     [
@@ -124,12 +124,9 @@ def in_processes(count: int, folder: Path, options: dict[str, Any]) -> list[tupl
 def test_many_processes_reach_the_losses_of_one(
     dataset: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     count: int,
     options: dict[str, Any],
 ) -> None:
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
     one, many = tmp_path / "one", tmp_path / "many"
     chosen = {"dataset": str(dataset), **CHOSEN, **options}
     train(TrainConfig(**chosen | {"output": one, "gradient_accumulation_steps": 1}))
@@ -146,13 +143,12 @@ def test_many_processes_reach_the_losses_of_one(
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.extended
 def test_a_signal_to_one_stops_all_and_what_the_first_finds_all_know(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others read nothing in the run's folder: it may be on a disk that they do not see."""
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
     train(TrainConfig(dataset=str(dataset), output=tmp_path / "one", **CHOSEN))
     chosen = {"dataset": str(dataset), "output": tmp_path / "run", **CHOSEN}
     monkeypatch.setenv("STOPS", "1")

@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from vqbet_edge.errors import UsageError
 from vqbet_edge.runtime.normalization import Affine
-from vqbet_edge.training import trainer
 from vqbet_edge.training.config import Feature, FeatureType, VQBeTConfig
 from vqbet_edge.training.draws import Shard
 from vqbet_edge.training.network import VQBeT
@@ -47,10 +46,8 @@ def batch(size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(without_report: None) -> None:  # noqa: ARG001
     torch.set_num_threads(1)
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from sizes import losses, short_run
 from workshop import once
 
 from vqbet_edge.errors import UsageError
-from vqbet_edge.training import trainer
 from vqbet_edge.training.config import TrainConfig
 from vqbet_edge.training.dataset import LeRobotDataset
 from vqbet_edge.training.evaluation.trials import Outcome, Trials
@@ -85,10 +84,12 @@ class Nothing:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> None:
-    """No report on codes, no curves; an environment of somebody's own lies in the folder."""
-    for name in ("write_report", "draw_curves", "text"):
-        monkeypatch.setattr(trainer, name, lambda *_: "")
+def quick(
+    monkeypatch: pytest.MonkeyPatch,
+    cwd: Path,
+    without_report: None,  # noqa: ARG001
+) -> None:
+    """An environment of somebody's own lies in the folder."""
     (cwd / "own_env.py").write_text(ENVIRONMENT)
     monkeypatch.syspath_prepend(str(cwd))
     monkeypatch.delitem(__import__("sys").modules, "own_env", raising=False)

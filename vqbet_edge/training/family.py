@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqbet_edge.runtime.cameras import ImageShape
 from vqbet_edge.runtime.manifest import ActionKind
@@ -30,6 +30,7 @@ from vqbet_edge.training.config import (
     NormalizationMode,
 )
 from vqbet_edge.training.layouts import Layout, Normalization
+from vqbet_edge.training.network import GptSizes, PairDecoder
 from vqbet_edge.training.normalization import (
     RANGE,
     Floats,
@@ -39,7 +40,7 @@ from vqbet_edge.training.normalization import (
 )
 
 
-class Sizes(Protocol):
+class Sizes(GptSizes, Protocol):
     """A policy's configuration, under LeRobot's names; `VQBeTConfig` says what they mean."""
 
     # ruff: noqa: D102
@@ -54,14 +55,6 @@ class Sizes(Protocol):
     @property
     def vqvae_n_embed(self) -> int: ...
     @property
-    def gpt_hidden_dim(self) -> int: ...
-    @property
-    def gpt_output_dim(self) -> int: ...
-    @property
-    def gpt_n_layer(self) -> int: ...
-    @property
-    def gpt_n_head(self) -> int: ...
-    @property
     def tokens_per_step(self) -> int: ...
     @property
     def bet_softmax_temperature(self) -> float: ...
@@ -75,18 +68,6 @@ class Sizes(Protocol):
     def encoder_shape(self) -> tuple[int, int]: ...
 
 
-class Rvq(Protocol):
-    """The decoder of code pairs."""
-
-    chunk_shape: tuple[int, int]
-    decoder: nn.Sequential
-
-    @property
-    def code_vectors(self) -> list[Tensor]: ...
-    def decode(self, codes: Tensor) -> Tensor:
-        """int64 (..., 2) -> (..., W, A), normalised."""
-
-
 class Head(Protocol):
     """What makes codes and offsets of features."""
 
@@ -94,7 +75,7 @@ class Head(Protocol):
     num_codes: int
 
     @property
-    def vqvae_model(self) -> Rvq: ...
+    def vqvae_model(self) -> PairDecoder: ...
     def code_logits(self, features: Tensor, primary: Tensor | None = None) -> Tensor:
         """(..., F), int64 (...) -> (..., 2, C), the secondary ones given the primary codes."""
 

@@ -224,7 +224,31 @@ class ResidualQuantizer(nn.Module):
         return Quantized(latents=latents - residual, codes=torch.stack(codes, dim=-1))
 
 
-class VqVae(nn.Module):
+class PairDecoder(nn.Module):
+    """Code pair -> action chunk: what acting needs of a residual VQ-VAE, of any family.
+
+    Attributes:
+        chunk_shape: (W, A).
+        decoder: (..., latent) -> (..., W * A).
+    """
+
+    chunk_shape: tuple[int, int]
+    decoder: nn.Sequential
+
+    @property
+    def code_vectors(self) -> list[Tensor]:
+        """(C, latent) of every layer, primary first."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 (..., 2) -> (..., W, A), normalised."""
+        primary, secondary = self.code_vectors
+        latents = primary[codes[..., 0]] + secondary[codes[..., 1]]
+        flat: Tensor = self.decoder(latents)  # (..., W * A)
+        return flat.view(*codes.shape[:-1], *self.chunk_shape)
+
+
+class VqVae(PairDecoder):
     """Action chunk <-> code pair."""
 
     discretized: Tensor
@@ -242,20 +266,13 @@ class VqVae(nn.Module):
 
     @property
     def code_vectors(self) -> list[Tensor]:
-        """(C, D) of every layer, primary first."""
+        """See `PairDecoder`."""
         return [codebook.embed[0] for codebook in self.vq_layer.codebooks]
 
     def encode(self, chunks: Tensor) -> Quantized:
         """(M, W, A), normalised -> code pairs and their latents."""
         result: Quantized = self.vq_layer(self.encoder(chunks.flatten(1)))  # (M, W * A) inside
         return result
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """int64 (..., 2) -> (..., W, A), normalised."""
-        primary, secondary = self.code_vectors
-        latents = primary[codes[..., 0]] + secondary[codes[..., 1]]
-        flat: Tensor = self.decoder(latents)  # (..., W * A)
-        return flat.view(*codes.shape[:-1], *self.chunk_shape)
 
 
 # ---- GPT (figure 2, middle): LeRobot's `GPT`, which is nanoGPT's.

@@ -25,7 +25,7 @@ from vqbet_edge.training.config import (
     Feature,
     FeatureType,
 )
-from vqbet_edge.training.network import GPT, mlp
+from vqbet_edge.training.network import GPT, PairDecoder, mlp
 
 IMAGE_KEY, GOAL_KEY = "observation.image", "observation.goal"
 # What their cameras send, and what is left of it for the encoder.
@@ -151,7 +151,7 @@ def _stage(
 # ---- The decoder of codes: `VqVae`, whose encoder only training needs.
 
 
-class CodeDecoder(nn.Module):
+class CodeDecoder(PairDecoder):
     """Code pair -> action."""
 
     def __init__(self, config: NyuConfig) -> None:
@@ -164,14 +164,8 @@ class CodeDecoder(nn.Module):
 
     @property
     def code_vectors(self) -> list[Tensor]:
-        """(C, latent) of every layer, primary first."""
+        """See `PairDecoder`."""
         return list(self.codebooks)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """int64 (..., 2) -> (..., W, A)."""
-        primary, secondary = self.codebooks
-        flat: Tensor = self.decoder(primary[codes[..., 0]] + secondary[codes[..., 1]])
-        return flat.view(*codes.shape[:-1], *self.chunk_shape)
 
 
 # ---- The heads: `VQBehaviorTransformer`.

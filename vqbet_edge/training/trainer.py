@@ -122,8 +122,11 @@ class _Trainer:
         )
         split = dataset.split(config.validation_fraction, config.seed)
         frames = current_frames(dataset, split.train)
-        self._kept = tuple(i for i in split.validation if dataset.parts[i] == 0)
-        self._shuffle = Shuffle(frames, config.batch_size, config.seed, _mixture(dataset, config))
+        # Of the first data set, which is looked at again in the end.
+        self._kept = _of_part(dataset, split.validation, 0)
+        self._shuffle = Shuffle(
+            frames, config.batch_size, config.seed, _mixture(dataset, split.train, config)
+        )
         order = np.random.default_rng(config.seed).permutation(len(frames))
         self._sample = self._data.chunks(frames[order[:SAMPLE_WINDOWS]]).flatten(0, 1)
         kept = current_frames(dataset, split.validation)
@@ -178,8 +181,7 @@ class _Trainer:
             draw_curves(records, config.output / "curves.png")
             if advice := overfitting(records):
                 self._reporter.note(advice)
-            # Of the policy as it was saved, on episodes kept for validation if there are, of the
-            # first data set.
+            # Of the policy as it was saved, on episodes kept for validation if there are.
             page = CodesConfig(
                 policy=str(self.checkpoints.last / "pretrained_model"),
                 data=config.source,
@@ -363,14 +365,19 @@ def _open(config: TrainConfig) -> LeRobotDataset:
     return opened[0] if len(opened) == 1 else JoinedDataset(opened)
 
 
-def _mixture(dataset: LeRobotDataset, config: TrainConfig) -> Mixture | None:
+def _of_part(dataset: LeRobotDataset, episodes: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """Those of some episodes that are from one of the data sets."""
+    parts = dataset.parts
+    return tuple(i for i in episodes if parts[i] == number)
+
+
+def _mixture(
+    dataset: LeRobotDataset, train: tuple[int, ...], config: TrainConfig
+) -> Mixture | None:
     if config.dataset_weights is None:
         return None
-    train = np.array(dataset.split(config.validation_fraction, config.seed).train)
-    frames = [
-        current_frames(dataset, tuple(train[dataset.parts[train] == number]))
-        for number in range(len(config.dataset_weights))
-    ]
+    numbers = range(len(config.dataset_weights))
+    frames = [current_frames(dataset, _of_part(dataset, train, number)) for number in numbers]
     for number, own in enumerate(frames):
         if not len(own):
             source = (config.dataset, *config.more_datasets)[number]

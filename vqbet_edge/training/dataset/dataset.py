@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vqbet_edge.errors import DatasetError
 from vqbet_edge.runtime.hub import download, is_hub_id, parse_id
-from vqbet_edge.training.dataset.frames import Decoder, Frames, kept_frames
+from vqbet_edge.training.dataset.frames import Decoder, Frames, Levels, kept_frames
 from vqbet_edge.training.dataset.metadata import (
     BASIC,
     DatasetFeature,
@@ -197,7 +197,10 @@ class LeRobotDataset:
             return vector_statistics(self.column(key), names)
         found = stored_statistics(self.info, key, names) if names else {}
         if found is None:
-            found = _image_statistics(self._some_frames(key), names)
+            levels = Levels()
+            levels.add(chain.from_iterable(self._some_frames(key)))
+            wide = levels.statistics(names)
+            found = {name: value.astype(np.float32) for name, value in wide.items()}
         return {name: value.reshape(3, 1, 1) for name, value in found.items()}
 
     def column(self, key: str) -> Array:
@@ -329,10 +332,11 @@ class LeRobotDataset:
         At least one episode stays for training; a fraction above 0 takes at least one for
         validation when there are two.
         """
-        groups = int(self._sources.max()) + 1
+        sources = self._sources
+        groups = int(sources.max()) + 1
         count = min(int(np.ceil(groups * validation_fraction)), groups - 1)
         order = np.random.default_rng(seed).permutation(groups)
-        kept = np.isin(self._sources, order[:count])
+        kept = np.isin(sources, order[:count])
         train, validation = (np.flatnonzero(side).tolist() for side in (~kept, kept))
         return Split(tuple(train), tuple(validation))
 
@@ -418,27 +422,3 @@ def vector_statistics(values: npt.NDArray[Any], names: Sequence[str]) -> Stats:
         for name in names
     }
     return {name: value.astype(np.float32) for name, value in found.items()}
-
-
-def _image_statistics(parts: Iterable[Frames], names: Sequence[str]) -> Stats:
-    """The named statistics of a camera's channels, in [0, 1], of uint8 (frames, H, W, 3) each."""
-    counts = np.zeros((3, 256), np.int64)  # of each level
-    for frame in chain.from_iterable(parts):
-        for channel in range(3):
-            counts[channel] += np.bincount(frame[..., channel].reshape(-1), minlength=256)
-    levels = np.arange(256) / 255
-    share = counts / counts.sum(axis=1, keepdims=True)
-    seen = np.where(counts > 0, levels, np.nan)
-    mean = share @ levels
-    found = {
-        "min": np.nanmin(seen, axis=1),
-        "max": np.nanmax(seen, axis=1),
-        "mean": mean,
-        "std": np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1)),
-    }
-    for name in names:
-        if name.startswith("q"):
-            # The first level up to which lies the share asked for.
-            place = (share.cumsum(axis=1) < int(name[1:]) / 100).sum(axis=1)
-            found[name] = levels[place.clip(max=255)]
-    return {name: found[name].astype(np.float32) for name in names}

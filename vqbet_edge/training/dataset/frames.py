@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
@@ -29,6 +29,43 @@ _VIDEO = {"format_whitelist": "mov,matroska,webm,avi"}
 # Opening one takes milliseconds; data sets may have thousands.
 _LOOKED_INTO = 128
 _IMAGE = {"format_whitelist": "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"}
+
+
+class Levels:
+    """Statistics of channels in [0, 1], over frames that come one after the other."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((3, 256), np.int64)  # of each level
+
+    def add(self, frames: Iterable[Frames]) -> None:
+        """Count the pixels of some frames, uint8 (H, W, 3) each."""
+        for frame in frames:
+            for channel in range(3):
+                self._counts[channel] += np.bincount(frame[..., channel].reshape(-1), minlength=256)
+
+    @property
+    def pixels(self) -> int:
+        """That were counted."""
+        return int(self._counts[0].sum())
+
+    def statistics(self, names: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+        """Of min, max, mean, std and quantiles such as q01 those that are named, (3,) each."""
+        levels = np.arange(256) / 255
+        share = self._counts / self._counts.sum(axis=1, keepdims=True)
+        seen = np.where(self._counts > 0, levels, np.nan)
+        mean = share @ levels
+        found = {
+            "min": np.nanmin(seen, axis=1),
+            "max": np.nanmax(seen, axis=1),
+            "mean": mean,
+            "std": np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1)),
+        }
+        for name in names:
+            if name.startswith("q"):
+                # The first level up to which lies the share asked for.
+                place = (share.cumsum(axis=1) < int(name[1:]) / 100).sum(axis=1)
+                found[name] = levels[place.clip(max=255)]
+        return {name: found[name] for name in names}
 
 
 class Decoder:

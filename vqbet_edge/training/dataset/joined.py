@@ -116,7 +116,7 @@ class JoinedDataset(LeRobotDataset):
         before = np.cumsum([0, *(int(each.max()) + 1 for each in own)])
         return np.concatenate([each + first for each, first in zip(own, before, strict=False)])
 
-    @property
+    @cached_property
     def parts(self) -> Indices:
         """int64 (episodes,): the number of the data set that each one is from."""
         return np.repeat(np.arange(len(self._parts)), [part.num_episodes for part in self._parts])

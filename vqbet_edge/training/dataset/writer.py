@@ -14,6 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vqbet_edge.training.dataset.frames import Levels
+from vqbet_edge.training.dataset.metadata import BASIC
+
 Array = npt.NDArray[Any]
 # By key: float32 or bool (T, dim), or uint8 (T, height, width, 3).
 Demonstration = Mapping[str, Array]
@@ -33,7 +36,7 @@ def write_dataset(
         (root / folder).mkdir(parents=True)
     lengths: list[int] = []
     vectors: dict[str, list[Array]] = defaultdict(list)
-    pixels: dict[str, _Pixels] = defaultdict(_Pixels)
+    pixels: dict[str, Levels] = defaultdict(Levels)
     features: dict[str, Any] = {}
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
@@ -47,7 +50,8 @@ def write_dataset(
             lengths.append(len(demonstration["action"]))
             for key, values in rows.items():
                 if values.dtype == np.uint8:
-                    pixels[key].add(values)
+                    # 200 or a few more of an episode, as LeRobot's writer does it.
+                    pixels[key].add(values[:: max(1, len(values) // 200)])
                 else:
                     vectors[key].append(values)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -73,7 +77,9 @@ def write_dataset(
     pq.write_table(tasks, root / "meta/tasks.parquet")
     _write_json(root / "meta/info.json", _info(features, lengths, fps))
     stats = {key: _stats(np.concatenate(parts)) for key, parts in vectors.items()}
-    _write_json(root / "meta/stats.json", stats | {key: p.stats() for key, p in pixels.items()})
+    _write_json(
+        root / "meta/stats.json", stats | {key: _image_stats(p) for key, p in pixels.items()}
+    )
 
 
 def _with_places(
@@ -147,32 +153,12 @@ def _stats(values: Array) -> dict[str, Any]:
     return {name: value.tolist() for name, value in parts.items()} | {"count": [len(values)]}
 
 
-class _Pixels:
-    """Statistics per channel in [0, 1] of some frames, as LeRobot's writer does it."""
-
-    def __init__(self) -> None:
-        self._lowest, self._highest = np.full(3, 255), np.zeros(3)
-        self._sum, self._squares = np.zeros(3), np.zeros(3)
-        self._count = 0
-
-    def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Count an episode's frames, 200 or a few more of them at most."""
-        for frame in frames[:: max(1, len(frames) // 200)]:
-            pixels = frame.reshape(-1, 3)
-            self._lowest = np.minimum(self._lowest, pixels.min(0))
-            self._highest = np.maximum(self._highest, pixels.max(0))
-            self._sum += pixels.sum(0)
-            self._squares += np.square(pixels, dtype=np.float64).sum(0)
-            self._count += len(pixels)
-
-    def stats(self) -> dict[str, Any]:
-        """Shaped (3, 1, 1)."""
-        mean = self._sum / self._count
-        # Never negative but for rounding.
-        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0))
-        parts = {"min": self._lowest, "max": self._highest, "mean": mean, "std": std}
-        shaped = {name: (part / 255).reshape(3, 1, 1).tolist() for name, part in parts.items()}
-        return shaped | {"count": [self._count]}
+def _image_stats(levels: Levels) -> dict[str, Any]:
+    """Shaped (3, 1, 1), as LeRobot's writer does it."""
+    shaped = {
+        name: part.reshape(3, 1, 1).tolist() for name, part in levels.statistics(BASIC).items()
+    }
+    return shaped | {"count": [levels.pixels]}
 
 
 def _write_json(path: Path, value: object) -> None:
